@@ -1,0 +1,33 @@
+"""Faster PyTorch training with 2:4 (semi-structured) sparsity: train sparse, finish dense.
+
+Importing this package does nothing but define names: no CUDA call, no environment read, no patching.
+"""
+
+from semisparse.config import SparseConfig
+from semisparse.errors import SemiSparseError
+from semisparse.nn import SemiSparseActivationLinear, SemiSparseLinear, register_linear
+from semisparse.report import SwapReport
+from semisparse.schedule import Phase, SparseSchedule
+from semisparse.swap import (
+    densify,
+    sparsify,
+    swap_linear_with_semi_sparse_linear,
+    swap_semi_sparse_linear_with_linear,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Phase",
+    "SemiSparseActivationLinear",
+    "SemiSparseError",
+    "SemiSparseLinear",
+    "SparseConfig",
+    "SparseSchedule",
+    "SwapReport",
+    "densify",
+    "register_linear",
+    "sparsify",
+    "swap_linear_with_semi_sparse_linear",
+    "swap_semi_sparse_linear_with_linear",
+]

@@ -1,0 +1,42 @@
+"""Frozen settings of a semi-sparse layer."""
+
+from dataclasses import dataclass, fields
+from typing import Literal, get_args
+
+from semisparse.errors import ConfigError
+
+Operand = Literal["weight", "activation"]
+Mask = Literal["transposable", "row"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SparseConfig:
+    """How one linear layer is made 2:4 sparse. Immutable, checked when it is built.
+
+    operand: which operand of the forward product is pruned.
+        "weight": W (N x K). Forward and input gradient use the pruned weight; the weight gradient goes to the dense
+        master weight unchanged (straight-through estimator).
+        "activation": x (M x K), pruned by 4x4 tiles over (tokens, features), so that the forward product and the
+        weight gradient both have a 2:4 operand; the gradient of x passes straight through.
+    mask: how the kept entries are chosen, always by magnitude.
+        "transposable": the best of the 90 4x4 tiles that are 2:4 along both axes (arXiv 2102.08124); exact.
+        "row": the 2 largest of each 4 along K. It keeps more magnitude, but is 2:4 along K only, so the input
+        gradient is no sparse product. Weight operand only.
+
+    Raises ConfigError when a value is outside its choices or two values exclude each other.
+    """
+
+    operand: Operand = "weight"
+    mask: Mask = "transposable"
+
+    def __post_init__(self) -> None:
+        choices = {"operand": get_args(Operand), "mask": get_args(Mask)}
+        for field in fields(self):
+            value, allowed = getattr(self, field.name), choices[field.name]
+            if value not in allowed:
+                raise ConfigError(f"{field.name}={value!r} is not one of {', '.join(map(repr, allowed))}")
+        if self.operand == "activation" and self.mask != "transposable":
+            raise ConfigError(
+                f"mask={self.mask!r} cannot serve operand='activation': the weight gradient needs groups along the "
+                "tokens too; use mask='transposable'"
+            )

@@ -1,0 +1,44 @@
+"""Exceptions of semisparse. Each is also a ValueError or a RuntimeError, so existing handlers keep working.
+
+Every message names the argument, the value that was given and a way out.
+"""
+
+
+class SemiSparseError(Exception):
+    """Base class of every error that semisparse raises on purpose."""
+
+
+class ConfigError(SemiSparseError, ValueError):
+    """A setting lies outside its choices, or two settings exclude each other."""
+
+
+class ShapeError(SemiSparseError, ValueError):
+    """A tensor or layer has a shape that cannot be 2:4 sparse."""
+
+
+class TensorError(SemiSparseError, ValueError):
+    """Tensors of one call disagree in dtype or device, or have a dtype that is not supported."""
+
+
+class NoLayerMatched(SemiSparseError, ValueError):
+    """A name or selection matched no layer, or a run would have changed nothing."""
+
+
+class LayerRefused(SemiSparseError, ValueError):
+    """A layer that was asked for by name cannot be made semi-sparse; the message says why."""
+
+
+class ScheduleError(SemiSparseError, ValueError):
+    """The phases of a schedule do not fit, or a saved schedule does not belong to this one."""
+
+
+class DataError(SemiSparseError, ValueError):
+    """A data file or data folder is missing, damaged or of another kind."""
+
+
+class CheckpointError(SemiSparseError, RuntimeError):
+    """A checkpoint is missing, damaged or belongs to another model."""
+
+
+class OutputExists(SemiSparseError, RuntimeError):
+    """An output folder already holds results and overwriting was not asked for."""

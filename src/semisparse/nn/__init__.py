@@ -1,0 +1,7 @@
+"""Layers: drop-in subclasses of nn.Linear whose weight or input is pruned to 2:4 at each forward."""
+
+from semisparse.nn.activation import SemiSparseActivationLinear
+from semisparse.nn.base import SemiSparseBase, register_linear
+from semisparse.nn.linear import SemiSparseLinear
+
+__all__ = ["SemiSparseActivationLinear", "SemiSparseBase", "SemiSparseLinear", "register_linear"]

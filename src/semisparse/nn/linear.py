@@ -1,0 +1,33 @@
+"""The layer with a 2:4 weight."""
+
+from typing import ClassVar
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from semisparse import functional, ops
+from semisparse.config import Operand, SparseConfig
+from semisparse.nn.base import SemiSparseBase
+
+
+class SemiSparseLinear(SemiSparseBase):
+    """nn.Linear whose weight is pruned to 2:4 by magnitude at every forward; the stored weight stays dense.
+
+    x: (..., K), any leading sizes, zero tokens included. weight: (N, K); N and K multiples of 4. y: (..., N).
+    Dtypes: fp64, fp32, fp16, bf16, and any of them under autocast (the mask is then chosen from the stored weight).
+    Gradients: of x through the pruned weight, of the weight straight through to the dense weight. Each forward sees
+    the weight as it is then. Recipe: arXiv 2102.04010 (straight-through 2:4), masks of arXiv 2102.08124.
+    """
+
+    operand: ClassVar[Operand] = "weight"
+    config: SparseConfig = SparseConfig(operand="weight")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """y = x W~^T + b; plain F.linear while sparse_enabled is False. Raises ShapeError, TensorError."""
+        if not self.sparse_enabled:
+            return F.linear(x, self.weight, self.bias)
+        return functional.semi_sparse_linear(x, self.weight, self.bias, mask=self.config.mask)
+
+    def pruned_weight(self) -> Tensor:
+        """The weight with this layer's mask applied: N x K, detached, in the parameter's dtype."""
+        return ops.prune(self.weight.detach(), self.weight.dtype, self.config.mask)

@@ -1,0 +1,214 @@
+"""Model surgery: making linear layers semi-sparse and dense again, in place, with a report.
+
+Every check runs before the first change, so a call that raises leaves the model as it was.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+from torch import nn
+
+from semisparse.bypass import bypass_reason
+from semisparse.config import SparseConfig
+from semisparse.errors import ConfigError, LayerRefused, NoLayerMatched
+from semisparse.nn import SemiSparseActivationLinear, SemiSparseBase, SemiSparseLinear
+from semisparse.nn.base import refusal
+from semisparse.report import SKIPPED, SWAPPED, LayerRow, SwapReport
+from semisparse.selection import FoundLayer, Selector, as_selectors, clean_name, closest, linear_layers, matches
+
+_LAYER_CLASSES: dict[str, type[SemiSparseBase]] = {
+    "weight": SemiSparseLinear,
+    "activation": SemiSparseActivationLinear,
+}
+
+
+def sparsify(
+    model: nn.Module,
+    config: SparseConfig | None = None,
+    select: Selector | Iterable[Selector] | None = None,
+    exclude: Selector | Iterable[Selector] | None = None,
+) -> SwapReport:
+    """Make the selected linear layers of model semi-sparse, in place, and report on every linear layer.
+
+    config: settings of all swapped layers; default SparseConfig().
+    select, exclude: one or several of: a substring of the layer's name, a glob over the whole name, a compiled regular
+    expression (searched), or a callable (name, module) -> bool. select=None means every linear layer.
+    Parameters, hooks, training flag, dtype and device stay; optimizers built before stay valid. Swap before AC,
+    torch.compile and FSDP wrapping.
+    Raises NoLayerMatched when a selector matches nothing or no layer would change (the message lists the reasons),
+    ConfigError for a wrong config or selector. The model is then unchanged.
+    """
+    config = SparseConfig() if config is None else config
+    if not isinstance(config, SparseConfig):
+        raise ConfigError(f"config={config!r} must be a SparseConfig")
+    layers = _linears_of(model)
+    selected = as_selectors(select, "select")
+    excluded = as_selectors(exclude, "exclude")
+    for selector in selected:
+        if not any(matches(selector, found) for found in layers):
+            raise _nothing_named(selector, layers, "select")
+    remarks = tuple(
+        f"remark: exclude={selector!r} matched no linear layer"
+        for selector in excluded
+        if not any(matches(selector, found) for found in layers)
+    )
+
+    def reason(found: FoundLayer) -> str | None:
+        if selected and not any(matches(selector, found) for selector in selected):
+            return "not selected"
+        if any(matches(selector, found) for selector in excluded):
+            return "excluded"
+        return _refusal(found)
+
+    return _swap(layers, reason, lambda found: config, remarks)
+
+
+def swap_linear_with_semi_sparse_linear(
+    model: nn.Module, config: Mapping[str, type[SemiSparseBase] | SparseConfig], current_name: str = ""
+) -> SwapReport:
+    """Swap the linear layers named in config: {fully qualified name: layer class or SparseConfig}.
+
+    The call of torchao.sparsity.training, whose current_name (an inner recursion argument there) is accepted when
+    empty. A root nn.Linear has the name "". Unlike torchao, a name that matches nothing raises NoLayerMatched with the
+    closest names, a layer that cannot be swapped raises LayerRefused with the reason; the model is then unchanged.
+    """
+    if current_name:
+        raise ConfigError(f"current_name={current_name!r}: pass the submodule itself as model instead")
+    if not config:
+        raise NoLayerMatched("config is empty, so nothing would change; name at least one nn.Linear")
+    settings = {name: _as_config(name, value) for name, value in config.items()}
+    layers = _linears_of(model)
+    by_name = {alias: found for found in layers for alias in (found.name, clean_name(found.name))}
+    wanted: dict[int, SparseConfig] = {}
+    for name, setting in settings.items():
+        if name not in by_name:
+            raise _nothing_named(name, layers, "config")
+        reason = _refusal(by_name[name])
+        if reason is not None:
+            raise LayerRefused(f"config names {name!r}, which must stay dense: {reason}")
+        wanted[id(by_name[name].layer)] = setting
+    return _swap(
+        layers,
+        lambda found: None if id(found.layer) in wanted else _refusal(found) or "not named",
+        lambda found: wanted[id(found.layer)],
+    )
+
+
+def densify(model: nn.Module, weights: str = "dense") -> SwapReport:
+    """Turn every semi-sparse layer of model back into the dense class it came from, in place.
+
+    weights: "dense" keeps the master weight (train sparse, finish dense); "masked" writes the pruned weight into the
+    same Parameter, so that the dense layer computes what the sparse one did. Layers with a pruned activation keep their
+    weight either way; the report says so. Raises NoLayerMatched when there is no semi-sparse layer, LayerRefused
+    when one is wrapped or (for "masked") its weight is sharded, ConfigError for another value of weights.
+    """
+    if weights not in ("dense", "masked"):
+        raise ConfigError(f"weights={weights!r} is not one of 'dense', 'masked'")
+    layers = [found for found in linear_layers(model) if isinstance(found.layer, SemiSparseBase)]
+    if not layers:
+        raise NoLayerMatched(f"model={type(model).__name__} has no semi-sparse layer, so nothing would change")
+    for found in layers:
+        _check_can_densify(found, masked=weights == "masked")
+    rows: dict[int, LayerRow] = {}
+    for found in layers:
+        layer = found.layer
+        if isinstance(layer, SemiSparseBase):  # a tied layer is dense again at its second name
+            note = "dense weight kept" if weights == "dense" else "pruned weight written"
+            if weights == "masked" and layer.config.operand == "activation":
+                note = "activation operand: no weight was pruned, dense weight kept"
+            elif weights == "masked":
+                with torch.no_grad():
+                    layer.weight.copy_(layer.pruned_weight())
+            SemiSparseBase.to_dense(layer)
+            rows[id(layer)] = LayerRow(found.name, layer.out_features, layer.in_features, SWAPPED, note)
+    return SwapReport(tuple(rows.values()))
+
+
+def swap_semi_sparse_linear_with_linear(model: nn.Module, current_name: str = "") -> SwapReport:
+    """Turn every semi-sparse layer back to dense, master weights kept: densify(model). torchao's name for it."""
+    if current_name:
+        raise ConfigError(f"current_name={current_name!r}: pass the submodule itself as model instead")
+    return densify(model)
+
+
+def semi_sparse_layers(model: nn.Module) -> dict[str, SemiSparseBase]:
+    """The semi-sparse layers of model by name, each once, names without wrapper prefixes."""
+    return {clean_name(name): module for name, module in model.named_modules() if isinstance(module, SemiSparseBase)}
+
+
+def _swap(
+    layers: list[FoundLayer],
+    reason: Callable[[FoundLayer], str | None],
+    setting: Callable[[FoundLayer], SparseConfig],
+    remarks: tuple[str, ...] = (),
+) -> SwapReport:
+    """Swap the layers without a reason not to. A tied layer is swapped when any of its names asks for it."""
+    reasons = [reason(found) for found in layers]
+    refused = {id(found.layer): text for found in layers if (text := _refusal(found)) is not None}
+    chosen = {id(f.layer): f for f, text in zip(reversed(layers), reversed(reasons), strict=True) if text is None}
+    for layer_id in refused.keys() & chosen.keys():
+        del chosen[layer_id]  # one of a tied layer's homes bypasses it
+    if not chosen:
+        listing = "; ".join(f"{found.name or '(root)'}: {refused.get(id(found.layer)) or text}"
+                            for found, text in zip(layers, reasons, strict=True))  # fmt: skip
+        raise NoLayerMatched(f"no layer of model would change. {listing}")
+    rows = []
+    for found, text in zip(layers, reasons, strict=True):
+        first = chosen.get(id(found.layer))
+        size = found.layer.out_features, found.layer.in_features
+        if first is None:
+            rows.append(LayerRow(found.name, *size, SKIPPED, refused.get(id(found.layer)) or text or ""))
+        elif first is not found:
+            rows.append(LayerRow(found.name, *size, SKIPPED, f"the same layer as {first.name}, swapped there"))
+        else:
+            config = setting(found)
+            _LAYER_CLASSES[config.operand].from_dense(found.layer, config)
+            rows.append(LayerRow(found.name, *size, SWAPPED))
+    return SwapReport(tuple(rows), remarks)
+
+
+def _linears_of(model: nn.Module) -> list[FoundLayer]:
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"model is a {type(model).__name__}; pass a torch.nn.Module")
+    layers = linear_layers(model)
+    if not layers:
+        raise NoLayerMatched(f"model={type(model).__name__} contains no nn.Linear, so nothing would change")
+    return layers
+
+
+def _refusal(found: FoundLayer) -> str | None:
+    if isinstance(found.layer, SemiSparseBase):
+        return "already semi-sparse: densify it first"
+    return bypass_reason(found.parent, found.name.rpartition(".")[2]) or refusal(found.layer)
+
+
+def _as_config(name: str, value: object) -> SparseConfig:
+    if isinstance(value, SparseConfig):
+        return value
+    for layer_class in _LAYER_CLASSES.values():
+        if value is layer_class:
+            return layer_class.config
+    raise ConfigError(
+        f"config[{name!r}]={value!r} must be SemiSparseLinear, SemiSparseActivationLinear or a SparseConfig"
+    )
+
+
+def _nothing_named(selector: Selector, layers: list[FoundLayer], argument: str) -> NoLayerMatched:
+    names = [found.name for found in layers]
+    near = closest(selector, names) if isinstance(selector, str) else names[:3]
+    hint = ", ".join(repr(name) for name in near)
+    return NoLayerMatched(f"{argument}: {selector!r} matches no nn.Linear of model; closest names: {hint}")
+
+
+def _check_can_densify(found: FoundLayer, *, masked: bool) -> None:
+    layer = found.layer
+    if "operand" not in vars(type(layer)):
+        raise LayerRefused(
+            f"{found.name or '(root)'} has type {type(layer).__name__}, a wrapper around a semi-sparse layer: unwrap "
+            "it first, or end with a dense phase of a SparseSchedule, which needs no swap"
+        )
+    if masked and hasattr(layer.weight, "full_tensor"):
+        raise LayerRefused(
+            f"{found.name or '(root)'}: weights='masked' needs the whole weight, but it is a sharded DTensor: save a "
+            "full state_dict and densify the unsharded model"
+        )
