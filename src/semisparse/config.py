@@ -7,6 +7,7 @@ from semisparse.errors import ConfigError
 
 Operand = Literal["weight", "activation"]
 Mask = Literal["transposable", "row"]
+Engine = Literal["auto", "cusparselt", "dense"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -22,15 +23,21 @@ class SparseConfig:
         "transposable": the best of the 90 4x4 tiles that are 2:4 along both axes (arXiv 2102.08124); exact.
         "row": the 2 largest of each 4 along K. It keeps more magnitude, but is 2:4 along K only, so the input
         gradient is no sparse product. Weight operand only.
+    engine: what multiplies.
+        "auto": sparse tensor cores where they can run and measured faster than a masked dense product, packing
+        included; masked dense everywhere else, with the same mask.
+        "cusparselt": always cuSPARSELt; a forward that cannot use it raises EngineError.
+        "dense": always a masked dense product.
 
     Raises ConfigError when a value is outside its choices or two values exclude each other.
     """
 
     operand: Operand = "weight"
     mask: Mask = "transposable"
+    engine: Engine = "auto"
 
     def __post_init__(self) -> None:
-        choices = {"operand": get_args(Operand), "mask": get_args(Mask)}
+        choices = {"operand": get_args(Operand), "mask": get_args(Mask), "engine": get_args(Engine)}
         for field in fields(self):
             value, allowed = getattr(self, field.name), choices[field.name]
             if value not in allowed:

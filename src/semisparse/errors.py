@@ -40,5 +40,9 @@ class CheckpointError(SemiSparseError, RuntimeError):
     """A checkpoint is missing, damaged or belongs to another model."""
 
 
+class EngineError(SemiSparseError, RuntimeError):
+    """The sparse GEMM engine cannot be used here, refused a product, or was asked to tune where it must not."""
+
+
 class OutputExists(SemiSparseError, RuntimeError):
     """An output folder already holds results and overwriting was not asked for."""

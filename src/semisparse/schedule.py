@@ -41,6 +41,9 @@ class SparseSchedule:
 
     def __init__(self, model: nn.Module, phases: Sequence[Phase], *, total_steps: int | None = None) -> None:
         self._phases = tuple(phases)
+        for phase in self._phases:
+            if not isinstance(phase, Phase):
+                raise ScheduleError(f"phases holds {phase!r}; each must be a Phase, such as Phase('sparse', 100)")
         steps = sum(phase.steps for phase in self._phases)
         if steps == 0:
             raise ScheduleError(f"phases={self._phases} hold no step; give at least one phase with steps > 0")
@@ -65,15 +68,19 @@ class SparseSchedule:
     def dense_sparse_dense(
         cls, model: nn.Module, total_steps: int, dense_start_fraction: float, sparse_fraction: float
     ) -> Self:
-        """Dense for dense_start_fraction of total_steps, sparse for sparse_fraction, dense for the rest."""
+        """Dense for dense_start_fraction of total_steps, sparse for sparse_fraction, dense for the rest.
+
+        Each boundary is rounded to a whole step.
+        """
         start = _share(total_steps, dense_start_fraction, "dense_start_fraction")
-        sparse = _share(total_steps, sparse_fraction, "sparse_fraction")
-        if start + sparse > total_steps:
+        _share(total_steps, sparse_fraction, "sparse_fraction")
+        if dense_start_fraction + sparse_fraction > 1:
             raise ScheduleError(
                 f"dense_start_fraction={dense_start_fraction} and sparse_fraction={sparse_fraction} exceed 1 together"
             )
-        rest = total_steps - start - sparse
-        return cls(model, [Phase("dense", start), Phase("sparse", sparse), Phase("dense", rest)])
+        end = round(total_steps * (dense_start_fraction + sparse_fraction))
+        phases = [Phase("dense", start), Phase("sparse", end - start), Phase("dense", total_steps - end)]
+        return cls(model, phases)
 
     @property
     def phases(self) -> tuple[Phase, ...]:
@@ -117,7 +124,7 @@ class SparseSchedule:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where state was saved, also in mid-phase. Raises ScheduleError, changing nothing, if it does not fit."""
+        """Continue where state was saved, also in mid-phase. Raises ScheduleError, changing nothing, on a misfit."""
         try:
             phases = tuple(Phase(**phase) for phase in state["phases"])
             applied, scale = state["applied_steps"], state["last_scale"]
@@ -129,6 +136,8 @@ class SparseSchedule:
             )
         if isinstance(applied, bool) or not isinstance(applied, int) or applied < 0:
             raise ScheduleError(f"state['applied_steps']={applied!r} must be a whole number, 0 or more")
+        if scale is not None and (isinstance(scale, bool) or not isinstance(scale, (int, float))):
+            raise ScheduleError(f"state['last_scale']={scale!r} must be a number or None")
         self._applied_steps, self._last_scale = applied, scale
         self._apply()
 
@@ -158,6 +167,6 @@ class SparseSchedule:
 def _share(total_steps: int, fraction: float, name: str) -> int:
     if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1:
         raise ScheduleError(f"total_steps={total_steps!r} must be a whole number of steps, 1 or more")
-    if not 0 <= fraction <= 1:  # also refuses NaN
+    if not isinstance(fraction, (int, float)) or not 0 <= fraction <= 1:  # also refuses NaN
         raise ScheduleError(f"{name}={fraction!r} must lie between 0 and 1")
     return round(total_steps * fraction)

@@ -45,11 +45,9 @@ def as_selectors(value: Selector | Iterable[Selector] | None, argument: str) -> 
     """A single selector or several as a tuple; raises ConfigError, naming argument, for anything else."""
     if value is None:
         return ()
-    if isinstance(value, (str, re.Pattern)) or callable(value):
-        return (value,)
-    selectors = tuple(value) if isinstance(value, Iterable) else (value,)
+    selectors = (value,) if isinstance(value, str) or not isinstance(value, Iterable) else tuple(value)
     for selector in selectors:
-        if not (isinstance(selector, (str, re.Pattern)) or callable(selector)):
+        if not isinstance(selector, (str, re.Pattern)) and (isinstance(selector, type) or not callable(selector)):
             raise ConfigError(
                 f"{argument}={selector!r} must be a substring, a glob, a compiled regular expression or a callable "
                 "(name, module) -> bool"

@@ -44,6 +44,8 @@ def sparsify(
     layers = _linears_of(model)
     selected = as_selectors(select, "select")
     excluded = as_selectors(exclude, "exclude")
+    if select is not None and not selected:
+        raise NoLayerMatched("select is empty, so nothing would change; leave it out to select every nn.Linear")
     for selector in selected:
         if not any(matches(selector, found) for found in layers):
             raise _nothing_named(selector, layers, "select")
@@ -52,11 +54,12 @@ def sparsify(
         for selector in excluded
         if not any(matches(selector, found) for found in layers)
     )
+    kept_dense = {id(found.layer) for found in layers if any(matches(selector, found) for selector in excluded)}
 
     def reason(found: FoundLayer) -> str | None:
         if selected and not any(matches(selector, found) for selector in selected):
             return "not selected"
-        if any(matches(selector, found) for selector in excluded):
+        if id(found.layer) in kept_dense:  # a tied layer is excluded by any of its names
             return "excluded"
         return _refusal(found)
 
@@ -83,10 +86,13 @@ def swap_linear_with_semi_sparse_linear(
     for name, setting in settings.items():
         if name not in by_name:
             raise _nothing_named(name, layers, "config")
-        reason = _refusal(by_name[name])
+        layer = by_name[name].layer
+        reason = next((text for found in layers if found.layer is layer and (text := _refusal(found))), None)
         if reason is not None:
             raise LayerRefused(f"config names {name!r}, which must stay dense: {reason}")
-        wanted[id(by_name[name].layer)] = setting
+        if wanted.setdefault(id(layer), setting) != setting:
+            other = next(other for other in settings if by_name[other].layer is layer)
+            raise ConfigError(f"config: {other!r} and {name!r} are the same layer; give both the same setting")
     return _swap(
         layers,
         lambda found: None if id(found.layer) in wanted else _refusal(found) or "not named",
@@ -104,6 +110,7 @@ def densify(model: nn.Module, weights: str = "dense") -> SwapReport:
     """
     if weights not in ("dense", "masked"):
         raise ConfigError(f"weights={weights!r} is not one of 'dense', 'masked'")
+    _check_module(model)
     layers = [found for found in linear_layers(model) if isinstance(found.layer, SemiSparseBase)]
     if not layers:
         raise NoLayerMatched(f"model={type(model).__name__} has no semi-sparse layer, so nothing would change")
@@ -167,9 +174,13 @@ def _swap(
     return SwapReport(tuple(rows), remarks)
 
 
-def _linears_of(model: nn.Module) -> list[FoundLayer]:
+def _check_module(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model is a {type(model).__name__}; pass a torch.nn.Module")
+
+
+def _linears_of(model: nn.Module) -> list[FoundLayer]:
+    _check_module(model)
     layers = linear_layers(model)
     if not layers:
         raise NoLayerMatched(f"model={type(model).__name__} contains no nn.Linear, so nothing would change")
