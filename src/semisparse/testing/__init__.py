@@ -1,0 +1,17 @@
+"""Public helpers for tests and benchmarks: error bounds, inputs with exact products, and shape grids.
+
+Nothing in the package imports this one. The helpers take and return plain tensors, so they judge any layer or kernel.
+"""
+
+from semisparse.testing.bounds import assert_as_good_as_torch, assert_bit_equal
+from semisparse.testing.inputs import DTYPES, HALF_DTYPES, LINEAR_SHAPES, TOKEN_COUNTS, small_integers
+
+__all__ = [
+    "DTYPES",
+    "HALF_DTYPES",
+    "LINEAR_SHAPES",
+    "TOKEN_COUNTS",
+    "assert_as_good_as_torch",
+    "assert_bit_equal",
+    "small_integers",
+]

@@ -1,0 +1,75 @@
+"""How exact a result must be: the same bits, or an error at most twice PyTorch's own. No tolerance is typed by hand."""
+
+import math
+
+import torch
+from torch import Tensor
+
+ERROR_RATIO = 2.0
+"""Allowed maximum error, in units of plain PyTorch's maximum error in the same dtype (FlashAttention's test rule)."""
+
+_BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
+
+
+def assert_as_good_as_torch(ours: Tensor, same_dtype_result: Tensor, exact: Tensor) -> None:
+    """Raise AssertionError unless ours errs at most twice as much as plain PyTorch does in the same dtype.
+
+    ours: the result under test. same_dtype_result: the same function by plain PyTorch operations, same shape and dtype.
+    exact: the same function computed in fp64 from the same (already rounded) inputs. The error of a result is its
+    largest absolute difference to exact. PyTorch's error counts as at least half a unit in the last place of the
+    largest exact value, the least that correct rounding of such a value may cost: a few values can be exact by luck.
+    Where exact is not finite, or overflows in PyTorch's result, ours must hold the same Inf or NaN as PyTorch's.
+    """
+    _assert_same_kind(ours, same_dtype_result)
+    if exact.shape != ours.shape or exact.dtype != torch.float64:
+        raise AssertionError(f"exact is {exact.dtype} {tuple(exact.shape)}; it must be float64 {tuple(ours.shape)}")
+    ours64, torch64 = ours.detach().double(), same_dtype_result.detach().double()
+    exact = exact.detach()
+    finite = exact.isfinite() & torch64.isfinite()
+    if not torch.equal(ours64[~finite].nan_to_num(nan=0.5), torch64[~finite].nan_to_num(nan=0.5)):
+        raise AssertionError("Inf or NaN stand at other places than in PyTorch's result")
+    error, torch_error = (_largest((result - exact)[finite]) for result in (ours64, torch64))
+    allowed = max(torch_error, _half_unit(_largest(exact[finite]), ours.dtype))
+    if not error <= ERROR_RATIO * allowed:
+        raise AssertionError(
+            f"largest error {error:.3e} exceeds {ERROR_RATIO:g} x {allowed:.3e}, PyTorch's own in {ours.dtype}"
+        )
+
+
+def assert_bit_equal(ours: Tensor, expected: Tensor) -> None:
+    """Raise AssertionError unless both tensors have the same shape, dtype and bits, NaN payloads set aside.
+
+    Strides may differ. +0 and -0 are different bits; any NaN equals any other.
+    """
+    _assert_same_kind(ours, expected)
+    bits, expected_bits = (_as_bits(tensor) for tensor in (ours, expected))
+    wrong = bits != expected_bits
+    if bool(wrong.any()):
+        first = tuple(int(i) for i in wrong.nonzero()[0])
+        raise AssertionError(
+            f"{int(wrong.sum())} of {wrong.numel()} values differ, first at {first}: {ours[first]} is not "
+            f"{expected[first]}"
+        )
+
+
+def _assert_same_kind(ours: Tensor, expected: Tensor) -> None:
+    kind, expected_kind = ((tensor.dtype, tuple(tensor.shape)) for tensor in (ours, expected))
+    if kind != expected_kind:
+        raise AssertionError(f"result is {kind}, expected {expected_kind}")
+
+
+def _as_bits(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach()
+    if not tensor.is_floating_point():
+        return tensor
+    return torch.where(tensor.isnan(), torch.nan, tensor).contiguous().view(_BITS[tensor.element_size()])
+
+
+def _half_unit(value: float, dtype: torch.dtype) -> float:
+    """Half the distance between neighbours of dtype at value (0 at 0)."""
+    _, exponent = math.frexp(value)
+    return math.ldexp(torch.finfo(dtype).eps, exponent - 2) if value else 0.0
+
+
+def _largest(difference: Tensor) -> float:
+    return float(difference.abs().max()) if difference.numel() else 0.0

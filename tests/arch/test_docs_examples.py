@@ -1,0 +1,42 @@
+"""Every python block of the README and the docs runs, as a reader would paste it: in order, in one session a file."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.arch.source import ROOT
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+def script(text: str) -> str:
+    """The python blocks of a page with everything else as empty lines, so that line numbers are the page's."""
+    code = ["\n"] * len(text.splitlines())
+    for block in BLOCK.finditer(text):
+        first = text[: block.start(1)].count("\n")
+        lines = block.group(1).splitlines(keepends=True)
+        code[first : first + len(lines)] = lines
+    return "".join(code)
+
+
+def test_blocks_are_found_at_their_lines() -> None:
+    page = "# Title\n\n```python\na = 1\n```\n\n```bash\nrm x\n```\ntext\n```python\nassert a == 1\n```\n"
+    assert script(page).splitlines() == ["", "", "", "a = 1", *[""] * 7, "assert a == 1", ""]
+
+
+def test_the_readme_has_an_example() -> None:
+    assert BLOCK.search((ROOT / "README.md").read_text()), "README.md has no ```python block"
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if BLOCK.search(page.read_text())], ids=lambda page: page.name)
+def test_the_examples_of_a_page_run(page: Path, tmp_path: Path) -> None:
+    file = tmp_path / f"{page.stem}.py"
+    file.write_text(script(page.read_text()))
+    result = subprocess.run([sys.executable, str(file)], capture_output=True, text=True, cwd=tmp_path, check=False,
+                            env=os.environ | {"MPLBACKEND": "Agg"}, timeout=300)  # fmt: skip
+    assert result.returncode == 0, result.stderr

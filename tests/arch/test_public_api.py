@@ -1,0 +1,100 @@
+"""The frozen list of public names, and that each of them is documented."""
+
+import inspect
+
+import pytest
+
+import semisparse
+import semisparse.testing
+from semisparse import errors
+
+PUBLIC = {
+    "Phase",
+    "SemiSparseActivationLinear",
+    "SemiSparseError",
+    "SemiSparseLinear",
+    "SparseConfig",
+    "SparseSchedule",
+    "SwapReport",
+    "densify",
+    "register_linear",
+    "sparsify",
+    "swap_linear_with_semi_sparse_linear",
+    "swap_semi_sparse_linear_with_linear",
+}
+ERRORS = {
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "EngineError",
+    "LayerRefused",
+    "NoLayerMatched",
+    "OutputExists",
+    "ScheduleError",
+    "SemiSparseError",
+    "ShapeError",
+    "TensorError",
+}
+TESTING = {
+    "DTYPES",
+    "HALF_DTYPES",
+    "LINEAR_SHAPES",
+    "TOKEN_COUNTS",
+    "assert_as_good_as_torch",
+    "assert_bit_equal",
+    "small_integers",
+}
+
+
+def test_the_public_names_are_these() -> None:
+    assert set(semisparse.__all__) == PUBLIC
+    assert len(semisparse.__all__) == len(PUBLIC)
+    assert all(hasattr(semisparse, name) for name in PUBLIC)
+
+
+def test_the_errors_are_these() -> None:
+    assert {name for name, value in vars(errors).items() if inspect.isclass(value)} == ERRORS
+
+
+def test_the_testing_names_are_these() -> None:
+    assert set(semisparse.testing.__all__) == TESTING
+
+
+def test_the_version_is_a_version() -> None:
+    assert [part.isdigit() for part in semisparse.__version__.split(".")] == [True] * 3
+
+
+def documented(value: object) -> list[tuple[str, object]]:
+    """The value and, for a class, its own public methods and properties."""
+    name = getattr(value, "__qualname__", repr(value))
+    members = vars(value).items() if inspect.isclass(value) else ()
+    return [(name, value)] + [
+        (f"{name}.{member}", getattr(value, member))
+        for member, raw in members
+        if not member.startswith("_") and (callable(raw) or isinstance(raw, property | classmethod))
+    ]
+
+
+ITEMS = [
+    item
+    for module in (semisparse, semisparse.testing, errors)
+    for name, value in vars(module).items()
+    if not name.startswith("_") and callable(value)
+    for item in documented(value)
+]
+
+
+def test_there_is_something_to_document() -> None:
+    assert {"sparsify", "SparseSchedule.step", "SwapReport.skipped"} <= {name for name, _ in ITEMS}
+
+
+@pytest.mark.parametrize(("name", "value"), ITEMS, ids=[name for name, _ in ITEMS])
+def test_every_public_name_has_a_docstring_and_annotations(name: str, value: object) -> None:
+    text = inspect.getdoc(value)
+    assert text, name
+    assert len(text.split()) >= 4, f"{name}: {text!r}"
+    if inspect.isfunction(value):
+        unannotated = [p.name for p in inspect.signature(value).parameters.values()
+                       if p.annotation is p.empty and p.name not in ("self", "cls")]  # fmt: skip
+        assert not unannotated
+        assert inspect.signature(value).return_annotation is not inspect.Signature.empty

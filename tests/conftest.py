@@ -1,0 +1,46 @@
+"""Set-up of the whole suite. The first lines decide how Triton runs, before anything can import it."""
+
+import os
+
+import torch
+
+GPU_MISSING = not torch.cuda.is_available()  # asking this imports no triton (tests/arch/test_import_is_pure.py)
+if GPU_MISSING:
+    os.environ["TRITON_INTERPRET"] = "1"
+
+from collections.abc import Iterator  # noqa: E402
+
+import pytest  # noqa: E402
+from hypothesis import HealthCheck, settings  # noqa: E402
+
+# One thread a process is fastest for our small shapes, and leaves the second core to a parallel worker.
+torch.set_num_threads(1)
+
+settings.register_profile("local", deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+settings.register_profile("ci", settings.get_profile("local"), derandomize=True, database=None)
+settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip tests marked gpu where there is none, unless the run says that there must be one."""
+    if not GPU_MISSING or os.environ.get("SEMISPARSE_REQUIRE_GPU") == "1":
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device; SEMISPARSE_REQUIRE_GPU=1 makes this a failure")
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(skip)
+
+
+@pytest.fixture
+def poison() -> Iterator[None]:
+    """Uninitialised memory reads as NaN (integers: as their maximum), so a result that depends on it shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    """Every test starts from the same random numbers, whatever ran before."""
+    torch.manual_seed(0)

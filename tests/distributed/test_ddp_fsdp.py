@@ -1,0 +1,102 @@
+"""DDP and FSDP2 on two gloo processes against one process: the same masks, losses and weights, bit for bit.
+
+The processes run once for the whole file. fp64; the single process accumulates the two half batches, which is the same
+arithmetic as averaging gradients over two processes.
+"""
+
+import socket
+
+import pytest
+import torch
+import torch.multiprocessing
+
+from tests.distributed import training
+from tests.distributed.training import PHASES, SCENARIOS, STEPS, WORLD, Scenario
+
+ALL = pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.name)
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+    """What each process saw."""
+    folder = tmp_path_factory.mktemp("gloo")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GLOO_SOCKET_IFNAME", loopback())
+        torch.multiprocessing.spawn(training.worker, args=(str(folder),), nprocs=WORLD)
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(WORLD)]
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict[str, dict]:
+    """What one process computes, for each operand and optimizer."""
+    return {f"{s.operand}-{s.optimizer}": training.train(s, None) for s in SCENARIOS if s.wrapper == "ddp"}
+
+
+def loopback() -> str:
+    """Name of the loopback interface."""
+    return next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
+
+
+def expected(alone: dict[str, dict], scenario: Scenario) -> dict:
+    return alone[f"{scenario.operand}-{scenario.optimizer}"]
+
+
+def assert_equal(ours: list[torch.Tensor], others: list[torch.Tensor]) -> None:
+    assert len(ours) == len(others)
+    for number, (one, other) in enumerate(zip(ours, others, strict=True)):
+        assert torch.equal(one, other), f"number {number} differs"
+
+
+@ALL
+def test_masks_equal_those_of_one_process(records: list[dict], alone: dict, scenario: Scenario) -> None:
+    sparse_steps = sum(phase.steps for phase in PHASES if phase.kind == "sparse")
+    single = expected(alone, scenario)["masks"]
+    assert len(single) == 2 * WORLD * sparse_steps  # two layers; in a dense phase nothing is pruned
+    for rank, record in enumerate(records):
+        ours = record[scenario.name]["masks"]
+        assert len(ours) == 2 * sparse_steps
+        # One process runs the shards one after the other, two layers each.
+        assert_equal(ours, [mask for i, mask in enumerate(single) if i // 2 % WORLD == rank])
+
+
+@ALL
+def test_losses_equal_those_of_one_process(records: list[dict], alone: dict, scenario: Scenario) -> None:
+    single = expected(alone, scenario)["losses"]
+    assert len(single) == WORLD * STEPS
+    for rank, record in enumerate(records):
+        assert_equal(record[scenario.name]["losses"], single[rank::WORLD])
+
+
+@ALL
+def test_weights_after_every_step_equal_those_of_one_process(
+    records: list[dict], alone: dict, scenario: Scenario
+) -> None:
+    for record in records:
+        assert_equal(record[scenario.name]["weights"], expected(alone, scenario)["weights"])
+
+
+def test_masks_move_during_these_runs(alone: dict) -> None:
+    for name, record in alone.items():
+        masks = record["masks"][::2]
+        assert any(not torch.equal(masks[0], mask) for mask in masks), name
+
+
+def test_densify_on_a_sharded_root(records: list[dict]) -> None:
+    for record in records:
+        result = record["densify"]
+        assert result["before"] == ["SemiSparseLinear", "SemiSparseLinear"]
+        assert result["swapped"] == ("0", "2")
+        assert result["types"] == ["Linear", "Linear"]
+        assert result["same"]
+
+
+def test_masked_weights_of_a_sharded_model_are_refused_with_the_way_out(records: list[dict]) -> None:
+    for record in records:
+        assert "sharded DTensor" in record["densify"]["masked"]
+        assert "full state_dict" in record["densify"]["masked"]
+
+
+def test_layers_that_fsdp_wrapped_themselves_are_refused_and_stay(records: list[dict]) -> None:
+    for record in records:
+        assert "wrapper around a semi-sparse layer" in record["densify"]["wrapped"]
+        assert record["densify"]["still"] == ["FSDPSemiSparseLinear", "FSDPSemiSparseLinear"]

@@ -1,0 +1,156 @@
+"""The training that one process and two processes must agree on, and what it records. Imported by spawned workers."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from semisparse import Phase, SparseConfig, SparseSchedule, densify, sparsify
+
+WORLD = 2
+STEPS = 6
+TOKENS = 8  # per process, so that the tiles of a pruned input never straddle processes
+PHASES = [Phase("dense", 1), Phase("sparse", 3), Phase("dense", 2)]
+FEATURES = (16, 12, 20, 8)  # 12 and 20 rows on two processes: 6 and 10 each, so a tile of the weight straddles them
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """One way to train: how it is distributed, what is pruned and which optimizer runs."""
+
+    wrapper: str
+    operand: str
+    optimizer: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.wrapper}-{self.operand}-{self.optimizer}"
+
+
+SCENARIOS = [
+    Scenario(wrapper, operand, optimizer)
+    for wrapper in ("ddp", "fsdp_root", "fsdp_layers")
+    for operand in ("weight", "activation")
+    for optimizer in ("sgd", "adamw")
+]
+
+
+class RecordMasks(TorchDispatchMode):
+    """Keeps what every prune op returned, as a bool mask."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.masks: list[Tensor] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func in (torch.ops.semisparse.prune.default, torch.ops.semisparse.prune_tokens.default):
+            self.masks.append(result != 0)
+        return result
+
+
+def build(scenario: Scenario) -> tuple[nn.Module, SparseSchedule]:
+    """The same fp64 network with the same numbers in every process, swapped and scheduled."""
+    torch.manual_seed(3)
+    first, second, third, last = FEATURES
+    model = nn.Sequential(nn.Linear(first, second), nn.GELU(), nn.Linear(second, third, bias=False), nn.GELU(),
+                          nn.Linear(third, last)).double()  # fmt: skip
+    sparsify(model, SparseConfig(operand=scenario.operand), exclude="4")  # type: ignore[arg-type]
+    return model, SparseSchedule(model, PHASES)
+
+
+def wrap(scenario: Scenario, model: nn.Module) -> nn.Module:
+    """The model as the scenario distributes it."""
+    if scenario.wrapper == "ddp":
+        return DistributedDataParallel(model)
+    if scenario.wrapper == "fsdp_layers":
+        for layer in (model[0], model[2], model[4]):
+            fully_shard(layer)
+    return fully_shard(model)
+
+
+def optimizer_for(scenario: Scenario, model: nn.Module) -> torch.optim.Optimizer:
+    """An optimizer with state, at a rate that moves masks within a few steps."""
+    if scenario.optimizer == "sgd":
+        return torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
+    return torch.optim.AdamW(model.parameters(), lr=0.05)
+
+
+def shards(step: int) -> list[tuple[Tensor, Tensor]]:
+    """Inputs and targets of every process for one step."""
+    generator = torch.Generator().manual_seed(100 + step)
+    return [
+        (torch.randn(TOKENS, FEATURES[0], generator=generator, dtype=torch.float64),
+         torch.randn(TOKENS, FEATURES[-1], generator=generator, dtype=torch.float64))
+        for _ in range(WORLD)
+    ]  # fmt: skip
+
+
+def whole(parameter: Tensor) -> Tensor:
+    """The unsharded parameter."""
+    return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
+
+
+def train(scenario: Scenario, rank: int | None) -> dict[str, list[Tensor]]:
+    """Losses, masks and parameters of each step; rank=None trains on all shards in one process."""
+    model, schedule = build(scenario)
+    plain = model
+    if rank is not None:
+        model = wrap(scenario, model)
+    optimizer = optimizer_for(scenario, model)
+    record: dict[str, list[Tensor]] = {"losses": [], "masks": [], "weights": []}
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        parts = shards(step) if rank is None else [shards(step)[rank]]
+        with RecordMasks() as seen:
+            for x, target in parts:
+                loss = (model(x) - target).square().mean()
+                # Dividing by a power of two is exact, so this is bit for bit what averaging over processes gives.
+                (loss / len(parts)).backward()
+                record["losses"].append(loss.detach())
+        record["masks"] += seen.masks
+        optimizer.step()
+        schedule.step()
+        record["weights"] += [whole(parameter).detach().clone() for parameter in plain.parameters()]
+    return record
+
+
+def densify_sharded(rank: int) -> dict[str, object]:
+    """densify on a model whose root is an FSDP2 module, and on one whose layers are."""
+    root = wrap(Scenario("fsdp_root", "weight", "sgd"), build(Scenario("fsdp_root", "weight", "sgd"))[0])
+    x = shards(0)[rank][0]
+    try:
+        densify(root, weights="masked")
+        masked = ""
+    except ValueError as error:
+        masked = str(error)
+    before = [type(root[0]).__name__, type(root[2]).__name__]
+    report = densify(root)
+    plain = build(Scenario("fsdp_root", "weight", "sgd"))[0]
+    densify(plain)
+    layers = wrap(Scenario("fsdp_layers", "weight", "sgd"), build(Scenario("fsdp_layers", "weight", "sgd"))[0])
+    try:
+        densify(layers)
+        wrapped = ""
+    except ValueError as error:
+        wrapped = str(error)
+    return {"swapped": report.swapped, "before": before, "types": [type(root[0]).__name__, type(root[2]).__name__],
+            "same": torch.equal(root(x), plain(x)), "masked": masked, "wrapped": wrapped,
+            "still": [type(layers[0]).__name__, type(layers[2]).__name__]}  # fmt: skip
+
+
+def worker(rank: int, folder: str) -> None:
+    """Run every scenario as one of WORLD gloo processes and save the records."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
+    try:
+        records: dict[str, object] = {scenario.name: train(scenario, rank) for scenario in SCENARIOS}
+        records["densify"] = densify_sharded(rank)
+        torch.save(records, Path(folder) / f"rank{rank}.pt")
+    finally:
+        dist.destroy_process_group()
