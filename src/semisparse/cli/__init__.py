@@ -1,0 +1,1 @@
+"""The command line: `semisparse train`, `semisparse evaluate`, `semisparse env`. Needs the cli extra."""

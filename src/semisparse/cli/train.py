@@ -1,0 +1,76 @@
+"""`semisparse train`: the main job."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from semisparse.cli.common import (
+    Data,
+    DataDirOption,
+    DataOption,
+    Device,
+    DeviceOption,
+    Precision,
+    typed_errors,
+)
+
+
+def train(
+    data: DataOption = Data.DIGITS,
+    data_dir: DataDirOption = None,
+    epochs: Annotated[int | None, typer.Option(help="Epochs of each run (default: depends on the data).")] = None,
+    sparse_fraction: Annotated[
+        float, typer.Option(help="Sparse share of the steps of the sparse-then-dense run.")
+    ] = 0.7,
+    layers: Annotated[str, typer.Option(help="Linear layers to make sparse: part of their names, or a glob.")] = "mlp",
+    seed: Annotated[int, typer.Option(help="Of initial weights, data order and augmentation.")] = 0,
+    device: DeviceOption = Device.AUTO,
+    out: Annotated[Path, typer.Option(help="Output folder.")] = Path("semisparse-train"),
+    force: Annotated[bool, typer.Option("--force", help="Overwrite results in the output folder.")] = False,
+    batch_size: Annotated[int | None, typer.Option(help="Images a step (default: depends on the data).")] = None,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate (default: depends on the data).")] = None,
+    precision: Annotated[Precision, typer.Option(help="fp32, or autocast over fp32 weights.")] = Precision.FP32,
+) -> None:
+    """Train a small ViT dense, sparse then dense, and fully sparse, and compare accuracy, speed and memory."""
+    with typed_errors():
+        from dataclasses import replace
+
+        from semisparse.cli.tables import console, progress_bar, results_table
+        from semisparse.demo import job
+        from semisparse.demo.data import load_dataset
+        from semisparse.demo.presets import preset
+        from semisparse.demo.report import table_rows
+        from semisparse.demo.runs import three_runs
+        from semisparse.demo.task import ImageClassification
+        from semisparse.demo.training import resolve_device
+        from semisparse.environment import capabilities
+
+        settings = preset(data.value)
+        config = replace(
+            settings.train,
+            epochs=settings.train.epochs if epochs is None else epochs,
+            batch_size=settings.train.batch_size if batch_size is None else batch_size,
+            lr=settings.train.lr if lr is None else lr,
+            sparse_fraction=sparse_fraction,
+            layers=layers,
+            seed=seed,
+            device=str(resolve_device(device.value)),
+            precision=precision.value,
+        )
+        # Everything that can be refused is refused before the output folder is touched and before any training.
+        job.check_packages()
+        three_runs(sparse_fraction)
+        report = job.swap_report(settings.model, layers)
+        images = load_dataset(data.value, data_dir, config.device)
+        ImageClassification(images).steps_per_epoch(config.batch_size)
+        job.prepare_output(out, force=force)
+        screen = console()
+        screen.print(str(report), soft_wrap=True)
+        results = job.run_job(images, replace(settings, train=config), out, progress_bar)
+        screen.print(results_table(table_rows(results)))
+        sparse_gemm = capabilities(config.device.partition(":")[0])[-1]
+        screen.print("seconds a step: median after warm-up, without data preparation")
+        screen.print(f"peak memory: {results[0].peak_memory.kind}")
+        screen.print(f"sparse layers computed by: {sparse_gemm.path} ({sparse_gemm.reason})")
+        screen.print(f"results, curves and checkpoints: {out}", soft_wrap=True)

@@ -1,0 +1,140 @@
+"""The demo's results as table rows, as JSON and as a plot."""
+
+import io
+import json
+import math
+import subprocess
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from semisparse.demo.files import write_atomically
+from semisparse.demo.results import RunResult
+from semisparse.environment import environment
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+FORMAT = "semisparse-demo-results"
+VERSION = 1
+
+# Okabe and Ito's colours, told apart by people with any common colour vision; line styles tell them apart in grey.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_LINES = ("-", "--", "-.", ":")
+
+
+@dataclass(frozen=True, slots=True)
+class TableRow:
+    """One line of the table. accuracy: test, in percent; difference: to the first row, in points, None for itself."""
+
+    name: str
+    accuracy: float
+    difference: float | None
+    seconds_per_step: float | None
+    peak_memory: int | None
+
+
+def table_rows(results: Sequence[RunResult]) -> list[TableRow]:
+    """One row a run; the first run is the one that the others are compared with."""
+    first = 100 * results[0].test.accuracy
+    return [
+        TableRow(
+            name=result.name,
+            accuracy=100 * result.test.accuracy,
+            difference=None if index == 0 else 100 * result.test.accuracy - first,
+            seconds_per_step=result.seconds_per_step,
+            peak_memory=result.peak_memory.bytes,
+        )
+        for index, result in enumerate(results)
+    ]
+
+
+def results_document(results: Sequence[RunResult], settings: dict[str, Any]) -> dict[str, Any]:
+    """Everything about the runs as plain JSON values. settings: what the caller wants kept beside them.
+
+    Numbers that are not finite become null, which JSON has no other word for.
+    """
+    document = {
+        "format": FORMAT,
+        "version": VERSION,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": commit(),
+        "environment": environment().facts,
+        "settings": settings,
+        "runs": [{**asdict(result), "seconds_per_step": result.seconds_per_step} for result in results],
+    }
+    return _finite(document)
+
+
+def write_results(path: Path, document: dict[str, Any]) -> None:
+    """Write document as indented JSON, in one atomic move."""
+    write_atomically(path, json.dumps(document, indent=2, allow_nan=False).encode() + b"\n")
+
+
+def commit() -> str | None:
+    """The git commit of this source tree, with "+changes" if files differ from it; None for an installed package."""
+    root = Path(__file__).resolve().parents[3]
+    if not (root / ".git").exists():
+        return None
+    try:
+        head = _git(root, "rev-parse", "HEAD")
+        return f"{head}+changes" if _git(root, "status", "--porcelain") else head
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def write_plot(path: Path, results: Sequence[RunResult], title: str) -> None:
+    """Write a PNG with training loss and validation accuracy over steps, in one atomic move.
+
+    The sparse phase of every run that has dense phases too is shaded in that run's colour.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    loss_axes, accuracy_axes = figure.subplots(1, 2)
+    for index, result in enumerate(results):
+        style = {"color": _COLOURS[index % len(_COLOURS)], "linestyle": _LINES[index % len(_LINES)]}
+        steps = [record.step for record in result.epochs]
+        losses = [record.train_loss for record in result.epochs]
+        accuracies = [100 * record.validation.accuracy for record in result.epochs]
+        loss_axes.plot(steps, losses, label=result.name, **style)
+        accuracy_axes.plot(steps, accuracies, label=result.name, **style)
+        _shade(loss_axes, result, style["color"])
+        _shade(accuracy_axes, result, style["color"])
+    loss_axes.set(title="training loss", xlabel="optimizer steps", ylabel="mean over the epoch")
+    if any(record.train_loss > 0 for result in results for record in result.epochs):
+        loss_axes.set_yscale("log")
+    accuracy_axes.set(title="validation accuracy", xlabel="optimizer steps", ylabel="percent")
+    accuracy_axes.legend(loc="lower right")
+    for axes in (loss_axes, accuracy_axes):
+        axes.grid(alpha=0.3)
+    figure.suptitle(title)
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=150)
+    write_atomically(path, image.getvalue())
+
+
+def _shade(axes: "Axes", result: RunResult, color: str) -> None:
+    if len({phase.kind for phase in result.phases}) < 2:
+        return
+    for phase in result.phases:
+        if phase.kind == "sparse":
+            label = f"sparse phase of {result.name}"
+            axes.axvspan(phase.start, phase.end, color=color, alpha=0.12, linewidth=0, label=label)
+
+
+def _git(root: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(root), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

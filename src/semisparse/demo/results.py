@@ -1,0 +1,64 @@
+"""What one training run leaves behind: curves, phases, scores and costs."""
+
+from dataclasses import dataclass
+
+from semisparse.schedule import Kind
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """Mean loss and accuracy (share from 0 to 1) over one split."""
+
+    loss: float
+    accuracy: float
+
+
+@dataclass(frozen=True, slots=True)
+class EpochRecord:
+    """One point of the curves. step: optimizer steps tried so far; train_loss: mean over the epoch's batches."""
+
+    step: int
+    train_loss: float
+    validation: Scores
+
+
+@dataclass(frozen=True, slots=True)
+class PhaseSpan:
+    """Steps start (included) to end (excluded) of one kind. seconds_per_step: median after warm-up, None if untimed."""
+
+    kind: Kind
+    start: int
+    end: int
+    seconds_per_step: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class PeakMemory:
+    """bytes: highest use during the run, None where it cannot be read; kind: what was counted."""
+
+    bytes: int | None
+    kind: str
+
+
+@dataclass(frozen=True, slots=True)
+class RunResult:
+    """One finished run.
+
+    steps: optimizer steps tried; skipped_steps: those that a gradient scaler skipped. validation and test scores were
+    taken with the layers as they were in the last phase, the test split only once, after the last step.
+    """
+
+    name: str
+    steps: int
+    skipped_steps: int
+    epochs: tuple[EpochRecord, ...]
+    phases: tuple[PhaseSpan, ...]
+    test: Scores
+    peak_memory: PeakMemory
+
+    @property
+    def seconds_per_step(self) -> float | None:
+        """Median seconds a step after warm-up; for a run of several phases the mean of their medians by step count."""
+        timed = [(phase.end - phase.start, phase.seconds_per_step) for phase in self.phases]
+        known = [(steps, seconds) for steps, seconds in timed if seconds is not None]
+        return sum(steps * seconds for steps, seconds in known) / sum(steps for steps, _ in known) if known else None

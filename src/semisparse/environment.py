@@ -1,0 +1,102 @@
+"""What this machine has and which path each capability will take. Gathering it never raises."""
+
+import importlib.metadata
+import platform
+import shutil
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+import semisparse
+
+_NOT_FOUND = "not found"
+_CUSPARSELT_PACKAGES = ("nvidia-cusparselt-cu13", "nvidia-cusparselt-cu12")
+
+
+@dataclass(frozen=True, slots=True)
+class Capability:
+    """One capability of the library. path: what will run it on this device; reason: why that path."""
+
+    name: str
+    path: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Environment:
+    """facts: name -> version or description, "not found" where there is none; capabilities: for device."""
+
+    device: str
+    facts: dict[str, str]
+    capabilities: tuple[Capability, ...]
+
+
+def environment() -> Environment:
+    """Facts of this process and machine, for `semisparse env`, result files and benchmarks. Never raises."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    facts = {
+        "semisparse": semisparse.__version__,
+        "Python": platform.python_version(),
+        "platform": platform.platform(),
+        "torch": torch.__version__,
+        "GPU": _guarded(_gpu),
+        "driver": _guarded(_driver),
+        "CUDA of torch": torch.version.cuda or "none (CPU build)",
+        "triton": _package("triton"),
+        "cuSPARSELt": _guarded(_cusparselt),
+        "nvmath-python": _package("nvmath-python"),
+    }
+    return Environment(device, facts, capabilities(device))
+
+
+def capabilities(device: str) -> tuple[Capability, ...]:
+    """Which path weight mask, activation mask, packing and sparse GEMM take on a "cpu" or "cuda" device, and why."""
+    reason = "no GPU engine in this version" if device == "cuda" else "CPU"
+    return (
+        Capability("weight mask", "reference", reason),
+        Capability("activation mask", "reference", reason),
+        Capability("packing", "not used: masked dense needs none", reason),
+        Capability("sparse GEMM", "masked dense (reference)", reason),
+    )
+
+
+def _guarded(fact: Callable[[], str]) -> str:
+    """The fact, or why it could not be found out: a driver or library can fail in any way."""
+    try:
+        return fact() or _NOT_FOUND
+    except Exception as error:
+        return f"unknown ({type(error).__name__}: {error})"
+
+
+def _gpu() -> str:
+    names = []
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        major, minor = torch.cuda.get_device_capability(index)
+        names.append(f"{torch.cuda.get_device_name(index)} (capability {major}.{minor})")
+    return ", ".join(names)
+
+
+def _driver() -> str:
+    command = shutil.which("nvidia-smi")
+    if command is None:
+        return _NOT_FOUND
+    query = [command, "--query-gpu=driver_version", "--format=csv,noheader"]
+    answer = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)
+    return ", ".join(sorted(set(answer.stdout.split())))
+
+
+def _package(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return _NOT_FOUND
+
+
+def _cusparselt() -> str:
+    found = [version for name in _CUSPARSELT_PACKAGES if (version := _package(name)) != _NOT_FOUND]
+    built_in = torch.backends.cusparselt.version() if torch.cuda.is_available() else None
+    if built_in is not None:
+        found.append(f"{built_in} in torch")
+    return ", ".join(found)

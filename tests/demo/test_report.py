@@ -1,0 +1,91 @@
+import json
+import math
+from dataclasses import replace
+
+import pytest
+from matplotlib.image import imread
+
+from semisparse.demo import report
+from semisparse.demo.results import EpochRecord, PeakMemory, PhaseSpan, RunResult, Scores
+
+MEMORY = PeakMemory(2**20, "resident memory of the whole process")
+
+
+def run(name: str, accuracy: float, phases: tuple[PhaseSpan, ...]) -> RunResult:
+    epochs = tuple(EpochRecord(10 * i, 2.0 / i, Scores(1.0 / i, 0.3 * i)) for i in (1, 2, 3))
+    return RunResult(name, 30, 0, epochs, phases, Scores(0.1, accuracy), MEMORY)
+
+
+DENSE = run("dense", 0.9, (PhaseSpan("dense", 0, 30, 0.5),))
+MIXED = run("mixed", 0.875, (PhaseSpan("sparse", 0, 20, 0.25), PhaseSpan("dense", 20, 30, 0.5)))
+UNTIMED = replace(run("untimed", 0.95, (PhaseSpan("sparse", 0, 30, None),)), peak_memory=PeakMemory(None, "none"))
+
+
+def test_table_compares_each_run_with_the_first():
+    rows = report.table_rows([DENSE, MIXED, UNTIMED])
+    assert [row.name for row in rows] == ["dense", "mixed", "untimed"]
+    assert [row.accuracy for row in rows] == pytest.approx([90.0, 87.5, 95.0])
+    assert rows[0].difference is None
+    assert [row.difference for row in rows[1:]] == pytest.approx([-2.5, 5.0])
+    assert [row.seconds_per_step for row in rows[:2]] == pytest.approx([0.5, 1 / 3])
+    assert rows[2].seconds_per_step is None and rows[2].peak_memory is None
+
+
+def test_results_document_is_strict_json_with_everything_needed_to_judge_it(tmp_path):
+    broken = replace(DENSE, test=Scores(math.nan, 0.1))
+    document = report.results_document([broken, MIXED], {"seed": 3})
+    path = tmp_path / "results.json"
+    report.write_results(path, document)
+
+    def refuse(constant: str) -> None:
+        raise ValueError(constant)
+
+    found = json.loads(path.read_text(), parse_constant=refuse)
+    assert set(found) == {"format", "version", "created", "commit", "environment", "settings", "runs"}
+    assert found["format"] == "semisparse-demo-results" and found["version"] == 1 and found["settings"] == {"seed": 3}
+    assert {"torch", "Python", "GPU", "semisparse"} <= set(found["environment"])
+    keys = {"name", "steps", "skipped_steps", "epochs", "phases", "test", "peak_memory", "seconds_per_step"}
+    assert [set(entry) for entry in found["runs"]] == [keys, keys]
+    assert found["runs"][0]["test"] == {"loss": None, "accuracy": 0.1}
+    assert found["runs"][1]["epochs"][1] == {
+        "step": 20, "train_loss": 1.0, "validation": {"loss": 0.5, "accuracy": 0.6}
+    }  # fmt: skip
+    assert found["runs"][1]["phases"][0] == {"kind": "sparse", "start": 0, "end": 20, "seconds_per_step": 0.25}
+
+
+def test_commit_is_that_of_the_source_tree_or_nothing(monkeypatch, tmp_path):
+    monkeypatch.setattr(
+        report, "__file__", str(tmp_path / "lib" / "site-packages" / "semisparse" / "demo" / "report.py")
+    )
+    assert report.commit() is None
+
+
+def test_commit_reads_git_and_marks_changes(monkeypatch, tmp_path):
+    import subprocess
+
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    subprocess.run([*git, "init", "-q"], check=True)
+    subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "first"], check=True)
+    head = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
+    monkeypatch.setattr(report, "__file__", str(tmp_path / "src" / "semisparse" / "demo" / "report.py"))
+    assert report.commit() == head
+    (tmp_path / "new").touch()
+    assert report.commit() == f"{head}+changes"
+
+
+def test_plot_is_a_png_with_all_runs_and_the_sparse_phase_shaded(tmp_path):
+    shaded, plain = tmp_path / "shaded.png", tmp_path / "plain.png"
+    report.write_plot(shaded, [DENSE, MIXED, UNTIMED], "toy")
+    same_curves = replace(MIXED, phases=DENSE.phases)
+    report.write_plot(plain, [DENSE, same_curves, UNTIMED], "toy")
+    assert shaded.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    pixels, without = imread(shaded), imread(plain)
+    assert pixels.shape == without.shape == (630, 1500, 4)
+    # The shade covers two thirds of both plots' width, so a good part of all pixels differs and no other.
+    assert (pixels != without).any(axis=-1).mean() > 0.2
+
+
+def test_plot_of_losses_that_are_not_finite_is_still_written(tmp_path):
+    broken = replace(DENSE, epochs=(EpochRecord(10, math.nan, Scores(math.nan, 0.1)),))
+    report.write_plot(tmp_path / "plot.png", [broken], "diverged")
+    assert imread(tmp_path / "plot.png").size
