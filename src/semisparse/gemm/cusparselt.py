@@ -1,0 +1,261 @@
+"""NVIDIA's cuSPARSELt through its own bindings, nvmath.bindings.cusparseLt. The only file that touches the library.
+
+This layer knows addresses and sizes, no tensors (engine.py does). The library is imported on first use. A Handle serves
+one device and one thread, and keeps the plans built with it; the least recently used makes room for a new one.
+
+Plans and handles are host objects. A kernel that was launched, or captured in a CUDA graph, carries its parameters by
+value, so a plan may be freed while its kernels are still queued and a graph may outlive the plan it was captured from.
+"""
+
+import ctypes
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from semisparse.errors import EngineError
+from semisparse.gemm.problem import Order, Problem
+from semisparse.gemm.runtime import package_version
+
+MIN_CAPABILITY = (8, 0)
+"""The first GPUs with sparse tensor cores."""
+
+MIN_VERSION = 800
+"""cuSPARSELt 0.8.0, the first whose algorithm selections can be freed; encoded 1000 major + 100 minor + patch."""
+
+ALIGNMENT = 16
+"""Every device address must be a multiple of this many bytes."""
+
+_NEEDED = ("matmul_alg_selection_destroy", "sp_mma_compressed_size2", "sp_mma_prune_check2", "matmul_get_workspace")
+_INSTALL = "pip install 'nvmath-python>=1.0'"
+
+# Values from the C headers: cudaDataType, cusparseOrder_t, cusparseOperation_t, cusparseComputeType, then
+# cusparseLtSparsity_t, cusparseLtMatmulAlg_t, cusparseLtMatmulAlgAttribute_t and cusparseLtMatmulDescAttribute_t.
+_DATA_TYPES = {torch.float16: 2, torch.bfloat16: 14}
+_ORDERS = {"column": 1, "row": 2}
+_NO_TRANSPOSE, _COMPUTE_32F, _HALF_SPARSE, _DEFAULT = 0, 2, 0, 0
+_CONFIG_ID, _CONFIG_MAX_ID, _BIAS_POINTER = 0, 1, 8
+
+_ONE, _ZERO = ctypes.c_float(1.0), ctypes.c_float(0.0)
+_ALPHA, _BETA = ctypes.addressof(_ONE), ctypes.addressof(_ZERO)
+_POINTER_BYTES = ctypes.sizeof(ctypes.c_void_p)
+
+
+@dataclass(frozen=True, slots=True)
+class Availability:
+    """Whether the engine can be used on a device, and the reason. version: cuSPARSELt's, where it was loaded."""
+
+    ok: bool
+    reason: str
+    version: int | None = None
+
+
+def load_bindings() -> Any:
+    """The bindings module. Needs no driver; the library itself is loaded by the first call into it."""
+    from nvmath.bindings import cusparseLt
+
+    return cusparseLt
+
+
+def version_name(version: int) -> str:
+    """'0.8.1' for 801."""
+    return f"{version // 1000}.{version // 100 % 10}.{version % 100}"
+
+
+def probe(load: Callable[[], Any]) -> Availability:
+    """Load the library and open a handle on the current device, to see whether it works."""
+    try:
+        lib = load()
+    except ImportError as error:
+        return Availability(False, f"nvmath-python cannot be imported ({error}): {_INSTALL}")
+    if missing := [name for name in _NEEDED if not hasattr(lib, name)]:
+        return Availability(False, f"nvmath-python {package_version('nvmath-python')} has no {missing[0]}: {_INSTALL}")
+    try:
+        handle = lib.init()
+        try:
+            version = int(lib.get_version(handle))
+        finally:
+            lib.destroy(handle)
+    except Exception as error:
+        # Every way in which a driver or library can be missing or broken ends here, each with a type of its own.
+        return Availability(False, f"cuSPARSELt cannot be used ({type(error).__name__}: {error})")
+    if version < MIN_VERSION:
+        reason = f"cuSPARSELt {version_name(version)} is older than {version_name(MIN_VERSION)}: install a newer torch"
+        return Availability(False, reason, version)
+    return Availability(True, f"cuSPARSELt {version_name(version)}", version)
+
+
+class Plan:
+    """One prepared product.
+
+    b_shape, d_shape, packed_bytes: what a call must match. workspace: bytes on the device that a call must bring.
+    bias: the device address the product adds from, 0 for none, as the host word that the library reads.
+    """
+
+    __slots__ = ("address", "b_shape", "bias", "d_shape", "descriptor", "owned", "packed_bytes", "workspace")
+
+    def __init__(self, problem: Problem, bias: int) -> None:
+        self.b_shape, self.d_shape = problem.b_shape, problem.d_shape
+        self.bias = ctypes.c_size_t(bias)
+        self.address = self.descriptor = self.packed_bytes = self.workspace = 0
+        self.owned = ExitStack()
+
+
+class Handle:
+    """cuSPARSELt on one device in one thread. The caller makes the device current around every call.
+
+    Raises EngineError wherever the library refuses.
+    """
+
+    __slots__ = ("__weakref__", "_lib", "_stream", "_stream_address", "handle", "max_plans", "plans")
+
+    def __init__(self, lib: Any, max_plans: int) -> None:
+        self._lib = lib
+        self.max_plans = max_plans
+        self.plans: OrderedDict[tuple[Problem, int], Plan] = OrderedDict()
+        self._stream = ctypes.c_size_t(0)
+        self._stream_address = ctypes.addressof(self._stream)
+        with self._explained("no handle"):
+            self.handle = lib.init()
+
+    def multiply(self, plan: Plan, a: int, b: int, d: int, workspace: int, stream: int) -> None:
+        """Launch D = A B (+ bias) on a stream. All device addresses. The hot path: no allocation on the host."""
+        self._stream.value = stream
+        try:
+            self._lib.matmul(
+                self.handle, plan.address, _ALPHA, a, b, _BETA, d, d, workspace, self._stream_address, 1
+            )  # fmt: skip
+        except self._lib.cuSPARSELtError as error:
+            raise self._explain(error, "the product failed") from error
+
+    def make_plan(self, problem: Problem, algorithm: int, bias: int) -> Plan:
+        """A new plan, kept for later calls. bias: address of the bias vector, 0 for none. Host work only."""
+        with self._explained(f"no plan with algorithm {algorithm} for {problem}"):
+            plan = self._build(problem, algorithm, bias)
+        replaced = self.plans.pop((problem, algorithm), None)
+        if replaced is not None:
+            self._free(replaced)
+        self.plans[problem, algorithm] = plan
+        while len(self.plans) > self.max_plans:
+            self._free(self.plans.popitem(last=False)[1])
+        return plan
+
+    def set_bias(self, plan: Plan, bias: int) -> None:
+        """Point an existing plan at another bias vector; whether its product heeds that, engine.py finds out."""
+        plan.bias.value = bias
+        with self._explained("no bias"):
+            self._lib.matmul_desc_set_attribute(
+                self.handle, plan.descriptor, _BIAS_POINTER, ctypes.addressof(plan.bias), _POINTER_BYTES
+            )
+
+    def algorithms(self, problem: Problem) -> range:
+        """Algorithm ids that can be asked for."""
+        limit = ctypes.c_int32()
+        with self._explained(f"no algorithms for {problem}"), ExitStack() as owned:
+            selection = self._describe(problem, 0, owned)[1]
+            attribute = (_CONFIG_MAX_ID, ctypes.addressof(limit), ctypes.sizeof(limit))
+            self._lib.matmul_alg_get_attribute(self.handle, selection, *attribute)
+        return range(limit.value)
+
+    @contextmanager
+    def matrix(self, rows: int, columns: int, dtype: torch.dtype) -> Iterator[tuple[int, int, int]]:
+        """Descriptor of a 2:4 matrix, the bytes it packs into, and the bytes of scratch that compressing it takes."""
+        with self._explained(f"cannot pack a {rows}x{columns} matrix of {dtype}"), ExitStack() as owned:
+            made = self._structured(rows, columns, dtype, owned)
+            packed, scratch = self._lib.sp_mma_compressed_size2(self.handle, made)
+            yield made, int(packed), int(scratch)
+
+    def check(self, matrix: int, dense: int, invalid: int, stream: int) -> None:
+        """Write nonzero to the int32 at invalid when a group of four of dense has more than two nonzeros."""
+        self._lib.sp_mma_prune_check2(self.handle, matrix, 1, _NO_TRANSPOSE, dense, invalid, stream)
+
+    def compress(self, matrix: int, dense: int, packed: int, scratch: int, stream: int) -> None:
+        """Launch NVIDIA's compressor. All device addresses."""
+        self._lib.sp_mma_compress2(self.handle, matrix, 1, _NO_TRANSPOSE, dense, packed, scratch, stream)
+
+    def drop(self, problem: Problem, keep: int | None) -> None:
+        """Free the plans of a problem, except those of one algorithm."""
+        for key in [key for key in self.plans if key[0] == problem and key[1] != keep]:
+            self._free(self.plans.pop(key))
+
+    def _build(self, problem: Problem, algorithm: int, bias: int) -> Plan:
+        lib, plan = self._lib, Plan(problem, bias)
+        chosen = ctypes.c_int32(algorithm)
+        with ExitStack() as owned:
+            plan.descriptor, selection = self._describe(problem, ctypes.addressof(plan.bias) if bias else 0, owned)
+            attribute = (_CONFIG_ID, ctypes.addressof(chosen), ctypes.sizeof(chosen))
+            lib.matmul_alg_set_attribute(self.handle, selection, *attribute)
+            plan.address = int(lib.matmul_plan_init(self.handle, plan.descriptor, selection))
+            owned.callback(lib.matmul_plan_destroy, plan.address)
+            plan.workspace = int(lib.matmul_get_workspace(self.handle, plan.address))
+            plan.packed_bytes = int(lib.sp_mma_compressed_size(self.handle, plan.address)[0])
+            plan.owned = owned.pop_all()
+        return plan
+
+    def _describe(self, problem: Problem, bias: int, owned: ExitStack) -> tuple[int, int]:
+        """Matmul descriptor and algorithm selection. bias: host address of the bias pointer, 0 for none.
+
+        Split-K stays at the library's default of 1, none: split sums would depend on the order of arrival.
+        """
+        if refusal := problem.refusal():
+            raise EngineError(f"the sparse engine cannot take {problem}: {refusal}; use the masked-dense product")
+        lib, handle = self._lib, self.handle
+        a = self._structured(problem.rows, problem.reduction, problem.dtype, owned)
+        b = self._dense(problem.reduction, problem.columns, problem.dtype, problem.b_order, owned)
+        d = self._dense(problem.rows, problem.columns, problem.dtype, problem.d_order, owned)
+        matmul = lib.matmul_descriptor_init(handle, _NO_TRANSPOSE, _NO_TRANSPOSE, a, b, d, d, _COMPUTE_32F)
+        owned.callback(lib.matmul_descriptor_destroy, matmul)
+        if bias:
+            lib.matmul_desc_set_attribute(handle, matmul, _BIAS_POINTER, bias, _POINTER_BYTES)
+        selection = lib.matmul_alg_selection_init(handle, matmul, _DEFAULT)
+        owned.callback(lib.matmul_alg_selection_destroy, selection)
+        return matmul, selection
+
+    def _structured(self, rows: int, columns: int, dtype: torch.dtype, owned: ExitStack) -> int:
+        layout = (rows, columns, columns, ALIGNMENT, _DATA_TYPES[dtype], _ORDERS["row"])
+        made = int(self._lib.structured_descriptor_init(self.handle, *layout, _HALF_SPARSE))
+        owned.callback(self._lib.mat_descriptor_destroy, made)
+        return made
+
+    def _dense(self, rows: int, columns: int, dtype: torch.dtype, order: Order, owned: ExitStack) -> int:
+        leading = columns if order == "row" else rows
+        layout = (rows, columns, leading, ALIGNMENT, _DATA_TYPES[dtype], _ORDERS[order])
+        made = int(self._lib.dense_descriptor_init(self.handle, *layout))
+        owned.callback(self._lib.mat_descriptor_destroy, made)
+        return made
+
+    def _free(self, plan: Plan) -> None:
+        try:
+            plan.owned.close()
+        except self._lib.cuSPARSELtError as error:
+            # The product at hand is not affected, so it is not made to fail.
+            warnings.warn(
+                f"a plan leaks host memory: {self._explain(error, 'not freed')}", RuntimeWarning, stacklevel=2
+            )
+
+    @contextmanager
+    def _explained(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except self._lib.cuSPARSELtError as error:
+            raise self._explain(error, what) from error
+
+    def _explain(self, error: Any, what: str) -> EngineError:
+        status = getattr(error, "status", None)
+        name = f"status {status}"
+        with suppress(Exception):
+            name = f"{self._lib.get_error_name(status)}, status {status}"
+        return EngineError(f"{what}: cuSPARSELt says {name}; engine='dense' works without it")
+
+
+def free(lib: Any, handle: int, plans: "OrderedDict[tuple[Problem, int], Plan]") -> None:
+    """Free a handle and its plans. What the library refuses to free stays with the process: there is nobody to tell."""
+    while plans:
+        with suppress(Exception):
+            plans.popitem()[1].owned.close()
+    with suppress(Exception):
+        lib.destroy(handle)

@@ -1,0 +1,297 @@
+"""Sparse products and the compressed format on tensors: what ops and the tuner call. Built on gemm/cusparselt.py.
+
+Nothing here owns device memory. Outputs come from the caller and workspaces from PyTorch's allocator, per call, on the
+current stream: a cached workspace would live in a CUDA graph's pool and be overwritten by its replays. A captured
+product replays the addresses of that call, the bias's included, so a captured bias must be the module's parameter or
+live in the graph's own memory pool.
+
+Handles and plans belong to one thread (autograd runs backward passes on another one), so nothing is locked per call.
+"""
+
+import atexit
+import os
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from semisparse.errors import EngineError, ShapeError, TensorError
+from semisparse.gemm import cusparselt
+from semisparse.gemm.cusparselt import ALIGNMENT, Availability, Handle, Plan
+from semisparse.gemm.problem import DTYPES, SPARSE_MULTIPLE, Problem
+from semisparse.gemm.runtime import CudaRuntime
+
+
+class Engine:
+    """cuSPARSELt on any number of devices and threads. One object a process: `engine()`.
+
+    load: returns the bindings; runtime: CUDA as this class sees it. Both are there to be replaced in tests.
+    """
+
+    MAX_PLANS = 256
+    """Plans kept for each device and thread. A plan is host memory only."""
+
+    def __init__(self, load: Callable[[], Any] = cusparselt.load_bindings, runtime: CudaRuntime | None = None) -> None:
+        self._load = load
+        self.runtime = runtime or CudaRuntime()
+        self._local = threading.local()
+        self._lock = threading.Lock()
+        self._verdicts: dict[int, Availability] = {}
+        self._follows: dict[int, bool] = {}
+
+    def available(self, device: torch.device | str | int | None = None) -> Availability:
+        """Whether the engine can be used on a device (default: the current one), and the reason. Never raises.
+
+        The first call for a device starts CUDA on it and loads the library; later calls repeat the answer.
+        """
+        try:
+            index = self.runtime.index_of(device)
+            if index is None:
+                return Availability(False, f"device {device} is no CUDA device")
+            with self._lock:
+                if index not in self._verdicts:
+                    self._verdicts[index] = self._probe(index)
+                return self._verdicts[index]
+        except Exception as error:
+            return Availability(False, f"{type(error).__name__}: {error}")
+
+    def _probe(self, index: int) -> Availability:
+        if obstacle := self.runtime.obstacle(index, cusparselt.MIN_CAPABILITY):
+            return Availability(False, obstacle)
+        with self._on(index):
+            return cusparselt.probe(self._load)
+
+    def matmul(
+        self, problem: Problem, algorithm: int, packed: Tensor, b: Tensor, out: Tensor, bias: Tensor | None = None
+    ) -> None:
+        """out = A B (+ bias) on the current stream of out's device. Asynchronous; keeps no reference to a tensor.
+
+        packed: A in the engine's format, uint8, exactly `packed_bytes` long. b, out: contiguous, of problem.b_shape and
+        problem.d_shape (a column-major matrix is passed as its transpose). bias: (rows,), exactly when problem.bias.
+        All of problem.dtype, on one device, 16-byte aligned; out must not overlap b. Sums in fp32, rounded once.
+        algorithm: as the tuner chose it; every id sums in its own order.
+
+        Raises TensorError or ShapeError for a tensor that does not fit, EngineError when the engine cannot be used here
+        or the library refuses.
+        """
+        index = out.get_device()
+        previous = self.runtime.current_device()
+        if previous == index:
+            self._multiply(index, problem, algorithm, packed, b, out, bias)
+            return
+        with self._on(index):
+            self._multiply(index, problem, algorithm, packed, b, out, bias)
+
+    def _multiply(
+        self,
+        index: int,
+        problem: Problem,
+        algorithm: int,
+        packed: Tensor,
+        b: Tensor,
+        out: Tensor,
+        bias: Tensor | None,
+    ) -> None:
+        try:
+            handle: Handle = self._local.handles[index]
+        except (AttributeError, KeyError):
+            handle = self._open(index)
+        if (bias is not None) != problem.bias:
+            raise TensorError(f"bias={'None' if bias is None else tuple(bias.shape)}, but the problem is {problem}")
+        address = 0 if bias is None else bias.data_ptr()
+        key = (problem, algorithm)
+        plan = handle.plans.get(key)
+        if plan is None:
+            plan = handle.make_plan(problem, algorithm, address)
+        else:
+            handle.plans.move_to_end(key)
+        a_at, b_at, d_at, dtype = packed.data_ptr(), b.data_ptr(), out.data_ptr(), problem.dtype
+        if not (
+            packed.numel() == plan.packed_bytes
+            and b.shape == plan.b_shape
+            and out.shape == plan.d_shape
+            and packed.dtype is torch.uint8
+            and b.dtype is dtype
+            and out.dtype is dtype
+            and packed.get_device() == index
+            and b.get_device() == index
+            and packed.is_contiguous()
+            and b.is_contiguous()
+            and out.is_contiguous()
+            and not (a_at | b_at | d_at | address) % ALIGNMENT
+        ):
+            raise _misfit(problem, plan, packed, b, out, bias)
+        if bias is not None:
+            fits = bias.numel() == problem.rows and bias.dtype is dtype
+            if not (fits and bias.is_contiguous() and bias.get_device() == index):
+                raise _misfit(problem, plan, packed, b, out, bias)
+            if plan.bias.value != address:
+                plan = self._rebind(index, handle, key, plan, address)
+        if plan.workspace:
+            scratch = torch.empty(plan.workspace, dtype=torch.uint8, device=out.device)
+            handle.multiply(plan, a_at, b_at, d_at, scratch.data_ptr(), self.runtime.stream(index))
+        else:
+            handle.multiply(plan, a_at, b_at, d_at, 0, self.runtime.stream(index))
+
+    def _rebind(self, index: int, handle: Handle, key: tuple[Problem, int], plan: Plan, address: int) -> Plan:
+        """A plan for the same product that adds the bias at another address."""
+        if self._bias_follows(index):
+            handle.set_bias(plan, address)
+            return plan
+        return handle.make_plan(*key, address)
+
+    def _bias_follows(self, index: int) -> bool:
+        """Whether a finished plan heeds a bias address that is set after it was built.
+
+        The library does not document it, so it is tried once for a device, on a product of zeros. The try waits for the
+        device; under capture, where that is forbidden, the answer is no: the plan is then built anew, which is safe.
+        """
+        if index not in self._follows:
+            if self.runtime.capturing():
+                return False
+            problem, handle = Problem(64, 64, 64, torch.float16, bias=True), self._handle(index)
+            zeros = torch.zeros(64, 64, dtype=torch.float16, device=self.runtime.device(index))
+            packed, out, ones = self.compress(zeros, check=False), torch.empty_like(zeros), torch.ones_like(zeros[0])
+            twos = ones + 1
+            plan = handle.make_plan(problem, 0, ones.data_ptr())
+            handle.set_bias(plan, twos.data_ptr())
+            self.matmul(problem, 0, packed, zeros, out, twos)
+            handle.drop(problem, None)
+            self._follows[index] = bool((out == twos[0]).all())
+        return self._follows[index]
+
+    def algorithms(self, problem: Problem, index: int) -> range:
+        """Algorithm ids that the library offers for a problem on a device. Host work only. Raises EngineError."""
+        with self._on(index):
+            return self._handle(index).algorithms(problem)
+
+    def packed_bytes(self, rows: int, columns: int, dtype: torch.dtype, index: int) -> int:
+        """Bytes of a packed rows x columns matrix, metadata and its padding included. Raises EngineError."""
+        with self._on(index), self._handle(index).matrix(rows, columns, dtype) as (_, packed, _scratch):
+            return packed
+
+    def compress(self, dense: Tensor, check: bool = True) -> Tensor:
+        """Pack a 2:4 matrix (rows x columns, contiguous, float16 or bfloat16) with NVIDIA's compressor.
+
+        Returns a new uint8 buffer; bytes that the compressor leaves out are zero. check: verify first that no group of
+        four along the columns has more than two nonzeros, which waits for the device; unchecked, such a matrix gives
+        garbage. Raises ShapeError, TensorError, EngineError.
+        """
+        rows, columns = _check_matrix(dense, self.runtime.kind)
+        index, device = dense.get_device(), dense.device
+        with self._on(index):
+            handle, stream = self._handle(index), self.runtime.stream(index)
+            with handle.matrix(rows, columns, dense.dtype) as (matrix, packed_bytes, scratch_bytes):
+                if check:
+                    invalid = torch.zeros(1, dtype=torch.int32, device=device)
+                    handle.check(matrix, dense.data_ptr(), invalid.data_ptr(), stream)
+                    if invalid.item():
+                        raise ShapeError(f"dense {(rows, columns)} keeps more than 2 of 4 in a group: prune it first")
+                packed = torch.zeros(packed_bytes, dtype=torch.uint8, device=device)
+                scratch = torch.empty(scratch_bytes, dtype=torch.uint8, device=device)
+                handle.compress(matrix, dense.data_ptr(), packed.data_ptr(), scratch.data_ptr(), stream)
+        return packed
+
+    def release(self, problem: Problem, index: int, keep: int | None = None) -> None:
+        """Free the calling thread's plans of a problem on a device, except those of one algorithm."""
+        with self._on(index):
+            self._handle(index).drop(problem, keep)
+
+    def plan_count(self, index: int) -> int:
+        """Plans that the calling thread holds on a device."""
+        handle = self._local.__dict__.get("handles", {}).get(index)
+        return len(handle.plans) if handle else 0
+
+    def close(self) -> None:
+        """Free the calling thread's handles and plans. Later calls open new ones."""
+        self._local.__dict__.pop("handles", None)
+        for finalizer in self._local.__dict__.pop("finalizers", ()):
+            if alive := finalizer.detach():
+                alive[1](*alive[2])
+
+    @contextmanager
+    def _on(self, index: int) -> Iterator[None]:
+        previous = self.runtime.exchange_device(index)
+        try:
+            yield
+        finally:
+            self.runtime.exchange_device(previous)
+
+    def _handle(self, index: int) -> Handle:
+        handle: Handle | None = self._local.__dict__.get("handles", {}).get(index)
+        return handle or self._open(index)
+
+    def _open(self, index: int) -> Handle:
+        """A handle for this thread; it is freed when the thread ends, with the thread-local storage that holds it."""
+        verdict = self.available(index)
+        if not verdict.ok:
+            raise EngineError(f"no sparse engine on device {index}: {verdict.reason}; or use engine='dense'")
+        lib = self._load()
+        handle = Handle(lib, self.MAX_PLANS)
+        owned = (lib, handle.handle, handle.plans)
+        finalizer = weakref.finalize(handle, _close, self.runtime, index, os.getpid(), *owned)
+        # When the interpreter exits, other threads may still be inside the library, and CUDA may be gone.
+        finalizer.atexit = False
+        self._local.__dict__.setdefault("handles", {})[index] = handle
+        self._local.__dict__.setdefault("finalizers", []).append(finalizer)
+        return handle
+
+
+def _close(runtime: CudaRuntime, index: int, process: int, *owned: Any) -> None:
+    """Free what a handle owned, unless this is a forked child, whose copy has no CUDA behind it."""
+    if os.getpid() != process:
+        return
+    previous = runtime.exchange_device(index)
+    cusparselt.free(*owned)
+    runtime.exchange_device(previous)
+
+
+def _check_matrix(dense: Tensor, kind: str) -> tuple[int, int]:
+    if dense.device.type != kind or dense.dtype not in DTYPES:
+        raise TensorError(f"dense is {dense.dtype} on {dense.device}; use float16 or bfloat16 on a CUDA device")
+    if dense.dim() != 2 or any(size == 0 or size % SPARSE_MULTIPLE for size in dense.shape):
+        raise ShapeError(f"dense has shape {tuple(dense.shape)}; it needs two multiples of {SPARSE_MULTIPLE}: pad it")
+    if not dense.is_contiguous() or dense.data_ptr() % ALIGNMENT:
+        raise TensorError(f"dense must be contiguous and {ALIGNMENT}-byte aligned; pass a contiguous copy")
+    return dense.shape[0], dense.shape[1]
+
+
+def _misfit(
+    problem: Problem, plan: Plan, packed: Tensor, b: Tensor, out: Tensor, bias: Tensor | None
+) -> TensorError | ShapeError:
+    """The error for the first operand that does not fit; called only when one does not."""
+    expected: list[tuple[str, Tensor, tuple[int, ...], torch.dtype]] = [
+        ("packed", packed, (plan.packed_bytes,), torch.uint8),
+        ("b", b, plan.b_shape, problem.dtype),
+        ("out", out, plan.d_shape, problem.dtype),
+    ]
+    if bias is not None:
+        expected.append(("bias", bias, (problem.rows,), problem.dtype))
+    for name, tensor, shape, dtype in expected:
+        if tuple(tensor.shape) != shape:
+            return ShapeError(f"{name} has shape {tuple(tensor.shape)}; {problem} needs {shape}")
+        if tensor.dtype != dtype:
+            return TensorError(f"{name} has dtype {tensor.dtype}; {problem} needs {dtype}")
+        if tensor.device != out.device:
+            return TensorError(f"{name} is on {tensor.device}, out on {out.device}; move both to one device")
+        if not tensor.is_contiguous() or tensor.data_ptr() % ALIGNMENT:
+            return TensorError(f"{name} must be contiguous and {ALIGNMENT}-byte aligned; pass a contiguous copy")
+    raise AssertionError("every operand fits")
+
+
+@cache
+def engine() -> Engine:
+    """The process's engine. Making it touches nothing: CUDA and the library start with the first real question."""
+    made = Engine()
+    atexit.register(made.close)
+    return made
+
+
+def available(device: torch.device | str | int | None = None) -> Availability:
+    """Whether sparse products can run on a device, with the reason. Never raises."""
+    return engine().available(device)

@@ -1,0 +1,174 @@
+"""What to multiply: the description of one sparse product D = A B + bias, before any engine is asked.
+
+A (rows x reduction) is the 2:4 operand, packed along its columns; B (reduction x columns) and D (rows x columns) are
+dense. Both may be stored row by row or column by column. A column-major matrix is handled everywhere as the row-major
+tensor of its transpose, which is what PyTorch holds: x (M x K, contiguous) *is* B = x^T in column order.
+
+The four products of the library (M tokens, K in_features, N out_features, W~ and x~ the pruned operands):
+
+    function             product                 A            B                     D
+    forward              y  = x W~^T + b         W~   (N, K)  x^T (K, M) from x     y^T  (N, M) stored as y
+    grad_input           dx = dy W~              W~^T (K, N)  dy^T (N, M) from dy   dx^T (K, M) stored as dx
+    activation_forward   y  = x~ W^T             x~   (M, K)  W^T (K, N) from W     y    (M, N)
+    activation_weight    dW = dy^T x~            x~^T (K, M)  dy  (M, N)            dW^T (K, N) stored as dW
+
+The bias is one value per row of D, so only `forward` can add it in the engine's epilogue.
+"""
+
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from typing import Literal
+
+import torch
+
+from semisparse.errors import ConfigError, ShapeError, TensorError
+
+Order = Literal["row", "column"]
+Axis = Literal["rows", "reduction", "columns"]
+
+SPARSE_MULTIPLE = 16
+"""Rows and columns of the 2:4 operand must be multiples of this (16-bit types; measured on cuSPARSELt 0.8.0)."""
+
+DENSE_MULTIPLE = 8
+"""Columns of the dense operand must be a multiple of this (16-bit types; measured on cuSPARSELt 0.8.0)."""
+
+BUCKET_BITS = 3
+"""Significant bits of a token count that a bucket keeps: neighbouring buckets differ by at most a quarter."""
+
+DTYPES = (torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One product D = A B (+ bias), A 2:4 sparse. Immutable and hashable; the hash is computed once.
+
+    rows, reduction, columns: A is rows x reduction, B reduction x columns, D rows x columns.
+    dtype: of A, B, D and bias; float16 or bfloat16. Sums are kept in fp32 and rounded once.
+    b_order, d_order: storage order of B and D, "row" or "column".
+    bias: one value per row of D is added before rounding.
+    token_axis: which of the three sizes counts tokens, and so changes from step to step.
+
+    Raises ShapeError for a size below 1, TensorError for another dtype, ConfigError for another order or axis.
+    """
+
+    rows: int
+    reduction: int
+    columns: int
+    dtype: torch.dtype
+    b_order: Order = "column"
+    d_order: Order = "column"
+    bias: bool = False
+    token_axis: Axis = "columns"
+    _hash: int = field(init=False, repr=False, compare=False, default=0)
+
+    def __post_init__(self) -> None:
+        for name in ("rows", "reduction", "columns"):
+            size = getattr(self, name)
+            if type(size) is not int or size < 1:
+                raise ShapeError(f"{name}={size!r} must be an int of at least 1; return early for an empty product")
+        if self.dtype not in DTYPES:
+            raise TensorError(f"dtype={self.dtype} has no 2:4 product here; use float16 or bfloat16")
+        for name in ("b_order", "d_order"):
+            if getattr(self, name) not in ("row", "column"):
+                raise ConfigError(f"{name}={getattr(self, name)!r} is not one of 'row', 'column'")
+        if self.token_axis not in ("rows", "reduction", "columns"):
+            raise ConfigError(f"token_axis={self.token_axis!r} is not one of 'rows', 'reduction', 'columns'")
+        fields = (self.rows, self.reduction, self.columns, self.dtype, self.b_order, self.d_order, self.bias)
+        object.__setattr__(self, "_hash", hash((*fields, self.token_axis)))
+
+    def __hash__(self) -> int:
+        # Look-ups happen on every call, and hashing eight fields each time would cost more than the look-up.
+        return self._hash
+
+    def __reduce__(self) -> tuple[type["Problem"], tuple[object, ...]]:
+        # Rebuilt rather than copied: the stored hash holds only in the process that computed it.
+        orders = (self.b_order, self.d_order, self.bias, self.token_axis)
+        return Problem, (self.rows, self.reduction, self.columns, self.dtype, *orders)
+
+    @property
+    def b_shape(self) -> tuple[int, int]:
+        """Shape of the contiguous tensor that holds B: B itself, or its transpose when B is column-major."""
+        size = (self.reduction, self.columns)
+        return size if self.b_order == "row" else size[::-1]
+
+    @property
+    def d_shape(self) -> tuple[int, int]:
+        """Shape of the contiguous tensor that holds D: D itself, or its transpose when D is column-major."""
+        size = (self.rows, self.columns)
+        return size if self.d_order == "row" else size[::-1]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of this product, padding included."""
+        return int(getattr(self, self.token_axis))
+
+    @property
+    def bucket(self) -> "Problem":
+        """The problem whose tuning result this one shares: tokens rounded up to a bucket, N and K exact."""
+        size = {"rows": self.rows, "reduction": self.reduction, "columns": self.columns}
+        size[self.token_axis] = bucket_of(self.tokens)
+        return replace(self, rows=size["rows"], reduction=size["reduction"], columns=size["columns"])
+
+    def refusal(self) -> str | None:
+        """Why the sparse engine cannot take these sizes, or None when it can; masked dense takes all of them."""
+        limits = {"rows": SPARSE_MULTIPLE, "reduction": SPARSE_MULTIPLE, "columns": DENSE_MULTIPLE}
+        wrong = [
+            f"{name}={getattr(self, name)} is no multiple of {limit}"
+            for name, limit in limits.items()
+            if getattr(self, name) % limit
+        ]
+        return ", ".join(wrong) or None
+
+    def __str__(self) -> str:
+        bias = " + bias" if self.bias else ""
+        dtype = str(self.dtype).removeprefix("torch.")
+        return (
+            f"{self.rows}x{self.reduction} (2:4) times {self.reduction}x{self.columns} ({self.b_order}-major) "
+            f"into {self.d_order}-major{bias}, {dtype}"
+        )
+
+
+def pad(tokens: int, multiple: int) -> int:
+    """tokens rounded up to a multiple."""
+    return -(-tokens // multiple) * multiple
+
+
+def bucket_of(tokens: int) -> int:
+    """tokens (at least 1) rounded up to BUCKET_BITS significant bits: 13008 -> 14336, 16384 -> 16384."""
+    return pad(tokens, 1 << max(0, tokens.bit_length() - BUCKET_BITS))
+
+
+# The constructors are cached, so that a repeated call gives the identical object: look-ups then compare no fields.
+# The bound covers 1,000 token counts of four products; past it objects are merely built again.
+_CACHED = 4096
+
+
+@lru_cache(_CACHED)
+def forward(tokens: int, out_features: int, in_features: int, dtype: torch.dtype, bias: bool = False) -> Problem:
+    """y = x W~^T + b with A = W~ (N x K). columns: tokens (M) padded to a multiple of 8; the caller pads x and y."""
+    return Problem(out_features, in_features, pad(tokens, DENSE_MULTIPLE), dtype, bias=bias)
+
+
+@lru_cache(_CACHED)
+def grad_input(tokens: int, out_features: int, in_features: int, dtype: torch.dtype) -> Problem:
+    """dx = dy W~ with A = W~^T (K x N). columns: tokens (M) padded to a multiple of 8; the caller pads dy and dx."""
+    return Problem(in_features, out_features, pad(tokens, DENSE_MULTIPLE), dtype)
+
+
+@lru_cache(_CACHED)
+def activation_forward(tokens: int, out_features: int, in_features: int, dtype: torch.dtype) -> Problem:
+    """y = x~ W^T with A = x~ (M x K). rows: tokens padded to a multiple of 16; D is y itself, row-major.
+
+    No bias: the engine's runs along the rows of D, which are tokens here; add it afterwards.
+    """
+    return Problem(pad(tokens, SPARSE_MULTIPLE), in_features, out_features, dtype, "column", "row", token_axis="rows")
+
+
+@lru_cache(_CACHED)
+def activation_weight(tokens: int, out_features: int, in_features: int, dtype: torch.dtype) -> Problem:
+    """dW = dy^T x~, computed as dW^T = x~^T dy with A = x~^T (K x M).
+
+    reduction: tokens padded to a multiple of 16 (pad dy with zero rows); D is stored as dW, row-major N x K.
+    """
+    reduction = pad(tokens, SPARSE_MULTIPLE)
+    return Problem(in_features, reduction, out_features, dtype, "row", "column", token_axis="reduction")

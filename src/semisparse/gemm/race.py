@@ -1,0 +1,129 @@
+"""The decision part of tuning: which candidates are checked and timed, in what order, for how long, and who wins.
+
+Knows neither CUDA nor tensors: checking, timing and the clock are handed in.
+"""
+
+import statistics
+from collections.abc import Callable, Iterable
+from typing import Protocol, TypeVar
+
+import torch
+
+from semisparse.errors import EngineError
+from semisparse.gemm.choice import Choice, clipped, one_line
+
+SECONDS = 0.5
+"""Wall time that tuning one problem may take; checking gets the first half, a quick timing of all the next quarter."""
+
+NOT_REACHED = "not reached within the time limit"
+
+_FINALISTS = 3
+_ROUNDS = 5
+# Microseconds and most calls of a batch: in the quick timing of all, and between the best, where it must be long enough
+# for a power-limited GPU to react. The limit on calls is for small problems, whose launches have to be queued first.
+_SCREEN, _FINAL = (2_000.0, 30), (10_000.0, 100)
+_FEWEST = 3
+
+_Result = TypeVar("_Result")
+
+
+class TrialLike(Protocol):
+    """What a race needs to know about the candidates of one problem. None stands for the dense alternative."""
+
+    def fault(self, algorithm: int) -> str | None:
+        """What is wrong with an algorithm's results, or None."""
+
+    def time(self, algorithm: int | None, repeats: int) -> float:
+        """Microseconds a call in a batch of that many calls."""
+
+
+class Race:
+    """Check, time and choose. An algorithm that gives wrong results, fails, runs out of memory or is not reached in
+    time is left out, and `rejected` of the choice says why."""
+
+    def __init__(self, trial: TrialLike, clock: Callable[[], float], seconds: float = SECONDS) -> None:
+        self._trial, self._clock, self._seconds = trial, clock, seconds
+        self._begin = clock()
+        self._rejected: dict[int, str] = {}
+        self._note = ""
+
+    def run(self, candidates: Iterable[int], dense: bool) -> Choice:
+        """The choice among the candidates and, if dense, the dense alternative, which also wins a tie."""
+        times = self._screen(self._check(candidates))
+        finalists: list[int | None] = [*sorted(times, key=lambda algorithm: times[algorithm])[:_FINALISTS]]
+        medians = self._finals(finalists + [None] * dense)
+        dense_us = medians.pop(None, None)
+        rejected = tuple(sorted(self._rejected.items()))
+        if not medians:
+            return Choice(None, None, None, dense_us, "tuned", rejected, self._note)
+        fastest = min(medians, key=lambda algorithm: medians[algorithm])
+        sparse_us = medians[fastest]
+        chosen = None if dense_us is not None and dense_us <= sparse_us else fastest
+        return Choice(chosen, fastest, sparse_us, dense_us, "tuned", rejected, self._note)
+
+    def _check(self, candidates: Iterable[int]) -> list[int]:
+        """The candidates whose results are right. At least one is looked for, however long that takes."""
+        sound: list[int] = []
+        for algorithm in candidates:
+            if sound and self._spent(0.5):
+                self._rejected[algorithm] = NOT_REACHED
+                continue
+            fault = self._attempt(algorithm, self._trial.fault, algorithm)
+            if fault is not None:
+                self._rejected[algorithm] = fault
+            elif algorithm not in self._rejected:
+                sound.append(algorithm)
+        return sound
+
+    def _screen(self, sound: list[int]) -> dict[int, float]:
+        """A rough time of each; one that is twice as slow as the best so far is not measured any closer."""
+        times: dict[int, float] = {}
+        for algorithm in sound:
+            if times and self._spent(0.75):
+                self._rejected[algorithm] = NOT_REACHED
+                continue
+            once = self._attempt(algorithm, self._trial.time, algorithm, 1)
+            if once is not None and once < 2 * min(times.values(), default=once):
+                once = self._attempt(algorithm, self._trial.time, algorithm, _repeats(once, *_SCREEN))
+            if once is not None:
+                times[algorithm] = once
+        return times
+
+    def _finals(self, contenders: list[int | None]) -> dict[int | None, float]:
+        """Median times, measured in turns, so that all contenders meet the same clock rate and temperature."""
+        samples: dict[int | None, list[float]] = {contender: [] for contender in contenders}
+        repeats: dict[int | None, int] = {}
+        for contender in contenders:
+            once = self._attempt(contender, self._trial.time, contender, 1)
+            if once is not None:
+                repeats[contender] = _repeats(once, *_FINAL)
+        for _ in range(_ROUNDS):
+            for contender in [contender for contender in contenders if contender in repeats]:
+                measured = self._attempt(contender, self._trial.time, contender, repeats[contender])
+                if measured is None:
+                    del repeats[contender]
+                else:
+                    samples[contender].append(measured)
+            if self._spent(1.0):
+                break
+        return {contender: statistics.median(samples[contender]) for contender in repeats}
+
+    def _attempt(self, contender: int | None, call: Callable[..., _Result], *arguments: int | None) -> _Result | None:
+        """The call's result, or None with the reason noted where the library refuses or memory runs out."""
+        try:
+            return call(*arguments)
+        except (EngineError, torch.OutOfMemoryError) as error:
+            reason = one_line(error)
+            if contender is not None:
+                self._rejected[contender] = reason
+            if contender is None or isinstance(error, torch.OutOfMemoryError):
+                who = "masked dense" if contender is None else f"algorithm {contender}"
+                self._note = clipped(f"{who} could not be timed: {reason}")
+            return None
+
+    def _spent(self, share: float) -> bool:
+        return self._clock() - self._begin > share * self._seconds
+
+
+def _repeats(once_us: float, batch_us: float, most: int) -> int:
+    return min(most, max(_FEWEST, round(batch_us / max(once_us, 1e-3))))

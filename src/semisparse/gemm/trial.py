@@ -1,0 +1,182 @@
+"""Checking and timing the candidates for one problem, on the operands of the call that met it first.
+
+Every candidate is checked twice before it may be timed. Against PyTorch's dense product, bit for bit: on operands of
+small integers every partial sum is exact, so a right algorithm has no rounding to hide behind, whatever its order of
+summation. And against itself on the caller's operands, where the order does show: an algorithm that gives other bits on
+a second run is not used.
+
+Extra memory stays under MEMORY: the checked problem is the caller's own where that fits, else one with fewer rows and
+columns and the same reduction; the dense result is compared on rows spread over the whole matrix. The random numbers
+come from an own generator. Waits for the current stream only; the memory goes back to PyTorch's allocator.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from semisparse.gemm.engine import Engine
+from semisparse.gemm.problem import DENSE_MULTIPLE, SPARSE_MULTIPLE, Problem
+from semisparse.pattern import GROUP, ROW_BITS
+
+MEMORY = 256 * 2**20
+"""Bytes on the device that tuning one problem may take beside the caller's tensors."""
+
+_ROWS = 256  # rows of D that are compared: at least one in every 128-row tile up to 32,768 rows
+_REPEATS = 3
+# Bytes for each entry of the compared rows of D (fp32 sums, two 16-bit results and a copy) and of A (16 bits and fp32).
+_D_ENTRY, _A_ENTRY = 10, 6
+
+
+class Operands(NamedTuple):
+    """One call's tensors, as Engine.matmul takes them; out is overwritten. dense: the whole masked-dense alternative,
+    unpacking included, or None where there is none."""
+
+    packed: Tensor
+    b: Tensor
+    out: Tensor
+    bias: Tensor | None = None
+    dense: Callable[[], object] | None = None
+
+
+class Sample(NamedTuple):
+    """Integer operands of a problem and the right answers in the compared rows, one for each bias."""
+
+    problem: Problem
+    packed: Tensor
+    b: Tensor
+    out: Tensor
+    biases: tuple[Tensor | None, ...]
+    rows: Tensor
+    expected: tuple[Tensor, ...]
+
+
+class Trial:
+    """The candidates of one problem, measured on one call's operands. memory: see MEMORY."""
+
+    def __init__(self, engine: Engine, problem: Problem, operands: Operands, memory: int = MEMORY) -> None:
+        self._engine, self._problem, self._operands = engine, problem, operands
+        self._index = operands.out.get_device()
+        self._sample = _roomy_sample(engine, problem, operands.out, memory)
+
+    def fault(self, algorithm: int) -> str | None:
+        """What is wrong with an algorithm's results, or None. Raises what the library or the allocator raises."""
+        sample = self._sample
+        for repeat in range(_REPEATS):
+            which = repeat % len(sample.biases)
+            sample.out.fill_(float("nan"))
+            bias = sample.biases[which]
+            self._engine.matmul(sample.problem, algorithm, sample.packed, sample.b, sample.out, bias)
+            if not torch.equal(_rows_of(sample.problem, sample.out, sample.rows), sample.expected[which]):
+                return f"wrong: differs from the dense product in run {repeat + 1}"
+        rows = _spread(self._problem.rows, len(sample.rows), sample.rows.device)
+        first: Tensor | None = None
+        for repeat in range(_REPEATS):
+            self._run(algorithm)
+            bits = _rows_of(self._problem, self._operands.out, rows).view(torch.int16)
+            if first is not None and not torch.equal(first, bits):
+                return f"wrong: other bits in run {repeat + 1}"
+            first = bits
+        return None
+
+    def time(self, algorithm: int | None, repeats: int) -> float:
+        """Microseconds a call, back to back; None is the dense alternative."""
+        if algorithm is None:
+            dense = self._operands.dense
+            assert dense is not None, "the tuner asks for what the operands have"
+            return self._engine.runtime.time(self._index, dense, repeats)
+        return self._engine.runtime.time(self._index, lambda: self._run(algorithm), repeats)
+
+    def close(self, keep: int | None) -> None:
+        """Free the plans of the algorithms that were not chosen."""
+        self._engine.release(self._problem, self._index, keep)
+        if self._sample.problem != self._problem:
+            self._engine.release(self._sample.problem, self._index)
+
+    def _run(self, algorithm: int) -> None:
+        packed, b, out, bias, _ = self._operands
+        self._engine.matmul(self._problem, algorithm, packed, b, out, bias)
+
+
+def within(problem: Problem, memory: int) -> Problem:
+    """The problem, or the largest with fewer rows and columns whose check fits into that many bytes.
+
+    Of 16 parts, 10 hold A while it is compressed (16-bit dense + 9/16 of that packed). Later A packed has 4, B 6, the
+    compared rows of D 3 and of A 2, and what is converted at a time 1.
+    """
+    part = memory // 16
+    rows = 10 * part // (2 * problem.reduction * 25 // 16)
+    columns = min(6 * part // (2 * problem.reduction), 3 * part // (SPARSE_MULTIPLE * _D_ENTRY))
+    return replace(
+        problem,
+        rows=min(problem.rows, max(SPARSE_MULTIPLE, rows // SPARSE_MULTIPLE * SPARSE_MULTIPLE)),
+        columns=min(problem.columns, max(DENSE_MULTIPLE, columns // DENSE_MULTIPLE * DENSE_MULTIPLE)),
+    )
+
+
+def _roomy_sample(engine: Engine, problem: Problem, out: Tensor, memory: int) -> Sample:
+    """A sample; where the device is nearly full, one with a quarter of the memory, then one with a sixteenth."""
+    for share in (memory, memory // 4):
+        try:
+            return make_sample(engine, within(problem, share), out, share)
+        except torch.OutOfMemoryError:
+            continue
+    return make_sample(engine, within(problem, memory // 16), out, memory // 16)
+
+
+def make_sample(engine: Engine, problem: Problem, out: Tensor, memory: int) -> Sample:
+    """Integer operands for a problem; D is written to the front of out, which must be at least as large."""
+    part, device = memory // 16, out.device
+    generator = torch.Generator(device=device).manual_seed(0)
+    # The ops that call this may run under the user's autocast, which would round the exact sums.
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        a = integers((problem.rows, problem.reduction), problem.dtype, device, generator)
+        keep_two_of_four(a, generator, part // 16)
+        packed = engine.compress(a, check=False)
+        affordable = min(3 * part // (problem.columns * _D_ENTRY), 2 * part // (problem.reduction * _A_ENTRY))
+        rows = _spread(problem.rows, min(_ROWS, max(SPARSE_MULTIPLE, affordable)), device)
+        compared = a[rows].float()
+        del a
+        b = integers(problem.b_shape, problem.dtype, device, generator)
+        sums = torch.empty(len(rows), problem.columns, dtype=torch.float32, device=device)
+        columns_at_once = max(1, part // 8 // problem.reduction)
+        for begin in range(0, problem.columns, columns_at_once):
+            chunk = slice(begin, begin + columns_at_once)
+            columns = b[:, chunk] if problem.b_order == "row" else b[chunk].mT
+            sums[:, chunk] = compared @ columns.float()
+        biases: tuple[Tensor | None, ...] = (None,)
+        if problem.bias:
+            # Two, used in turns: the library must heed the address of each call.
+            biases = tuple(integers((problem.rows,), problem.dtype, device, generator) for _ in range(2))
+        expected = []
+        for bias in biases:
+            exact = (sums if bias is None else sums + bias[rows].float()[:, None]).to(problem.dtype)
+            expected.append(exact if problem.d_order == "row" else exact.mT.contiguous())
+    front = out.view(-1)[: problem.rows * problem.columns].view(problem.d_shape)
+    return Sample(problem, packed, b, front, biases, rows, tuple(expected))
+
+
+def integers(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> Tensor:
+    """Random integers from -2 to 2: products and sums over up to four million of them are exact in fp32."""
+    return torch.empty(shape, dtype=dtype, device=device).random_(-2, 3, generator=generator)
+
+
+def keep_two_of_four(matrix: Tensor, generator: torch.Generator, at_once: int) -> None:
+    """Zero two random entries in each group of four along the columns, in place; all six patterns occur."""
+    patterns = [[not bits >> j & 1 for j in range(GROUP)] for bits in ROW_BITS]
+    pruned = torch.tensor(patterns, dtype=torch.bool, device=matrix.device)
+    for groups in matrix.view(-1, GROUP).split(max(1, at_once // GROUP)):
+        pattern = torch.randint(len(ROW_BITS), (len(groups),), device=matrix.device, generator=generator)
+        groups.masked_fill_(pruned[pattern], 0)
+
+
+def _spread(count: int, wanted: int, device: torch.device) -> Tensor:
+    """Up to `wanted` row numbers, evenly spread over `count` rows, the first and the last among them."""
+    return torch.linspace(0, count - 1, min(count, wanted), dtype=torch.float64, device=device).round().long()
+
+
+def _rows_of(problem: Problem, out: Tensor, rows: Tensor) -> Tensor:
+    """The given rows of D as a copy, stored as D is."""
+    return out.index_select(0 if problem.d_order == "row" else 1, rows)

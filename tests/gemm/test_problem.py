@@ -1,0 +1,143 @@
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from semisparse.errors import ConfigError, ShapeError, TensorError
+from semisparse.gemm import problem as problems
+from semisparse.gemm.problem import Problem, bucket_of
+
+BF16 = torch.bfloat16
+CONSTRUCTORS = [
+    problems.forward,
+    problems.grad_input,
+    problems.activation_forward,
+    problems.activation_weight,
+]
+
+
+def operands(kind, tokens: int, n: int, k: int):
+    """x, weight and grad_output of a layer as the products see them: (A, tensor of B, tensor of D) in fp64."""
+    x, weight, grad = (torch.randn(*shape, dtype=torch.float64) for shape in ((tokens, k), (n, k), (tokens, n)))
+    return {
+        problems.forward: (weight, x, x @ weight.mT),
+        problems.grad_input: (weight.mT, grad, grad @ weight),
+        problems.activation_forward: (x, weight, x @ weight.mT),
+        problems.activation_weight: (x.mT, grad, grad.mT @ x),
+    }[kind]
+
+
+@pytest.mark.parametrize("kind", CONSTRUCTORS)
+def test_a_constructor_describes_the_product_it_names(kind):
+    a, b, d = operands(kind, 48, 32, 80)
+    made = kind(48, 32, 80, BF16)
+    assert (made.rows, made.reduction) == a.shape
+    assert made.b_shape == b.shape
+    assert made.d_shape == d.shape
+    product = a @ (b if made.b_order == "row" else b.mT)
+    torch.testing.assert_close(product if made.d_order == "row" else product.mT, d)
+    assert made.tokens == 48
+
+
+@pytest.mark.parametrize(("kind", "multiple"), list(zip(CONSTRUCTORS, (8, 8, 16, 16), strict=True)))
+def test_token_counts_are_padded_to_what_the_engine_takes(kind, multiple):
+    for tokens in range(1, 70):
+        made = kind(tokens, 32, 48, BF16)
+        assert made.refusal() is None
+        assert 0 <= made.tokens - tokens < multiple
+        assert made.tokens % multiple == 0
+
+
+def test_only_the_forward_product_has_a_bias():
+    assert problems.forward(8, 16, 32, BF16, bias=True).bias
+    assert not any(kind(8, 16, 32, BF16).bias for kind in CONSTRUCTORS)
+
+
+@pytest.mark.parametrize("kind", CONSTRUCTORS)
+def test_equal_arguments_give_the_identical_object(kind):
+    assert kind(24, 32, 48, BF16) is kind(24, 32, 48, BF16)
+
+
+def test_equality_and_hash_follow_every_field():
+    base = {"rows": 16, "reduction": 32, "columns": 8, "dtype": BF16}
+    other = {"rows": 32, "reduction": 16, "columns": 16, "dtype": torch.float16, "b_order": "row"}
+    other |= {"d_order": "row", "bias": True, "token_axis": "rows"}
+    same = Problem(**base)
+    assert same == Problem(**base)
+    assert hash(same) == hash(Problem(**base))
+    for name, value in other.items():
+        assert Problem(**base | {name: value}) != same, name
+
+
+def test_a_pickled_problem_is_found_in_another_process():
+    made = problems.forward(24, 32, 48, BF16, bias=True)
+    assert pickle.loads(pickle.dumps(made)) == made
+    code = (
+        "import pickle, sys, torch\n"
+        "from semisparse.gemm.problem import forward\n"
+        "sent = pickle.loads(sys.stdin.buffer.read())\n"
+        "assert {forward(24, 32, 48, torch.bfloat16, True): 1}[sent] == 1\n"
+    )
+    subprocess.run([sys.executable, "-c", code], input=pickle.dumps(made), check=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "refused"),
+    [
+        ({"rows": 24}, "rows=24"),
+        ({"reduction": 8}, "reduction=8"),
+        ({"columns": 12}, "columns=12"),
+        ({"rows": 4, "columns": 1}, "rows=4 is no multiple of 16, columns=1 is no multiple of 8"),
+    ],
+)
+def test_sizes_the_engine_cannot_take_are_named(change, refused):
+    sizes = {"rows": 16, "reduction": 16, "columns": 8} | change
+    assert refused in str(Problem(**sizes, dtype=BF16).refusal())
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "named"),
+    [
+        ({"rows": 0}, ShapeError, "rows=0"),
+        ({"columns": -8}, ShapeError, "columns=-8"),
+        ({"reduction": 16.0}, ShapeError, "reduction=16.0"),
+        ({"rows": True}, ShapeError, "rows=True"),
+        ({"dtype": torch.float32}, TensorError, "float32"),
+        ({"b_order": "col"}, ConfigError, "b_order='col'"),
+        ({"d_order": None}, ConfigError, "d_order=None"),
+        ({"token_axis": "tokens"}, ConfigError, "token_axis='tokens'"),
+    ],
+)
+def test_bad_fields_are_refused_by_name(change, error, named):
+    with pytest.raises(error, match=named):
+        Problem(**{"rows": 16, "reduction": 16, "columns": 8, "dtype": BF16} | change)
+
+
+def test_an_empty_product_is_refused_with_the_way_out():
+    with pytest.raises(ShapeError, match="return early"):
+        problems.forward(0, 16, 16, BF16)
+
+
+def test_buckets_are_few_close_and_stable():
+    buckets = [bucket_of(tokens) for tokens in range(1, 100_001)]
+    assert all(tokens <= bucket <= tokens * 1.25 for tokens, bucket in enumerate(buckets, 1))
+    assert all(bucket_of(bucket) == bucket for bucket in set(buckets))
+    assert buckets == sorted(buckets)
+    assert len(set(buckets)) <= 4 * 17  # four for each doubling, 17 doublings up to 100,000
+    assert bucket_of(13008) == 14336
+    assert bucket_of(16384) == 16384
+
+
+@pytest.mark.parametrize("kind", CONSTRUCTORS)
+def test_a_bucket_changes_the_tokens_only_and_is_a_legal_problem(kind):
+    for tokens in (1, 200, 13008, 16384, 44160):
+        made = kind(tokens, 4096, 1024, BF16)
+        bucket = made.bucket
+        assert bucket.tokens == bucket_of(made.tokens)
+        assert bucket.refusal() is None
+        sizes = {"rows", "reduction", "columns"} - {made.token_axis}
+        assert all(getattr(bucket, name) == getattr(made, name) for name in sizes)
+        assert (bucket.b_order, bucket.d_order, bucket.token_axis) == (made.b_order, made.d_order, made.token_axis)
+        assert bucket.bucket == bucket

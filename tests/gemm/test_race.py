@@ -1,0 +1,154 @@
+"""The decision part of tuning, against made-up candidates and a clock that they advance."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+
+from semisparse.errors import EngineError
+from semisparse.gemm.race import NOT_REACHED, SECONDS, Race
+
+
+@dataclass
+class MadeUp:
+    """Candidates with known times (us); None is dense. check_s: how long checking one takes."""
+
+    times: Mapping[int | None, float]
+    faults: Mapping[int, str] = field(default_factory=dict)
+    raises: Mapping[int | None, Exception] = field(default_factory=dict)
+    raises_when_timed: Mapping[int | None, Exception] = field(default_factory=dict)
+    check_s: float = 1e-3
+    now: float = 0.0
+    checked: list[int] = field(default_factory=list)
+    timed: list[tuple[int | None, int]] = field(default_factory=list)
+
+    def clock(self) -> float:
+        return self.now
+
+    def fault(self, algorithm):
+        self.checked.append(algorithm)
+        self.now += self.check_s
+        if algorithm in self.raises:
+            raise self.raises[algorithm]
+        return self.faults.get(algorithm)
+
+    def time(self, algorithm, repeats):
+        if algorithm in self.raises_when_timed:
+            raise self.raises_when_timed[algorithm]
+        self.timed.append((algorithm, repeats))
+        self.now += self.times[algorithm] * repeats * 1e-6
+        return self.times[algorithm]
+
+    def run(self, seconds=SECONDS):
+        candidates = [name for name in self.times if name is not None]
+        return Race(self, self.clock, seconds).run(candidates, dense=None in self.times)
+
+
+def test_the_fastest_wins_and_both_times_are_reported():
+    choice = MadeUp({0: 150.0, 1: 120.0, 2: 141.0, None: 180.0}).run()
+    assert (choice.algorithm, choice.sparse_algorithm) == (1, 1)
+    assert (choice.sparse_us, choice.dense_us, choice.source) == (120.0, 180.0, "tuned")
+    assert (choice.rejected, choice.note) == ((), "")
+
+
+@pytest.mark.parametrize("dense", [100.0, 120.0])
+def test_dense_wins_when_it_is_faster_or_equal_and_the_best_algorithm_is_still_known(dense):
+    choice = MadeUp({0: 150.0, 1: 120.0, None: dense}).run()
+    assert (choice.algorithm, choice.sparse_algorithm, choice.dense_us) == (None, 1, dense)
+
+
+def test_without_a_dense_alternative_sparse_is_chosen():
+    choice = MadeUp({0: 150.0, 1: 120.0}).run()
+    assert (choice.algorithm, choice.dense_us) == (1, None)
+
+
+def test_a_wrong_algorithm_is_never_timed_and_the_reason_is_kept():
+    trial = MadeUp({0: 150.0, 1: 1.0, 2: 140.0}, faults={1: "wrong: other bits in run 2"})
+    choice = trial.run()
+    assert choice.algorithm == 2
+    assert choice.rejected == ((1, "wrong: other bits in run 2"),)
+    assert 1 not in {algorithm for algorithm, _ in trial.timed}
+
+
+def test_a_failing_algorithm_is_dropped_when_checked_and_when_timed():
+    trial = MadeUp(
+        {0: 150.0, 1: 1.0, 2: 2.0},
+        raises={1: EngineError("refused")},
+        raises_when_timed={2: EngineError("failed later")},
+    )
+    choice = trial.run()
+    assert choice.algorithm == 0
+    assert dict(choice.rejected) == {1: "EngineError: refused", 2: "EngineError: failed later"}
+    assert choice.note == ""
+
+
+@pytest.mark.parametrize("stage", ["raises", "raises_when_timed"])
+def test_an_algorithm_that_runs_out_of_memory_is_dropped_and_noted(stage):
+    choice = MadeUp({0: 150.0, 1: 1.0}, **{stage: {1: torch.OutOfMemoryError("CUDA out of memory")}}).run()
+    assert choice.algorithm == 0
+    assert dict(choice.rejected) == {1: "OutOfMemoryError: CUDA out of memory"}
+    assert "algorithm 1 could not be timed" in choice.note
+
+
+def test_a_dense_alternative_that_runs_out_of_memory_is_dropped_and_noted():
+    error = torch.OutOfMemoryError("CUDA out of memory")
+    choice = MadeUp({0: 150.0, None: 1.0}, raises_when_timed={None: error}).run()
+    assert (choice.algorithm, choice.dense_us) == (0, None)
+    assert "masked dense could not be timed" in choice.note
+
+
+def test_when_every_algorithm_is_wrong_dense_is_chosen():
+    choice = MadeUp({0: 1.0, 1: 1.0, None: 90.0}, faults={0: "wrong", 1: "wrong"}).run()
+    assert (choice.algorithm, choice.sparse_algorithm, choice.sparse_us, choice.dense_us) == (None, None, None, 90.0)
+    assert len(choice.rejected) == 2
+
+
+@pytest.mark.parametrize("error", [RuntimeError("illegal memory access"), KeyboardInterrupt()])
+def test_any_other_error_is_not_swallowed(error):
+    with pytest.raises(type(error)):
+        MadeUp({0: 1.0, 1: 1.0}, raises={1: error}).run()
+
+
+def test_the_best_are_timed_in_turns_with_dense():
+    trial = MadeUp({algorithm: 100.0 + algorithm for algorithm in range(21)} | {None: 110.0})
+    trial.run()
+    turns = [algorithm for algorithm, _ in trial.timed[-20:]]
+    assert turns == [0, 1, 2, None] * 5
+
+
+def test_a_slow_algorithm_is_measured_once_only():
+    trial = MadeUp({0: 100.0, 1: 1_000.0, 2: 101.0, 3: 102.0})
+    trial.run()
+    assert [repeats for algorithm, repeats in trial.timed if algorithm == 1] == [1]
+
+
+@pytest.mark.parametrize("scale", [1.0, 100.0, 2_000.0, 20_000.0])
+def test_the_time_limit_holds_for_small_and_large_problems(scale):
+    """Beyond the limit at most what was begun is finished: one batch of each finalist."""
+    trial = MadeUp({algorithm: scale + algorithm for algorithm in range(21)} | {None: 1.2 * scale})
+    trial.check_s = 6 * scale * 1e-6
+    choice = trial.run()
+    assert choice.sparse_algorithm is not None
+    assert trial.now <= SECONDS + 4 * 4 * 1.2 * scale * 1e-6 + 0.01
+
+
+def test_what_is_not_reached_is_said_and_at_least_one_is_found():
+    trial = MadeUp(dict.fromkeys(range(5), 100.0), faults={0: "wrong"}, check_s=0.2)
+    choice = trial.run()
+    assert choice.sparse_algorithm == 1
+    assert dict(choice.rejected) == {0: "wrong", 3: NOT_REACHED, 4: NOT_REACHED} | {
+        algorithm: reason for algorithm, reason in choice.rejected if algorithm == 2
+    }
+    assert trial.checked[:2] == [0, 1]
+
+
+def test_a_noisy_finalist_is_judged_by_its_median():
+    class Noisy(MadeUp):
+        def time(self, algorithm, repeats):
+            measured = super().time(algorithm, repeats)
+            disturbed = algorithm == 0 and repeats > 1 and len(self.timed) % 4 == 0
+            return measured * (50 if disturbed else 1)
+
+    choice = Noisy({0: 100.0, 1: 110.0}).run()
+    assert (choice.algorithm, choice.sparse_us) == (0, 100.0)
