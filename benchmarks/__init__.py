@@ -1,0 +1,1 @@
+"""Benchmarks of semisparse: each run writes JSON, and cards and README figures are generated from it."""

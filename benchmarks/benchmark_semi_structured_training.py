@@ -1,0 +1,98 @@
+"""Benchmarks of semi-structured training: whole steps (default) or single linear layers (--linear).
+
+    python benchmarks/benchmark_semi_structured_training.py [--card sam-vit-l ...] [--save [DIR]]
+    python benchmarks/benchmark_semi_structured_training.py --linear [--mkn 13008,1024,4096 ...] [--save [DIR]]
+
+Prints a pandas table; --save also writes JSON and CSV, from which benchmarks/cards.py generates cards and README.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that the file runs as a script from anywhere
+
+import pandas as pd
+import torch
+
+from benchmarks import end_to_end, linear, store
+from benchmarks.models import CARDS
+
+
+def _shape(text: str) -> tuple[int, int, int]:
+    try:
+        tokens, in_features, out_features = (int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not M,K,N, as in 13008,1024,4096") from None
+    return tokens, in_features, out_features
+
+
+def _linear_rows(result: dict[str, Any]) -> list[dict[str, Any]]:
+    rows = [
+        {
+            "M x K x N": " x ".join(map(str, result["mkn"])),
+            "variant": name,
+            "ms": timing["median_ms"],
+            "p20": timing["p20_ms"],
+            "p80": timing["p80_ms"],
+            "dense / variant": result["ratio_to_dense"].get(name),
+            "limit": result["limit"].get(name),
+            "TFLOP/s": result["tflops"].get(name),
+            "peak MiB": result["peak_memory_bytes"].get(name, 0) / 2**20 or None,
+        }
+        for name, timing in result["times_ms"].items()
+    ]
+    shape = rows[0]["M x K x N"]
+    return rows + [{"M x K x N": shape, "variant": f"{name}: {error}"} for name, error in result["errors"].items()]
+
+
+def _end_to_end_rows(result: dict[str, Any]) -> list[dict[str, Any]]:
+    return [
+        {
+            "step": result["card"],
+            "variant": kind,
+            "ms": timing["median_ms"],
+            "p20": timing["p20_ms"],
+            "p80": timing["p80_ms"],
+            "dense / variant": result["ratio_to_dense"] if kind == "sparse" else 1.0,
+            "limit": result["limit"] if kind == "sparse" else None,
+            "peak GiB": result["peak_memory_bytes"][kind] / 2**30,
+            "compile s": result["compile_seconds"][kind],
+        }
+        for kind, timing in result["times_ms"].items()
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--linear", action="store_true", help="single linear layers instead of whole steps")
+    parser.add_argument("--mkn", nargs="+", type=_shape, default=list(linear.SHAPES), metavar="M,K,N")
+    parser.add_argument("--card", nargs="+", choices=CARDS, default=list(CARDS))
+    parser.add_argument("--rounds", type=int, default=5, help="interleaved blocks per variant")
+    parser.add_argument("--save", nargs="?", type=Path, const=store.RESULTS, metavar="DIR")
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("no CUDA device: these benchmarks measure a GPU")
+    pd.set_option("display.width", 200, "display.max_columns", 20, "display.max_colwidth", 60, "display.precision", 3)
+    jobs: list[tuple[str, Any]] = (
+        [
+            (f"linear-{'x'.join(map(str, mkn))}", lambda mkn=mkn: linear.benchmark(*mkn, options.rounds))
+            for mkn in options.mkn
+        ]
+        if options.linear
+        else [(card, lambda card=card: end_to_end.benchmark(card, options.rounds)) for card in options.card]
+    )
+    print("peaks by data sheet (TFLOP/s):", store.PEAKS_TFLOPS.get(torch.cuda.get_device_name(), "unknown"))
+    for name, job in jobs:
+        result = job()
+        table = pd.DataFrame((_linear_rows if options.linear else _end_to_end_rows)(result))
+        print(table.to_string(index=False, na_rep=""), flush=True)
+        if options.save:
+            path = store.save(name, {"kind": "linear" if options.linear else "end-to-end", **result}, options.save)
+            table.to_csv(path.with_suffix(".csv"), index=False)
+        torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()

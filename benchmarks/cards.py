@@ -1,0 +1,150 @@
+"""Cards and README figures, generated from benchmarks/results/*.json. Run after each new result; a test compares.
+
+python benchmarks/cards.py
+"""
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS, CARDS = ROOT / "benchmarks" / "results", ROOT / "benchmarks" / "cards"
+COMMAND = "python benchmarks/benchmark_semi_structured_training.py"
+
+
+def load(kind: str) -> list[tuple[str, dict[str, Any]]]:
+    """(file name, content) of the stored results of one kind, in a fixed order."""
+    found = []
+    for path in sorted(RESULTS.glob("*.json")):
+        content = json.loads(path.read_text())
+        if content.get("kind") == kind:
+            found.append((path.name, content))
+    return found
+
+
+def origin(result: dict[str, Any]) -> str:
+    """One line: what the figures were measured on."""
+    source = result["provenance"]
+    versions = source["environment"]["versions"]
+    wanted = [name for name in ("torch", "triton", "cusparselt", "nvmath") if name in versions]
+    named = ", ".join(f"{name} {versions[name]}" for name in wanted)
+    peaks = " / ".join(f"{value:g} TFLOP/s {name}" for name, value in source["peaks_tflops"].items())
+    where = f"commit {source['commit'][:10]}, {source['time']}"
+    return f"One {source['gpu']}, {named}; peaks by data sheet: {peaks}; {where}."
+
+
+def linear_table(results: list[tuple[str, dict[str, Any]]]) -> str:
+    """Dense and sparse forward + backward of single linears, with limits."""
+    lines = [
+        "| M x K x N | dense ms | weight 2:4 ms | ratio (limit) | activation 2:4 ms | ratio (limit) |",
+        "|---|---|---|---|---|---|",
+    ]
+    for _, result in results:
+        times, ratio, limit = result["times_ms"], result["ratio_to_dense"], result["limit"]
+        cells = [" x ".join(map(str, result["mkn"])), f"{times['dense']['median_ms']:.3f}"]
+        for name in ("semisparse weight", "semisparse activation"):
+            cells += [f"{times[name]['median_ms']:.3f}", f"**{ratio[name]:.3f}** ({limit[name]:.3f})"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def end_to_end_table(results: list[tuple[str, dict[str, Any]]]) -> str:
+    """Whole training steps, dense against sparse, with limits."""
+    lines = ["| step | dense ms | 2:4 ms | ratio (limit) | peak GiB dense / 2:4 |", "|---|---|---|---|---|"]
+    for _, result in results:
+        times, memory = result["times_ms"], result["peak_memory_bytes"]
+        lines.append(
+            f"| {result['title']} | {times['dense']['median_ms']:.1f} | {times['sparse']['median_ms']:.1f} "
+            f"| **{result['ratio_to_dense']:.3f}** ({result['limit']:.3f}) "
+            f"| {memory['dense'] / 2**30:.1f} / {memory['sparse'] / 2**30:.1f} |"
+        )
+    return "\n".join(lines)
+
+
+def linear_card(name: str, result: dict[str, Any]) -> str:
+    """Every variant and part of one linear benchmark."""
+    tokens, in_features, out_features = result["mkn"]
+    lines = [
+        f"# One linear layer, M x K x N = {tokens} x {in_features} x {out_features}",
+        "",
+        origin(result),
+        "",
+        "Forward + backward in eager mode, bf16 parameters with bias, gradients set to None before each call, "
+        "packing included. Variants interleaved in one process, sustained. The limit is the ratio that a free "
+        "packing would reach with this run's own products.",
+        "",
+        "| variant | ms | p20 | p80 | dense / variant | limit | dense-equivalent TFLOP/s |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for variant, timing in result["times_ms"].items():
+        ratio, limit, rate = (result[key].get(variant) for key in ("ratio_to_dense", "limit", "tflops"))
+        cells = [variant, *(f"{timing[key]:.4f}" for key in ("median_ms", "p20_ms", "p80_ms"))]
+        cells += ["" if value is None else f"{value:.3f}" for value in (ratio, limit)]
+        lines.append(f"| {' | '.join([*cells, '' if rate is None else f'{rate:.0f}'])} |")
+    lines += [f"| {peer} | {error} | | | | | |" for peer, error in result["errors"].items()]
+    shape = f"{tokens},{in_features},{out_features}"
+    return "\n".join([*lines, "", f"Remake: `{COMMAND} --linear --mkn {shape} --save`", ""])
+
+
+def end_to_end_card(name: str, result: dict[str, Any]) -> str:
+    """One whole training step."""
+    spread = {kind: f"{t['p20_ms']:.1f} to {t['p80_ms']:.1f}" for kind, t in result["times_ms"].items()}
+    saved = ", ".join(f"{shape}: {ms:.2f} ms" for shape, ms in result["saved_by_products_ms"].items())
+    return "\n".join(
+        [
+            f"# {result['title']}",
+            "",
+            origin(result),
+            "",
+            end_to_end_table([(name, result)]),
+            "",
+            f"p20 to p80: dense {spread['dense']}, 2:4 {spread['sparse']} ms. "
+            f"{result['swapped']} linears 2:4. The products of these layers save, packing not counted ({saved} by N x K); "
+            "the limit is the ratio if packing cost nothing.",
+            *(["", result["note"]] if result["note"] else []),
+            "",
+            f"Remake: `{COMMAND} --card {result['card']} --save`",
+            "",
+        ]
+    )
+
+
+def readme_blocks() -> dict[str, str]:
+    """Marker -> generated text of each README block that has results."""
+    linear, steps = load("linear"), load("end-to-end")
+    blocks = {}
+    if steps:
+        blocks["end-to-end"] = f"{end_to_end_table(steps)}\n\n{origin(steps[0][1])} Remake: `{COMMAND} --save`."
+    if linear:
+        blocks["linear"] = f"{linear_table(linear)}\n\n{origin(linear[0][1])} Remake: `{COMMAND} --linear --save`."
+    return blocks
+
+
+def with_blocks(text: str, blocks: dict[str, str]) -> str:
+    """text with the content between <!-- generated: NAME --> and <!-- end --> replaced by each block."""
+    for name, block in blocks.items():
+        pattern = re.compile(rf"(<!-- generated: {name} -->\n).*?(<!-- end -->)", flags=re.DOTALL)
+        text = pattern.sub(lambda found, block=block: f"{found[1]}{block}\n{found[2]}", text)
+    return text
+
+
+def outputs() -> dict[Path, str]:
+    """Path -> content of everything that is generated from results."""
+    made = {CARDS / f"{Path(name).stem}.md": linear_card(name, result) for name, result in load("linear")}
+    made |= {CARDS / f"{Path(name).stem}.md": end_to_end_card(name, result) for name, result in load("end-to-end")}
+    readme = ROOT / "README.md"
+    return {**made, readme: with_blocks(readme.read_text(), readme_blocks())}
+
+
+def main() -> int:
+    for path, text in outputs().items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        print(path.relative_to(ROOT))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

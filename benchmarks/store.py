@@ -1,0 +1,59 @@
+"""Where results come from and go to: one JSON file a run, with everything needed to judge it."""
+
+import json
+import os
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from semisparse.environment import environment
+
+RESULTS = Path(__file__).parent / "results"
+
+# NVIDIA's data sheet figures for the H200 (bf16 and fp16); always printed together, because comparing a dense run with
+# the sparse peak is the most common way to get this wrong.
+PEAKS_TFLOPS = {"NVIDIA H200": {"dense": 989.0, "with 2:4 sparsity": 1979.0}}
+
+
+def provenance() -> dict[str, Any]:
+    """Commit, GPU, versions, clocks and both peaks of this run."""
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    return {
+        "commit": _commit(),
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "gpu": name,
+        "environment": environment(),
+        "clocks": _clocks(),
+        "peaks_tflops": PEAKS_TFLOPS.get(name, {}),
+    }
+
+
+def save(name: str, payload: dict[str, Any], folder: Path | None = None) -> Path:
+    """Write payload with its provenance to folder/name.json and return the path."""
+    target = (folder or RESULTS) / f"{name}.json"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(json.dumps({"provenance": provenance(), **payload}, indent=1) + "\n")
+    return target
+
+
+def _commit() -> str:
+    """The commit of the tree: from git or, in a copy without history, from the variable SEMISPARSE_COMMIT."""
+    root = Path(__file__).parent.parent
+    try:
+        done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return os.environ.get("SEMISPARSE_COMMIT", "unknown")
+
+
+def _clocks() -> str:
+    fields = "clocks.sm,clocks.mem,power.draw,power.limit,temperature.gpu,clocks_event_reasons.active"
+    try:
+        done = subprocess.run(
+            ["nvidia-smi", f"--query-gpu={fields}", "--format=csv"], capture_output=True, text=True, check=True
+        )
+        return done.stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"

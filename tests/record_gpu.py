@@ -1,0 +1,67 @@
+"""Run the GPU tests and write tests/gpu_record.json: what was run, on what, and the hash of every file it speaks for.
+
+    python tests/record_gpu.py [DIR]        (make test-gpu)
+
+CI has no GPU; it compares the hashes with the files (tests/arch/test_gpu_record.py), so a change without a new record
+fails there unless tests/gpu_pending.md names the file and why.
+"""
+
+import hashlib
+import json
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+
+def recorded_files() -> dict[str, str]:
+    """Path -> sha256 of each file that a GPU record speaks for."""
+    package = ROOT / "src" / "semisparse"
+    files = [*package.glob("kernels/**/*.py"), *package.glob("gemm/**/*.py")]
+    files += [*package.glob("*ops.py"), package / "functional.py"]
+    return {str(path.relative_to(ROOT)): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(files)}
+
+
+class Outcomes:
+    """A pytest plugin that counts outcomes and keeps the reasons of skips and the names of failures."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self.failed: list[str] = []
+        self.skipped: list[str] = []
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when == "call" or report.outcome != "passed":
+            self.counts[report.outcome] += 1
+        if report.failed:
+            self.failed.append(report.nodeid)
+        if report.skipped:
+            self.skipped.append(f"{report.nodeid}: {report.longrepr}")
+
+
+def main() -> int:
+    from benchmarks.store import provenance
+
+    outcomes, start = Outcomes(), time.monotonic()
+    arguments = ["-m", "gpu", "-q", "--durations=15", str(ROOT / "tests"), *sys.argv[2:]]
+    code = int(pytest.main(arguments, plugins=[outcomes]))
+    record = {
+        "provenance": provenance(),
+        "seconds": round(time.monotonic() - start, 1),
+        "passed": outcomes.counts["passed"],
+        "failed": outcomes.failed,
+        "skipped": outcomes.skipped,
+        "files": recorded_files(),
+    }
+    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "tests"
+    (folder / "gpu_record.json").write_text(json.dumps(record, indent=1) + "\n")
+    return code
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
