@@ -8,6 +8,10 @@ estimator): with W~ the pruned weight and x~ the pruned input,
 
 Under autocast the operand is pruned from its stored dtype (an fp32 master weight, say) and rounded to the autocast
 dtype in the same pass; gradients come back in the parameter's dtype.
+
+There are two routes with the same masks. *Masked dense* prunes and calls F.linear: any device, dtype and size. *Packed*
+is for fp16 and bf16 on CUDA with N and K multiples of 16: the operand is packed once for both directions and multiplied
+by the packed_* ops, whose engine may still choose a dense product inside the op.
 """
 
 from typing import Any
@@ -15,9 +19,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from semisparse import ops
-from semisparse.errors import ShapeError, TensorError
+from semisparse.errors import EngineError, ShapeError, TensorError
+from semisparse.gemm.problem import DTYPES as PACKED_DTYPES
+from semisparse.gemm.problem import SPARSE_MULTIPLE
 from semisparse.pattern import GROUP
 from semisparse.reference.masks import FLOAT_DTYPES
 
@@ -54,35 +61,145 @@ class _PruneTokens(torch.autograd.Function):
         return grad_pruned.to(ctx.dtype), None
 
 
-def semi_sparse_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, mask: str = "transposable") -> Tensor:
+class _PackedLinear(torch.autograd.Function):
+    """y = x W~^T + b from the packed weight; x (M, K) and bias in the compute dtype, weight only receives its gradient.
+
+    Of the packings only the one that the input gradient needs lives on to the backward pass: W~^T, or W~ where the mask
+    is 2:4 along K only and the input gradient is therefore a masked dense product. A double backward raises.
+    """
+
+    @staticmethod
+    def forward(
+        x: Tensor, weight: Tensor, bias: Tensor | None, packed: Tensor, packed_t: Tensor, mask: str, engine: str
+    ) -> Tensor:
+        return ops.packed_linear(x, packed, bias, weight.shape[0], engine)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, weight, _, packed, packed_t, ctx.mask, ctx.engine = inputs
+        ctx.weight_dtype, ctx.weight_shape, ctx.dtype = weight.dtype, weight.shape, x.dtype
+        ctx.save_for_backward(
+            x if ctx.needs_input_grad[1] else None,
+            (packed_t if ctx.mask == "transposable" else packed) if ctx.needs_input_grad[0] else None,
+        )
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        x, packed = ctx.saved_tensors
+        grad_x = grad_weight = grad_bias = None
+        if ctx.needs_input_grad[0] and ctx.mask == "transposable":
+            grad_x = ops.packed_linear(grad_output, packed, None, ctx.weight_shape[1], ctx.engine)
+        elif ctx.needs_input_grad[0]:
+            grad_x = grad_output @ ops.unpack(packed, *ctx.weight_shape, ctx.dtype)
+        if ctx.needs_input_grad[1]:
+            grad_weight = (grad_output.mT @ x).to(ctx.weight_dtype)
+        if ctx.needs_input_grad[2]:
+            grad_bias = grad_output.sum(0)
+        return grad_x, grad_weight, grad_bias, None, None, None, None
+
+
+class _PackedTokensLinear(torch.autograd.Function):
+    """y = x~ W^T from the packed input; weight (N, K) in the compute dtype, x (M, K) only receives its gradient."""
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, packed: Tensor, packed_t: Tensor, engine: str) -> Tensor:
+        return ops.packed_tokens_linear(packed, weight, x.shape[0], engine)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, weight, _, packed_t, ctx.engine = inputs
+        ctx.x_dtype, ctx.in_features = x.dtype, x.shape[1]
+        ctx.save_for_backward(
+            weight if ctx.needs_input_grad[0] else None, packed_t if ctx.needs_input_grad[1] else None
+        )
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        weight, packed_t = ctx.saved_tensors
+        grad_x = grad_weight = None
+        if ctx.needs_input_grad[0]:
+            grad_x = (grad_output @ weight).to(ctx.x_dtype)
+        if ctx.needs_input_grad[1]:
+            grad_weight = ops.packed_tokens_grad_weight(packed_t, grad_output, ctx.in_features, ctx.engine)
+        return grad_x, grad_weight, None, None, None
+
+
+def semi_sparse_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    mask: str = "transposable",
+    engine: str = "auto",
+    packed: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
     """y = x W~^T + b with W~ the weight pruned to 2:4 by magnitude at this call. Returns (..., N).
 
     x: (..., K), weight: (N, K) with N and K multiples of 4, bias: (N,) or None; any strides, fp64, fp32, fp16 or bf16,
-    all of one dtype unless autocast is on. mask: "transposable" or "row" (see SparseConfig). The mask is exact; the
-    products are PyTorch's own in the compute dtype. Raises ShapeError, TensorError.
+    all of one dtype unless autocast is on. mask: "transposable" or "row"; engine: "auto", "cusparselt" or "dense" (see
+    SparseConfig). packed: the result of ops.pack for this weight, mask and compute dtype, when it is to be used again.
+    The mask is exact; products err as PyTorch's own in the compute dtype do. Raises ShapeError, TensorError.
     """
     check_operands(x, weight, bias)
-    pruned: Tensor = _PruneWeight.apply(weight, compute_dtype(x, weight), mask)
-    return F.linear(x, pruned, bias)
+    dtype = compute_dtype(x, weight)
+    if not packs(weight, dtype, engine):
+        pruned: Tensor = _PruneWeight.apply(weight, dtype, mask)
+        return F.linear(x, pruned, bias)
+    forward, transposed = ops.pack(weight.detach(), dtype, mask) if packed is None else packed
+    tokens = x.reshape(x.shape[:-1].numel(), x.shape[-1]).to(dtype)
+    bias = None if bias is None else bias.to(dtype)
+    y: Tensor = _PackedLinear.apply(tokens, weight, bias, forward, transposed, mask, engine)
+    return y.view(*x.shape[:-1], weight.shape[0])
 
 
-def semi_sparse_activation_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def semi_sparse_activation_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, engine: str = "auto"
+) -> Tensor:
     """y = x~ W^T + b with x~ the input pruned by 4x4 tiles over (tokens, features). Returns (..., N).
 
     Leading dimensions of x are flattened to tokens in order; a token count that is no multiple of 4 counts zero rows.
-    Shapes, dtypes, exactness and errors as semi_sparse_linear. The gradient of x passes straight through the pruning.
+    Shapes, dtypes, engine, exactness and errors as semi_sparse_linear. The gradient of x passes straight through.
     """
     check_operands(x, weight, bias)
-    pruned: Tensor = _PruneTokens.apply(x.reshape(x.shape[:-1].numel(), x.shape[-1]), compute_dtype(x, weight))
-    return F.linear(pruned.view(x.shape), weight, bias)
+    dtype = compute_dtype(x, weight)
+    tokens = x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    if not packs(weight, dtype, engine):
+        pruned: Tensor = _PruneTokens.apply(tokens, dtype)
+        return F.linear(pruned.view(x.shape), weight, bias)
+    packed, packed_t = ops.pack_tokens(tokens.detach(), dtype)
+    y: Tensor = _PackedTokensLinear.apply(tokens, weight.to(dtype), packed, packed_t, engine)
+    # The engine adds a bias along the rows of its result, which are tokens here.
+    y = y if bias is None else y + bias.to(dtype)
+    return y.view(*x.shape[:-1], weight.shape[0])
+
+
+def packs(weight: Tensor, dtype: torch.dtype, engine: str) -> bool:
+    """Whether a layer with this weight takes the packed route; a fact of device, dtype and sizes alone.
+
+    Raises EngineError, with the reason, where engine="cusparselt" asks for a route that is not there.
+    """
+    sizes_fit = not (weight.shape[0] % SPARSE_MULTIPLE or weight.shape[1] % SPARSE_MULTIPLE)
+    possible = weight.is_cuda and dtype in PACKED_DTYPES and sizes_fit
+    if engine == "cusparselt" and not possible:
+        raise EngineError(
+            f"engine='cusparselt' needs a CUDA weight in fp16 or bf16 with N and K multiples of {SPARSE_MULTIPLE}; it is "
+            f"{tuple(weight.shape)} on {weight.device}, computed in {dtype}: use engine='auto' or torch.autocast"
+        )
+    return possible and engine != "dense"
 
 
 def compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
     """The dtype of the products: autocast's where autocast applies (never to fp64), else the weight's."""
-    device = x.device.type
-    if x.dtype == torch.float64 or weight.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+    if x.dtype == torch.float64 or weight.dtype == torch.float64 or not autocast_enabled(x.device):
         return weight.dtype
-    return torch.get_autocast_dtype(device)
+    return torch.get_autocast_dtype(x.device.type)
+
+
+def autocast_enabled(device: torch.device) -> bool:
+    """Whether torch.autocast is on for device; False where torch has none (meta), instead of its RuntimeError."""
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
 
 
 def check_operands(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -96,15 +213,16 @@ def check_operands(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         raise ShapeError(f"x has shape {tuple(x.shape)}; its last size must be in_features={weight.shape[1]}")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ShapeError(f"bias has shape {tuple(bias.shape)}; it must be ({weight.shape[0]},)")
-    autocast = torch.is_autocast_enabled(x.device.type)
-    for name, tensor in (("x", x), ("weight", weight), ("bias", bias)):
+    autocast = autocast_enabled(x.device)
+    for name, tensor in (("weight", weight), ("x", x), ("bias", bias)):
         if tensor is None:
             continue
         if tensor.device != weight.device:
             raise TensorError(f"{name} is on {tensor.device}, weight on {weight.device}; move both to one device")
         if tensor.dtype not in FLOAT_DTYPES:
             raise TensorError(f"{name} has dtype {tensor.dtype}; use float64, float32, float16 or bfloat16")
-        if tensor.dtype != weight.dtype and not autocast:
+        if tensor.dtype != weight.dtype and (not autocast or torch.float64 in (tensor.dtype, weight.dtype)):
             raise TensorError(
-                f"{name} has dtype {tensor.dtype}, weight {weight.dtype}; convert one of them or use torch.autocast"
+                f"{name} has dtype {tensor.dtype}, weight {weight.dtype}; convert one of them or use torch.autocast "
+                "(which leaves float64 as it is)"
             )

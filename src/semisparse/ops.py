@@ -40,16 +40,20 @@ def prune_tokens(x: Tensor, dtype: torch.dtype) -> Tensor:
 def _prune(matrix: Tensor, dtype: torch.dtype, mask: str) -> Tensor:
     if mask not in _MASKS:
         raise ConfigError(f"mask={mask!r} is not one of {', '.join(map(repr, _MASKS))}")
+    matrix = matrix.detach()  # the op has no gradient of its own, and autograd must not find where()'s
     return reference_linear.prune(matrix, _MASKS[mask](matrix)).to(dtype).contiguous()
 
 
 def _prune_tokens(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return reference_linear.prune_tokens(x).to(dtype).contiguous()
+    return reference_linear.prune_tokens(x.detach()).to(dtype).contiguous()
 
 
 # One implementation for every device: the specification itself is plain PyTorch.
 _LIBRARY.impl("prune", _prune, "CompositeExplicitAutograd")
 _LIBRARY.impl("prune_tokens", _prune_tokens, "CompositeExplicitAutograd")
+# No gradient at all, rather than torch's default of a warning and a wrong one; functional.py differentiates.
+for _name in ("prune", "prune_tokens"):
+    _LIBRARY.impl(_name, torch.library.fallthrough_kernel, "Autograd")
 
 
 @torch.library.register_fake("semisparse::prune", lib=_LIBRARY)

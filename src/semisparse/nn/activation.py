@@ -25,7 +25,7 @@ class SemiSparseActivationLinear(SemiSparseBase):
         """y = x~ W^T + b; plain F.linear while sparse_enabled is False. Raises ShapeError, TensorError."""
         if not self.sparse_enabled:
             return F.linear(x, self.weight, self.bias)
-        return functional.semi_sparse_activation_linear(x, self.weight, self.bias)
+        return functional.semi_sparse_activation_linear(x, self.weight, self.bias, engine=self.config.engine)
 
     def pruned_weight(self) -> Tensor:
         """The weight itself, detached: this layer never prunes its weight."""

@@ -125,7 +125,8 @@ class SemiSparseBase(nn.Linear):
     def extra_repr(self) -> str:
         """nn.Linear's fields, then the mask and whether it is applied."""
         state = "on" if self.sparse_enabled else "off (dense phase)"
-        return f"{super().extra_repr()}, operand={self.config.operand}, mask={self.config.mask}, sparse={state}"
+        config = self.config
+        return f"{super().extra_repr()}, operand={config.operand}, mask={config.mask}, engine={config.engine}, sparse={state}"
 
     @classmethod
     def _checked(cls, config: SparseConfig | None) -> SparseConfig | None:

@@ -21,12 +21,16 @@ class SemiSparseLinear(SemiSparseBase):
 
     operand: ClassVar[Operand] = "weight"
     config: SparseConfig = SparseConfig(operand="weight")
+    # Set only inside nn.reuse_packed: the packed weight (W~, W~^T) to use instead of packing again.
+    _packed: tuple[Tensor, Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """y = x W~^T + b; plain F.linear while sparse_enabled is False. Raises ShapeError, TensorError."""
         if not self.sparse_enabled:
             return F.linear(x, self.weight, self.bias)
-        return functional.semi_sparse_linear(x, self.weight, self.bias, mask=self.config.mask)
+        return functional.semi_sparse_linear(
+            x, self.weight, self.bias, mask=self.config.mask, engine=self.config.engine, packed=self._packed
+        )
 
     def pruned_weight(self) -> Tensor:
         """The weight with this layer's mask applied: N x K, detached, in the parameter's dtype."""

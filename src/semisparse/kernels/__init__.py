@@ -1,0 +1,1 @@
+"""Triton kernels, each with a plain `launch` on tensors; no autograd, no modules, no torch.library."""

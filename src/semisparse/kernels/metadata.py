@@ -1,0 +1,136 @@
+"""Triton functions that put metadata nibbles where the engine wants them; its bit order is a compile-time constant.
+
+The engine stores nibble (row, group) at an address whose bits are bits of row and group in some order, within blocks of
+a power of two of rows and groups; blocks are stored row by row (gemm/layout.py). BITS is that order, lowest address bit
+first: r stands for bit r of the row, GROUP_BIT + g for bit g of the group.
+
+Here a thread first holds a word of 8 nibbles of a tile pair (two tiles side by side): position bits 0 and 1 are the
+line within the tile, bit 2 the tile within the pair. For W the lines are rows and the pair differs in group bit 0; for
+W^T the lines are columns of W and the pair differs in row bit 2. The words of a program form a 1-D tensor of N = tile
+rows x tile pairs entries. The engine's words hold three other address bits, so position bits change places with bits of
+the word's index: each *exchange* is one shuffle between two threads. Afterwards every thread stores a full word.
+"""
+
+import triton
+import triton.language as tl
+
+GROUP_BIT = 32
+"""Added to the index of a group bit in BITS, to tell it from a row bit."""
+
+
+@triton.constexpr_function
+def _source(turned, log_pairs, f):
+    """The address source that bit f of the word's index stands for, before any exchange."""
+    if turned:
+        return f + 3 if f < log_pairs else f - log_pairs + 32
+    return f + 1 + 32 if f < log_pairs else f - log_pairs + 2
+
+
+@triton.constexpr_function
+def _index_bit(turned, log_pairs, source):
+    """The bit of the word's index that stands for an address source: the inverse of _source."""
+    if turned:
+        return source - 3 if source < 32 else source - 32 + log_pairs
+    return source - 32 - 1 if source >= 32 else source - 2 + log_pairs
+
+
+@triton.constexpr_function
+def _held(bits, turned, swaps):
+    """Sources at the 3 positions of a word once those that belong there are in place; or the swaps that do it."""
+    held, partners = [0, 1, 2 if turned else 32], []
+    for position in range(3):
+        now = held.index(bits[position]) if bits[position] in held else position
+        held[position], held[now] = held[now], held[position]
+        partners.append(now)
+    return tuple(partners) if swaps else tuple(held)
+
+
+@triton.constexpr_function
+def _stride(bits, turned, log_pairs, f, part):
+    """Words between two words that differ in bit f of their index: within a block, or blocks (rows, groups) apart."""
+    source = _source(turned, log_pairs, f)
+    for position in range(3):
+        if _index_bit(turned, log_pairs, bits[position]) == f:
+            source = _held(bits, turned, False)[position]
+    if source in bits:
+        return (1 << bits.index(source) - 3) if part == "inner" else 0
+    inside = sum(1 for bit in bits if (bit < 32) == (source < 32))
+    blocks = 1 << (source if source < 32 else source - 32) - inside
+    return blocks if part == ("row" if source < 32 else "group") else 0
+
+
+@triton.constexpr_function
+def _rows(bits):
+    """log2 of a block's rows."""
+    return sum(1 for bit in bits if bit < 32)
+
+
+@triton.constexpr_function
+def _size(bits):
+    """log2 of a block's nibbles."""
+    return len(bits)
+
+
+@triton.jit
+def _swap(word, LOW: tl.constexpr, HIGH: tl.constexpr):
+    """The nibbles of a word, with position bits LOW and HIGH trading places."""
+    SHIFT: tl.constexpr = 4 * ((1 << HIGH) - (1 << LOW))
+    MOVES: tl.constexpr = 0x00F000F0 if LOW + HIGH == 1 else (0x0000F0F0 if LOW + HIGH == 2 else 0x0000FF00)
+    other = (word ^ (word >> SHIFT)) & MOVES
+    return word ^ other ^ (other << SHIFT)
+
+
+@triton.jit
+def _exchange(word, POSITION: tl.constexpr, INDEX_BIT: tl.constexpr, N: tl.constexpr):
+    """Position bit POSITION of the nibbles and bit INDEX_BIT of the word's index trade places."""
+    pairs = tl.reshape(word, (N >> (INDEX_BIT + 1), 2, 1 << INDEX_BIT))
+    other = (tl.sum(pairs, axis=1, keep_dims=True) - pairs).to(tl.uint32, bitcast=True)
+    upper = tl.arange(0, 2)[None, :, None] == 1
+    SHIFT: tl.constexpr = 4 << POSITION
+    LOWER: tl.constexpr = 0x0F0F0F0F if POSITION == 0 else (0x00FF00FF if POSITION == 1 else 0x0000FFFF)
+    turn = tl.where(upper, 32 - SHIFT, SHIFT).to(tl.uint32)
+    moved = ((other << turn) | (other >> (32 - turn))).to(tl.int32, bitcast=True)
+    stays = tl.where(upper, ~LOWER, LOWER)
+    return tl.reshape((pairs & stays) | (moved & ~stays), (N,))
+
+
+@triton.jit
+def engine_words(word, BITS: tl.constexpr, TURNED: tl.constexpr, LOG_PAIRS: tl.constexpr, N: tl.constexpr):
+    """Words of tile pairs (1-D, N) turned into words as the engine stores them; line_offsets says where each goes."""
+    for k in tl.static_range(3):
+        if _held(BITS, TURNED, True)[k] != k:
+            word = _swap(word, k, _held(BITS, TURNED, True)[k])
+    for k in tl.static_range(3):
+        if _held(BITS, TURNED, False)[k] != BITS[k]:
+            word = _exchange(word, k, _index_bit(TURNED, LOG_PAIRS, BITS[k]), N)
+    return word
+
+
+@triton.jit
+def word_offsets(blocks, BITS: tl.constexpr, TURNED: tl.constexpr, LOG_PAIRS: tl.constexpr, LOG_N: tl.constexpr):
+    """Where each of the N engine words lies, in words from the first; blocks: metadata blocks in a row of blocks."""
+    index = tl.arange(0, 1 << LOG_N)
+    SIZE: tl.constexpr = 1 << (_size(BITS) - 3)
+    offset = tl.zeros((1 << LOG_N,), tl.int32)
+    for f in tl.static_range(LOG_N):
+        step = _stride(BITS, TURNED, LOG_PAIRS, f, "inner") + SIZE * _stride(BITS, TURNED, LOG_PAIRS, f, "group")
+        offset += ((index >> f) & 1) * (step + blocks * (SIZE * _stride(BITS, TURNED, LOG_PAIRS, f, "row")))
+    return offset
+
+
+@triton.jit
+def nibble_address(row, group, blocks, BITS: tl.constexpr, ROW_ZEROS: tl.constexpr, GROUP_ZEROS: tl.constexpr):
+    """Address of the nibble of a row and group (scalars or tensors), int64, in nibbles.
+
+    The lowest ROW_ZEROS bits of row and GROUP_ZEROS bits of group are known to be zero.
+    """
+    ROWS: tl.constexpr = _rows(BITS)
+    SIZE: tl.constexpr = _size(BITS)
+    address = (((row >> ROWS).to(tl.int64) * blocks) + (group >> (SIZE - ROWS))) << SIZE
+    for k in tl.static_range(SIZE):
+        if BITS[k] < 32:
+            if BITS[k] >= ROW_ZEROS:
+                address += ((row >> BITS[k]) & 1) << k
+        elif BITS[k] - 32 >= GROUP_ZEROS:
+            address += ((group >> (BITS[k] - 32)) & 1) << k
+    return address
