@@ -27,7 +27,7 @@ demo: $(READY)
 	$(BIN)/semisparse train --out $(OUT) --force
 
 test: $(READY)
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n auto
 
 check: $(READY)
 	$(BIN)/ruff format --check .

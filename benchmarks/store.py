@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from semisparse.environment import environment
 
 RESULTS = Path(__file__).parent / "results"

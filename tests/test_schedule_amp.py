@@ -110,3 +110,14 @@ def test_a_schedule_that_meets_a_scaler_late_judges_its_first_step_rightly() -> 
         run.schedule = SparseSchedule(run.model, [Phase("sparse", 5)])
         moved, counted = run.step(overflow=overflow)
         assert counted is moved
+
+
+def test_a_schedule_set_back_beside_a_running_scaler_judges_by_the_scale_it_saw_last() -> None:
+    # The scale falls, then grows in one applied step to less than it began with. Without the last scale seen, that step
+    # looks like a skipped one: a count of zero and a scale below the initial one.
+    run = Run(growth_interval=1, growth_factor=1.5, backoff_factor=0.5)
+    run.step(overflow=True)
+    restored = SparseSchedule(run.model, [Phase("sparse", 3), Phase("dense", 100)])
+    restored.load_state_dict(run.schedule.state_dict())
+    run.schedule = restored
+    assert run.step() == (True, True)

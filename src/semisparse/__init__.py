@@ -5,7 +5,8 @@ Importing this package does nothing but define names: no CUDA call, no environme
 
 from semisparse.config import SparseConfig
 from semisparse.errors import SemiSparseError
-from semisparse.nn import SemiSparseActivationLinear, SemiSparseLinear, register_linear
+from semisparse.nn import SemiSparseActivationLinear, SemiSparseLinear, register_linear, reuse_packed
+from semisparse.ops import sac_save_ops
 from semisparse.report import SwapReport
 from semisparse.schedule import Phase, SparseSchedule
 from semisparse.swap import (
@@ -27,6 +28,8 @@ __all__ = [
     "SwapReport",
     "densify",
     "register_linear",
+    "reuse_packed",
+    "sac_save_ops",
     "sparsify",
     "swap_linear_with_semi_sparse_linear",
     "swap_semi_sparse_linear_with_linear",

@@ -1,4 +1,4 @@
-"""What the ops do on CUDA: launch the pack kernel, hand products to the engine. Imported by ops.py on first use."""
+"""What the ops do on CUDA: pack with NVIDIA's compressor, hand products to the engine. Imported by ops.py on first use."""
 
 import torch
 from torch import Tensor
@@ -8,10 +8,9 @@ from semisparse.gemm.cusparselt import ALIGNMENT
 from semisparse.gemm.engine import engine
 from semisparse.gemm.formats import packed_format
 from semisparse.gemm.problem import DENSE_MULTIPLE, SPARSE_MULTIPLE, Problem, pad
-from semisparse.kernels import prune_pack
-from semisparse.kernels import unpack as unpack_kernel
 from semisparse.reference import linear as reference_linear
 from semisparse.reference import masks as reference_masks
+from semisparse.reference import packing as reference_packing
 
 
 def prune(matrix: Tensor, dtype: torch.dtype, mask: str) -> Tensor:
@@ -25,36 +24,25 @@ def prune_tokens(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def pack(matrix: Tensor, dtype: torch.dtype, mask: str) -> tuple[Tensor, Tensor]:
-    """ops.pack: one kernel launch for both directions, or NVIDIA's compressor for each."""
-    written = packed_format(matrix.get_device(), dtype)
-    if written.packer == "compressor":
-        return _compress(prune(matrix, dtype, mask), transposed=mask == "transposable")
-    first, second = prune_pack.launch(
-        matrix, dtype=dtype, mode=mask, layout=written.layout, transposed=mask == "transposable"
-    )
-    return first, matrix.new_empty(0, dtype=torch.uint8) if second is None else second
+    """ops.pack: the reference prunes, NVIDIA's compressor packs each direction."""
+    return _compress(prune(matrix, dtype, mask), transposed=mask == "transposable")
 
 
 def pack_tokens(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """ops.pack_tokens: the rows are padded inside the kernel."""
+    """ops.pack_tokens: as pack, with zero rows added."""
     tokens = x.shape[0]
-    rows = pad(tokens, SPARSE_MULTIPLE)
     if tokens == 0:
         return x.new_empty(0, dtype=torch.uint8), x.new_empty(0, dtype=torch.uint8)
-    written = packed_format(x.get_device(), dtype)
-    if written.packer == "compressor":
-        padded = torch.nn.functional.pad(prune_tokens(x, dtype), (0, 0, 0, rows - tokens))
-        return _compress(padded, transposed=True)
-    first, second = prune_pack.launch(x, dtype=dtype, mode="transposable", layout=written.layout, rows_padded=rows)
-    assert second is not None
-    return first, second
+    rows = pad(tokens, SPARSE_MULTIPLE)
+    padded = torch.nn.functional.pad(prune_tokens(x, dtype), (0, 0, 0, rows - tokens))
+    return _compress(padded, transposed=True)
 
 
 def unpack(packed: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-    """ops.unpack: a kernel that reads the layout or, where only the engine can, its product with the identity."""
+    """ops.unpack: read with the layout or, where only the engine can read it, as its product with the identity."""
     written = packed_format(packed.get_device(), dtype)
-    if written.packer == "kernel":
-        return unpack_kernel.launch(packed, rows, columns, dtype=dtype, layout=written.layout)
+    if written.layout is not None:
+        return reference_packing.unpack(written.layout.decode(packed, rows, columns, dtype))
     identity = torch.eye(columns, dtype=dtype, device=packed.device)
     out = packed.new_empty(columns, rows, dtype=dtype)
     engine().matmul(Problem(rows, columns, columns, dtype), 0, packed, identity, out)

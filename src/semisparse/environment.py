@@ -10,8 +10,11 @@ from dataclasses import dataclass
 import torch
 
 import semisparse
+from semisparse.gemm.engine import available
+from semisparse.gemm.formats import packed_format
 
 _NOT_FOUND = "not found"
+_WHERE_PACKED = "packed for engine='cusparselt' in fp16 and bf16 with N and K multiples of 16, else masked dense"
 _CUSPARSELT_PACKAGES = ("nvidia-cusparselt-cu13", "nvidia-cusparselt-cu12")
 
 
@@ -52,14 +55,40 @@ def environment() -> Environment:
 
 
 def capabilities(device: str) -> tuple[Capability, ...]:
-    """Which path weight mask, activation mask, packing and sparse GEMM take on a "cpu" or "cuda" device, and why."""
-    reason = "no GPU engine in this version" if device == "cuda" else "CPU"
+    """Which path weight mask, activation mask, packing and sparse GEMM take on device ("cpu", "cuda:1"), and why.
+
+    Never raises. On CUDA it loads cuSPARSELt and probes its packed format, once a process.
+    """
+    if torch.device(device).type != "cuda":
+        reason = "CPU"
+        return (
+            Capability("weight mask", "reference", reason),
+            Capability("activation mask", "reference", reason),
+            Capability("packing", "not used: masked dense needs none", reason),
+            Capability("sparse GEMM", "masked dense (reference)", reason),
+        )
     return (
-        Capability("weight mask", "reference", reason),
-        Capability("activation mask", "reference", reason),
-        Capability("packing", "not used: masked dense needs none", reason),
-        Capability("sparse GEMM", "masked dense (reference)", reason),
+        Capability("weight mask", "reference", _WHERE_PACKED),
+        Capability("activation mask", "reference", _WHERE_PACKED),
+        Capability("packing", "NVIDIA's compressor, once for each direction", _packing(device)),
+        Capability("sparse GEMM", *_product(device)),
     )
+
+
+def _packing(device: str) -> str:
+    """What is known of the packed format, or how finding it out failed."""
+    try:
+        index = torch.device(device).index
+        return packed_format(torch.cuda.current_device() if index is None else index, torch.bfloat16).reason
+    except Exception as error:  # packing at run time will fail in the same way; this says how
+        return f"{type(error).__name__}: {error}"
+
+
+def _product(device: str) -> tuple[str, str]:
+    verdict = available(device)
+    if not verdict.ok:
+        return "masked dense", verdict.reason
+    return f"masked dense; {verdict.reason} for engine='cusparselt'", "engine='auto' waits for the pack kernel"
 
 
 def _guarded(fact: Callable[[], str]) -> str:

@@ -11,6 +11,7 @@ from torch import nn
 from semisparse.bypass import bypass_reason
 from semisparse.config import SparseConfig
 from semisparse.errors import ConfigError, LayerRefused, NoLayerMatched
+from semisparse.gemm.problem import SPARSE_MULTIPLE
 from semisparse.nn import SemiSparseActivationLinear, SemiSparseBase, SemiSparseLinear
 from semisparse.nn.base import refusal
 from semisparse.report import SKIPPED, SWAPPED, LayerRow, SwapReport
@@ -170,8 +171,15 @@ def _swap(
         else:
             config = setting(found)
             _LAYER_CLASSES[config.operand].from_dense(found.layer, config)
-            rows.append(LayerRow(found.name, *size, SWAPPED))
+            rows.append(LayerRow(found.name, *size, SWAPPED, _note(found.layer)))
     return SwapReport(tuple(rows), remarks)
+
+
+def _note(layer: nn.Linear) -> str:
+    """What to know about a layer although it is swapped; mostly nothing."""
+    if layer.in_features % SPARSE_MULTIPLE or layer.out_features % SPARSE_MULTIPLE:
+        return f"always masked dense: sparse products need N and K in multiples of {SPARSE_MULTIPLE}"
+    return ""
 
 
 def _check_module(model: nn.Module) -> None:

@@ -18,6 +18,8 @@ PUBLIC = {
     "SwapReport",
     "densify",
     "register_linear",
+    "reuse_packed",
+    "sac_save_ops",
     "sparsify",
     "swap_linear_with_semi_sparse_linear",
     "swap_semi_sparse_linear_with_linear",

@@ -14,8 +14,8 @@ KERNEL_LINES = 120
 LINE_LENGTH = 120
 
 PYTHON = sorted(path for folder in ("src", "tests", "benchmarks", "examples") for path in (ROOT / folder).rglob("*.py"))
-PATTERNS = ("*.md", "*.toml", "*.txt", "Makefile", ".ci/*", "docs/**/*.md", "benchmarks/**/*.json", "benchmarks/**/*.md",
-            "src/**/*.json", "tests/*.json", "tests/*.md")  # fmt: skip
+PATTERNS = ("*.md", "*.toml", "*.txt", "Makefile", ".ci/*", "docs/**/*.md", "benchmarks/**/*.json",
+            "benchmarks/**/*.md", "src/**/*.json", "tests/*.json", "tests/*.md")  # fmt: skip
 TEXT = [*PYTHON, *(path for pattern in PATTERNS for path in sorted(ROOT.glob(pattern)) if path.is_file())]
 # Home and scratch folders of one machine; the first slash is written apart so that this file passes too.
 MACHINE_PATH = re.compile(r"(?<![\w.~$}])/" + r"(?:work|root|home|Users|mnt|scratch)/[\w.]")

@@ -1,6 +1,5 @@
 import gzip
 import shutil
-import struct
 from pathlib import Path
 
 import pytest
@@ -9,34 +8,14 @@ import torch
 from semisparse.demo.data import Dataset, load_dataset, make_dataset, stratified
 from semisparse.demo.idx import read_idx
 from semisparse.errors import DataError
-from tests.demo.toys import toy_images
-
-NAMES = [f"{part}-{kind}" for part in ("train", "t10k") for kind in ("images-idx3-ubyte", "labels-idx1-ubyte")]
-SIZES = {"train": 120, "t10k": 20}
-
-
-def idx(values: torch.Tensor) -> bytes:
-    """Values (uint8) as an idx file, by the format's description."""
-    header = struct.pack(f">BBBB{values.dim()}I", 0, 0, 8, values.dim(), *values.shape)
-    return header + bytes(values.flatten().tolist())
-
-
-def contents(name: str) -> torch.Tensor:
-    count = SIZES[name.partition("-")[0]]
-    if "labels" in name:
-        return (torch.arange(count) % 10).to(torch.uint8)
-    return (torch.arange(count * 28 * 28) % 251).to(torch.uint8).view(count, 28, 28)
+from tests.demo.toys import FASHION_FILES as NAMES
+from tests.demo.toys import fashion_contents as contents
+from tests.demo.toys import idx, toy_images, write_fashion_mnist
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A toy Fashion-MNIST, half of its files compressed."""
-    for i, name in enumerate(NAMES):
-        data = idx(contents(name))
-        if i % 2:
-            (tmp_path / f"{name}.gz").write_bytes(gzip.compress(data))
-        else:
-            (tmp_path / name).write_bytes(data)
+    write_fashion_mnist(tmp_path)
     return tmp_path
 
 

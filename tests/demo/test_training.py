@@ -218,11 +218,12 @@ def test_learning_rate_rises_linearly_then_falls_to_zero_along_a_cosine():
 
 
 def test_phase_spans_carry_the_median_after_warm_up():
-    slow_start = [9.0] * measure.WARM_UP_STEPS
-    spans = phase_spans(["sparse"] * 15 + ["dense"] * 2, [*slow_start, 1.0, 2.0, 3.0, 4.0, 5.0, 7.0, 8.0])
+    warm_up, steady = [9.0] * measure.WARM_UP_STEPS, [float(i) for i in range(1, measure.WARM_UP_STEPS + 2)]
+    long = len(warm_up) + len(steady)
+    spans = phase_spans(["sparse"] * long + ["dense"] * 3, [*warm_up, *steady, 5.0, 7.0, 8.0])
     assert [(span.kind, span.start, span.end, span.seconds_per_step) for span in spans] == [
-        ("sparse", 0, 15, 3.0),
-        ("dense", 15, 17, 8.0),
+        ("sparse", 0, long, 6.0),
+        ("dense", long, long + 3, 7.5),  # a phase that short leaves out its first half
     ]
 
 

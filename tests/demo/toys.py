@@ -1,6 +1,9 @@
 """Toy data, model and settings that train in well under a second."""
 
+import gzip
+import struct
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -12,6 +15,9 @@ from semisparse.demo.training import TrainConfig
 
 MODEL = ViTConfig(image_size=8, patch_size=4, width=16, depth=1, heads=2, classes=4)
 TRAIN = TrainConfig(epochs=3, batch_size=16, lr=1e-2)
+
+FASHION_FILES = [f"{p}-{kind}" for p in ("train", "t10k") for kind in ("images-idx3-ubyte", "labels-idx1-ubyte")]
+FASHION_SIZES = {"train": 120, "t10k": 20}
 
 
 def toy_images(count: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -47,3 +53,27 @@ class OverflowingTask(ImageClassification):
 def kept_per_group(weight: Tensor) -> Tensor:
     """Nonzero entries in each group of 4 along the last axis, counted by hand."""
     return (weight.reshape(-1, 4) != 0).sum(dim=1)
+
+
+def idx(values: Tensor) -> bytes:
+    """Values (uint8) as an idx file, by the format's description."""
+    header = struct.pack(f">BBBB{values.dim()}I", 0, 0, 8, values.dim(), *values.shape)
+    return header + bytes(values.flatten().tolist())
+
+
+def fashion_contents(name: str) -> Tensor:
+    """What the toy Fashion-MNIST holds in the file called name."""
+    count = FASHION_SIZES[name.partition("-")[0]]
+    if "labels" in name:
+        return (torch.arange(count) % 10).to(torch.uint8)
+    return (torch.arange(count * 28 * 28) % 251).to(torch.uint8).view(count, 28, 28)
+
+
+def write_fashion_mnist(folder: Path) -> None:
+    """A toy Fashion-MNIST, half of its files compressed."""
+    for i, name in enumerate(FASHION_FILES):
+        data = idx(fashion_contents(name))
+        if i % 2:
+            (folder / f"{name}.gz").write_bytes(gzip.compress(data))
+        else:
+            (folder / name).write_bytes(data)

@@ -1,6 +1,7 @@
 """Random shapes, strides, dtypes and settings: errors within twice PyTorch's own, whole numbers bit for bit."""
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from hypothesis import given, settings
@@ -11,6 +12,10 @@ from semisparse.testing import DTYPES, assert_as_good_as_torch, assert_bit_equal
 from tests.support import LAYER_CLASSES, Result, make_layer, masked_dense
 
 EXAMPLES = 300
+# A result here can be a single value, and PyTorch's error in it nothing, by luck. Its error is therefore taken over the
+# same problem with other random numbers as well, until there are so many values that luck no longer matters: among a
+# thousand, the largest error varies by about a tenth, far less than the factor of two that ours is allowed.
+SAMPLED_VALUES = 1000
 SIZES = st.sampled_from([4, 8, 12, 16, 20, 28, 32, 36, 60, 64, 68])
 LEADING = st.lists(st.integers(0, 5), max_size=3).map(tuple) | st.integers(0, 70).map(lambda m: (m,))
 LAYOUTS = st.sampled_from(["contiguous", "transposed", "strided", "offset", "expanded"])
@@ -74,21 +79,32 @@ def fp64_result(case: Case, x: Tensor, weight: Tensor, bias: Tensor | None, grad
                         grad.double())  # fmt: skip
 
 
+def torch_and_truth(case: Case) -> tuple[Result, Result]:
+    """The case by plain PyTorch in its dtype with its strides (which decide how it sums), and in fp64 without them."""
+    parts = operands(case, whole=False)
+    contiguous = [part if part is None else part.contiguous() for part in parts]
+    return masked_dense(case.layer_class, *parts), fp64_result(case, *contiguous)
+
+
+def samples(case: Case, place: int, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """PyTorch's result number place and the truth, for the case with other numbers; SAMPLED_VALUES values in all."""
+    for further in range(1, SAMPLED_VALUES // max(1, size) + 1):
+        same, exact = torch_and_truth(replace(case, seed=case.seed + further))
+        yield same[place], exact[place]
+
+
 @settings(max_examples=EXAMPLES)
 @given(CASES)
 def test_random_numbers_err_no_more_than_twice_as_much_as_torch(case: Case) -> None:
-    x, weight, bias, grad = operands(case, whole=False)
-    ours = run(case, x, weight, bias, grad)
-    contiguous = [part if part is None else part.contiguous() for part in (x, weight, bias, grad)]
-    same = masked_dense(case.layer_class, *contiguous)
-    for result, plain, exact in zip(ours, same, fp64_result(case, *contiguous), strict=True):
+    ours = run(case, *operands(case, whole=False))
+    for place, (result, plain, exact) in enumerate(zip(ours, *torch_and_truth(case), strict=True)):
         assert (result is None) == (exact is None)
         if result is None:
             continue
         if case.dtype == torch.float64:  # nothing here is more exact than fp64: judge by PyTorch's own fp64 bounds
             torch.testing.assert_close(result, exact)
         else:
-            assert_as_good_as_torch(result, plain, exact)
+            assert_as_good_as_torch(result, plain, exact, samples=samples(case, place, result.numel()))
 
 
 @settings(max_examples=EXAMPLES)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
-from semisparse import SemiSparseLinear, sparsify, swap_linear_with_semi_sparse_linear
+from semisparse import SemiSparseLinear, densify, sparsify, swap_linear_with_semi_sparse_linear
 from semisparse.errors import LayerRefused, NoLayerMatched
 from tests.swap.models import Snapshot
 
@@ -116,6 +116,18 @@ def test_classes_of_the_same_name_elsewhere_are_swapped() -> None:
 def test_a_decoder_layer_calls_its_linears_and_keeps_them() -> None:
     model = nn.TransformerDecoderLayer(8, 2, 16)
     assert sparsify(model).swapped == ("linear1", "linear2")
+
+
+def test_a_tied_layer_that_one_of_its_homes_bypasses_stays_dense_under_all_its_names() -> None:
+    encoder = nn.TransformerEncoderLayer(8, 2, 16)
+    for names in (("mine", "encoder"), ("encoder", "mine")):
+        homes = {"mine": encoder.linear1, "encoder": encoder}
+        model = nn.ModuleDict({name: homes[name] for name in names} | {"other": nn.Linear(8, 8)})
+        report = sparsify(model, select=["mine", "other"])
+        assert report.swapped == ("other",)
+        assert "TransformerEncoderLayer" in report.skipped["mine"]
+        assert type(encoder.linear1) is nn.Linear
+        densify(model)
 
 
 def test_removing_the_parametrisation_makes_the_layer_acceptable() -> None:

@@ -128,7 +128,7 @@ def test_the_report_has_a_row_for_every_linear_with_the_reason() -> None:
     lines = str(report).splitlines()
     assert len(lines) == 11
     assert lines[0].split()[0] == "layer"
-    assert any(line.split() == ["blocks.1.mlp.fc1", "16", "x", "8", "swapped"] for line in lines)
+    assert any(line.split()[:5] == ["blocks.1.mlp.fc1", "16", "x", "8", "swapped"] for line in lines)
     assert any(line.startswith("head") and line.endswith("multiples of 4") and "10 x 8" in line for line in lines)
     assert sparsify(Network(), select="fc1").skipped["blocks.0.mlp.fc2"] == "not selected"
     assert "5 of 9 linear layers swapped" in lines[-1]
@@ -138,6 +138,16 @@ def test_a_layer_whose_shape_does_not_fit_is_reported_with_its_sizes() -> None:
     reasons = sparsify(Network()).skipped
     assert list(reasons) == ["head"]
     assert "in_features=8 and out_features=10 must both be multiples of 4" in reasons["head"]
+
+
+@pytest.mark.parametrize(("n", "k", "noted"), [(32, 48, False), (32, 20, True), (20, 32, True), (8, 4, True)])
+@pytest.mark.parametrize("operand", ["weight", "activation"])
+def test_a_swapped_layer_that_no_sparse_product_fits_says_so(n: int, k: int, noted: bool, operand: str) -> None:
+    report = sparsify(nn.Sequential(nn.Linear(k, n)), SparseConfig(operand=operand))
+    assert report.swapped == ("0",)
+    note = "always masked dense: sparse products need N and K in multiples of 16"
+    assert [row.reason for row in report] == [note if noted else ""]
+    assert (note in str(report)) == noted
 
 
 def test_an_exclude_that_matches_nothing_is_remarked() -> None:

@@ -39,6 +39,25 @@ def test_where_torch_is_exact_ours_may_miss_by_one_unit_of_the_largest_value(sca
         assert_as_good_as_torch(torch.nextafter(upwards, torch.tensor(INF, dtype=dtype)), same, same.double())
 
 
+def test_further_samples_raise_the_error_of_torch_and_are_read_only_as_far_as_needed() -> None:
+    exact = torch.ones(2, dtype=torch.float64)
+    read = []
+
+    def samples(*errors: float):
+        for error in errors:
+            read.append(error)
+            yield exact.float() + error, exact
+
+    ours = exact.float() + 2.0**-9
+    assert_as_good_as_torch(exact.float(), exact.float(), exact, samples=samples(1.0))
+    assert read == []
+    assert_as_good_as_torch(ours, exact.float(), exact, samples=samples(2.0**-12, -(2.0**-10), 1.0))
+    assert read == [2.0**-12, -(2.0**-10)]
+    for errors in ((), (2.0**-11, INF, NAN)):
+        with pytest.raises(AssertionError, match="largest error"):
+            assert_as_good_as_torch(ours, exact.float(), exact, samples=samples(*errors))
+
+
 def test_where_everything_is_zero_ours_must_be() -> None:
     zeros = torch.zeros(3)
     assert_as_good_as_torch(-zeros, zeros, zeros.double())

@@ -69,7 +69,7 @@ def train(
         screen.print(str(report), soft_wrap=True)
         results = job.run_job(images, replace(settings, train=config), out, progress_bar)
         screen.print(results_table(table_rows(results)))
-        sparse_gemm = capabilities(config.device.partition(":")[0])[-1]
+        sparse_gemm = capabilities(config.device)[-1]
         screen.print("seconds a step: median after warm-up, without data preparation")
         screen.print(f"peak memory: {results[0].peak_memory.kind}")
         screen.print(f"sparse layers computed by: {sparse_gemm.path} ({sparse_gemm.reason})")

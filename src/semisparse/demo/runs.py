@@ -11,7 +11,7 @@ from semisparse.demo.model import VisionTransformer, ViTConfig, build_model
 from semisparse.demo.results import RunResult
 from semisparse.demo.task import Forward, Task
 from semisparse.demo.training import Progress, TrainConfig, fit, resolve_device
-from semisparse.errors import ConfigError
+from semisparse.errors import ConfigError, NoLayerMatched
 from semisparse.report import SwapReport
 from semisparse.schedule import SparseSchedule
 from semisparse.swap import densify, sparsify
@@ -58,7 +58,10 @@ def three_runs(sparse_fraction: float) -> tuple[RunPlan, ...]:
 
 def sparsify_model(model: nn.Module, layers: str, sparse: SparseConfig | None = None) -> SwapReport:
     """Make the layers that match layers (see sparsify's select) semi-sparse, all but EXCLUDE. Raises NoLayerMatched."""
-    return sparsify(model, sparse, select=layers, exclude=EXCLUDE)
+    try:
+        return sparsify(model, sparse, select=layers, exclude=EXCLUDE)
+    except NoLayerMatched as error:
+        raise NoLayerMatched(f"layers={layers!r}: {error}") from error
 
 
 def train_run(

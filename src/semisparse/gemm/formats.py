@@ -1,28 +1,23 @@
-"""Which packed format a device's engine reads, and who can write it: found out once for each device and dtype."""
+"""Which packed format a device's engine reads: found out once for each device and dtype."""
 
 import threading
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
-from semisparse.gemm.layout import SM90_16BIT, MetadataLayout, NotAPermutation, discover
 
 from semisparse.gemm.engine import engine
-
-Packer = Literal["kernel", "compressor"]
+from semisparse.gemm.layout import MetadataLayout, NotAPermutation, discover
 
 
 @dataclass(frozen=True, slots=True)
 class PackedFormat:
     """How matrices are packed on a device.
 
-    layout: the metadata layout that the pack kernel writes. packer: "kernel" packs in one pass; "compressor" means that
-    the engine's format is no bit permutation the kernel can write, so NVIDIA's compressor packs each direction. reason:
-    why, for people.
+    layout: where the metadata lies, or None where that is no bit permutation; then only the engine reads a buffer.
+    reason: what was found, for people.
     """
 
-    layout: MetadataLayout
-    packer: Packer
+    layout: MetadataLayout | None
     reason: str
 
 
@@ -43,8 +38,8 @@ def packed_format(index: int, dtype: torch.dtype) -> PackedFormat:
 def _find(index: int, dtype: torch.dtype) -> PackedFormat:
     verdict = engine().available(index)
     if not verdict.ok:
-        return PackedFormat(SM90_16BIT, "kernel", f"no engine ({verdict.reason}); only this package reads the format")
+        return PackedFormat(None, verdict.reason)
     layout = discover(engine().compress, dtype, device=torch.device("cuda", index))
     if isinstance(layout, NotAPermutation):
-        return PackedFormat(SM90_16BIT, "compressor", f"packed by NVIDIA's compressor: {layout.reason}")
-    return PackedFormat(layout, "kernel", f"layout verified against NVIDIA's compressor of {verdict.version}")
+        return PackedFormat(None, f"layout unknown: {layout.reason}")
+    return PackedFormat(layout, "layout verified against NVIDIA's compressor")

@@ -3,5 +3,6 @@
 from semisparse.nn.activation import SemiSparseActivationLinear
 from semisparse.nn.base import SemiSparseBase, register_linear
 from semisparse.nn.linear import SemiSparseLinear
+from semisparse.nn.reuse import reuse_packed
 
-__all__ = ["SemiSparseActivationLinear", "SemiSparseBase", "SemiSparseLinear", "register_linear"]
+__all__ = ["SemiSparseActivationLinear", "SemiSparseBase", "SemiSparseLinear", "register_linear", "reuse_packed"]

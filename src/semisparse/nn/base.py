@@ -126,7 +126,8 @@ class SemiSparseBase(nn.Linear):
         """nn.Linear's fields, then the mask and whether it is applied."""
         state = "on" if self.sparse_enabled else "off (dense phase)"
         config = self.config
-        return f"{super().extra_repr()}, operand={config.operand}, mask={config.mask}, engine={config.engine}, sparse={state}"
+        settings = f"operand={config.operand}, mask={config.mask}, engine={config.engine}"
+        return f"{super().extra_repr()}, {settings}, sparse={state}"
 
     @classmethod
     def _checked(cls, config: SparseConfig | None) -> SparseConfig | None:

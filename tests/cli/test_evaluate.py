@@ -1,0 +1,94 @@
+"""`semisparse evaluate`: a checkpoint scores in a plain nn.Linear model what the table said."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from semisparse.demo import checkpoint
+from tests.cli.shell import Trained, semisparse
+from tests.demo.toys import write_fashion_mnist
+
+
+@pytest.fixture
+def copied(trained: Trained, tmp_path: Path) -> Path:
+    """The fully sparse run's checkpoint, to be damaged."""
+    for ending in ("json", "safetensors"):
+        shutil.copy(trained.folder / f"fully-sparse.{ending}", tmp_path)
+    return tmp_path / "fully-sparse.safetensors"
+
+
+@pytest.mark.parametrize(("place", "slug"), [(0, "dense"), (1, "sparse-then-dense"), (2, "fully-sparse")])
+def test_it_reproduces_the_accuracy_of_the_table(place: int, slug: str, trained: Trained) -> None:
+    run = json.loads((trained.folder / "results.json").read_text())["runs"][place]
+    accuracy = f"test accuracy {100 * run['test']['accuracy']:.2f} %"
+    path = trained.folder / f"{slug}.safetensors"
+    outcome = semisparse("evaluate", path, "--device", "cpu")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert outcome.out.splitlines() == [
+        f"{path}: {accuracy}, loss {run['test']['loss']:.4f}",
+        f"recorded after training: {accuracy}",
+    ]
+
+
+def test_what_is_printed_first_is_computed_now(copied: Path) -> None:
+    true = semisparse("evaluate", copied).out.splitlines()
+    sidecar = copied.with_suffix(".json")
+    description = json.loads(sidecar.read_text())
+    description["info"]["test_accuracy"] = 0.125
+    sidecar.write_text(json.dumps(description))
+    assert semisparse("evaluate", copied).out.splitlines() == [
+        true[0],
+        "recorded after training: test accuracy 12.50 %",
+    ]
+    assert "12.50" not in true[0]
+
+
+def test_without_a_recorded_accuracy_only_the_score_is_printed(copied: Path) -> None:
+    loaded = checkpoint.load(copied)
+    checkpoint.save(copied, loaded.model, {"data": "digits"})
+    outcome = semisparse("evaluate", copied)
+    assert outcome.code == 0
+    assert len(outcome.out.splitlines()) == 1
+
+
+def damaged(path: Path) -> str:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    return r"is damaged or was replaced: its sha256 is [0-9a-f]{64}, fully-sparse\.json says [0-9a-f]{64}"
+
+
+def cut(path: Path) -> str:
+    path.write_bytes(path.read_bytes()[:1000])
+    return "its sha256 is [0-9a-f]{64}"
+
+
+def removed(path: Path) -> str:
+    path.unlink()
+    return r"fully-sparse\.safetensors is missing"
+
+
+def of_another_precision(path: Path) -> str:
+    sidecar = path.with_suffix(".json")
+    description = json.loads(sidecar.read_text())
+    description["info"]["precision"] = "fp8"
+    sidecar.write_text(json.dumps(description))
+    return "names precision 'fp8', not one of fp32, bf16, fp16"
+
+
+@pytest.mark.parametrize("damage", [damaged, cut, removed, of_another_precision])
+def test_a_damaged_checkpoint_ends_with_code_2_and_the_reason(damage, copied: Path) -> None:
+    message = damage(copied)
+    outcome = semisparse("evaluate", copied)
+    assert (outcome.code, outcome.out) == (2, "")
+    assert re.fullmatch(f"error: .*{message}.*\n", outcome.err), outcome.err
+
+
+def test_other_data_than_it_was_trained_on_are_refused(copied: Path, tmp_path: Path) -> None:
+    write_fashion_mnist(tmp_path)
+    outcome = semisparse("evaluate", copied, "--data", "fashion-mnist", "--data-dir", tmp_path)
+    assert (outcome.code, outcome.out) == (2, "")
+    assert "was trained on 'digits', not on data='fashion-mnist'" in outcome.err
