@@ -104,7 +104,8 @@ def _prune_tokens(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _encoded(matrix: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
-    return SM90_16BIT.encode(reference_packing.pack(matrix, mask, dtype))
+    written = SM90_16BIT.encode(reference_packing.pack(matrix, mask, dtype))
+    return torch.nn.functional.pad(written, (0, packed_bytes(*matrix.shape) - written.numel()))
 
 
 def _pack_cpu(matrix: Tensor, dtype: torch.dtype, mask: str) -> tuple[Tensor, Tensor]:

@@ -71,7 +71,7 @@ class Engine:
     ) -> None:
         """out = A B (+ bias) on the current stream of out's device. Asynchronous; keeps no reference to a tensor.
 
-        packed: A in the engine's format, uint8, exactly `packed_bytes` long. b, out: contiguous, of problem.b_shape and
+        packed: A in the engine's format, uint8; bytes behind those that the product needs are not read. b, out: contiguous, of problem.b_shape and
         problem.d_shape (a column-major matrix is passed as its transpose). bias: (rows,), exactly when problem.bias.
         All of problem.dtype, on one device, 16-byte aligned; out must not overlap b. Sums in fp32, rounded once.
         algorithm: as the tuner chose it; every id sums in its own order.
@@ -112,7 +112,7 @@ class Engine:
             handle.plans.move_to_end(key)
         a_at, b_at, d_at, dtype = packed.data_ptr(), b.data_ptr(), out.data_ptr(), problem.dtype
         if not (
-            packed.numel() == plan.packed_bytes
+            packed.numel() >= plan.packed_bytes
             and b.shape == plan.b_shape
             and out.shape == plan.d_shape
             and packed.dtype is torch.uint8
@@ -273,7 +273,7 @@ def _misfit(
     if bias is not None:
         expected.append(("bias", bias, (problem.rows,), problem.dtype))
     for name, tensor, shape, dtype in expected:
-        if tuple(tensor.shape) != shape:
+        if tuple(tensor.shape) != shape and (name != "packed" or tensor.numel() < plan.packed_bytes):
             return ShapeError(f"{name} has shape {tuple(tensor.shape)}; {problem} needs {shape}")
         if tensor.dtype != dtype:
             return TensorError(f"{name} has dtype {tensor.dtype}; {problem} needs {dtype}")

@@ -49,9 +49,10 @@ def _held(bits, turned, swaps):
 def _stride(bits, turned, log_pairs, f, part):
     """Words between two words that differ in bit f of their index: within a block, or blocks (rows, groups) apart."""
     source = _source(turned, log_pairs, f)
+    held = _held(bits, turned, False)
     for position in range(3):
-        if _index_bit(turned, log_pairs, bits[position]) == f:
-            source = _held(bits, turned, False)[position]
+        if held[position] != bits[position] and _index_bit(turned, log_pairs, bits[position]) == f:
+            source = held[position]
     if source in bits:
         return (1 << bits.index(source) - 3) if part == "inner" else 0
     inside = sum(1 for bit in bits if (bit < 32) == (source < 32))
@@ -66,16 +67,34 @@ def _rows(bits):
 
 
 @triton.constexpr_function
+def block_rows(bits):
+    """Rows in a block."""
+    return 1 << sum(1 for bit in bits if bit < 32)
+
+
+@triton.constexpr_function
+def block_groups(bits):
+    """Groups of four columns in a block."""
+    return 1 << sum(1 for bit in bits if bit >= 32)
+
+
+@triton.constexpr_function
+def log2(power):
+    """log2 of a power of two."""
+    return power.bit_length() - 1
+
+
+@triton.constexpr_function
 def _size(bits):
     """log2 of a block's nibbles."""
     return len(bits)
 
 
 @triton.jit
-def _swap(word, LOW: tl.constexpr, HIGH: tl.constexpr):
-    """The nibbles of a word, with position bits LOW and HIGH trading places."""
-    SHIFT: tl.constexpr = 4 * ((1 << HIGH) - (1 << LOW))
-    MOVES: tl.constexpr = 0x00F000F0 if LOW + HIGH == 1 else (0x0000F0F0 if LOW + HIGH == 2 else 0x0000FF00)
+def _swap(word, ONE: tl.constexpr, OTHER: tl.constexpr):
+    """The nibbles of a word, with position bits ONE and OTHER trading places."""
+    SHIFT: tl.constexpr = 4 * ((1 << OTHER) - (1 << ONE)) if OTHER > ONE else 4 * ((1 << ONE) - (1 << OTHER))
+    MOVES: tl.constexpr = 0x00F000F0 if ONE + OTHER == 1 else (0x0000F0F0 if ONE + OTHER == 2 else 0x0000FF00)
     other = (word ^ (word >> SHIFT)) & MOVES
     return word ^ other ^ (other << SHIFT)
 

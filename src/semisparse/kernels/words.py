@@ -39,6 +39,18 @@ def score(value, NATIVE: tl.constexpr):
 
 
 @triton.jit
+def word_values(word, DTYPE: tl.constexpr):
+    """The two 16-bit values of a word in fp32, exactly."""
+    if DTYPE == tl.bfloat16:
+        low = (word << 16).to(tl.float32, bitcast=True)
+        high = (word & -0x10000).to(tl.float32, bitcast=True)
+    else:
+        low = word.to(tl.int16).to(DTYPE, bitcast=True).to(tl.float32)
+        high = (word >> 16).to(tl.int16).to(DTYPE, bitcast=True).to(tl.float32)
+    return low, high
+
+
+@triton.jit
 def word_scores(word, DTYPE: tl.constexpr, NATIVE: tl.constexpr):
     """Scores (fp32) of the two 16-bit values of a word."""
     if NATIVE and DTYPE == tl.bfloat16:
@@ -54,8 +66,8 @@ def word_scores(word, DTYPE: tl.constexpr, NATIVE: tl.constexpr):
             "=f,=f,r", [word], (tl.float32, tl.float32), True, 1,
         )  # fmt: skip
     else:
-        low = score(word.to(tl.int16).to(DTYPE, bitcast=True).to(tl.float32), False)
-        high = score((word >> 16).to(tl.int16).to(DTYPE, bitcast=True).to(tl.float32), False)
+        low, high = word_values(word, DTYPE)
+        low, high = score(low, False), score(high, False)
     return low, high
 
 

@@ -1,0 +1,41 @@
+"""The unpack kernel gives back the pruned matrix, whoever packed it."""
+
+import pytest
+import torch
+
+from semisparse.errors import ShapeError, TensorError
+from semisparse.gemm.layout import SM90_16BIT, MetadataLayout
+from semisparse.kernels import unpack
+from semisparse.reference import masks, packing
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+LAYOUTS = {"sm90": SM90_16BIT, "other": MetadataLayout((32, 1, 0, 33, 2, 34, 3, 4))}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(16, 16), (48, 80), (80, 336), (64, 64)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_unpack_is_exact(dtype, shape, layout):
+    matrix = torch.randn(shape, device=DEVICE).to(dtype)
+    matrix[0, :3] = torch.tensor([float("inf"), float("nan"), -0.0], device=DEVICE)
+    packed = packing.pack(matrix, masks.row(matrix))
+    out = torch.full(shape, 7.0, dtype=dtype, device=DEVICE)
+    unpack.launch(LAYOUTS[layout].encode(packed), out, bits=LAYOUTS[layout].bits)
+    assert torch.equal(out.view(torch.int16), packing.unpack(packed).view(torch.int16))
+
+
+def test_a_group_that_keeps_fewer_than_two_is_read_too():
+    matrix = torch.zeros(16, 64, dtype=torch.float16, device=DEVICE)
+    matrix[:, 3::8] = 5.0
+    out = torch.empty_like(matrix)
+    unpack.launch(SM90_16BIT.encode(packing.pack(matrix, matrix != 0)), out, bits=SM90_16BIT.bits)
+    assert torch.equal(out, matrix)
+
+
+def test_bad_arguments_are_named():
+    out = torch.zeros(16, 64, dtype=torch.float16, device=DEVICE)
+    packed = SM90_16BIT.encode(packing.pack(out, out != 0))
+    with pytest.raises(ShapeError, match="needs"):
+        unpack.launch(packed[:-1], out, bits=SM90_16BIT.bits)
+    with pytest.raises(TensorError, match=r"torch\.float32"):
+        unpack.launch(packed, out.float(), bits=SM90_16BIT.bits)
