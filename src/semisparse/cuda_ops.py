@@ -1,4 +1,4 @@
-"""What the ops do on CUDA: pack with NVIDIA's compressor, hand products to the engine. Imported by ops.py on first use."""
+"""What the ops do on CUDA: pack with the kernel, hand products to the engine. Imported by ops.py on first use."""
 
 import torch
 from torch import Tensor
@@ -6,41 +6,34 @@ from torch import Tensor
 from semisparse.gemm import dispatch, problem
 from semisparse.gemm.cusparselt import ALIGNMENT
 from semisparse.gemm.engine import engine
-from semisparse.gemm.formats import packed_format
+from semisparse.gemm.formats import PackedFormat, packed_format
+from semisparse.gemm.layout import SM90_16BIT, packed_bytes
 from semisparse.gemm.problem import DENSE_MULTIPLE, SPARSE_MULTIPLE, Problem, pad
 from semisparse.reference import linear as reference_linear
 from semisparse.reference import masks as reference_masks
 from semisparse.reference import packing as reference_packing
 
 
-def prune(matrix: Tensor, dtype: torch.dtype, mask: str) -> Tensor:
-    """ops.prune: the reference, in plain PyTorch; the sizes and dtypes that come here have no packed route."""
-    return reference_linear.prune(matrix, getattr(reference_masks, mask)(matrix)).to(dtype).contiguous()
-
-
-def prune_tokens(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """ops.prune_tokens: as prune."""
-    return reference_linear.prune_tokens(x).to(dtype).contiguous()
-
-
 def pack(matrix: Tensor, dtype: torch.dtype, mask: str) -> tuple[Tensor, Tensor]:
-    """ops.pack: the reference prunes, NVIDIA's compressor packs each direction."""
-    return _compress(prune(matrix, dtype, mask), transposed=mask == "transposable")
+    """ops.pack: one pass over the matrix; see gemm/formats.py for the devices where it takes more."""
+    return _pack(matrix, matrix.shape[0], dtype, mask)
 
 
 def pack_tokens(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """ops.pack_tokens: as pack, with zero rows added."""
-    tokens = x.shape[0]
-    if tokens == 0:
-        return x.new_empty(0, dtype=torch.uint8), x.new_empty(0, dtype=torch.uint8)
-    rows = pad(tokens, SPARSE_MULTIPLE)
-    padded = torch.nn.functional.pad(prune_tokens(x, dtype), (0, 0, 0, rows - tokens))
-    return _compress(padded, transposed=True)
+    return _pack(x, pad(x.shape[0], SPARSE_MULTIPLE), dtype, "transposable")
 
 
 def unpack(packed: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-    """ops.unpack: read with the layout or, where only the engine can read it, as its product with the identity."""
+    """ops.unpack: by the kernel or, where only the engine can read the buffer, as its product with the identity."""
     written = packed_format(packed.get_device(), dtype)
+    if written.packer == "kernel" and written.layout is not None:
+        from semisparse.kernels import unpack as kernel
+
+        out = packed.new_empty(rows, columns, dtype=dtype)
+        with torch.cuda.device(packed.device):
+            kernel.launch(packed, out, bits=written.layout.bits)
+        return out
     if written.layout is not None:
         return reference_packing.unpack(written.layout.decode(packed, rows, columns, dtype))
     identity = torch.eye(columns, dtype=dtype, device=packed.device)
@@ -104,6 +97,39 @@ def _aligned(tensor: Tensor) -> Tensor:
     return tensor.contiguous()
 
 
-def _compress(pruned: Tensor, *, transposed: bool) -> tuple[Tensor, Tensor]:
-    first = engine().compress(pruned, check=False)
-    return first, engine().compress(pruned.mT.contiguous(), check=False) if transposed else first.new_empty(0)
+def _pack(matrix: Tensor, rows: int, dtype: torch.dtype, mask: str) -> tuple[Tensor, Tensor]:
+    """Buffers of the pruned matrix, padded to rows, and of its transpose (empty for mask "row")."""
+    written, columns = packed_format(matrix.get_device(), dtype), matrix.shape[1]
+    both = mask == "transposable"
+    if rows == 0:
+        return matrix.new_empty(0, dtype=torch.uint8), matrix.new_empty(0, dtype=torch.uint8)
+    if written.packer != "kernel" or written.layout is None:
+        padded = torch.nn.functional.pad(matrix, (0, 0, 0, rows - matrix.shape[0]))
+        pruned = reference_linear.prune(padded, getattr(reference_masks, mask)(padded)).to(dtype).contiguous()
+        first = _slowly(pruned, written)
+        return first, _slowly(pruned.mT.contiguous(), written) if both else first.new_empty(0)
+    from semisparse.kernels import prune_pack as kernel
+
+    packed = matrix.new_empty(packed_bytes(rows, columns), dtype=torch.uint8)
+    packed_t = matrix.new_empty(packed_bytes(columns, rows) if both else 0, dtype=torch.uint8)
+    with torch.cuda.device(matrix.device):
+        kernel.launch(
+            matrix,
+            packed,
+            packed_t if both else None,
+            dtype=dtype,
+            bits=written.layout.bits,
+            padding=written.layout.padding,
+            mode=mask,
+            rows_padded=rows,
+        )
+    return packed, packed_t
+
+
+def _slowly(pruned: Tensor, written: PackedFormat) -> Tensor:
+    """A pruned matrix packed without the kernel, in a buffer of the size that the op promises."""
+    if written.packer == "compressor":
+        packed = engine().compress(pruned, check=False)
+    else:
+        packed = (written.layout or SM90_16BIT).encode(reference_packing.pack(pruned, pruned != 0))
+    return torch.nn.functional.pad(packed, (0, packed_bytes(*pruned.shape) - packed.numel()))

@@ -6,6 +6,7 @@ import torch
 from semisparse.errors import ConfigError, ShapeError, TensorError
 from semisparse.gemm.layout import SM90_16BIT, MetadataLayout, packed_bytes
 from semisparse.kernels import prune_pack
+from semisparse.kernels.arguments import Block
 from semisparse.reference import masks, packing
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -49,7 +50,7 @@ def test_transposable_is_the_reference_byte_for_byte(source, shape):
         expect(packed_t, matrix.mT, mask.mT, dtype)
 
 
-@pytest.mark.parametrize("block", [prune_pack.Block(32, 8, 4), prune_pack.Block(16, 16, 8)], ids=str)
+@pytest.mark.parametrize("block", [Block(32, 8, 4), Block(16, 16, 8)], ids=str)
 @pytest.mark.parametrize("source", DTYPES, ids=str)
 def test_every_block_size_writes_the_same(source, block):
     matrix = torch.randn(144, 208, device=DEVICE).to(source)

@@ -71,8 +71,9 @@ class Engine:
     ) -> None:
         """out = A B (+ bias) on the current stream of out's device. Asynchronous; keeps no reference to a tensor.
 
-        packed: A in the engine's format, uint8; bytes behind those that the product needs are not read. b, out: contiguous, of problem.b_shape and
-        problem.d_shape (a column-major matrix is passed as its transpose). bias: (rows,), exactly when problem.bias.
+        packed: A in the engine's format, uint8; bytes behind those that the product needs are not read. b, out:
+        contiguous, of problem.b_shape and problem.d_shape (a column-major matrix is passed as its transpose). bias:
+        (rows,), exactly when problem.bias.
         All of problem.dtype, on one device, 16-byte aligned; out must not overlap b. Sums in fp32, rounded once.
         algorithm: as the tuner chose it; every id sums in its own order.
 

@@ -153,3 +153,29 @@ def nibble_address(row, group, blocks, BITS: tl.constexpr, ROW_ZEROS: tl.constex
         elif BITS[k] - 32 >= GROUP_ZEROS:
             address += ((group >> (BITS[k] - 32)) & 1) << k
     return address
+
+
+@triton.jit
+def store_metadata(
+    packed, values_bytes, word, line, group, row_blocks, blocks,
+    BITS: tl.constexpr, TURNED: tl.constexpr, TILE_ROWS: tl.constexpr, PAIRS: tl.constexpr,
+):  # fmt: skip
+    """Put a program's metadata words, given for each tile pair, where the engine wants them; line, group: its first."""
+    N: tl.constexpr = TILE_ROWS * PAIRS
+    LINES: tl.constexpr = 8 * PAIRS if TURNED else 4 * TILE_ROWS
+    GROUPS: tl.constexpr = TILE_ROWS if TURNED else 2 * PAIRS
+    index = tl.arange(0, N)
+    tile_row, pair = index // PAIRS, index % PAIRS
+    # Within a block words have changed places, but each is still a word of its block.
+    row_block = (line + (8 * pair if TURNED else 4 * tile_row)) // block_rows(BITS)
+    block = (group + (tile_row if TURNED else 2 * pair)) // block_groups(BITS)
+    first = nibble_address(line, group, blocks, BITS, log2(LINES), log2(GROUPS)) // 8
+    at = (packed + values_bytes).to(tl.pointer_type(tl.int32)) + first
+    moved = engine_words(tl.reshape(word, (N,)), BITS, TURNED, log2(PAIRS), N)
+    offsets = word_offsets(blocks, BITS, TURNED, log2(PAIRS), log2(N))
+    tl.store(at + offsets, moved, mask=(row_block < row_blocks) & (block < blocks))
+
+
+def repeated(nibble: int) -> int:
+    """A word of 8 times the same nibble, as a signed integer."""
+    return (nibble * 0x11111111 ^ 0x80000000) - 0x80000000

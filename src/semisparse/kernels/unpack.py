@@ -1,4 +1,4 @@
-"""The pruned matrix out of its packed form, one thread a group of four. Used where a dense product is the faster one."""
+"""The pruned matrix out of its packed form, one thread a group of four. Used where a dense product is faster."""
 
 import torch
 import triton
@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from semisparse.errors import ShapeError, TensorError
+from semisparse.kernels.arguments import check_buffer
 from semisparse.kernels.metadata import block_groups, nibble_address
 from semisparse.pattern import GROUP
 
@@ -34,16 +35,14 @@ def unpack(packed, out, rows, columns, BITS: tl.constexpr, ROWS: tl.constexpr, G
 def launch(packed: Tensor, out: Tensor, *, bits: tuple[int, ...]) -> None:
     """Write the matrix that packed holds into out. Asynchronous, on the current stream; exact.
 
-    packed: contiguous uint8, as prune_pack.launch or NVIDIA's compressor writes it with metadata order bits. out: rows x
-    columns (a multiple of 16), fp16 or bf16, contiguous. Raises ShapeError, TensorError.
+    packed: contiguous uint8, as prune_pack.launch or NVIDIA's compressor writes it, its metadata in the order bits.
+    out: rows x columns (a multiple of 16), fp16 or bf16, contiguous. Raises ShapeError, TensorError.
     """
     rows, columns = out.shape
-    if out.itemsize != 2 or not out.is_contiguous() or packed.dtype != torch.uint8 or not packed.is_contiguous():
-        raise TensorError(f"out is {out.dtype}, packed {packed.dtype}; use contiguous fp16 or bf16 and uint8")
-    lines = 1 << sum(bit < 32 for bit in bits)
-    span = (1 << len(bits)) // lines
-    needed = rows * columns + triton.cdiv(rows, lines) * lines * triton.cdiv(columns // GROUP, span) * span // 2
-    if columns % 16 or packed.numel() < needed:
-        raise ShapeError(f"packed has {packed.numel()} bytes; a {rows} x {columns} matrix needs {needed}")
+    if out.itemsize != 2 or not out.is_contiguous():
+        raise TensorError(f"out is {out.dtype}; it must be contiguous fp16 or bf16")
+    if columns % 16:
+        raise ShapeError(f"out is {rows} x {columns}; its columns must be a multiple of 16")
+    check_buffer("packed", packed, rows, columns, bits)
     grid = (triton.cdiv(columns // GROUP, GROUPS), triton.cdiv(rows, ROWS))
     unpack[grid](packed, out.view(torch.int64), rows, columns, BITS=bits, ROWS=ROWS, GROUPS=GROUPS, num_warps=4)

@@ -55,13 +55,13 @@ def word_scores(word, DTYPE: tl.constexpr, NATIVE: tl.constexpr):
     """Scores (fp32) of the two 16-bit values of a word."""
     if NATIVE and DTYPE == tl.bfloat16:
         low, high = tl.inline_asm_elementwise(
-            "{ .reg .b32 t; min.bf16x2 t, $2, 0x7F807F80;"
+            "{ .reg .b32 t; mov.b32 t, 0x7F807F80; min.bf16x2 t, $2, t;"
             " shl.b32 $0, t, 16; abs.f32 $0, $0; and.b32 $1, t, 0xFFFF0000; abs.f32 $1, $1; }",
             "=f,=f,r", [word], (tl.float32, tl.float32), True, 1,
         )  # fmt: skip
     elif NATIVE:
         low, high = tl.inline_asm_elementwise(
-            "{ .reg .b32 t; .reg .b16 l, h; min.f16x2 t, $2, 0x7C007C00; mov.b32 {l, h}, t;"
+            "{ .reg .b32 t; .reg .b16 l, h; mov.b32 t, 0x7C007C00; min.f16x2 t, $2, t; mov.b32 {l, h}, t;"
             " cvt.f32.f16 $0, l; abs.f32 $0, $0; cvt.f32.f16 $1, h; abs.f32 $1, $1; }",
             "=f,=f,r", [word], (tl.float32, tl.float32), True, 1,
         )  # fmt: skip
@@ -131,3 +131,32 @@ def kept_in_columns(words, selectors, NATIVE: tl.constexpr):
         high = permute_bytes(words[4 + j // 2], words[6 + j // 2], halves, NATIVE)
         kept = kept + (_pick(low, high, selectors, 4 + j, NATIVE),)
     return kept
+
+
+@triton.jit
+def load_line(at, mask, IN: tl.constexpr, OUT: tl.constexpr, NATIVE: tl.constexpr, SOFT: tl.constexpr):
+    """One row of each tile: 4 scores, 4 fp32 values, and the values as 2 words of OUT. at: int64 pointers."""
+    values = ()
+    if IN == tl.float32:
+        halves = tl.load(at[:, :, :, None] + tl.arange(0, 2)[None, None, None, :], mask=mask[:, :, :, None], other=0)
+        left, right = tl.split(halves)
+        for half in tl.static_range(2):
+            two = right if half else left
+            values = values + (two.to(tl.int32).to(tl.float32, bitcast=True),)
+            values = values + ((two >> 32).to(tl.int32).to(tl.float32, bitcast=True),)
+        scores = ()
+        for j in tl.static_range(4):
+            scores = scores + (score(values[j], NATIVE),)
+        first = pack_word(values[0], values[1], OUT, NATIVE)
+        second = pack_word(values[2], values[3], OUT, NATIVE)
+    else:
+        both = tl.load(at, mask=mask, other=0)
+        first = both.to(tl.int32)
+        second = (both >> 32).to(tl.int32)
+        scores = word_scores(first, IN, NATIVE) + word_scores(second, IN, NATIVE)
+        if SOFT or IN != OUT:
+            values = word_values(first, IN) + word_values(second, IN)
+        if IN != OUT:
+            first = pack_word(values[0], values[1], OUT, NATIVE)
+            second = pack_word(values[2], values[3], OUT, NATIVE)
+    return scores, values, (first, second)

@@ -1,0 +1,85 @@
+"""What the launch functions take, and the errors for what they cannot. Needs no triton."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from semisparse.errors import ConfigError, ShapeError, TensorError
+from semisparse.pattern import GROUP
+
+MODES = ("transposable", "codes", "row", "soft")
+"""What a tile keeps: the best transposable tile; a given code; the 2 largest of each row; these, shrunk."""
+
+GROUP_BIT = 32
+"""Added to the index of a group bit in a metadata order, to tell it from a row bit."""
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Tile rows and tile pairs of one program, and its warps."""
+
+    tile_rows: int = 16
+    pairs: int = 8
+    warps: int = 4
+
+
+DEFAULT_BLOCK = Block()
+
+
+def check_pack(
+    matrix: Tensor,
+    packed: Tensor,
+    packed_t: Tensor | None,
+    dtype: torch.dtype,
+    bits: tuple[int, ...],
+    mode: str,
+    rows_padded: int,
+    codes: Tensor | None,
+    scale: Tensor | None,
+    block: Block,
+) -> None:
+    """Raise ShapeError, TensorError or ConfigError unless prune_pack.launch can work with its arguments."""
+    rows, columns = matrix.shape
+    if matrix.dtype not in _DTYPES or dtype not in (torch.float16, torch.bfloat16):
+        raise TensorError(
+            f"matrix is {matrix.dtype}, packed as {dtype}; use fp32, fp16 or bf16, packed as fp16 or bf16"
+        )
+    if columns % 16 or rows_padded % 16 or rows_padded < rows:
+        raise ShapeError(f"matrix is {rows} x {columns}, padded to {rows_padded} rows; both must be multiples of 16")
+    if mode not in MODES:
+        raise ConfigError(f"mode={mode!r} is not one of {', '.join(map(repr, MODES))}")
+    if packed_t is not None and mode in ("row", "soft"):
+        raise ConfigError(f"mode={mode!r} keeps 2:4 along the columns only: pass packed_t=None")
+    if mode == "codes" and (codes is None or codes.dtype != torch.int16 or not codes.is_contiguous()):
+        raise TensorError("mode='codes' needs contiguous int16 tile codes")
+    if mode == "codes" and codes.shape != (rows_padded // GROUP, columns // GROUP):
+        raise ShapeError(f"codes has shape {tuple(codes.shape)}; it must be {(rows_padded // GROUP, columns // GROUP)}")
+    if mode == "soft" and (scale is None or scale.dtype != torch.float32 or scale.numel() != 1):
+        raise TensorError("mode='soft' needs scale, one float32 element on the device of matrix")
+    lines, span = block_shape(bits)
+    if any(size % lines for size in (4 * block.tile_rows, 8 * block.pairs)) or any(
+        size % span for size in (block.tile_rows, 2 * block.pairs)
+    ):
+        raise ConfigError(f"a program of {block} does not hold whole metadata blocks of {lines} rows x {span} groups")
+    check_buffer("packed", packed, rows_padded, columns, bits)
+    if packed_t is not None:
+        check_buffer("packed_t", packed_t, columns, rows_padded, bits)
+
+
+def check_buffer(name: str, buffer: Tensor, rows: int, columns: int, bits: tuple[int, ...]) -> None:
+    """Raise TensorError or ShapeError unless buffer can hold a packed rows x columns matrix of 16-bit values."""
+    lines, span = block_shape(bits)
+    needed = rows * columns + -(-rows // lines) * lines * -(-(columns // GROUP) // span) * span // 2
+    if buffer.dtype != torch.uint8 or not buffer.is_contiguous():
+        raise TensorError(f"{name} is {buffer.dtype}; it must be a contiguous uint8 tensor")
+    if buffer.numel() < needed:
+        raise ShapeError(f"{name} has {buffer.numel()} bytes; a {rows} x {columns} matrix needs {needed}")
+
+
+def block_shape(bits: tuple[int, ...]) -> tuple[int, int]:
+    """Rows and groups of a metadata block."""
+    rows = sum(bit < GROUP_BIT for bit in bits)
+    return 1 << rows, 1 << (len(bits) - rows)
