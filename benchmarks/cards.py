@@ -101,8 +101,8 @@ def end_to_end_card(name: str, result: dict[str, Any]) -> str:
             end_to_end_table([(name, result)]),
             "",
             f"p20 to p80: dense {spread['dense']}, 2:4 {spread['sparse']} ms. "
-            f"{result['swapped']} linears 2:4. The products of these layers save, packing not counted ({saved} by N x K); "
-            "the limit is the ratio if packing cost nothing.",
+            f"{result['swapped']} linears 2:4. The products of these layers save, packing not counted "
+            f"({saved} by N x K); the limit is the ratio if packing cost nothing.",
             *(["", result["note"]] if result["note"] else []),
             "",
             f"Remake: `{COMMAND} --card {result['card']} --save`",

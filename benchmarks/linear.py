@@ -1,8 +1,8 @@
 """One linear layer, forward and backward: dense against semisparse and its peers, with the run's own limit.
 
 Every variant is a whole eager call as a training step makes it: bf16 parameters with bias, gradients set to None
-before, x.requires_grad, weights pruned and packed in the call. Beside them the single products and the packing are timed
-in the same run; from these follows the limit: the ratio that a free packing would reach.
+before, x.requires_grad, weights pruned and packed in the call. Beside them the single products and the packing are
+timed in the same run; from these follows the limit: the ratio that a free packing would reach.
 """
 
 from collections.abc import Callable

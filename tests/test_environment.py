@@ -1,6 +1,7 @@
 """What `semisparse env` knows: it never fails, and it tells the path of each capability with the reason."""
 
 import subprocess
+from typing import get_args
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch
 import semisparse
 from semisparse import environment as env
 from semisparse.gemm.cusparselt import Availability
-from semisparse.gemm.formats import PackedFormat
+from semisparse.gemm.formats import PackedFormat, Packer
 from semisparse.gemm.layout import SM90_16BIT
 
 NAMES = ["weight mask", "activation mask", "packing", "sparse GEMM"]
@@ -65,28 +66,40 @@ def paths_on_cuda(
     return {capability.name: (capability.path, capability.reason) for capability in found}
 
 
-def test_on_a_gpu_with_the_engine_the_sparse_path_and_its_conditions_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    verdict = Availability(True, "cuSPARSELt 0.8.1", 801)
-    found = paths_on_cuda(monkeypatch, verdict, PackedFormat(SM90_16BIT, "kernel", "layout verified"))
-    assert found["weight mask"] == found["activation mask"] == ("Triton kernel", env._WHERE_PACKED)
-    assert found["packing"] == ("the same kernel, one pass for both directions", "layout verified")
-    assert found["sparse GEMM"] == ("cuSPARSELt 0.8.1 or masked dense, whichever measured faster", env._WHERE_PACKED)
+PACKERS = [
+    (PackedFormat("kernel", SM90_16BIT, "layout verified"), "Triton kernel", "Triton kernel"),
+    (PackedFormat("compressor", None, "no permutation"), "reference", "NVIDIA's compressor"),
+    (PackedFormat("reference", SM90_16BIT, "no triton"), "reference", "reference"),
+]
 
 
-def test_on_a_gpu_whose_format_is_unknown_the_compressor_packs(monkeypatch: pytest.MonkeyPatch) -> None:
-    verdict = Availability(True, "cuSPARSELt 0.9.0", 900)
-    found = paths_on_cuda(monkeypatch, verdict, PackedFormat(SM90_16BIT, "compressor", "no permutation"))
-    assert found["weight mask"][0] == "reference"
-    assert found["packing"] == ("NVIDIA's compressor, once for each direction", "no permutation")
+@pytest.mark.parametrize(("packed", "mask", "packing"), PACKERS, ids=[packed.packer for packed, _, _ in PACKERS])
+def test_on_a_gpu_who_prunes_and_packs_is_named_with_the_reason(
+    monkeypatch: pytest.MonkeyPatch, packed: PackedFormat, mask: str, packing: str
+) -> None:
+    found = paths_on_cuda(monkeypatch, Availability(True, "cuSPARSELt 0.8.1", 801), packed)
+    assert found["weight mask"] == found["activation mask"] == (mask, env._WHERE_PACKED)
+    assert found["packing"][0].startswith(packing)
+    assert found["packing"][1] == packed.reason
+
+
+def test_every_packer_has_its_words() -> None:
+    assert set(env._PACKERS) == set(get_args(Packer)) == {packed.packer for packed, _, _ in PACKERS}
+
+
+def test_on_a_gpu_with_the_engine_it_is_named_beside_masked_dense(monkeypatch: pytest.MonkeyPatch) -> None:
+    path, _ = paths_on_cuda(monkeypatch, Availability(True, "cuSPARSELt 0.8.1", 801), PACKERS[0][0])["sparse GEMM"]
+    assert "cuSPARSELt 0.8.1" in path
+    assert "masked dense" in path
 
 
 def test_on_a_gpu_without_the_engine_the_reason_is_the_engines(monkeypatch: pytest.MonkeyPatch) -> None:
     verdict = Availability(False, "nvmath-python cannot be imported")
-    found = paths_on_cuda(monkeypatch, verdict, PackedFormat(SM90_16BIT, "kernel", "no engine"))
+    found = paths_on_cuda(monkeypatch, verdict, PackedFormat("kernel", SM90_16BIT, "no engine"))
     assert found["sparse GEMM"] == ("masked dense", "nvmath-python cannot be imported")
 
 
 def test_a_probe_that_fails_is_told_and_not_raised(monkeypatch: pytest.MonkeyPatch) -> None:
     found = paths_on_cuda(monkeypatch, Availability(False, "broken"), RuntimeError("illegal memory access"))
-    assert found["packing"] == ("unknown", "RuntimeError: illegal memory access")
-    assert found["weight mask"][0] == "unknown"
+    for name in ("weight mask", "activation mask", "packing"):
+        assert found[name] == ("unknown", "RuntimeError: illegal memory access")

@@ -11,10 +11,16 @@ import torch
 
 import semisparse
 from semisparse.gemm.engine import available
-from semisparse.gemm.formats import packed_format
+from semisparse.gemm.formats import Packer, packed_format
 
 _NOT_FOUND = "not found"
 _WHERE_PACKED = "packed for engine='cusparselt' in fp16 and bf16 with N and K multiples of 16, else masked dense"
+_PACKERS: dict[Packer, tuple[str, str]] = {
+    "kernel": ("Triton kernel", "Triton kernel, one pass for both directions"),
+    "compressor": ("reference", "NVIDIA's compressor, once for each direction"),
+    "reference": ("reference", "reference, once for each direction"),
+}
+"""Who packs -> what prunes on the packed route, and how it is packed."""
 _CUSPARSELT_PACKAGES = ("nvidia-cusparselt-cu13", "nvidia-cusparselt-cu12")
 
 
@@ -57,7 +63,8 @@ def environment() -> Environment:
 def capabilities(device: str) -> tuple[Capability, ...]:
     """Which path weight mask, activation mask, packing and sparse GEMM take on device ("cpu", "cuda:1"), and why.
 
-    Never raises. On CUDA it loads cuSPARSELt and probes its packed format, once a process.
+    Never raises: a probe that fails makes the paths "unknown", and its error their reason. On CUDA it loads cuSPARSELt
+    and probes its packed format, once a process.
     """
     if torch.device(device).type != "cuda":
         reason = "CPU"
@@ -67,21 +74,24 @@ def capabilities(device: str) -> tuple[Capability, ...]:
             Capability("packing", "not used: masked dense needs none", reason),
             Capability("sparse GEMM", "masked dense (reference)", reason),
         )
-    return (
-        Capability("weight mask", "reference", _WHERE_PACKED),
-        Capability("activation mask", "reference", _WHERE_PACKED),
-        Capability("packing", "NVIDIA's compressor, once for each direction", _packing(device)),
-        Capability("sparse GEMM", *_product(device)),
-    )
+    return (*_packing(device), Capability("sparse GEMM", *_product(device)))
 
 
-def _packing(device: str) -> str:
-    """What is known of the packed format, or how finding it out failed."""
+def _packing(device: str) -> tuple[Capability, ...]:
+    """Masks and packing as the packed format has them, or how finding it out failed."""
     try:
         index = torch.device(device).index
-        return packed_format(torch.cuda.current_device() if index is None else index, torch.bfloat16).reason
+        found = packed_format(torch.cuda.current_device() if index is None else index, torch.bfloat16)
+        pruner, packer = _PACKERS[found.packer]
+        where, why = _WHERE_PACKED, found.reason
     except Exception as error:  # packing at run time will fail in the same way; this says how
-        return f"{type(error).__name__}: {error}"
+        pruner = packer = "unknown"
+        where = why = f"{type(error).__name__}: {error}"
+    return (
+        Capability("weight mask", pruner, where),
+        Capability("activation mask", pruner, where),
+        Capability("packing", packer, why),
+    )
 
 
 def _product(device: str) -> tuple[str, str]:

@@ -91,7 +91,8 @@ class _PackedLinear(torch.autograd.Function):
         if ctx.needs_input_grad[0] and ctx.mask == "transposable":
             grad_x = ops.packed_linear(grad_output, packed, None, ctx.weight_shape[1], ctx.engine)
         elif ctx.needs_input_grad[0]:
-            grad_x = grad_output @ ops.unpack(packed, *ctx.weight_shape, ctx.dtype)
+            rows, columns = ctx.weight_shape
+            grad_x = grad_output @ ops.unpack(packed, rows, columns, ctx.dtype)
         if ctx.needs_input_grad[1]:
             grad_weight = (grad_output.mT @ x).to(ctx.weight_dtype)
         if ctx.needs_input_grad[2]:
@@ -184,8 +185,8 @@ def packs(weight: Tensor, dtype: torch.dtype, engine: str) -> bool:
     possible = weight.is_cuda and dtype in PACKED_DTYPES and sizes_fit
     if engine == "cusparselt" and not possible:
         raise EngineError(
-            f"engine='cusparselt' needs a CUDA weight in fp16 or bf16 with N and K multiples of {SPARSE_MULTIPLE}; it is "
-            f"{tuple(weight.shape)} on {weight.device}, computed in {dtype}: use engine='auto' or torch.autocast"
+            f"engine='cusparselt' needs a CUDA weight in fp16 or bf16 with N and K multiples of {SPARSE_MULTIPLE}; "
+            f"it is {tuple(weight.shape)} on {weight.device}, computed in {dtype}: use engine='auto' or torch.autocast"
         )
     # NVIDIA's compressor takes longer to pack than a sparse product saves, so "auto" does not come here while it packs.
     return possible and engine == "cusparselt"

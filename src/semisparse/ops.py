@@ -73,7 +73,10 @@ def unpack(packed: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tenso
 
 
 def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, engine: str) -> Tensor:
-    """x A^T + bias (M x N) with A (N x K) packed; x (M x K) and bias (N,) of the packed dtype. engine: SparseConfig's."""
+    """x A^T + bias (M x N) with A (N x K) packed; x (M x K) and bias (N,) of the packed dtype.
+
+    engine: as in SparseConfig.
+    """
     return _OPS.packed_linear.default(x, packed, bias, out_features, engine)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from semisparse.gemm import problem as problems
 from semisparse.gemm.engine import Engine
 from semisparse.gemm.problem import Problem
 from semisparse.gemm.runtime import CudaRuntime
@@ -298,3 +299,20 @@ def exact(problem: Problem, a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor
     if bias is not None:
         product += bias.double()[:, None]
     return (product if problem.d_order == "row" else product.mT).to(problem.dtype)
+
+
+PRODUCTS = {
+    "forward": problems.forward(24, 32, 48, torch.bfloat16),
+    "forward with bias": problems.forward(24, 32, 48, torch.float16, bias=True),
+    "grad_input": problems.grad_input(24, 32, 48, torch.bfloat16),
+    "activation_forward": problems.activation_forward(24, 32, 48, torch.bfloat16),
+    "activation_weight": problems.activation_weight(24, 32, 48, torch.float16),
+}
+FORWARD = PRODUCTS["forward"]
+
+
+def run(engine: Engine, problem: Problem, algorithm: int = 0) -> None:
+    """One product on fresh operands, checked bit for bit."""
+    a, b, out, bias = operands(problem)
+    engine.matmul(problem, algorithm, engine.compress(a), b, out, bias)
+    assert torch.equal(out, exact(problem, a, b, bias))

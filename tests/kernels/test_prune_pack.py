@@ -166,4 +166,4 @@ def test_bad_arguments_are_named():
             dtype=torch.bfloat16, bits=SM90_16BIT.bits, padding=0,
         )  # fmt: skip
     with pytest.raises(ConfigError, match="whole metadata blocks"):
-        pack(matrix, torch.bfloat16, layout=MetadataLayout(tuple(range(8)) + (32, 33)))
+        pack(matrix, torch.bfloat16, layout=MetadataLayout((*range(8), 32, 33)))

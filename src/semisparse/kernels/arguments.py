@@ -19,11 +19,12 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Tile rows and tile pairs of one program, and its warps."""
+    """Tile rows (a multiple of 8) and tile pairs (of 4) of one program, its warps, and the registers of a thread."""
 
     tile_rows: int = 16
     pairs: int = 8
     warps: int = 4
+    registers: int | None = 80
 
 
 DEFAULT_BLOCK = Block()
@@ -53,10 +54,11 @@ def check_pack(
         raise ConfigError(f"mode={mode!r} is not one of {', '.join(map(repr, MODES))}")
     if packed_t is not None and mode in ("row", "soft"):
         raise ConfigError(f"mode={mode!r} keeps 2:4 along the columns only: pass packed_t=None")
-    if mode == "codes" and (codes is None or codes.dtype != torch.int16 or not codes.is_contiguous()):
-        raise TensorError("mode='codes' needs contiguous int16 tile codes")
-    if mode == "codes" and codes.shape != (rows_padded // GROUP, columns // GROUP):
-        raise ShapeError(f"codes has shape {tuple(codes.shape)}; it must be {(rows_padded // GROUP, columns // GROUP)}")
+    if mode == "codes":
+        if codes is None or codes.dtype != torch.int16 or not codes.is_contiguous():
+            raise TensorError("mode='codes' needs codes, contiguous int16 tile codes")
+        if codes.shape != (wanted := (rows_padded // GROUP, columns // GROUP)):
+            raise ShapeError(f"codes has shape {tuple(codes.shape)}; it must be {wanted}")
     if mode == "soft" and (scale is None or scale.dtype != torch.float32 or scale.numel() != 1):
         raise TensorError("mode='soft' needs scale, one float32 element on the device of matrix")
     lines, span = block_shape(bits)

@@ -7,8 +7,10 @@ first: r stands for bit r of the row, GROUP_BIT + g for bit g of the group.
 Here a thread first holds a word of 8 nibbles of a tile pair (two tiles side by side): position bits 0 and 1 are the
 line within the tile, bit 2 the tile within the pair. For W the lines are rows and the pair differs in group bit 0; for
 W^T the lines are columns of W and the pair differs in row bit 2. The words of a program form a 1-D tensor of N = tile
-rows x tile pairs entries. The engine's words hold three other address bits, so position bits change places with bits of
-the word's index: each *exchange* is one shuffle between two threads. Afterwards every thread stores a full word.
+rows x tile pairs entries. The bits of a word's index are 2 bits of the pair, 3 of the tile row (these 5 are the lane of
+a warp), the rest of the pair, the rest of the tile row. The engine's words hold three other address bits, so position
+bits change places with bits of the index: each *exchange* is one shuffle between two threads. Afterwards every thread
+stores a full word.
 """
 
 import triton
@@ -21,17 +23,21 @@ GROUP_BIT = 32
 @triton.constexpr_function
 def _source(turned, log_pairs, f):
     """The address source that bit f of the word's index stands for, before any exchange."""
-    if turned:
-        return f + 3 if f < log_pairs else f - log_pairs + 32
-    return f + 1 + 32 if f < log_pairs else f - log_pairs + 2
+    if f < 2 or 5 <= f < log_pairs + 3:
+        pair = f if f < 2 else f - 3
+        return pair + 3 if turned else pair + 1 + 32
+    tile_row = f - 2 if f < 5 else f - log_pairs
+    return tile_row + 32 if turned else tile_row + 2
 
 
 @triton.constexpr_function
 def _index_bit(turned, log_pairs, source):
-    """The bit of the word's index that stands for an address source: the inverse of _source."""
-    if turned:
-        return source - 3 if source < 32 else source - 32 + log_pairs
-    return source - 32 - 1 if source >= 32 else source - 2 + log_pairs
+    """The bit of the word's index that stands for an address source: the inverse of _source; negative if none does."""
+    if (source < 32) == turned:
+        pair = source - 3 if turned else source - 32 - 1
+        return pair if pair < 2 else pair + 3
+    tile_row = source - 32 if turned else source - 2
+    return (tile_row + 2 if tile_row < 3 else tile_row + log_pairs) if tile_row >= 0 else -1
 
 
 @triton.constexpr_function
@@ -165,13 +171,14 @@ def store_metadata(
     LINES: tl.constexpr = 8 * PAIRS if TURNED else 4 * TILE_ROWS
     GROUPS: tl.constexpr = TILE_ROWS if TURNED else 2 * PAIRS
     index = tl.arange(0, N)
-    tile_row, pair = index // PAIRS, index % PAIRS
+    pair = (index & 3) + 4 * ((index // 32) % (PAIRS // 4))
+    tile_row = (index // 4 & 7) + 8 * (index // (8 * PAIRS))
     # Within a block words have changed places, but each is still a word of its block.
     row_block = (line + (8 * pair if TURNED else 4 * tile_row)) // block_rows(BITS)
     block = (group + (tile_row if TURNED else 2 * pair)) // block_groups(BITS)
     first = nibble_address(line, group, blocks, BITS, log2(LINES), log2(GROUPS)) // 8
     at = (packed + values_bytes).to(tl.pointer_type(tl.int32)) + first
-    moved = engine_words(tl.reshape(word, (N,)), BITS, TURNED, log2(PAIRS), N)
+    moved = engine_words(tl.reshape(tl.permute(word, (2, 1, 0)), (N,)), BITS, TURNED, log2(PAIRS), N)
     offsets = word_offsets(blocks, BITS, TURNED, log2(PAIRS), log2(N))
     tl.store(at + offsets, moved, mask=(row_block < row_blocks) & (block < blocks))
 

@@ -27,23 +27,26 @@ def prune_pack(
     PADDING: tl.constexpr, TILE_ROWS: tl.constexpr, PAIRS: tl.constexpr, EVEN: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
     """The kernel; launch says what the arguments mean. stride: int64 words from row to row. EVEN: no edge in sight."""
-    tile_row = tl.program_id(1) * TILE_ROWS + tl.arange(0, TILE_ROWS)[:, None, None]
-    pair = tl.program_id(0) * PAIRS + tl.arange(0, PAIRS)[None, :, None]
-    tile_column = 2 * pair + tl.arange(0, 2)[None, None, :]
+    # A warp holds 8 tile rows x 4 pairs: every load and store then fills whole 32-byte sectors, in both directions.
+    # Triton deals out lanes along the first axis with room, so that axis is the pairs.
+    rest = tl.arange(0, TILE_ROWS * PAIRS // 32)[None, None, :, None]
+    local_row = tl.arange(0, 8)[None, :, None, None] + 8 * (rest // (PAIRS // 4))
+    local_pair = tl.arange(0, 4)[:, None, None, None] + 4 * (rest % (PAIRS // 4))
+    local_column = 2 * local_pair + tl.arange(0, 2)[None, None, None, :]
+    tile_row = tl.program_id(1) * TILE_ROWS + local_row
+    tile_column = tl.program_id(0) * 2 * PAIRS + local_column
     inside = (tile_row < rows_padded // 4) & (tile_column < columns // 4)
     if EVEN:
-        inside = tl.full((TILE_ROWS, PAIRS, 2), 1, tl.int1)
+        inside = tl.full((4, 8, TILE_ROWS * PAIRS // 32, 2), 1, tl.int1)
     WIDTH: tl.constexpr = 2 if IN == tl.float32 else 1  # int64 words that hold one row of a tile
     first_row = (tl.program_id(1) * 4 * TILE_ROWS).to(tl.int64)
     start = matrix + first_row * stride + tl.program_id(0) * (2 * PAIRS * WIDTH)
-    local_row = 4 * tl.arange(0, TILE_ROWS)[:, None, None]
-    local = (2 * tl.arange(0, PAIRS)[None, :, None] + tl.arange(0, 2)[None, None, :]) * WIDTH
     scores, values, kept_words = (), (), ()
     for i in tl.static_range(4):
         present = inside
         if not EVEN:
             present = inside & (4 * tile_row + i < rows)
-        line = words.load_line(start + (local_row + i) * stride + local, present, IN, OUT, NATIVE, MODE == 3)
+        line = words.load_line(start + (4 * local_row + i) * stride + WIDTH * local_column, present, IN, OUT, NATIVE, MODE == 3)
         scores, values, kept_words = scores + line[0], values + line[1], kept_words + line[2]
     if MODE == 0:
         choice = tiles.best_tile(scores)
@@ -63,15 +66,20 @@ def prune_pack(
     out = packed.to(tl.pointer_type(tl.int32)) + first_row * (columns // 4) + tl.program_id(0) * (2 * PAIRS)
     kept = words.kept_in_rows(kept_words, selectors, NATIVE)
     for i in tl.static_range(4):
-        at = out + (local_row + i) * (columns // 4) + local // WIDTH
+        at = out + (4 * local_row + i) * (columns // 4) + local_column
         tl.store(at, kept[i], mask=inside)
     if TRANSPOSED:
         out = packed_t.to(tl.pointer_type(tl.int32)) + (tl.program_id(0) * 8 * PAIRS).to(tl.int64) * (rows_padded // 4)
         out += tl.program_id(1) * TILE_ROWS
         kept = words.kept_in_columns(kept_words, selectors, NATIVE)
+        # The two tiles of a pair lie far apart here. Stored one by one, in the order in which the lanes hold them, a warp
+        # fills whole sectors; left to itself, Triton would go through shared memory to make the stores wider.
         for j in tl.static_range(4):
-            at = out + (4 * (local // WIDTH) + j) * (rows_padded // 4) + local_row // 4
-            tl.store(at, kept[j], mask=inside)
+            two, wanted = tl.split(kept[j]), tl.split(inside)
+            for odd in tl.static_range(2):
+                line = (8 * local_pair + 4 * odd + j) * (rows_padded // 4) + local_row
+                at = tl.max_contiguous(tl.reshape(line, (4, 8, TILE_ROWS * PAIRS // 32)), (1, 1, 1))
+                tl.store(out + at, two[odd], mask=wanted[odd])
 
     if not EVEN:
         nibbles = tl.where(inside, nibbles, PADDING)
@@ -104,8 +112,8 @@ def launch(
 
     matrix: fp32, fp16 or bf16; rows 16-byte aligned and contiguous (other strides are copied first); C a multiple of
     16. rows_padded: R or more, a multiple of 16: zero rows are added up to it. dtype: of the packed values, fp16 or
-    bf16; rounded to once, after the choice. packed, packed_t: contiguous uint8, long enough for values and whole metadata
-    blocks; packed_t is None for modes "row" and "soft", which are 2:4 along the columns only.
+    bf16; rounded to once, after the choice. packed, packed_t: contiguous uint8, long enough for values and whole
+    metadata blocks; packed_t is None for modes "row" and "soft", which are 2:4 along the columns only.
     bits, padding: order of the metadata in a block, and the nibble of groups outside the matrix (gemm/layout.py).
     mode: "transposable" is bit for bit reference.masks.transposable, "row" reference.masks.row; "codes" takes the tile
     codes of codes (int16, R/4 x C/4, contiguous; bit 4 * i + j keeps entry (i, j)); "soft" shrinks each row's kept two
@@ -145,4 +153,5 @@ def launch(
         EVEN=even,
         NATIVE=matrix.is_cuda,
         num_warps=block.warps,
+        maxnreg=block.registers,
     )

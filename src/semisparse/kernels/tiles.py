@@ -74,43 +74,43 @@ def _pair_sums(scores, ROW: tl.constexpr):
 
 
 @triton.jit
-def _best_halves(first, second, CHANGE: tl.constexpr):
-    """For each count vector the largest half sum, first of equals, and its change to the choice."""
-    sums = ()
-    changes = ()
-    for k in tl.static_range(_VECTORS):
-        best = first[0]
-        change = tl.zeros(best.shape, tl.int32)
-        for n in tl.static_range(_HALF_COUNT):
-            if _COUNT_VECTOR[n] == k:
-                total = first[_UPPER[n]] + second[_LOWER[n]]
-                if _IS_FIRST[n]:
-                    best = total
-                else:
-                    change = tl.where(total > best, CHANGE[n], change)
-                    best = tl.maximum(best, total)
-        sums = sums + (best,)
-        changes = changes + (change,)
-    return sums, changes
+def _best_half(first, second, K: tl.constexpr, CHANGE: tl.constexpr):
+    """For count vector K the largest half sum, first of equals, and its change to the choice."""
+    best = first[0]
+    change = tl.zeros(best.shape, tl.int32)
+    for n in tl.static_range(_HALF_COUNT):
+        if _COUNT_VECTOR[n] == K:
+            total = first[_UPPER[n]] + second[_LOWER[n]]
+            if _IS_FIRST[n]:
+                best = total
+            else:
+                change = tl.where(total > best, CHANGE[n], change)
+                best = tl.maximum(best, total)
+    return best, change
 
 
 @triton.jit
 def best_tile(scores):
     """The choice of the best transposable tile; scores: 16 fp32 tensors, row by row, no NaN.
 
-    The order of the sums and the rule for equals are those of reference.masks.transposable_codes, bit for bit.
+    The order of the sums and the rule for equals are those of reference.masks.transposable_codes, bit for bit. The
+    halves are made where they are needed, vector by vector, so that few of them wait in registers.
     """
-    upper, upper_change = _best_halves(_pair_sums(scores, 0), _pair_sums(scores, 1), _UPPER_CHANGE)
-    lower, lower_change = _best_halves(_pair_sums(scores, 2), _pair_sums(scores, 3), _LOWER_CHANGE)
-    best = upper[0] + lower[_COMPLEMENT[0]]
-    choice = tl.full(best.shape, _FIRST_CHOICE[0], tl.int32)
+    sums = (_pair_sums(scores, 0), _pair_sums(scores, 1), _pair_sums(scores, 2), _pair_sums(scores, 3))
+    best = scores[0]
+    choice = tl.zeros(best.shape, tl.int32)
     for k in tl.static_range(_VECTORS):
-        total = upper[k] + lower[_COMPLEMENT[k]]
+        upper, upper_change = _best_half(sums[0], sums[1], k, _UPPER_CHANGE)
+        lower, lower_change = _best_half(sums[2], sums[3], _COMPLEMENT[k], _LOWER_CHANGE)
+        total = upper + lower
         if _ALONE[k]:
             candidate = tl.full(total.shape, _FIRST_CHOICE[k], tl.int32)
         else:
-            candidate = upper_change[k] ^ _FIRST_CHOICE[k] ^ lower_change[_COMPLEMENT[k]]
-        if k > 0:
+            candidate = upper_change ^ _FIRST_CHOICE[k] ^ lower_change
+        if k == 0:
+            choice = candidate
+            best = total
+        else:
             choice = tl.where(total > best, candidate, choice)
             best = tl.maximum(best, total)
     return choice

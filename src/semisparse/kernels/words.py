@@ -138,7 +138,7 @@ def load_line(at, mask, IN: tl.constexpr, OUT: tl.constexpr, NATIVE: tl.constexp
     """One row of each tile: 4 scores, 4 fp32 values, and the values as 2 words of OUT. at: int64 pointers."""
     values = ()
     if IN == tl.float32:
-        halves = tl.load(at[:, :, :, None] + tl.arange(0, 2)[None, None, None, :], mask=mask[:, :, :, None], other=0)
+        halves = tl.load(at[:, :, :, :, None] + tl.arange(0, 2), mask=mask[:, :, :, :, None], other=0)
         left, right = tl.split(halves)
         for half in tl.static_range(2):
             two = right if half else left

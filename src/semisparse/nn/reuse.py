@@ -23,9 +23,9 @@ def reuse_packed(model: nn.Module) -> Iterator[int]:
     For gradient accumulation: enter once for each optimizer step, run all micro-batches' forward and backward passes
     inside, call optimizer.step() outside. Yields the number of layers packed; layers on the masked-dense route (CPU,
     fp32, sizes no multiple of 16) and layers with a pruned activation are not among them and work as always.
-    The packing is for the dtype that is computed in on entry, so enter torch.autocast first, where it is used. Changing a
-    weight inside the block is not supported: the block would go on with the old one. Buffers are kept between blocks (9/8
-    of a weight's 16-bit bytes for both directions), allocated outside any CUDA graph.
+    The packing is for the dtype that is computed in on entry, so enter torch.autocast first, where it is used. Changing
+    a weight inside the block is not supported: the block would go on with the old one. Buffers are kept between blocks
+    (9/8 of a weight's 16-bit bytes for both directions), allocated outside any CUDA graph.
     """
     layers = []
     for layer in model.modules():

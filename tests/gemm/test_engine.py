@@ -1,0 +1,218 @@
+"""The engine on the simulated library: products, bad operands, errors of the library, compressing."""
+
+import gc
+import weakref
+from dataclasses import replace
+
+import pytest
+import torch
+
+from semisparse.errors import EngineError, ShapeError, TensorError
+from tests.gemm.simulated import FORWARD, PRODUCTS, SimulatedLibrary, exact, make_engine, operands, run, two_of_four
+
+BF16 = torch.bfloat16
+
+# ---- products
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+@pytest.mark.parametrize("workspace", [0, 96])
+def test_each_product_is_described_so_that_the_library_computes_it(name, workspace):
+    engine, library, runtime = make_engine(SimulatedLibrary(workspace=workspace))
+    run(engine, PRODUCTS[name], algorithm=3)
+    assert library.products == [3]
+    assert library.streams == [runtime.stream(-1)]
+    assert all(bool(address) == bool(workspace) for address in library.workspaces)
+
+
+@pytest.mark.parametrize("follows_bias", [True, False])
+@pytest.mark.parametrize("capturing", [True, False])
+def test_each_call_adds_its_own_bias_whether_or_not_a_plan_can_be_rebound(follows_bias, capturing):
+    engine, library, runtime = make_engine(SimulatedLibrary(follows_bias=follows_bias))
+    problem = PRODUCTS["forward with bias"]
+    a, b, out, bias = operands(problem)
+    packed = engine.compress(a)
+    runtime.is_capturing = capturing
+    for step in range(4):
+        moved = bias + step
+        engine.matmul(problem, 0, packed, b, out, moved)
+        assert torch.equal(out, exact(problem, a, b, moved))
+    assert engine.plan_count(-1) == 1
+    built = sum(kind == "plan" for kind, _ in library.log) + 1
+    assert (built <= 2) == (follows_bias and not capturing)  # one, and one for the try
+
+
+def test_the_current_stream_is_read_at_each_call():
+    engine, library, runtime = make_engine()
+    run(engine, FORWARD)
+    runtime.stream = lambda index: 4242
+    run(engine, FORWARD)
+    assert library.streams == [6_999, 4242]
+
+
+def test_the_device_is_made_current_for_a_call_and_restored_even_after_an_error():
+    engine, library, runtime = make_engine()
+    runtime.device_now = 5
+    run(engine, FORWARD)
+    assert runtime.device_now == 5
+    assert -1 in runtime.exchanges
+    library.faults[1] = lambda out: (_ for _ in ()).throw(library.cuSPARSELtError(10))
+    with pytest.raises(EngineError):
+        run(engine, FORWARD, algorithm=1)
+    assert runtime.device_now == 5
+
+
+def test_no_tensor_is_kept():
+    engine, _, _ = make_engine(SimulatedLibrary(workspace=64))
+    problem = PRODUCTS["forward with bias"]
+    a, b, out, bias = operands(problem)
+    packed = engine.compress(a)
+    engine.matmul(problem, 0, packed, b, out, bias)
+    watched = [weakref.ref(tensor) for tensor in (packed, b, out, bias)]
+    del packed, b, out, bias
+    gc.collect()
+    assert [reference() for reference in watched] == [None] * 4
+
+
+# ---- bad operands
+
+
+def spoiled(name: str, how: str) -> dict[str, torch.Tensor | None]:
+    """Operands of the biased forward problem with one of them spoiled."""
+    problem = PRODUCTS["forward with bias"]
+    a, b, out, bias = operands(problem)
+    given = {"packed": make_engine()[0].compress(a), "b": b, "out": out, "bias": bias}
+    tensor = given[name]
+    given[name] = {
+        "short": lambda: tensor[:-1].clone(),
+        "long": lambda: torch.cat([tensor, tensor[:1]]),
+        "dtype": lambda: tensor.to(torch.float32) if name != "packed" else tensor.view(torch.int8),
+        "stride": lambda: torch.stack([tensor, tensor], dim=-1)[..., 0],
+        "shift": lambda: torch.cat([tensor.flatten(), tensor.flatten()])[1 : 1 + tensor.numel()].view(tensor.shape),
+        "missing": lambda: None,
+    }[how]()
+    return given
+
+
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [
+        (name, how)
+        for name in ("packed", "b", "out", "bias")
+        for how in ("short", "long", "dtype", "stride", "shift")
+        if (name, how) != ("packed", "long")
+    ],
+)
+def test_an_operand_that_does_not_fit_is_an_error_and_never_read(name, how):
+    engine, library, _ = make_engine()
+    given = spoiled(name, how)
+    wrong_size = how in ("short", "long")
+    with pytest.raises(ShapeError if wrong_size else TensorError, match=rf"^{name} "):
+        engine.matmul(PRODUCTS["forward with bias"], 0, **given)
+    assert library.products == []
+    run(engine, PRODUCTS["forward with bias"])  # nothing wrong was left behind
+
+
+def test_bytes_behind_a_packed_matrix_are_allowed_and_change_nothing():
+    engine, _, _ = make_engine()
+    problem = PRODUCTS["forward with bias"]
+    a, b, out, bias = operands(problem)
+    packed = engine.compress(a)
+    engine.matmul(problem, 0, torch.cat([packed, torch.full_like(packed[:64], 255)]), b, out, bias)
+    assert torch.equal(out, exact(problem, a, b, bias))
+
+
+def test_a_missing_and_an_unasked_bias_are_errors_and_leave_no_plan():
+    engine, library, _ = make_engine()
+    with pytest.raises(TensorError, match="bias=None"):
+        engine.matmul(PRODUCTS["forward with bias"], 0, **spoiled("bias", "missing"))
+    a, b, out, _ = operands(FORWARD)
+    with pytest.raises(TensorError, match=r"bias=\(32,\)"):
+        engine.matmul(FORWARD, 0, engine.compress(a), b, out, torch.zeros(32, dtype=BF16))
+    assert library.products == []
+    assert engine.plan_count(-1) == 0
+
+
+def test_sizes_the_library_cannot_take_are_refused_before_it_is_asked():
+    engine, library, _ = make_engine()
+    problem = replace(FORWARD, columns=20)
+    _, b, out, _ = operands(problem)
+    with pytest.raises(EngineError, match="columns=20 is no multiple of 8; use the masked-dense"):
+        engine.matmul(problem, 0, torch.zeros(1, dtype=torch.uint8), b, out)
+    assert not any(kind == "matmul" for kind, _ in library.live.values())
+
+
+# ---- errors of the library
+
+
+@pytest.mark.parametrize("kind", ["handle", "matrix", "matmul", "selection", "plan"])
+def test_a_refusal_while_a_plan_is_made_is_an_engine_error_and_leaks_nothing(kind):
+    engine, library, _ = make_engine()
+    packed = engine.compress(two_of_four(32, 48, BF16))
+    engine.close()
+    _, b, out, _ = operands(FORWARD)
+    library.refuse[kind] = 10
+    with pytest.raises(EngineError, match=r"CUSPARSE_STATUS_NOT_SUPPORTED, status 10.*engine='dense'"):
+        engine.matmul(FORWARD, 0, packed, b, out)
+    library.refuse.clear()
+    assert {kind for kind, _ in library.live.values()} <= {"handle"}
+    run(engine, FORWARD)
+
+
+def test_an_unknown_algorithm_is_an_engine_error_that_names_it():
+    engine, _, _ = make_engine()
+    with pytest.raises(EngineError, match="no plan with algorithm 99 for 32x48"):
+        run(engine, FORWARD, algorithm=99)
+
+
+def test_a_status_without_a_name_is_still_reported():
+    engine, library, _ = make_engine()
+    library.refuse["plan"] = 77
+    with pytest.raises(EngineError, match="status 77"):
+        run(engine, FORWARD)
+
+
+def test_a_plan_that_cannot_be_freed_is_warned_of_and_the_product_stands():
+    engine, library, _ = make_engine()
+    engine.MAX_PLANS = 1
+    run(engine, FORWARD, algorithm=0)
+    library.refuse["destroy selection"] = 10
+    with pytest.warns(RuntimeWarning, match="leaks host memory"):
+        run(engine, FORWARD, algorithm=1)
+    assert sum(kind == "matrix" for kind, _ in library.live.values()) == 3  # the rest of the old plan was freed
+
+
+# ---- compressing
+
+
+def test_compress_checks_the_pattern_unless_told_not_to():
+    engine, _, _ = make_engine()
+    dense = torch.ones(16, 16, dtype=BF16)
+    with pytest.raises(ShapeError, match="more than 2 of 4"):
+        engine.compress(dense)
+    assert engine.compress(two_of_four(16, 16, BF16)).dtype == torch.uint8
+
+
+@pytest.mark.parametrize(
+    ("dense", "error"),
+    [
+        (torch.zeros(16, 16), TensorError),
+        (torch.zeros(16, 24, dtype=BF16), ShapeError),
+        (torch.zeros(0, 16, dtype=BF16), ShapeError),
+        (torch.zeros(2, 16, 16, dtype=BF16), ShapeError),
+        (torch.zeros(16, 32, dtype=BF16)[:, ::2], TensorError),
+        (torch.zeros(16 * 16 + 1, dtype=BF16)[1:].view(16, 16), TensorError),
+    ],
+)
+def test_compress_refuses_what_the_library_would_misread(dense, error):
+    engine, library, _ = make_engine()
+    with pytest.raises(error, match="dense"):
+        engine.compress(dense)
+    assert library.made == 0
+
+
+def test_packed_bytes_and_algorithms_leave_nothing_behind():
+    engine, library, _ = make_engine()
+    assert engine.packed_bytes(32, 48, BF16, -1) == engine.compress(two_of_four(32, 48, BF16)).numel()
+    assert engine.algorithms(FORWARD, -1) == range(6)
+    assert {kind for kind, _ in library.live.values()} == {"handle"}
