@@ -14,7 +14,7 @@ from semisparse.gemm.engine import available
 from semisparse.gemm.formats import Packer, packed_format
 
 _NOT_FOUND = "not found"
-_WHERE_PACKED = "packed for engine='cusparselt' in fp16 and bf16 with N and K multiples of 16, else masked dense"
+_WHERE_PACKED = "packed in fp16 and bf16 with N and K multiples of 16, else masked dense"
 _PACKERS: dict[Packer, tuple[str, str]] = {
     "kernel": ("Triton kernel", "Triton kernel, one pass for both directions"),
     "compressor": ("reference", "NVIDIA's compressor, once for each direction"),
@@ -98,7 +98,7 @@ def _product(device: str) -> tuple[str, str]:
     verdict = available(device)
     if not verdict.ok:
         return "masked dense", verdict.reason
-    return f"masked dense; {verdict.reason} for engine='cusparselt'", "engine='auto' waits for the pack kernel"
+    return f"{verdict.reason} or masked dense", "whichever is faster, measured for each problem at its first use"
 
 
 def _guarded(fact: Callable[[], str]) -> str:

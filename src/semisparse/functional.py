@@ -188,8 +188,7 @@ def packs(weight: Tensor, dtype: torch.dtype, engine: str) -> bool:
             f"engine='cusparselt' needs a CUDA weight in fp16 or bf16 with N and K multiples of {SPARSE_MULTIPLE}; "
             f"it is {tuple(weight.shape)} on {weight.device}, computed in {dtype}: use engine='auto' or torch.autocast"
         )
-    # NVIDIA's compressor takes longer to pack than a sparse product saves, so "auto" does not come here while it packs.
-    return possible and engine == "cusparselt"
+    return possible and engine != "dense"
 
 
 def compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:

@@ -46,7 +46,9 @@ def prune_pack(
         present = inside
         if not EVEN:
             present = inside & (4 * tile_row + i < rows)
-        line = words.load_line(start + (4 * local_row + i) * stride + WIDTH * local_column, present, IN, OUT, NATIVE, MODE == 3)
+        line = words.load_line(
+            start + (4 * local_row + i) * stride + WIDTH * local_column, present, IN, OUT, NATIVE, MODE == 3
+        )
         scores, values, kept_words = scores + line[0], values + line[1], kept_words + line[2]
     if MODE == 0:
         choice = tiles.best_tile(scores)
@@ -72,8 +74,8 @@ def prune_pack(
         out = packed_t.to(tl.pointer_type(tl.int32)) + (tl.program_id(0) * 8 * PAIRS).to(tl.int64) * (rows_padded // 4)
         out += tl.program_id(1) * TILE_ROWS
         kept = words.kept_in_columns(kept_words, selectors, NATIVE)
-        # The two tiles of a pair lie far apart here. Stored one by one, in the order in which the lanes hold them, a warp
-        # fills whole sectors; left to itself, Triton would go through shared memory to make the stores wider.
+        # The two tiles of a pair lie far apart here. Stored one by one, in the order in which the lanes hold them, a
+        # warp fills whole sectors; left to itself, Triton would go through shared memory to make the stores wider.
         for j in tl.static_range(4):
             two, wanted = tl.split(kept[j]), tl.split(inside)
             for odd in tl.static_range(2):
@@ -126,22 +128,15 @@ def launch(
     if matrix.stride(1) != 1 or matrix.stride(0) * matrix.itemsize % 16 or matrix.data_ptr() % 16:
         matrix = matrix.clone(memory_format=torch.contiguous_format)
     lines, span = block_shape(bits)
+    blocks = [triton.cdiv(size, lines) for size in (rows_padded, columns)]
+    blocks_across = [triton.cdiv(size // GROUP, span) for size in (columns, rows_padded)]
     grid = (triton.cdiv(columns, 8 * block.pairs), triton.cdiv(rows_padded, 4 * block.tile_rows))
     even = rows == rows_padded and not (columns % (8 * block.pairs) or rows % (4 * block.tile_rows))
     prune_pack[grid](
         matrix.view(torch.int64),
-        codes,
-        scale,
-        packed,
-        packed_t,
-        rows,
-        rows_padded,
-        columns,
-        matrix.stride(0) * matrix.itemsize // 8,
-        triton.cdiv(rows_padded, lines),
-        triton.cdiv(columns // GROUP, span),
-        triton.cdiv(columns, lines),
-        triton.cdiv(rows_padded // GROUP, span),
+        *(codes, scale, packed, packed_t),
+        *(rows, rows_padded, columns, matrix.stride(0) * matrix.itemsize // 8),
+        *(blocks[0], blocks_across[0], blocks[1], blocks_across[1]),
         IN=_TYPES[matrix.dtype],
         OUT=_TYPES[dtype],
         MODE=MODES.index(mode),
