@@ -27,9 +27,8 @@ def load(kind: str) -> list[tuple[str, dict[str, Any]]]:
 def origin(result: dict[str, Any]) -> str:
     """One line: what the figures were measured on."""
     source = result["provenance"]
-    versions = source["environment"]["versions"]
-    wanted = [name for name in ("torch", "triton", "cusparselt", "nvmath") if name in versions]
-    named = ", ".join(f"{name} {versions[name]}" for name in wanted)
+    facts = source["environment"]["facts"]
+    named = ", ".join(f"{name} {facts[name]}" for name in ("torch", "triton", "cuSPARSELt", "nvmath-python"))
     peaks = " / ".join(f"{value:g} TFLOP/s {name}" for name, value in source["peaks_tflops"].items())
     where = f"commit {source['commit'][:10]}, {source['time']}"
     return f"One {source['gpu']}, {named}; peaks by data sheet: {peaks}; {where}."

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ def provenance() -> dict[str, Any]:
         "commit": _commit(),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "gpu": name,
-        "environment": environment(),
+        "environment": asdict(environment()),
         "clocks": _clocks(),
         "peaks_tflops": PEAKS_TFLOPS.get(name, {}),
     }

@@ -24,7 +24,7 @@ class Block:
     tile_rows: int = 16
     pairs: int = 8
     warps: int = 4
-    registers: int | None = 80
+    registers: int | None = 96
 
 
 DEFAULT_BLOCK = Block()
