@@ -31,8 +31,7 @@ def unpack(packed: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tenso
         from semisparse.kernels import unpack as kernel
 
         out = packed.new_empty(rows, columns, dtype=dtype)
-        with torch.cuda.device(packed.device):
-            kernel.launch(packed, out, bits=written.layout.bits)
+        kernel.launch(packed, out, bits=written.layout.bits)
         return out
     if written.layout is not None:
         return reference_packing.unpack(written.layout.decode(packed, rows, columns, dtype))
@@ -112,17 +111,16 @@ def _pack(matrix: Tensor, rows: int, dtype: torch.dtype, mask: str) -> tuple[Ten
 
     packed = matrix.new_empty(packed_bytes(rows, columns), dtype=torch.uint8)
     packed_t = matrix.new_empty(packed_bytes(columns, rows) if both else 0, dtype=torch.uint8)
-    with torch.cuda.device(matrix.device):
-        kernel.launch(
-            matrix,
-            packed,
-            packed_t if both else None,
-            dtype=dtype,
-            bits=written.layout.bits,
-            padding=written.layout.padding,
-            mode=mask,
-            rows_padded=rows,
-        )
+    kernel.launch(
+        matrix,
+        packed,
+        packed_t if both else None,
+        dtype=dtype,
+        bits=written.layout.bits,
+        padding=written.layout.padding,
+        mode=mask,
+        rows_padded=rows,
+    )
     return packed, packed_t
 
 

@@ -12,11 +12,10 @@ dtype in the same pass; gradients come back in the parameter's dtype.
 There are two routes with the same masks. *Masked dense* prunes and calls F.linear: any device, dtype and size. *Packed*
 is for fp16 and bf16 on CUDA with N and K multiples of 16: the operand is packed once for both directions and multiplied
 by the packed_* ops, whose engine may still choose a dense product inside the op.
-
-The autograd functions set their context in forward: with a setup_context of its own, PyTorch inspects the signature of
-forward at every call, which takes longer than everything else here.
 """
 
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -32,13 +31,23 @@ from semisparse.pattern import GROUP
 from semisparse.reference.masks import FLOAT_DTYPES
 
 
+def _signed(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Keep forward's signature with it: PyTorch asks for it at every call, and inspecting costs more than the call."""
+    forward.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]
+    return forward
+
+
 class _PruneWeight(torch.autograd.Function):
     """W -> W~ in the compute dtype; the gradient reaches W unchanged, in W's dtype."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, dtype: torch.dtype, mask: str) -> Tensor:
-        ctx.dtype = weight.dtype
+    @_signed
+    def forward(weight: Tensor, dtype: torch.dtype, mask: str) -> Tensor:
         return ops.prune(weight, dtype, mask)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.dtype = inputs[0].dtype
 
     @staticmethod
     def backward(ctx: Any, grad_pruned: Tensor) -> tuple[Tensor, None, None]:
@@ -49,9 +58,13 @@ class _PruneTokens(torch.autograd.Function):
     """x -> x~ in the compute dtype; the gradient reaches x unchanged, in x's dtype."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, dtype: torch.dtype) -> Tensor:
-        ctx.dtype = x.dtype
+    @_signed
+    def forward(x: Tensor, dtype: torch.dtype) -> Tensor:
         return ops.prune_tokens(x, dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.dtype = inputs[0].dtype
 
     @staticmethod
     def backward(ctx: Any, grad_pruned: Tensor) -> tuple[Tensor, None]:
@@ -66,23 +79,20 @@ class _PackedLinear(torch.autograd.Function):
     """
 
     @staticmethod
+    @_signed
     def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        packed: Tensor,
-        packed_t: Tensor,
-        mask: str,
-        engine: str,
+        x: Tensor, weight: Tensor, bias: Tensor | None, packed: Tensor, packed_t: Tensor, mask: str, engine: str
     ) -> Tensor:
-        ctx.mask, ctx.engine = mask, engine
+        return ops.packed_linear(x, packed, bias, weight.shape[0], engine)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, weight, _, packed, packed_t, ctx.mask, ctx.engine = inputs
         ctx.weight_dtype, ctx.weight_shape, ctx.dtype = weight.dtype, weight.shape, x.dtype
         ctx.save_for_backward(
             x if ctx.needs_input_grad[1] else None,
-            (packed_t if mask == "transposable" else packed) if ctx.needs_input_grad[0] else None,
+            (packed_t if ctx.mask == "transposable" else packed) if ctx.needs_input_grad[0] else None,
         )
-        return ops.packed_linear(x, packed, bias, weight.shape[0], engine)
 
     @staticmethod
     @once_differentiable
@@ -105,12 +115,17 @@ class _PackedTokensLinear(torch.autograd.Function):
     """y = x~ W^T from the packed input; weight (N, K) in the compute dtype, x (M, K) only receives its gradient."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, packed: Tensor, packed_t: Tensor, engine: str) -> Tensor:
-        ctx.engine, ctx.x_dtype, ctx.in_features = engine, x.dtype, x.shape[1]
+    @_signed
+    def forward(x: Tensor, weight: Tensor, packed: Tensor, packed_t: Tensor, engine: str) -> Tensor:
+        return ops.packed_tokens_linear(packed, weight, x.shape[0], engine)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, weight, _, packed_t, ctx.engine = inputs
+        ctx.x_dtype, ctx.in_features = x.dtype, x.shape[1]
         ctx.save_for_backward(
             weight if ctx.needs_input_grad[0] else None, packed_t if ctx.needs_input_grad[1] else None
         )
-        return ops.packed_tokens_linear(packed, weight, x.shape[0], engine)
 
     @staticmethod
     @once_differentiable

@@ -1,6 +1,7 @@
 """What the launch functions take, and the errors for what they cannot. Needs no triton."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -30,51 +31,53 @@ class Block:
 DEFAULT_BLOCK = Block()
 
 
-def check_pack(
-    matrix: Tensor,
-    packed: Tensor,
-    packed_t: Tensor | None,
-    dtype: torch.dtype,
-    bits: tuple[int, ...],
-    mode: str,
+def check_sizes(
+    rows: int,
     rows_padded: int,
-    codes: Tensor | None,
-    scale: Tensor | None,
+    columns: int,
+    types: tuple[torch.dtype, torch.dtype],
+    mode: str,
+    transposed: bool,
+    bits: tuple[int, ...],
     block: Block,
 ) -> None:
-    """Raise ShapeError, TensorError or ConfigError unless prune_pack.launch can work with its arguments."""
-    rows, columns = matrix.shape
-    if matrix.dtype not in _DTYPES or dtype not in (torch.float16, torch.bfloat16):
-        raise TensorError(
-            f"matrix is {matrix.dtype}, packed as {dtype}; use fp32, fp16 or bf16, packed as fp16 or bf16"
-        )
+    """Raise ShapeError, TensorError or ConfigError unless prune_pack can take such a matrix. types: read, written."""
+    if types[0] not in _DTYPES or types[1] not in (torch.float16, torch.bfloat16):
+        raise TensorError(f"matrix is {types[0]}, packed as {types[1]}; use fp32, fp16 or bf16, packed as fp16 or bf16")
     if columns % 16 or rows_padded % 16 or rows_padded < rows:
         raise ShapeError(f"matrix is {rows} x {columns}, padded to {rows_padded} rows; both must be multiples of 16")
-    if mode not in MODES:
-        raise ConfigError(f"mode={mode!r} is not one of {', '.join(map(repr, MODES))}")
-    if packed_t is not None and mode in ("row", "soft"):
+    if transposed and mode in ("row", "soft"):
         raise ConfigError(f"mode={mode!r} keeps 2:4 along the columns only: pass packed_t=None")
-    if mode == "codes":
-        if codes is None or codes.dtype != torch.int16 or not codes.is_contiguous():
-            raise TensorError("mode='codes' needs codes, contiguous int16 tile codes")
-        if codes.shape != (wanted := (rows_padded // GROUP, columns // GROUP)):
-            raise ShapeError(f"codes has shape {tuple(codes.shape)}; it must be {wanted}")
-    if mode == "soft" and (scale is None or scale.dtype != torch.float32 or scale.numel() != 1):
-        raise TensorError("mode='soft' needs scale, one float32 element on the device of matrix")
     lines, span = block_shape(bits)
     if any(size % lines for size in (4 * block.tile_rows, 8 * block.pairs)) or any(
         size % span for size in (block.tile_rows, 2 * block.pairs)
     ):
         raise ConfigError(f"a program of {block} does not hold whole metadata blocks of {lines} rows x {span} groups")
-    check_buffer("packed", packed, rows_padded, columns, bits)
+
+
+def check_choice(mode: str, codes: Tensor | None, scale: Tensor | None, rows: int, columns: int) -> None:
+    """Raise ConfigError, TensorError or ShapeError unless mode is known and has what it needs."""
+    if mode not in MODES:
+        raise ConfigError(f"mode={mode!r} is not one of {', '.join(map(repr, MODES))}")
+    if mode == "codes":
+        if codes is None or codes.dtype != torch.int16 or not codes.is_contiguous():
+            raise TensorError("mode='codes' needs codes, contiguous int16 tile codes")
+        if codes.shape != (wanted := (rows // GROUP, columns // GROUP)):
+            raise ShapeError(f"codes has shape {tuple(codes.shape)}; it must be {wanted}")
+    if mode == "soft" and (scale is None or scale.dtype != torch.float32 or scale.numel() != 1):
+        raise TensorError("mode='soft' needs scale, one float32 element on the device of matrix")
+
+
+def check_buffers(packed: Tensor, packed_t: Tensor | None, rows: int, columns: int, bits: tuple[int, ...]) -> None:
+    """check_buffer for a rows x columns matrix and, where it is wanted, for its transpose."""
+    check_buffer("packed", packed, rows, columns, bits)
     if packed_t is not None:
-        check_buffer("packed_t", packed_t, columns, rows_padded, bits)
+        check_buffer("packed_t", packed_t, columns, rows, bits)
 
 
 def check_buffer(name: str, buffer: Tensor, rows: int, columns: int, bits: tuple[int, ...]) -> None:
     """Raise TensorError or ShapeError unless buffer can hold a packed rows x columns matrix of 16-bit values."""
-    lines, span = block_shape(bits)
-    needed = rows * columns + -(-rows // lines) * lines * -(-(columns // GROUP) // span) * span // 2
+    needed = _bytes_needed(rows, columns, bits)
     if buffer.dtype != torch.uint8 or not buffer.is_contiguous():
         raise TensorError(f"{name} is {buffer.dtype}; it must be a contiguous uint8 tensor")
     if buffer.numel() < needed:
@@ -85,3 +88,9 @@ def block_shape(bits: tuple[int, ...]) -> tuple[int, int]:
     """Rows and groups of a metadata block."""
     rows = sum(bit < GROUP_BIT for bit in bits)
     return 1 << rows, 1 << (len(bits) - rows)
+
+
+@lru_cache(4096)
+def _bytes_needed(rows: int, columns: int, bits: tuple[int, ...]) -> int:
+    lines, span = block_shape(bits)
+    return rows * columns + -(-rows // lines) * lines * -(-(columns // GROUP) // span) * span // 2

@@ -6,13 +6,24 @@ makes loads wide and fills a 32-bit word of metadata for each direction. Memory 
 words (words.py), the best tile costs about 220 operations (tiles.py), metadata takes a few shuffles (metadata.py).
 """
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from semisparse.kernels import tiles, words
-from semisparse.kernels.arguments import DEFAULT_BLOCK, MODES, Block, block_shape, check_pack
+from semisparse.kernels.arguments import (
+    DEFAULT_BLOCK,
+    MODES,
+    Block,
+    block_shape,
+    check_buffers,
+    check_choice,
+    check_sizes,
+)
+from semisparse.kernels.launcher import Launcher
 from semisparse.kernels.metadata import repeated, store_metadata
 from semisparse.pattern import GROUP
 
@@ -110,7 +121,9 @@ def launch(
     scale: Tensor | None = None,
     block: Block = DEFAULT_BLOCK,
 ) -> None:
-    """Prune matrix (R x C) and write it into packed, its transpose into packed_t. Asynchronous, on the current stream.
+    """Prune matrix (R x C) and write it into packed, its transpose into packed_t.
+
+    Asynchronous, on the current stream of matrix's device.
 
     matrix: fp32, fp16 or bf16; rows 16-byte aligned and contiguous (other strides are copied first); C a multiple of
     16. rows_padded: R or more, a multiple of 16: zero rows are added up to it. dtype: of the packed values, fp16 or
@@ -123,30 +136,45 @@ def launch(
     Raises ShapeError, TensorError, ConfigError.
     """
     rows, columns = matrix.shape
-    rows_padded = rows if rows_padded is None else rows_padded
-    check_pack(matrix, packed, packed_t, dtype, bits, mode, rows_padded, codes, scale, block)
     if matrix.stride(1) != 1 or matrix.stride(0) * matrix.itemsize % 16 or matrix.data_ptr() % 16:
         matrix = matrix.clone(memory_format=torch.contiguous_format)
+    rows_padded = rows if rows_padded is None else rows_padded
+    codes, scale = codes if mode == "codes" else None, scale if mode == "soft" else None
+    check_choice(mode, codes, scale, rows_padded, columns)
+    words_apart = matrix.stride(0) * matrix.itemsize // 8
+    types, both, index = (matrix.dtype, dtype), packed_t is not None, matrix.get_device()
+    prepared = _prepare(
+        (rows, rows_padded, columns, words_apart), types, mode, both, bits, padding, block, native=index >= 0
+    )
+    check_buffers(packed, packed_t, rows_padded, columns, bits)
+    prepared(index, matrix.view(torch.int64), codes, scale, packed, packed_t)
+
+
+@lru_cache(4096)
+def _prepare(
+    sizes: tuple[int, int, int, int],
+    types: tuple[torch.dtype, torch.dtype],
+    mode: str,
+    transposed: bool,
+    bits: tuple[int, ...],
+    padding: int,
+    block: Block,
+    native: bool,
+) -> Launcher:
+    """All of a launch that does not change while shapes repeat, checked once."""
+    rows, rows_padded, columns, _ = sizes
+    check_sizes(rows, rows_padded, columns, types, mode, transposed, bits, block)
     lines, span = block_shape(bits)
-    blocks = [triton.cdiv(size, lines) for size in (rows_padded, columns)]
-    blocks_across = [triton.cdiv(size // GROUP, span) for size in (columns, rows_padded)]
-    grid = (triton.cdiv(columns, 8 * block.pairs), triton.cdiv(rows_padded, 4 * block.tile_rows))
+    row_blocks = [triton.cdiv(size, lines) for size in (rows_padded, columns)]
+    blocks = [triton.cdiv(size // GROUP, span) for size in (columns, rows_padded)]
+    grid = (triton.cdiv(columns, 8 * block.pairs), triton.cdiv(rows_padded, 4 * block.tile_rows), 1)
     even = rows == rows_padded and not (columns % (8 * block.pairs) or rows % (4 * block.tile_rows))
-    prune_pack[grid](
-        matrix.view(torch.int64),
-        *(codes, scale, packed, packed_t),
-        *(rows, rows_padded, columns, matrix.stride(0) * matrix.itemsize // 8),
-        *(blocks[0], blocks_across[0], blocks[1], blocks_across[1]),
-        IN=_TYPES[matrix.dtype],
-        OUT=_TYPES[dtype],
-        MODE=MODES.index(mode),
-        TRANSPOSED=packed_t is not None,
-        BITS=bits,
-        PADDING=repeated(padding),
-        TILE_ROWS=block.tile_rows,
-        PAIRS=block.pairs,
-        EVEN=even,
-        NATIVE=matrix.is_cuda,
+    constants = (*(_TYPES[dtype] for dtype in types), MODES.index(mode), transposed, bits, repeated(padding))
+    return Launcher(
+        prune_pack,
+        grid,
+        (*sizes, row_blocks[0], blocks[0], row_blocks[1], blocks[1]),
+        (*constants, block.tile_rows, block.pairs, even, native),
         num_warps=block.warps,
         maxnreg=block.registers,
     )

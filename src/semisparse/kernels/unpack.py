@@ -1,5 +1,7 @@
 """The pruned matrix out of its packed form, one thread a group of four. Used where a dense product is faster."""
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
@@ -7,6 +9,7 @@ from torch import Tensor
 
 from semisparse.errors import ShapeError, TensorError
 from semisparse.kernels.arguments import check_buffer
+from semisparse.kernels.launcher import Launcher
 from semisparse.kernels.metadata import block_groups, nibble_address
 from semisparse.pattern import GROUP
 
@@ -44,5 +47,10 @@ def launch(packed: Tensor, out: Tensor, *, bits: tuple[int, ...]) -> None:
     if columns % 16:
         raise ShapeError(f"out is {rows} x {columns}; its columns must be a multiple of 16")
     check_buffer("packed", packed, rows, columns, bits)
-    grid = (triton.cdiv(columns // GROUP, GROUPS), triton.cdiv(rows, ROWS))
-    unpack[grid](packed, out.view(torch.int64), rows, columns, BITS=bits, ROWS=ROWS, GROUPS=GROUPS, num_warps=4)
+    _prepare(rows, columns, bits)(out.get_device(), packed, out.view(torch.int64))
+
+
+@lru_cache(4096)
+def _prepare(rows: int, columns: int, bits: tuple[int, ...]) -> Launcher:
+    grid = (triton.cdiv(columns // GROUP, GROUPS), triton.cdiv(rows, ROWS), 1)
+    return Launcher(unpack, grid, (rows, columns), (bits, ROWS, GROUPS), num_warps=4)
