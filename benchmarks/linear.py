@@ -102,7 +102,11 @@ def _parts(
         "part: sparse forward": lambda: ops.packed_linear(x, packed, bias, out_features, "cusparselt"),
         "part: sparse grad_input": lambda: ops.packed_linear(grad_output, packed_t, None, in_features, "cusparselt"),
         "part: pack tokens": lambda: ops.pack_tokens(x, x.dtype),
-        "part: sparse tokens forward": lambda: ops.packed_tokens_linear(packed_x, weight, tokens, "cusparselt"),
+        "part: bias grad": lambda: grad_output.sum(0),
+        "part: sparse tokens forward, bias": lambda: ops.packed_tokens_linear(
+            packed_x, weight, bias, tokens, "cusparselt"
+        ),
+        "part: sparse tokens forward": lambda: ops.packed_tokens_linear(packed_x, weight, None, tokens, "cusparselt"),
         "part: sparse tokens grad_weight": lambda: ops.packed_tokens_grad_weight(
             packed_xt, grad_output, in_features, "cusparselt"
         ),

@@ -53,15 +53,22 @@ def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None, out_features: 
     return out[:tokens] if out.shape[0] != tokens else out
 
 
-def packed_tokens_linear(packed: Tensor, weight: Tensor, tokens: int, mode: str) -> Tensor:
-    """ops.packed_tokens_linear."""
+def packed_tokens_linear(packed: Tensor, weight: Tensor, bias: Tensor | None, tokens: int, mode: str) -> Tensor:
+    """ops.packed_tokens_linear; the bias by our kernel or, without triton, by PyTorch."""
     out_features, in_features = weight.shape
     if tokens == 0:
         return weight.new_empty(0, out_features)
     asked = problem.activation_forward(tokens, out_features, in_features, weight.dtype)
     out = weight.new_empty(asked.d_shape)
     _multiply(asked, packed, _padded(weight, out_features), out, None, mode)
-    return out[:tokens] if out.shape[0] != tokens else out
+    out = out[:tokens] if out.shape[0] != tokens else out
+    if bias is not None and packed_format(out.get_device(), out.dtype).packer == "kernel":
+        from semisparse.kernels import bias as kernel
+
+        kernel.launch(out, bias.contiguous())
+    elif bias is not None:
+        out += bias
+    return out
 
 
 def packed_tokens_grad_weight(packed_t: Tensor, grad_output: Tensor, in_features: int, mode: str) -> Tensor:

@@ -112,16 +112,18 @@ class _PackedLinear(torch.autograd.Function):
 
 
 class _PackedTokensLinear(torch.autograd.Function):
-    """y = x~ W^T from the packed input; weight (N, K) in the compute dtype, x (M, K) only receives its gradient."""
+    """y = x~ W^T + b from the packed input; weight and bias in the compute dtype, x only receives its gradient."""
 
     @staticmethod
     @_signed
-    def forward(x: Tensor, weight: Tensor, packed: Tensor, packed_t: Tensor, engine: str) -> Tensor:
-        return ops.packed_tokens_linear(packed, weight, x.shape[0], engine)
+    def forward(
+        x: Tensor, weight: Tensor, bias: Tensor | None, packed: Tensor, packed_t: Tensor, engine: str
+    ) -> Tensor:
+        return ops.packed_tokens_linear(packed, weight, bias, x.shape[0], engine)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, weight, _, packed_t, ctx.engine = inputs
+        x, weight, _, _, packed_t, ctx.engine = inputs
         ctx.x_dtype, ctx.in_features = x.dtype, x.shape[1]
         ctx.save_for_backward(
             weight if ctx.needs_input_grad[0] else None, packed_t if ctx.needs_input_grad[1] else None
@@ -131,12 +133,14 @@ class _PackedTokensLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         weight, packed_t = ctx.saved_tensors
-        grad_x = grad_weight = None
+        grad_x = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
             grad_x = (grad_output @ weight).to(ctx.x_dtype)
         if ctx.needs_input_grad[1]:
             grad_weight = ops.packed_tokens_grad_weight(packed_t, grad_output, ctx.in_features, ctx.engine)
-        return grad_x, grad_weight, None, None, None
+        if ctx.needs_input_grad[2]:
+            grad_bias = grad_output.sum(0)
+        return grad_x, grad_weight, grad_bias, None, None, None
 
 
 def semi_sparse_linear(
@@ -182,9 +186,11 @@ def semi_sparse_activation_linear(
         pruned: Tensor = _PruneTokens.apply(tokens, dtype)
         return F.linear(pruned.view(x.shape), weight, bias)
     packed, packed_t = ops.pack_tokens(tokens.detach(), dtype)
-    y: Tensor = _PackedTokensLinear.apply(tokens, weight.to(dtype), packed, packed_t, engine)
-    # The engine adds a bias along the rows of its result, which are tokens here.
-    y = y if bias is None else y + bias.to(dtype)
+    bias = None if bias is None else bias.to(dtype)
+    # The engine adds no bias along these rows, so the op passes over y again. A compiler fuses that into what follows.
+    fused = bias is not None and torch.compiler.is_compiling()
+    y: Tensor = _PackedTokensLinear.apply(tokens, weight.to(dtype), None if fused else bias, packed, packed_t, engine)
+    y = y + bias if fused else y
     return y.view(*x.shape[:-1], weight.shape[0])
 
 

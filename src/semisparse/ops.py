@@ -27,7 +27,7 @@ _SCHEMAS = (
     "pack_tokens(Tensor x, ScalarType dtype) -> (Tensor, Tensor)",
     "unpack(Tensor packed, SymInt rows, SymInt columns, ScalarType dtype) -> Tensor",
     "packed_linear(Tensor x, Tensor packed, Tensor? bias, SymInt out_features, str engine) -> Tensor",
-    "packed_tokens_linear(Tensor packed, Tensor weight, SymInt tokens, str engine) -> Tensor",
+    "packed_tokens_linear(Tensor packed, Tensor weight, Tensor? bias, SymInt tokens, str engine) -> Tensor",
     "packed_tokens_grad_weight(Tensor packed_t, Tensor grad_output, SymInt in_features, str engine) -> Tensor",
 )
 for _schema in _SCHEMAS:
@@ -80,9 +80,12 @@ def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None, out_features: 
     return _OPS.packed_linear.default(x, packed, bias, out_features, engine)
 
 
-def packed_tokens_linear(packed: Tensor, weight: Tensor, tokens: int, engine: str) -> Tensor:
-    """x~ W^T (M x N) from pack_tokens' first buffer; weight (N x K) of the packed dtype, tokens: M."""
-    return _OPS.packed_tokens_linear.default(packed, weight, tokens, engine)
+def packed_tokens_linear(packed: Tensor, weight: Tensor, bias: Tensor | None, tokens: int, engine: str) -> Tensor:
+    """x~ W^T + bias (M x N) from pack_tokens' first buffer; tokens: M.
+
+    weight (N x K) and bias (N,) of the packed dtype. y is rounded twice: before the bias is added, and after.
+    """
+    return _OPS.packed_tokens_linear.default(packed, weight, bias, tokens, engine)
 
 
 def packed_tokens_grad_weight(packed_t: Tensor, grad_output: Tensor, in_features: int, engine: str) -> Tensor:
@@ -133,9 +136,9 @@ def _packed_linear_cpu(x: Tensor, packed: Tensor, bias: Tensor | None, out_featu
     return torch.nn.functional.linear(x, _unpack_cpu(packed, out_features, x.shape[1], x.dtype), bias)
 
 
-def _packed_tokens_linear_cpu(packed: Tensor, weight: Tensor, tokens: int, engine: str) -> Tensor:
+def _packed_tokens_linear_cpu(packed: Tensor, weight: Tensor, bias: Tensor | None, tokens: int, engine: str) -> Tensor:
     x = _unpack_cpu(packed, pad(tokens, SPARSE_MULTIPLE), weight.shape[1], weight.dtype)[:tokens]
-    return torch.nn.functional.linear(x, weight)
+    return torch.nn.functional.linear(x, weight, bias)
 
 
 def _packed_tokens_grad_weight_cpu(packed_t: Tensor, grad_output: Tensor, in_features: int, engine: str) -> Tensor:
@@ -201,7 +204,7 @@ def _fake_packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None, out_feat
     return x.new_empty(x.shape[0], out_features)
 
 
-def _fake_packed_tokens_linear(packed: Tensor, weight: Tensor, tokens: int, engine: str) -> Tensor:
+def _fake_packed_tokens_linear(packed: Tensor, weight: Tensor, bias: Tensor | None, tokens: int, engine: str) -> Tensor:
     return weight.new_empty(tokens, weight.shape[0])
 
 

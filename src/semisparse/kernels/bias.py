@@ -1,0 +1,50 @@
+"""A bias added to every row of a matrix, in place, at the speed of memory.
+
+The sparse engine adds a bias only along the rows of its result. Where these are tokens (a pruned activation), the bias
+comes afterwards; PyTorch's broadcast addition takes 2.4 times as long as this kernel's traffic would (measured).
+"""
+
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from semisparse.errors import ShapeError, TensorError
+from semisparse.kernels.launcher import Launcher
+
+ROWS, COLUMNS = 16, 512
+"""Rows and columns of one program."""
+
+
+@triton.jit
+def add_bias(matrix, bias, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The kernel: fp32 sums, rounded once."""
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)[:, None]
+    inside = (row < rows) & (column < columns)
+    at = matrix + row.to(tl.int64) * columns + column
+    added = tl.load(bias + column, mask=column < columns).to(tl.float32)
+    total = tl.load(at, mask=inside).to(tl.float32) + added
+    tl.store(at, total.to(matrix.dtype.element_ty), mask=inside)
+
+
+def launch(matrix: Tensor, bias: Tensor) -> None:
+    """matrix (M x N, contiguous) += bias (N,); both fp16 or bf16. Asynchronous, on the current stream.
+
+    Raises ShapeError, TensorError.
+    """
+    if matrix.dtype != bias.dtype or matrix.itemsize != 2 or not (matrix.is_contiguous() and bias.is_contiguous()):
+        raise TensorError(f"matrix is {matrix.dtype}, bias {bias.dtype}; both must be contiguous fp16 or both bf16")
+    rows, columns = matrix.shape
+    if bias.shape != (columns,):
+        raise ShapeError(f"bias has shape {tuple(bias.shape)}; it must be ({columns},)")
+    _prepare(rows, columns, matrix.dtype)(matrix.get_device(), matrix, bias)
+
+
+@lru_cache(4096)
+def _prepare(rows: int, columns: int, dtype: torch.dtype) -> Launcher:
+    """dtype is only a key: the kernel is compiled for it."""
+    grid = (triton.cdiv(columns, COLUMNS), triton.cdiv(rows, ROWS), 1)
+    return Launcher(add_bias, grid, (rows, columns), (ROWS, COLUMNS), num_warps=4)
