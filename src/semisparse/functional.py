@@ -188,9 +188,10 @@ def semi_sparse_activation_linear(
     packed, packed_t = ops.pack_tokens(tokens.detach(), dtype)
     bias = None if bias is None else bias.to(dtype)
     # The engine adds no bias along these rows, so the op passes over y again. A compiler fuses that into what follows.
-    fused = bias is not None and torch.compiler.is_compiling()
-    y: Tensor = _PackedTokensLinear.apply(tokens, weight.to(dtype), None if fused else bias, packed, packed_t, engine)
-    y = y + bias if fused else y
+    compiling = torch.compiler.is_compiling()
+    inside = None if compiling else bias
+    y: Tensor = _PackedTokensLinear.apply(tokens, weight.to(dtype), inside, packed, packed_t, engine)
+    y = y + bias if compiling and bias is not None else y
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
