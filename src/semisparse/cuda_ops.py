@@ -1,5 +1,7 @@
 """What the ops do on CUDA: pack with the kernel, hand products to the engine. Imported by ops.py on first use."""
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -12,6 +14,8 @@ from semisparse.gemm.problem import DENSE_MULTIPLE, SPARSE_MULTIPLE, Problem, pa
 from semisparse.reference import linear as reference_linear
 from semisparse.reference import masks as reference_masks
 from semisparse.reference import packing as reference_packing
+
+_packed_bytes = lru_cache(4096)(packed_bytes)
 
 
 def pack(matrix: Tensor, dtype: torch.dtype, mask: str) -> tuple[Tensor, Tensor]:
@@ -116,8 +120,8 @@ def _pack(matrix: Tensor, rows: int, dtype: torch.dtype, mask: str) -> tuple[Ten
         return first, _slowly(pruned.mT.contiguous(), written) if both else first.new_empty(0)
     from semisparse.kernels import prune_pack as kernel
 
-    packed = matrix.new_empty(packed_bytes(rows, columns), dtype=torch.uint8)
-    packed_t = matrix.new_empty(packed_bytes(columns, rows) if both else 0, dtype=torch.uint8)
+    packed = matrix.new_empty(_packed_bytes(rows, columns), dtype=torch.uint8)
+    packed_t = matrix.new_empty(_packed_bytes(columns, rows) if both else 0, dtype=torch.uint8)
     kernel.launch(
         matrix,
         packed,

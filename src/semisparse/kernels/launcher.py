@@ -41,18 +41,28 @@ class Launcher:
         if index < 0:
             self._launch(*pointers)
             return
-        previous = torch._C._cuda_exchangeDevice(index)
+        previous = torch._C._cuda_getDevice()
+        if previous == index:
+            self._start(index, pointers)
+            return
+        torch._C._cuda_exchangeDevice(index)
         try:
-            aligned = all(tensor is None or not tensor.data_ptr() % _ALIGNED for tensor in pointers)
-            start = self._started.get(index)
-            if start is not None and aligned:
-                start(*pointers, *self._sizes, *self._constants)
-                return
-            compiled = self._launch(*pointers)
-            if aligned:
-                self._started[index] = compiled[self._grid]
+            self._start(index, pointers)
         finally:
             torch._C._cuda_exchangeDevice(previous)
+
+    def _start(self, index: int, pointers: tuple[Tensor | None, ...]) -> None:
+        bits = 0
+        for tensor in pointers:
+            if tensor is not None:
+                bits |= tensor.data_ptr()
+        if bits % _ALIGNED:
+            self._launch(*pointers)
+        elif start := self._started.get(index):
+            stream = torch._C._cuda_getCurrentRawStream(index)
+            start(*pointers, *self._sizes, *self._constants, stream=stream)
+        else:
+            self._started[index] = self._launch(*pointers)[self._grid]
 
     def _launch(self, *pointers: Tensor | None) -> Any:
         return self._kernel[self._grid](*pointers, *self._sizes, *self._constants, **self._options)
