@@ -41,13 +41,15 @@ def save(name: str, payload: dict[str, Any], folder: Path | None = None) -> Path
 
 
 def _commit() -> str:
-    """The commit of the tree: from git or, in a copy without history, from the variable SEMISPARSE_COMMIT."""
+    """The commit of the tree: the variable SEMISPARSE_COMMIT where it is set (a copy's history may be another), or git."""
+    if named := os.environ.get("SEMISPARSE_COMMIT"):
+        return named
     root = Path(__file__).parent.parent
     try:
         done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True)
         return done.stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("SEMISPARSE_COMMIT", "unknown")
+        return "unknown"
 
 
 def _clocks() -> str:
