@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from benchmarks.models import CARDS, Card, sparsified
 from benchmarks.timing import interleaved, peak_memory
 from semisparse import SwapReport, ops
+from semisparse.gemm.tuner import tuner
 from semisparse.swap import semi_sparse_layers
 
 
@@ -42,6 +43,7 @@ def benchmark(name: str, rounds: int) -> dict[str, Any]:
         "peak_memory_bytes": memory,
         "compile_seconds": compile_seconds,
         "layers": sorted(layers),
+        "tuning": tuner().state(),
         "swapped": len(report.swapped),
         "skipped": report.skipped,
     }

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 from benchmarks.timing import Timing, interleaved, peak_memory
 from semisparse import SemiSparseActivationLinear, SemiSparseLinear, ops
+from semisparse.gemm.tuner import tuner
 
 SHAPES = ((13008, 1024, 4096), (13008, 4096, 1024), (16384, 2048, 8192), (16384, 4096, 11008))
 """M x K x N: tokens, in features, out features. ViT-L's MLP as the seed document has it, and two Llama-like MLPs."""
@@ -37,6 +38,7 @@ def benchmark(tokens: int, in_features: int, out_features: int, rounds: int) -> 
         "tflops": _tflops(times, tokens * in_features * out_features),
         "peak_memory_bytes": memory,
         "layer": {name: repr(layer) for name, (layer, _) in steps.items()},
+        "tuning": tuner().state(),
         "errors": errors,
     }
 

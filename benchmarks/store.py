@@ -41,7 +41,7 @@ def save(name: str, payload: dict[str, Any], folder: Path | None = None) -> Path
 
 
 def _commit() -> str:
-    """The commit of the tree: the variable SEMISPARSE_COMMIT where it is set (a copy's history may be another), or git."""
+    """The commit of the tree: SEMISPARSE_COMMIT where it is set (a copy's history may be another), else git's."""
     if named := os.environ.get("SEMISPARSE_COMMIT"):
         return named
     root = Path(__file__).parent.parent

@@ -1,6 +1,8 @@
 """Run the GPU tests and write tests/gpu_record.json: what was run, on what, and the hash of every file it speaks for.
 
-    python tests/record_gpu.py [DIR]        (make test-gpu)
+    python tests/record_gpu.py [DIR [WORKERS]]        (make test-gpu)
+
+WORKERS processes (pytest-xdist) share the GPU; tests that measure time run alone afterwards.
 
 CI has no GPU; it compares the hashes with the files (tests/arch/test_gpu_record.py), so a change without a new record
 fails there unless tests/gpu_pending.md names the file and why.
@@ -16,6 +18,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+ALONE = ["tests/gemm/test_engine_cost_gpu.py"]
 sys.path.insert(0, str(ROOT))
 
 
@@ -23,7 +26,7 @@ def recorded_files() -> dict[str, str]:
     """Path -> sha256 of each file that a GPU record speaks for."""
     package = ROOT / "src" / "semisparse"
     files = [*package.glob("kernels/**/*.py"), *package.glob("gemm/**/*.py")]
-    files += [*package.glob("*ops.py"), package / "functional.py"]
+    files += [*package.glob("*ops.py"), package / "functional.py", package / "autograd.py"]
     return {str(path.relative_to(ROOT)): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(files)}
 
 
@@ -48,8 +51,10 @@ def main() -> int:
     from benchmarks.store import provenance
 
     outcomes, start = Outcomes(), time.monotonic()
-    arguments = ["-m", "gpu", "-q", "--durations=15", str(ROOT / "tests"), *sys.argv[2:]]
-    code = int(pytest.main(arguments, plugins=[outcomes]))
+    common = ["-m", "gpu", "-q", "--durations=15", "-p", "no:cacheprovider"]
+    workers = ["-n", sys.argv[2]] if len(sys.argv) > 2 else []
+    together = [str(ROOT / "tests"), *(f"--deselect={path}" for path in ALONE), *workers]
+    code = max(int(pytest.main([*common, *paths], plugins=[outcomes])) for paths in (together, ALONE))
     record = {
         "provenance": provenance(),
         "seconds": round(time.monotonic() - start, 1),

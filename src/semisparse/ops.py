@@ -1,7 +1,7 @@
 """The torch.library ops of semisparse: schema, fake implementation and kernels for each device.
 
 Registered with Library.define and Library.impl, which costs a quarter of a custom_op per call. Ops are functional: they
-never write to or alias an input. Gradients are not defined here; functional.py has the only gradient formulas.
+never write to or alias an input. Gradients are not defined here; autograd.py has the only gradient formulas.
 
 Packed buffers are uint8, in the engine's format (gemm/layout.py). On the CPU the reference packs, into the sm90 layout.
 """
@@ -168,7 +168,7 @@ _CPU = {
 for _name, _cpu in _CPU.items():
     _LIBRARY.impl(_name, _cpu, "CPU")
     _LIBRARY.impl(_name, lambda *args, _name=_name: getattr(_cuda(), _name)(*args), "CUDA")
-# No gradient at all, rather than torch's default of a warning and a wrong one; functional.py differentiates.
+# No gradient at all, rather than torch's default of a warning and a wrong one; autograd.py differentiates.
 for _name in ("prune", "prune_tokens", *_CPU):
     _LIBRARY.impl(_name, torch.library.fallthrough_kernel, "Autograd")
 

@@ -10,7 +10,7 @@ from tests.arch.source import FILES, NAMES, PACKAGE, imported, module_name
 LEVELS = {
     1: {"errors", "config", "pattern", "reference"},
     2: {"kernels", "gemm"},
-    3: {"ops", "cuda_ops", "functional"},
+    3: {"ops", "cuda_ops", "autograd", "functional"},
     4: {"nn", "report", "selection", "bypass", "swap"},
     # "" is the package itself, which collects the public names of the levels up to 5.
     5: {"schedule", "recipes", "metrics", "environment", ""},
@@ -112,7 +112,7 @@ def test_triton_stays_in_kernels_and_nvmath_in_gemm(path: Path) -> None:
 
 
 @EACH_FILE
-def test_only_functional_holds_gradients(path: Path) -> None:
+def test_only_autograd_holds_gradients(path: Path) -> None:
     words = {"Function", "register_autograd", "once_differentiable"}
     used = {node.attr for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)} & words
-    assert not used or module_name(path) == "functional"
+    assert not used or module_name(path) == "autograd"
