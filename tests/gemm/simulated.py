@@ -255,6 +255,9 @@ class SimulatedRuntime(CudaRuntime):
     def device(self, index: int) -> torch.device:
         return torch.device("cpu")
 
+    def wait(self, index: int) -> None:
+        pass
+
     def capturing(self) -> bool:
         return self.is_capturing
 

@@ -116,7 +116,7 @@ def test_a_damaged_cache_costs_one_warning_and_a_tuning_run(make_tuner, timed, t
 def test_a_choice_that_was_disturbed_stays_in_this_process(make_tuner, timed, fault):
     library = SimulatedLibrary()
     if fault is not None:
-        library.faults[0] = lambda out: (_ for _ in ()).throw(fault)
+        library.faults[4] = lambda out: (_ for _ in ()).throw(fault)
     call(make_tuner(library)[0])
     assert call(make_tuner()[0]).source == ("disk" if fault is None else "tuned")
 

@@ -13,7 +13,7 @@ from semisparse.errors import EngineError
 from semisparse.gemm.choice import Choice, clipped, one_line
 
 SECONDS = 0.5
-"""Wall time that tuning one problem may take; checking gets the first half, a quick timing of all the next quarter."""
+"""Wall time that tuning one problem may take; a quick timing of all gets the first half, checking the next quarter."""
 
 NOT_REACHED = "not reached within the time limit"
 
@@ -38,8 +38,11 @@ class TrialLike(Protocol):
 
 
 class Race:
-    """Check, time and choose. An algorithm that gives wrong results, fails, runs out of memory or is not reached in
-    time is left out, and `rejected` of the choice says why."""
+    """Time all roughly, check the fastest, time the best of the right ones closely and choose.
+
+    Nothing is chosen unchecked. An algorithm that gives wrong results, fails, runs out of memory or is not reached in
+    time is left out, and `rejected` of the choice says why; one that is merely slow is not checked.
+    """
 
     def __init__(self, trial: TrialLike, clock: Callable[[], float], seconds: float = SECONDS) -> None:
         self._trial, self._clock, self._seconds = trial, clock, seconds
@@ -49,8 +52,8 @@ class Race:
 
     def run(self, candidates: Iterable[int], dense: bool) -> Choice:
         """The choice among the candidates and, if dense, the dense alternative, which also wins a tie."""
-        times = self._screen(self._check(candidates))
-        finalists: list[int | None] = [*sorted(times, key=lambda algorithm: times[algorithm])[:_FINALISTS]]
+        times = self._screen(candidates)
+        finalists: list[int | None] = [*self._check(sorted(times, key=lambda algorithm: times[algorithm]))]
         medians = self._finals(finalists + [None] * dense)
         dense_us = medians.pop(None, None)
         rejected = tuple(sorted(self._rejected.items()))
@@ -61,33 +64,36 @@ class Race:
         chosen = None if dense_us is not None and dense_us <= sparse_us else fastest
         return Choice(chosen, fastest, sparse_us, dense_us, "tuned", rejected, self._note)
 
-    def _check(self, candidates: Iterable[int]) -> list[int]:
-        """The candidates whose results are right. At least one is looked for, however long that takes."""
-        sound: list[int] = []
+    def _screen(self, candidates: Iterable[int]) -> dict[int, float]:
+        """A rough time of each, whether it is right or not; one that is twice as slow as the best so far is not
+        measured any closer."""
+        times: dict[int, float] = {}
         for algorithm in candidates:
-            if sound and self._spent(0.5):
+            if times and self._spent(0.5):
                 self._rejected[algorithm] = NOT_REACHED
                 continue
+            # The first launch of a kernel loads it, which must not count.
+            once = self._attempt(algorithm, self._trial.time, algorithm, 1)
+            if once is not None:
+                once = self._attempt(algorithm, self._trial.time, algorithm, 1)
+            if once is not None and once < 2 * min(times.values(), default=once):
+                once = self._attempt(algorithm, self._trial.time, algorithm, _repeats(once, *_SCREEN))
+            if once is not None:
+                times[algorithm] = once
+        return times
+
+    def _check(self, ranked: Iterable[int]) -> list[int]:
+        """The fastest whose results are right. At least one is looked for, however long that takes."""
+        sound: list[int] = []
+        for algorithm in ranked:
+            if len(sound) == _FINALISTS or (sound and self._spent(0.75)):
+                break
             fault = self._attempt(algorithm, self._trial.fault, algorithm)
             if fault is not None:
                 self._rejected[algorithm] = fault
             elif algorithm not in self._rejected:
                 sound.append(algorithm)
         return sound
-
-    def _screen(self, sound: list[int]) -> dict[int, float]:
-        """A rough time of each; one that is twice as slow as the best so far is not measured any closer."""
-        times: dict[int, float] = {}
-        for algorithm in sound:
-            if times and self._spent(0.75):
-                self._rejected[algorithm] = NOT_REACHED
-                continue
-            once = self._attempt(algorithm, self._trial.time, algorithm, 1)
-            if once is not None and once < 2 * min(times.values(), default=once):
-                once = self._attempt(algorithm, self._trial.time, algorithm, _repeats(once, *_SCREEN))
-            if once is not None:
-                times[algorithm] = once
-        return times
 
     def _finals(self, contenders: list[int | None]) -> dict[int | None, float]:
         """Median times, measured in turns, so that all contenders meet the same clock rate and temperature."""

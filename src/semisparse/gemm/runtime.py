@@ -77,6 +77,10 @@ class CudaRuntime:
             "triton": package_version("triton"),
         }
 
+    def wait(self, index: int) -> None:
+        """Wait for what the current stream of a device has been given so far."""
+        torch.cuda.current_stream(index).synchronize()
+
     def time(self, index: int, call: Callable[[], object], repeats: int) -> float:
         """Microseconds of device time per call, over a back-to-back batch on the current stream.
 

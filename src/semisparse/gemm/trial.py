@@ -1,6 +1,6 @@
 """Checking and timing the candidates for one problem, on the operands of the call that met it first.
 
-Every candidate is checked twice before it may be timed. Against PyTorch's dense product, bit for bit: on operands of
+A candidate is checked twice before it may be chosen. Against PyTorch's dense product, bit for bit: on operands of
 small integers every partial sum is exact, so a right algorithm has no rounding to hide behind, whatever its order of
 summation. And against itself on the caller's operands, where the order does show: an algorithm that gives other bits on
 a second run is not used.

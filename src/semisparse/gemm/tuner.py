@@ -1,6 +1,6 @@
 """Choosing how to compute a problem: which algorithm of the sparse engine, or masked dense where that is faster.
 
-The first call with a problem checks every algorithm, drops the wrong ones and times the rest (trial.py, race.py), for
+The first call with a problem times every algorithm and checks the fastest, dropping wrong ones (trial.py, race.py), for
 about half a second. Problems whose token counts fall into one bucket share the result; N and K are exact. It is kept in
 the process, for all threads and layers, and on disk (tuning_cache.py). A stored choice is never timed again; `state`
 and `load_state` carry choices from one rank to the others, so that all of them sum in the same order.
@@ -33,9 +33,6 @@ from semisparse.gemm.tuning_cache import SCHEMA, TuningCache, canonical
 
 VARIABLE = "SEMISPARSE_TUNE"
 DEFAULT = Choice(0, 0, None, None, "default")
-
-_LIKELY = (17, 20, 12, 0, 3, 6, 15, 14, 1, 4)
-"""Algorithms tried first: those that won on one H200. For the largest problems, time is up before all are checked."""
 
 _REMEMBERED = 8192  # problems whose choice is found without forming its key; past it all are looked up again
 
@@ -205,12 +202,10 @@ class Tuner:
         return DEFAULT
 
     def _tune(self, problem: Problem, index: int, operands: Operands) -> Choice:
+        self._engine.runtime.wait(index)  # what the caller has queued must not count
         begin = self._clock()
         try:
-            offered = self._engine.algorithms(problem, index)
-            candidates = sorted(
-                offered, key=lambda number: _LIKELY.index(number) if number in _LIKELY else len(_LIKELY)
-            )
+            candidates = self._engine.algorithms(problem, index)
             trial = self._make_trial(self._engine, problem, operands)
         except EngineError as error:
             return Choice(None, None, None, None, "tuned", note=one_line(error))
