@@ -7,7 +7,7 @@ is one bit of the row or of the group; blocks lie row by row, and both axes are 
 asks for a little more than that at some sizes (packed_bytes) and leaves those last bytes unwritten; nobody reads them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -132,10 +132,13 @@ def discover(
         linear += [known ^ sources[1 << place] for known in linear]
     if linear != sources:
         return NotAPermutation("the address is no linear function of row and group")
-    block = _block(bits, group_bits, row_bits)
-    if isinstance(block, NotAPermutation):
-        return block
-    return _verified(compress, dtype, device, block)
+    refusal: NotAPermutation | None = None
+    for block in _blocks(bits, group_bits, row_bits):
+        found = _verified(compress, dtype, device, block)
+        if isinstance(found, MetadataLayout):
+            return found
+        refusal = refusal or found
+    return refusal or NotAPermutation(f"blocks do not lie row by row: address bits {bits}")
 
 
 def _spelled(
@@ -161,15 +164,17 @@ def _spelled(
     return found if sorted(found) == list(range(count)) else NotAPermutation("two addresses hold one group")
 
 
-def _block(bits: list[int], group_bits: int, row_bits: int) -> tuple[int, ...] | NotAPermutation:
-    """The shortest block: beyond it come the remaining group bits in order, then the remaining row bits."""
+def _blocks(bits: list[int], group_bits: int, row_bits: int) -> Iterator[tuple[int, ...]]:
+    """Possible blocks, the shortest first: beyond one come the other group bits in order, then the other row bits.
+
+    They agree on matrices of whole blocks and differ in how others are padded.
+    """
     for size in range(3, len(bits) + 1):
         inside = set(bits[:size])
         groups = sum(bit >= GROUP_BIT for bit in inside)
         rest = [GROUP_BIT + g for g in range(groups, group_bits)] + list(range(size - groups, row_bits))
         if bits[size:] == rest:
-            return tuple(bits[:size])
-    return NotAPermutation(f"blocks do not lie row by row: address bits {bits}")
+            yield tuple(bits[:size])
 
 
 def _verified(

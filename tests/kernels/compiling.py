@@ -1,0 +1,76 @@
+"""Compiles every kernel for a GPU architecture that need not be there; prints what each variant takes, as JSON.
+
+    python tests/kernels/compiling.py 90
+
+A program of its own, because the tests around it run Triton's interpreter in the same process.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from semisparse.gemm.layout import SM90_16BIT
+from semisparse.kernels import bias, prune_pack, unpack
+from semisparse.kernels.arguments import DEFAULT_BLOCK, MODES
+from semisparse.kernels.metadata import repeated
+
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+BITS = SM90_16BIT.bits
+
+
+def compiled(kernel, types, constants, arch, divisible, **options):
+    """Registers and stack bytes of a kernel; types: of all arguments in order, divisible: those that are by 16."""
+    signature = types | dict.fromkeys(constants, "constexpr")
+    attributes = {(list(signature).index(name),): [["tt.divisibility", 16]] for name in divisible}
+    source = ASTSource(kernel, signature, constants, attributes)
+    binary = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options).asm["cubin"]
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary)
+        file.flush()
+        usage = subprocess.run([CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
+    local = re.search(r"LOCAL:(\d+)", usage)
+    return {"registers": int(registers), "stack": int(stack) + int(local[1] if local else 0)}
+
+
+def pack(arch, source, target, mode, even):
+    pointers = {"matrix": "*i64", "codes": "*i16", "scale": "*fp32", "packed": "*u8", "packed_t": "*u8"}
+    sizes = ("rows", "rows_padded", "columns", "stride", "row_blocks", "blocks", "row_blocks_t", "blocks_t")
+    both, block = MODES[mode] in ("transposable", "codes"), DEFAULT_BLOCK
+    constants = {
+        "IN": source, "OUT": target, "MODE": mode, "TRANSPOSED": both, "BITS": BITS, "PADDING": repeated(0b1110),
+        "TILE_ROWS": block.tile_rows, "PAIRS": block.pairs, "EVEN": even, "NATIVE": True,
+    }  # fmt: skip
+    absent = {"codes": MODES[mode] != "codes", "scale": MODES[mode] != "soft", "packed_t": not both}
+    constants |= {name: None for name, missing in absent.items() if missing}
+    divisible = [name for name in (*pointers, "rows_padded", "columns") if name not in constants and name != "scale"]
+    types = pointers | dict.fromkeys(sizes, "i32")
+    options = {"num_warps": block.warps, "maxnreg": block.registers}
+    return compiled(prune_pack.prune_pack, types, constants, arch, divisible, **options)
+
+
+def main(arch):
+    found = {}
+    for mode, name in enumerate(MODES):
+        for source, target in ((tl.bfloat16, tl.bfloat16), (tl.float32, tl.float16)):
+            for even in (True, False) if name == "transposable" else (False,):
+                found[f"pack {name} {source} {'even' if even else 'edges'}"] = pack(arch, source, target, mode, even)
+    types = {"packed": "*u8", "out": "*i64", "rows": "i32", "columns": "i32"}
+    constants = {"BITS": BITS, "ROWS": unpack.ROWS, "GROUPS": unpack.GROUPS}
+    found["unpack"] = compiled(unpack.unpack, types, constants, arch, list(types), num_warps=4)
+    types = {"matrix": "*bf16", "bias": "*bf16", "rows": "i32", "columns": "i32"}
+    constants = {"ROWS": bias.ROWS, "COLUMNS": bias.COLUMNS}
+    found["add_bias"] = compiled(bias.add_bias, types, constants, arch, ["matrix", "bias", "columns"], num_warps=4)
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))
