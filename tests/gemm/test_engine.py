@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from semisparse.errors import EngineError, ShapeError, TensorError
+from semisparse.gemm import problem as problems
+from tests.gemm import simulated
 from tests.gemm.simulated import FORWARD, PRODUCTS, SimulatedLibrary, exact, make_engine, operands, run, two_of_four
 
 BF16 = torch.bfloat16
@@ -209,6 +211,12 @@ def test_compress_refuses_what_the_library_would_misread(dense, error):
     with pytest.raises(error, match="dense"):
         engine.compress(dense)
     assert library.made == 0
+
+
+def test_algorithms_that_would_end_the_process_are_not_offered(monkeypatch):
+    monkeypatch.setattr(simulated, "ALGORITHMS", 52)
+    engine, _, _ = make_engine()
+    assert engine.algorithms(problems.forward(8, 32, 32, torch.float16), -1) == range(36)
 
 
 def test_packed_bytes_and_algorithms_leave_nothing_behind():

@@ -30,6 +30,10 @@ MIN_VERSION = 800
 ALIGNMENT = 16
 """Every device address must be a multiple of this many bytes."""
 
+ALGORITHMS = 36
+"""Ids from here on are never tried. For fp16 the library offers 52; on one H200 (cuSPARSELt 0.8.0) those from 36 on end
+in an illegal instruction, after which the process cannot use the GPU: no check survives that."""
+
 _NEEDED = ("matmul_alg_selection_destroy", "sp_mma_compressed_size2", "sp_mma_prune_check2", "matmul_get_workspace")
 _INSTALL = "pip install 'nvmath-python>=1.0'"
 
@@ -153,13 +157,13 @@ class Handle:
             )
 
     def algorithms(self, problem: Problem) -> range:
-        """Algorithm ids that can be asked for."""
+        """Algorithm ids that can be asked for without danger."""
         limit = ctypes.c_int32()
         with self._explained(f"no algorithms for {problem}"), ExitStack() as owned:
             selection = self._describe(problem, 0, owned)[1]
             attribute = (_CONFIG_MAX_ID, ctypes.addressof(limit), ctypes.sizeof(limit))
             self._lib.matmul_alg_get_attribute(self.handle, selection, *attribute)
-        return range(limit.value)
+        return range(min(limit.value, ALGORITHMS))
 
     @contextmanager
     def matrix(self, rows: int, columns: int, dtype: torch.dtype) -> Iterator[tuple[int, int, int]]:
