@@ -24,14 +24,19 @@ def load(kind: str) -> list[tuple[str, dict[str, Any]]]:
     return found
 
 
-def origin(result: dict[str, Any]) -> str:
-    """One line: what the figures were measured on."""
-    source = result["provenance"]
-    facts = source["environment"]["facts"]
-    named = ", ".join(f"{name} {facts[name]}" for name in ("torch", "triton", "cuSPARSELt", "nvmath-python"))
-    peaks = " / ".join(f"{value:g} TFLOP/s {name}" for name, value in source["peaks_tflops"].items())
-    where = f"commit {source['commit'][:10]}, {source['time']}"
-    return f"One {source['gpu']}, {named}; peaks by data sheet: {peaks}; {where}."
+def origin(results: list[dict[str, Any]]) -> str:
+    """What the figures were measured on: machine and versions, then each commit with the time of its first result."""
+    runs: dict[str, dict[str, str]] = {}
+    for source in (result["provenance"] for result in results):
+        facts = source["environment"]["facts"]
+        named = ", ".join(f"{name} {facts[name]}" for name in ("torch", "triton", "cuSPARSELt", "nvmath-python"))
+        peaks = " / ".join(f"{value:g} TFLOP/s {name}" for name, value in source["peaks_tflops"].items())
+        machine = f"One {source['gpu']}, {named}; peaks by data sheet: {peaks}"
+        runs.setdefault(machine, {}).setdefault(f"commit {source['commit'][:10]}", source["time"])
+    return " ".join(
+        f"{machine}; {'; '.join(f'{commit}, {time}' for commit, time in times.items())}."
+        for machine, times in runs.items()
+    )
 
 
 def linear_table(results: list[tuple[str, dict[str, Any]]]) -> str:
@@ -68,7 +73,7 @@ def linear_card(name: str, result: dict[str, Any]) -> str:
     lines = [
         f"# One linear layer, M x K x N = {tokens} x {in_features} x {out_features}",
         "",
-        origin(result),
+        origin([result]),
         "",
         "Forward + backward in eager mode, bf16 parameters with bias, gradients set to None before each call, "
         "packing included. Variants interleaved in one process, sustained. The limit is the ratio that a free "
@@ -95,7 +100,7 @@ def end_to_end_card(name: str, result: dict[str, Any]) -> str:
         [
             f"# {result['title']}",
             "",
-            origin(result),
+            origin([result]),
             "",
             end_to_end_table([(name, result)]),
             "",
@@ -115,9 +120,11 @@ def readme_blocks() -> dict[str, str]:
     linear, steps = load("linear"), load("end-to-end")
     blocks = {}
     if steps:
-        blocks["end-to-end"] = f"{end_to_end_table(steps)}\n\n{origin(steps[0][1])} Remake: `{COMMAND} --save`."
+        where = origin([result for _, result in steps])
+        blocks["end-to-end"] = f"{end_to_end_table(steps)}\n\n{where} Remake: `{COMMAND} --save`."
     if linear:
-        blocks["linear"] = f"{linear_table(linear)}\n\n{origin(linear[0][1])} Remake: `{COMMAND} --linear --save`."
+        where = origin([result for _, result in linear])
+        blocks["linear"] = f"{linear_table(linear)}\n\n{where} Remake: `{COMMAND} --linear --save`."
     return blocks
 
 

@@ -121,7 +121,7 @@ CARDS = {
         8 * 64 * 64,
         "The seed document reports 1.063 for this model on an A100. On an H200 only a quarter of the step is matrix "
         "products (84 of 311 ms when it was first profiled); attention with relative positions takes most of the rest. "
-        "Dense and sparse are compiled block by block, which takes seconds where the whole encoder takes minutes.",
+        "Dense and sparse are compiled block by block, which takes less time than the whole encoder at once.",
         "vision_encoder.layers",
     ),
     "timm-vit-l": Card(

@@ -38,8 +38,8 @@ class _AllGiven(inspect.Signature):
 def _signed(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Spare the calls of an autograd function most of their host time.
 
-    PyTorch inspects the signature of forward and binds the arguments at every call, in some 130 Python calls, which is
-    a third of a whole training step of one layer; with this signature it takes five.
+    PyTorch inspects the signature of forward and binds the arguments at every call. That was some 130 of the 400 Python
+    calls of a whole training step of one layer (counted on a CPU); with this signature it takes five.
     """
     signature = _AllGiven([*inspect.signature(forward).parameters.values()])
     forward.__signature__ = signature  # type: ignore[attr-defined]

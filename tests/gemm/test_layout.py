@@ -20,7 +20,7 @@ def compressor(layout, change=lambda buffer, matrix: buffer):
     """Packs as an engine with this layout would; change: what it does to the buffer afterwards."""
 
     def compress(matrix):
-        # An engine sees values only; where fewer than two are nonzero it fills up from the right, as NVIDIA's does.
+        # An engine sees values only. Every group of every probe has two that are not zero, so they say what is kept.
         return change(layout.encode(packing.pack(matrix, matrix != 0)), matrix)
 
     return compress
