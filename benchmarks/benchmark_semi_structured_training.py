@@ -1,13 +1,15 @@
-"""Benchmarks of semi-structured training: whole steps (default) or single linear layers (--linear).
+"""Benchmarks of semi-structured training: whole steps (default), single linear layers (--linear), packing (--pack).
 
     python benchmarks/benchmark_semi_structured_training.py [--card sam-vit-l ...] [--save [DIR]]
     python benchmarks/benchmark_semi_structured_training.py --linear [--mkn 13008,1024,4096 ...] [--save [DIR]]
+    python benchmarks/benchmark_semi_structured_training.py --pack [--save [DIR]]
 
 Prints a pandas table; --save also writes JSON and CSV, from which benchmarks/cards.py generates cards and README.
 """
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that the f
 import pandas as pd
 import torch
 
-from benchmarks import end_to_end, linear, store
+from benchmarks import end_to_end, linear, pack, store
 from benchmarks.models import CARDS
+
+Rows = Callable[[dict[str, Any]], list[dict[str, Any]]]
 
 
 def _shape(text: str) -> tuple[int, int, int]:
@@ -64,9 +68,39 @@ def _end_to_end_rows(result: dict[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
+def _pack_rows(result: dict[str, Any]) -> list[dict[str, Any]]:
+    times = {f"{name} us": value for name, value in result["microseconds"].items()}
+    ratios = {"copy / pack": result["rate_of_copy"], "tile op / pack": result["faster_than_tile_op"]}
+    return [{"N x K": " x ".join(map(str, result["nk"])), **times, **ratios}]
+
+
+def _jobs(options: argparse.Namespace) -> list[tuple[str, str, Rows, Callable[[], dict[str, Any]]]]:
+    """(name, kind, table, run) of everything that was asked for."""
+    if options.pack:
+        return [
+            (f"pack-{n}x{k}", "pack", _pack_rows, lambda n=n, k=k: pack.benchmark(n, k, options.rounds))
+            for n, k in pack.SHAPES
+        ]
+    if options.linear:
+        return [
+            (
+                f"linear-{'x'.join(map(str, mkn))}",
+                "linear",
+                _linear_rows,
+                lambda mkn=mkn: linear.benchmark(*mkn, options.rounds),
+            )
+            for mkn in options.mkn
+        ]
+    return [
+        (card, "end-to-end", _end_to_end_rows, lambda card=card: end_to_end.benchmark(card, options.rounds))
+        for card in options.card
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--linear", action="store_true", help="single linear layers instead of whole steps")
+    parser.add_argument("--pack", action="store_true", help="the pack kernel alone")
     parser.add_argument("--mkn", nargs="+", type=_shape, default=list(linear.SHAPES), metavar="M,K,N")
     parser.add_argument("--card", nargs="+", choices=CARDS, default=list(CARDS))
     parser.add_argument("--rounds", type=int, default=5, help="interleaved blocks per variant")
@@ -75,21 +109,13 @@ def main() -> None:
     if not torch.cuda.is_available():
         parser.error("no CUDA device: these benchmarks measure a GPU")
     pd.set_option("display.width", 200, "display.max_columns", 20, "display.max_colwidth", 60, "display.precision", 3)
-    jobs: list[tuple[str, Any]] = (
-        [
-            (f"linear-{'x'.join(map(str, mkn))}", lambda mkn=mkn: linear.benchmark(*mkn, options.rounds))
-            for mkn in options.mkn
-        ]
-        if options.linear
-        else [(card, lambda card=card: end_to_end.benchmark(card, options.rounds)) for card in options.card]
-    )
     print("peaks by data sheet (TFLOP/s):", store.PEAKS_TFLOPS.get(torch.cuda.get_device_name(), "unknown"))
-    for name, job in jobs:
+    for name, kind, rows, job in _jobs(options):
         result = job()
-        table = pd.DataFrame((_linear_rows if options.linear else _end_to_end_rows)(result))
+        table = pd.DataFrame(rows(result))
         print(table.to_string(index=False, na_rep=""), flush=True)
         if options.save:
-            path = store.save(name, {"kind": "linear" if options.linear else "end-to-end", **result}, options.save)
+            path = store.save(name, {"kind": kind, **result}, options.save)
             table.to_csv(path.with_suffix(".csv"), index=False)
         torch.cuda.empty_cache()
 

@@ -115,6 +115,27 @@ def end_to_end_card(name: str, result: dict[str, Any]) -> str:
     )
 
 
+def pack_card(results: list[tuple[str, dict[str, Any]]]) -> str:
+    """The pack kernel at all its sizes."""
+    lines = [
+        "# Packing a weight in both directions, bf16",
+        "",
+        origin([result for _, result in results]),
+        "",
+        "Cold L2 cache, calls replayed from a CUDA graph. The copy moves as many bytes as packing does; the tile op is "
+        "`torch._sparse_semi_structured_tile`.",
+        "",
+        "| N x K | pack us | copy us | share of the copy's rate | tile op us | tile op / pack |",
+        "|---|---|---|---|---|---|",
+    ]
+    for _, result in results:
+        times = result["microseconds"]
+        cells = [" x ".join(map(str, result["nk"])), f"{times['pack']:.1f}", f"{times['copy']:.1f}"]
+        cells += [f"{result['rate_of_copy']:.1%}", f"{times['torch tile op']:.1f}"]
+        lines.append(f"| {' | '.join(cells)} | {result['faster_than_tile_op']:.2f} |")
+    return "\n".join([*lines, "", f"Remake: `{COMMAND} --pack --save`", ""])
+
+
 def readme_blocks() -> dict[str, str]:
     """Marker -> generated text of each README block that has results."""
     linear, steps = load("linear"), load("end-to-end")
@@ -140,6 +161,8 @@ def outputs() -> dict[Path, str]:
     """Path -> content of everything that is generated from results."""
     made = {CARDS / f"{Path(name).stem}.md": linear_card(name, result) for name, result in load("linear")}
     made |= {CARDS / f"{Path(name).stem}.md": end_to_end_card(name, result) for name, result in load("end-to-end")}
+    if packs := sorted(load("pack"), key=lambda found: found[1]["nk"]):
+        made[CARDS / "pack.md"] = pack_card(packs)
     readme = ROOT / "README.md"
     return {**made, readme: with_blocks(readme.read_text(), readme_blocks())}
 

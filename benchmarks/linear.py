@@ -3,7 +3,8 @@
 Every variant is a whole eager call as a training step makes it: bf16 parameters with bias, gradients set to None
 before, x.requires_grad, weights pruned and packed in the call. Beside them the single products and the packing are
 timed in the same run; from these follows the limit: the ratio that a free packing would reach. Each call is also
-replayed from a CUDA graph, which shows what is left when the host is not in the way.
+replayed from a CUDA graph, which shows what is left when the host is not in the way, and run with backward on the
+calling thread (torch.autograd.set_multithreading_enabled), which spares the host the way to another core.
 """
 
 from collections.abc import Callable
@@ -31,13 +32,15 @@ def benchmark(tokens: int, in_features: int, out_features: int, rounds: int) -> 
     graphs = {f"graph: {name}": _captured(call) for name, (_, call) in steps.items() if not name.startswith("torchao")}
     parts = _parts(x.detach(), steps, grad_output)
     calls = {name: call for name, (_, call) in steps.items()}
-    times = interleaved({**calls, **graphs, **parts}, rounds=rounds)
+    alone = {f"one thread: {name}": _on_one_thread(call) for name, call in calls.items() if "torchao" not in name}
+    times = interleaved({**calls, **graphs, **alone, **parts}, rounds=rounds)
     memory = {name: peak_memory(call) for name, (_, call) in steps.items()}
     return {
         "mkn": [tokens, in_features, out_features],
         "times_ms": {name: timing.as_dict() for name, timing in times.items()},
         "ratio_to_dense": {name: times["dense"].median_ms / times[name].median_ms for name in steps}
-        | {name: times["graph: dense"].median_ms / times[name].median_ms for name in graphs},
+        | {name: times["graph: dense"].median_ms / times[name].median_ms for name in graphs}
+        | {name: times["one thread: dense"].median_ms / times[name].median_ms for name in alone},
         "limit": _limits(times),
         "tflops": _tflops(times, tokens * in_features * out_features),
         "peak_memory_bytes": memory,
@@ -103,6 +106,14 @@ def _captured(call: Call) -> Call:
     with torch.cuda.graph(graph):
         call()
     return graph.replay
+
+
+def _on_one_thread(call: Call) -> Call:
+    def alone() -> None:
+        with torch.autograd.set_multithreading_enabled(False):
+            call()
+
+    return alone
 
 
 def _parts(

@@ -1,0 +1,58 @@
+"""The pack kernel against a copy that moves as many bytes, and against PyTorch's tile op, with nothing in the L2 cache.
+
+Each variant is one CUDA graph of calls over many matrices and as many results, together several times the cache, so
+that every call reads and writes DRAM and the host is not in the way.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from benchmarks.timing import interleaved
+from semisparse import ops
+
+SHAPES = ((4096, 1024), (8192, 2048), (11008, 4096), (14336, 4096))
+"""N x K of the weights: out features, in features."""
+
+FOOTPRINT = 2**29
+"""Bytes of input that one graph goes through; the H200's L2 cache holds about a tenth of it."""
+
+VALUES_AND_METADATA = 9 / 16
+"""Bytes of a packed 16-bit matrix over those of the dense one."""
+
+
+def benchmark(out_features: int, in_features: int, rounds: int) -> dict[str, Any]:
+    """Microseconds a call of packing one bf16 weight in both directions, of the copy and of the tile op."""
+    torch.manual_seed(0)
+    size = out_features, in_features
+    count = max(4, FOOTPRINT // (2 * out_features * in_features))
+    weights = [torch.randn(size, device="cuda", dtype=torch.bfloat16) for _ in range(count)]
+    # Packing reads the weight and writes it packed twice; a copy reads and writes the same.
+    moved = 2 * out_features * in_features * (1 + 2 * VALUES_AND_METADATA)
+    sources = [torch.empty(round(moved / 2), device="cuda", dtype=torch.uint8).fill_(1) for _ in range(count)]
+    variants: dict[str, Callable[[torch.Tensor], object]] = {
+        "pack": lambda weight: ops.pack(weight, weight.dtype, "transposable"),
+        "torch tile op": lambda weight: torch._sparse_semi_structured_tile(weight, use_cutlass=False),
+    }
+    graphs = {name: _captured(call, weights) for name, call in variants.items()}
+    graphs["copy"] = _captured(torch.clone, sources)
+    times = {name: timing.median_ms * 1000 / count for name, timing in interleaved(graphs, rounds=rounds).items()}
+    return {
+        "nk": [out_features, in_features],
+        "microseconds": times,
+        "bytes_moved": round(moved),
+        "rate_of_copy": times["copy"] / times["pack"],
+        "faster_than_tile_op": times["torch tile op"] / times["pack"],
+    }
+
+
+def _captured(call: Callable[[torch.Tensor], object], inputs: list[torch.Tensor]) -> Callable[[], None]:
+    """Replay of one call for each input, results kept apart."""
+    call(inputs[0])
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kept = [call(value) for value in inputs]
+    del kept
+    return graph.replay
