@@ -49,8 +49,7 @@ def semi_sparse_linear(
         pruned: Tensor = PruneWeight.apply(weight, dtype, mask)
         return F.linear(x, pruned, bias)
     forward, transposed = ops.pack(weight.detach(), dtype, mask) if packed is None else packed
-    tokens = _tokens(x).to(dtype)
-    bias = None if bias is None else bias.to(dtype)
+    tokens, bias = _in(dtype, _tokens(x)), None if bias is None else _in(dtype, bias)
     y: Tensor = PackedLinear.apply(tokens, weight, bias, forward, transposed, mask, engine)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
 
@@ -70,11 +69,11 @@ def semi_sparse_activation_linear(
         pruned: Tensor = PruneTokens.apply(tokens, dtype)
         return F.linear(pruned.view(x.shape), weight, bias)
     packed, packed_t = ops.pack_tokens(tokens.detach(), dtype)
-    bias = None if bias is None else bias.to(dtype)
+    weight, bias = _in(dtype, weight), None if bias is None else _in(dtype, bias)
     # The engine adds no bias along these rows, so the op passes over y again. A compiler fuses that into what follows.
     compiling = torch.compiler.is_compiling()
     inside = None if compiling else bias
-    y: Tensor = PackedTokensLinear.apply(tokens, weight.to(dtype), inside, packed, packed_t, engine)
+    y: Tensor = PackedTokensLinear.apply(tokens, weight, inside, packed, packed_t, engine)
     y = y + bias if compiling and bias is not None else y
     return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
 
@@ -82,6 +81,10 @@ def semi_sparse_activation_linear(
 def _tokens(x: Tensor) -> Tensor:
     """x as a matrix of tokens, M x K."""
     return x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
+
+
+def _in(dtype: torch.dtype, tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype is dtype else tensor.to(dtype)
 
 
 def packs(weight: Tensor, dtype: torch.dtype, engine: str) -> bool:

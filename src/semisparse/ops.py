@@ -3,23 +3,23 @@
 Registered with Library.define and Library.impl, which costs a quarter of a custom_op per call. Ops are functional: they
 never write to or alias an input. Gradients are not defined here; autograd.py has the only gradient formulas.
 
+The functions of this file are how the package calls its ops. On plain CUDA tensors they go to cuda_ops.py directly:
+the dispatcher and its way back into Python took about a fifth of the host time of an eager training step of one layer.
+
 Packed buffers are uint8, in the engine's format (gemm/layout.py). On the CPU the reference packs, into the sm90 layout.
 """
 
+from functools import cache
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from semisparse.errors import ConfigError
-from semisparse.gemm.layout import SM90_16BIT, packed_bytes
+from semisparse import cpu_ops
+from semisparse.gemm.layout import packed_bytes
 from semisparse.gemm.problem import SPARSE_MULTIPLE, pad
-from semisparse.reference import linear as reference_linear
-from semisparse.reference import masks as reference_masks
-from semisparse.reference import packing as reference_packing
 
 _LIBRARY = torch.library.Library("semisparse", "FRAGMENT")
-_MASKS = {"transposable": reference_masks.transposable, "row": reference_masks.row}
 _SCHEMAS = (
     "prune(Tensor matrix, ScalarType dtype, str mask) -> Tensor",
     "prune_tokens(Tensor x, ScalarType dtype) -> Tensor",
@@ -33,6 +33,8 @@ _SCHEMAS = (
 for _schema in _SCHEMAS:
     _LIBRARY.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
 _OPS = torch.ops.semisparse
+_DIRECT_DEVICE = "cuda"
+_PLAIN = frozenset({Tensor, torch.nn.Parameter})
 
 
 def prune(matrix: Tensor, dtype: torch.dtype, mask: str) -> Tensor:
@@ -59,11 +61,15 @@ def pack(matrix: Tensor, dtype: torch.dtype, mask: str) -> tuple[Tensor, Tensor]
     The second is empty for mask "row", which is 2:4 along the columns only. dtype: fp16 or bf16, rounded to once.
     Masks as prune chooses them. Raises ShapeError, TensorError, ConfigError; EngineError on CUDA without an engine.
     """
+    if _direct(matrix):
+        return _cuda().pack(matrix, dtype, mask)
     return _OPS.pack.default(matrix, dtype, mask)
 
 
 def pack_tokens(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """x (M x K, any M, K a multiple of 16) as pack; rows are padded with zeros to a multiple of 16."""
+    if _direct(x):
+        return _cuda().pack_tokens(x, dtype)
     return _OPS.pack_tokens.default(x, dtype)
 
 
@@ -77,6 +83,8 @@ def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None, out_features: 
 
     engine: as in SparseConfig.
     """
+    if _direct(x, packed, bias):
+        return _cuda().packed_linear(x, packed, bias, out_features, engine)
     return _OPS.packed_linear.default(x, packed, bias, out_features, engine)
 
 
@@ -85,11 +93,15 @@ def packed_tokens_linear(packed: Tensor, weight: Tensor, bias: Tensor | None, to
 
     weight (N x K) and bias (N,) of the packed dtype. y is rounded twice: before the bias is added, and after.
     """
+    if _direct(packed, weight, bias):
+        return _cuda().packed_tokens_linear(packed, weight, bias, tokens, engine)
     return _OPS.packed_tokens_linear.default(packed, weight, bias, tokens, engine)
 
 
 def packed_tokens_grad_weight(packed_t: Tensor, grad_output: Tensor, in_features: int, engine: str) -> Tensor:
     """dy^T x~ (N x K) from pack_tokens' second buffer; grad_output (M x N) of the packed dtype."""
+    if _direct(packed_t, grad_output):
+        return _cuda().packed_tokens_grad_weight(packed_t, grad_output, in_features, engine)
     return _OPS.packed_tokens_grad_weight.default(packed_t, grad_output, in_features, engine)
 
 
@@ -98,55 +110,28 @@ def sac_save_ops() -> list[torch._ops.OpOverload]:
     return [_OPS.packed_linear.default, _OPS.packed_tokens_linear.default]
 
 
-def _prune(matrix: Tensor, dtype: torch.dtype, mask: str) -> Tensor:
-    if mask not in _MASKS:
-        raise ConfigError(f"mask={mask!r} is not one of {', '.join(map(repr, _MASKS))}")
-    matrix = matrix.detach()  # the op has no gradient of its own, and autograd must not find where()'s
-    return reference_linear.prune(matrix, _MASKS[mask](matrix)).to(dtype).contiguous()
+def _direct(*tensors: Tensor | None) -> bool:
+    """Whether the dispatcher would do nothing but find the CUDA side: plain tensors, and nobody watches or traces.
+
+    Compilers, dispatch modes (selective checkpointing, fake tensors), functorch transforms, tensor subclasses and
+    calls that autograd would have to see all go through the dispatcher.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._functorch.maybe_current_level() is not None
+    ):
+        return False
+    recorded = torch.is_grad_enabled()
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if type(tensor) not in _PLAIN or tensor.device.type != _DIRECT_DEVICE or (recorded and tensor.requires_grad):
+            return False
+    return True
 
 
-def _prune_tokens(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return reference_linear.prune_tokens(x.detach()).to(dtype).contiguous()
-
-
-def _encoded(matrix: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
-    written = SM90_16BIT.encode(reference_packing.pack(matrix, mask, dtype))
-    return torch.nn.functional.pad(written, (0, packed_bytes(*matrix.shape) - written.numel()))
-
-
-def _pack_cpu(matrix: Tensor, dtype: torch.dtype, mask: str) -> tuple[Tensor, Tensor]:
-    if mask not in _MASKS:
-        raise ConfigError(f"mask={mask!r} is not one of {', '.join(map(repr, _MASKS))}")
-    kept = _MASKS[mask](matrix)
-    if mask == "row":
-        return _encoded(matrix, kept, dtype), torch.empty(0, dtype=torch.uint8)
-    return _encoded(matrix, kept, dtype), _encoded(matrix.mT, kept.mT, dtype)
-
-
-def _pack_tokens_cpu(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    rows = pad(x.shape[0], SPARSE_MULTIPLE)
-    return _pack_cpu(torch.nn.functional.pad(x, (0, 0, 0, rows - x.shape[0])), dtype, "transposable")
-
-
-def _unpack_cpu(packed: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-    return reference_packing.unpack(SM90_16BIT.decode(packed, rows, columns, dtype))
-
-
-def _packed_linear_cpu(x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, engine: str) -> Tensor:
-    return torch.nn.functional.linear(x, _unpack_cpu(packed, out_features, x.shape[1], x.dtype), bias)
-
-
-def _packed_tokens_linear_cpu(packed: Tensor, weight: Tensor, bias: Tensor | None, tokens: int, engine: str) -> Tensor:
-    x = _unpack_cpu(packed, pad(tokens, SPARSE_MULTIPLE), weight.shape[1], weight.dtype)[:tokens]
-    return torch.nn.functional.linear(x, weight, bias)
-
-
-def _packed_tokens_grad_weight_cpu(packed_t: Tensor, grad_output: Tensor, in_features: int, engine: str) -> Tensor:
-    tokens = grad_output.shape[0]
-    x_t = _unpack_cpu(packed_t, in_features, pad(tokens, SPARSE_MULTIPLE), grad_output.dtype)[:, :tokens]
-    return grad_output.mT @ x_t.mT
-
-
+@cache
 def _cuda() -> ModuleType:
     """The CUDA side, imported at its first call: importing the package must load no kernel and no engine."""
     from semisparse import cuda_ops
@@ -154,22 +139,15 @@ def _cuda() -> ModuleType:
     return cuda_ops
 
 
-# Pruning has one implementation for every device: the specification itself is plain PyTorch.
-_LIBRARY.impl("prune", _prune, "CompositeExplicitAutograd")
-_LIBRARY.impl("prune_tokens", _prune_tokens, "CompositeExplicitAutograd")
-_CPU = {
-    "pack": _pack_cpu,
-    "pack_tokens": _pack_tokens_cpu,
-    "unpack": _unpack_cpu,
-    "packed_linear": _packed_linear_cpu,
-    "packed_tokens_linear": _packed_tokens_linear_cpu,
-    "packed_tokens_grad_weight": _packed_tokens_grad_weight_cpu,
-}
-for _name, _cpu in _CPU.items():
-    _LIBRARY.impl(_name, _cpu, "CPU")
+_ANY_DEVICE = ("prune", "prune_tokens")
+_PACKED = ("pack", "pack_tokens", "unpack", "packed_linear", "packed_tokens_linear", "packed_tokens_grad_weight")
+for _name in _ANY_DEVICE:
+    _LIBRARY.impl(_name, getattr(cpu_ops, _name), "CompositeExplicitAutograd")
+for _name in _PACKED:
+    _LIBRARY.impl(_name, getattr(cpu_ops, _name), "CPU")
     _LIBRARY.impl(_name, lambda *args, _name=_name: getattr(_cuda(), _name)(*args), "CUDA")
 # No gradient at all, rather than torch's default of a warning and a wrong one; autograd.py differentiates.
-for _name in ("prune", "prune_tokens", *_CPU):
+for _name in (*_ANY_DEVICE, *_PACKED):
     _LIBRARY.impl(_name, torch.library.fallthrough_kernel, "Autograd")
 
 
@@ -212,5 +190,5 @@ def _fake_packed_tokens_grad_weight(packed_t: Tensor, grad_output: Tensor, in_fe
     return grad_output.new_empty(grad_output.shape[1], in_features)
 
 
-for _name in ("prune", "prune_tokens", *_CPU):
+for _name in (*_ANY_DEVICE, *_PACKED):
     torch.library.register_fake(f"semisparse::{_name}", globals()[f"_fake_{_name}"], lib=_LIBRARY)

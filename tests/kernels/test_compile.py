@@ -8,15 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from semisparse.kernels.arguments import DEFAULT_BLOCK
-
 PROGRAM = Path(__file__).with_name("compiling.py")
-# Bytes of stack that a thread may need. On sm100, which nobody has measured yet, some variants spill a few registers.
-STACK = {80: 0, 90: 0, 100: 64}
 
 
-@pytest.mark.parametrize("arch", STACK)
-def test_all_variants_compile_and_hardly_spill(arch):
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_all_variants_compile_and_spill_no_register(arch):
     root = PROGRAM.parents[2]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(root / "src"), str(root), environment.get("PYTHONPATH", "")])
@@ -25,6 +21,5 @@ def test_all_variants_compile_and_hardly_spill(arch):
     usage = json.loads(done.stdout)
     assert len(usage) == 12
     for name, taken in usage.items():
-        assert taken["stack"] <= STACK[arch], name
-        if name.startswith("pack"):
-            assert taken["registers"] <= DEFAULT_BLOCK.registers, name
+        assert taken["stack"] == 0, name
+        assert taken["registers"] <= taken.get("most registers", 255), name

@@ -16,6 +16,7 @@ from torch import Tensor
 from semisparse.kernels import tiles, words
 from semisparse.kernels.arguments import (
     DEFAULT_BLOCK,
+    HOPPER_BLOCK,
     MODES,
     Block,
     block_shape,
@@ -119,7 +120,7 @@ def launch(
     rows_padded: int | None = None,
     codes: Tensor | None = None,
     scale: Tensor | None = None,
-    block: Block = DEFAULT_BLOCK,
+    block: Block | None = None,
 ) -> None:
     """Prune matrix (R x C) and write it into packed, its transpose into packed_t.
 
@@ -133,6 +134,7 @@ def launch(
     mode: "transposable" is bit for bit reference.masks.transposable, "row" reference.masks.row; "codes" takes the tile
     codes of codes (int16, R/4 x C/4, contiguous; bit 4 * i + j keeps entry (i, j)); "soft" shrinks each row's kept two
     by the larger of the others and multiplies by scale (fp32, one element, on the device), in fp32.
+    block: None takes the one that is best for the device and dtype.
     Raises ShapeError, TensorError, ConfigError.
     """
     rows, columns = matrix.shape
@@ -143,11 +145,18 @@ def launch(
     check_choice(mode, codes, scale, rows_padded, columns)
     words_apart = matrix.stride(0) * matrix.itemsize // 8
     types, both, index = (matrix.dtype, dtype), packed_t is not None, matrix.get_device()
-    prepared = _prepare(
-        (rows, rows_padded, columns, words_apart), types, mode, both, bits, padding, block, native=index >= 0
-    )
+    block = block or best_block(matrix.dtype, index)
+    sizes = rows, rows_padded, columns, words_apart
+    prepared = _prepare(sizes, types, mode, both, bits, padding, block, native=index >= 0)
     check_buffers(packed, packed_t, rows_padded, columns, bits)
     prepared(index, matrix.view(torch.int64), codes, scale, packed, packed_t)
+
+
+@lru_cache
+def best_block(dtype: torch.dtype, index: int) -> Block:
+    """The block for matrices of dtype on device index; -1 is the CPU's interpreter."""
+    hopper = index >= 0 and torch.cuda.get_device_capability(index)[0] == 9
+    return HOPPER_BLOCK if hopper and dtype.itemsize == 2 else DEFAULT_BLOCK
 
 
 @lru_cache(4096)
