@@ -42,15 +42,17 @@ def origin(results: list[dict[str, Any]]) -> str:
 def linear_table(results: list[tuple[str, dict[str, Any]]]) -> str:
     """Dense and sparse forward + backward of single linears, with limits."""
     lines = [
-        "| M x K x N | dense ms | weight 2:4 ms | ratio (limit) | activation 2:4 ms | ratio (limit) |",
-        "|---|---|---|---|---|---|",
+        "| M x K x N | operand | dense ms | 2:4 ms | ratio (limit) | ratio, one autograd thread | ratio, CUDA graph |",
+        "|---|---|---|---|---|---|---|",
     ]
     for _, result in results:
         times, ratio, limit = result["times_ms"], result["ratio_to_dense"], result["limit"]
-        cells = [" x ".join(map(str, result["mkn"])), f"{times['dense']['median_ms']:.3f}"]
         for name in ("semisparse weight", "semisparse activation"):
-            cells += [f"{times[name]['median_ms']:.3f}", f"**{ratio[name]:.3f}** ({limit[name]:.3f})"]
-        lines.append(f"| {' | '.join(cells)} |")
+            cells = [" x ".join(map(str, result["mkn"])), name.removeprefix("semisparse ")]
+            cells += [f"{times[kind]['median_ms']:.3f}" for kind in ("dense", name)]
+            cells += [f"**{ratio[name]:.3f}** ({limit[name]:.3f})"]
+            cells += [f"{ratio[f'{way}: {name}']:.3f}" for way in ("one thread", "graph")]
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -44,7 +44,9 @@ class Outcomes:
         if report.failed:
             self.failed.append(report.nodeid)
         if report.skipped:
-            self.skipped.append(f"{report.nodeid}: {report.longrepr}")
+            # (file, line, reason): the file's path is a matter of the machine.
+            reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr
+            self.skipped.append(f"{report.nodeid}: {reason}")
 
 
 def main() -> int:
