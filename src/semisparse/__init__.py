@@ -5,6 +5,7 @@ Importing this package does nothing but define names: no CUDA call, no environme
 
 from semisparse.config import SparseConfig
 from semisparse.errors import SemiSparseError
+from semisparse.metrics import MaskMetrics, mask_statistics
 from semisparse.nn import SemiSparseActivationLinear, SemiSparseLinear, register_linear, reuse_packed
 from semisparse.ops import sac_save_ops
 from semisparse.report import SwapReport
@@ -19,6 +20,7 @@ from semisparse.swap import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "MaskMetrics",
     "Phase",
     "SemiSparseActivationLinear",
     "SemiSparseError",
@@ -27,6 +29,7 @@ __all__ = [
     "SparseSchedule",
     "SwapReport",
     "densify",
+    "mask_statistics",
     "register_linear",
     "reuse_packed",
     "sac_save_ops",

@@ -9,6 +9,7 @@ import semisparse.testing
 from semisparse import errors
 
 PUBLIC = {
+    "MaskMetrics",
     "Phase",
     "SemiSparseActivationLinear",
     "SemiSparseError",
@@ -17,6 +18,7 @@ PUBLIC = {
     "SparseSchedule",
     "SwapReport",
     "densify",
+    "mask_statistics",
     "register_linear",
     "reuse_packed",
     "sac_save_ops",

@@ -1,0 +1,138 @@
+"""What happens to the masks during training: flip rate, kept magnitude, dead rows, phase.
+
+The flip rate of one optimizer step is the share of a weight's entries whose place in the mask changed in that step:
+r_t = |M(w_t) xor M(w_{t-1})| / (N K), as in arXiv 2404.01847. High rates late in training mean that the masks do not
+settle. That paper compares r_t with the rate of a dense run, of the masks that its weights would have: MaskMetrics
+follows layers in a dense phase in the same way, so the values of a dense run can be passed to read as the reference.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from semisparse.errors import ConfigError, NoLayerMatched
+from semisparse.nn import SemiSparseLinear
+from semisparse.swap import semi_sparse_layers
+
+FLIP_RATE, FLIP_RATIO = "flip_rate", "flip_ratio"
+_NAMES = (FLIP_RATE, "kept_magnitude", "dead_rows")
+
+
+class MaskMetrics:
+    """Follows the masks of a model's SemiSparseLinear layers while it trains.
+
+    Call update() once after each applied optimizer step: `if schedule.step(scaler): metrics.update()`. Every
+    interval-th step is measured: masks are computed before and
+    after it, so an interval costs two mask computations and, for that one step, a byte for each entry of the weights.
+    Nothing waits for the device until read(). An entry that is kept but exactly zero counts as pruned.
+
+    model: holds SemiSparseLinear layers, in any phase; layers with a pruned activation have no mask of their own and
+    are left out. interval: optimizer steps, 2 or more. Raises NoLayerMatched without such a layer, ConfigError.
+    """
+
+    def __init__(self, model: nn.Module, interval: int = 100) -> None:
+        if isinstance(interval, bool) or not isinstance(interval, int) or interval < 2:
+            raise ConfigError(f"interval={interval!r} must be a whole number of steps, 2 or more")
+        self._layers = _weight_layers(model)
+        self._interval, self._steps = interval, 0
+        self._before: dict[str, Tensor] = {}
+        self._measured: dict[str, Tensor] = {}
+        self._step: int | None = None
+
+    @property
+    def step(self) -> int | None:
+        """The update() call that the values of read() belong to, counted from 1; None before the first one."""
+        return self._step
+
+    @torch.no_grad()
+    def update(self) -> bool:
+        """Count one optimizer step; returns whether it was measured."""
+        self._steps += 1
+        turn = self._steps % self._interval
+        if turn == self._interval - 1:
+            self._before = {name: layer.pruned_weight() != 0 for name, layer in self._layers.items()}
+        if turn or not self._before:
+            return False
+        self._measured = {
+            name: torch.stack([_flip_rate(self._before[name], pruned), *_statistics(layer.weight, pruned)])
+            for name, layer in self._layers.items()
+            for pruned in (layer.pruned_weight(),)
+        }
+        self._before, self._step = {}, self._steps
+        return True
+
+    def read(self, reference: Mapping[str, float] | None = None) -> dict[str, float]:
+        """The values of the last measured step, {"flip_rate/<layer>": ...}; empty before the first. Synchronises once.
+
+        Of each layer: flip_rate, kept_magnitude (share of the sum of magnitudes that the mask keeps), dead_rows (share
+        of rows whose kept entries are all zero). "flip_rate" is the mean over all entries of all layers; "phase" the
+        share of the layers that are sparse now, 1 or 0 under a schedule.
+        reference: what read() gave in a dense run at the same step; adds flip_ratio, the quotient of the flip rates,
+        for each layer whose reference is not 0. Raises ConfigError when reference lacks a layer.
+        """
+        if not self._measured:
+            return {}
+        first = next(iter(self._measured.values())).device  # a pipeline may keep its layers on several
+        rows = torch.stack([row.to(first, non_blocking=True) for row in self._measured.values()]).tolist()
+        values = {
+            f"{metric}/{layer}": value
+            for layer, row in zip(self._measured, rows, strict=True)
+            for metric, value in zip(_NAMES, row, strict=True)
+        }
+        sizes = [layer.weight.numel() for layer in self._layers.values()]
+        mean = sum(row[0] * size for row, size in zip(rows, sizes, strict=True)) / sum(sizes)
+        enabled = sum(layer.sparse_enabled for layer in self._layers.values()) / len(self._layers)
+        ratios = {} if reference is None else self._ratios(values, reference)
+        return {FLIP_RATE: mean, "phase": enabled, **values, **ratios}
+
+    def _ratios(self, values: Mapping[str, float], reference: Mapping[str, float]) -> dict[str, float]:
+        rates = {layer: f"{FLIP_RATE}/{layer}" for layer in self._measured}
+        if missing := [name for name in rates.values() if name not in reference]:
+            raise ConfigError(f"reference has no {missing[0]!r}; pass what read() gave for the same layers")
+        return {
+            f"{FLIP_RATIO}/{layer}": values[name] / reference[name] for layer, name in rates.items() if reference[name]
+        }
+
+
+@torch.no_grad()
+def mask_statistics(model: nn.Module) -> dict[str, float]:
+    """kept_magnitude and dead_rows of each SemiSparseLinear, of the weights as they are now. Synchronises.
+
+    Names and meanings as MaskMetrics.read. Raises NoLayerMatched when model has no such layer.
+    """
+    found = {}
+    for name, layer in _weight_layers(model).items():
+        for metric, value in zip(_NAMES[1:], _statistics(layer.weight, layer.pruned_weight()), strict=True):
+            found[f"{metric}/{name}"] = value.item()
+    return found
+
+
+def log_to_tensorboard(writer: Any, values: Mapping[str, float], step: int) -> None:
+    """Write values of read() as scalars. writer: a torch.utils.tensorboard.SummaryWriter or what has its add_scalar."""
+    for name, value in values.items():
+        writer.add_scalar(f"semisparse/{name}", value, step)
+
+
+def log_to_wandb(run: Any, values: Mapping[str, float], step: int) -> None:
+    """Log values of read() in one call. run: what wandb.init returned, or the wandb module."""
+    run.log({f"semisparse/{name}": value for name, value in values.items()}, step=step)
+
+
+def _weight_layers(model: nn.Module) -> dict[str, SemiSparseLinear]:
+    layers = {name: layer for name, layer in semi_sparse_layers(model).items() if isinstance(layer, SemiSparseLinear)}
+    if not layers:
+        raise NoLayerMatched(f"model={type(model).__name__} has no SemiSparseLinear to follow; call sparsify first")
+    return layers
+
+
+def _flip_rate(before: Tensor, pruned: Tensor) -> Tensor:
+    return (before ^ (pruned != 0)).sum() / before.numel()
+
+
+def _statistics(weight: Tensor, pruned: Tensor) -> tuple[Tensor, Tensor]:
+    """Kept magnitude and dead rows, in fp32 on the weight's device; a weight of zeros keeps all of its magnitude."""
+    kept, whole = (matrix.detach().abs().sum(dtype=torch.float32) for matrix in (pruned, weight))
+    dead = (pruned == 0).all(dim=1).sum() / pruned.shape[0]
+    return torch.where(whole == 0, 1.0, kept / whole), dead
