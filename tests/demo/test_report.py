@@ -12,7 +12,7 @@ MEMORY = PeakMemory(2**20, "resident memory of the whole process")
 
 
 def run(name: str, accuracy: float, phases: tuple[PhaseSpan, ...]) -> RunResult:
-    epochs = tuple(EpochRecord(10 * i, 2.0 / i, Scores(1.0 / i, 0.3 * i)) for i in (1, 2, 3))
+    epochs = tuple(EpochRecord(10 * i, 2.0 / i, Scores(1.0 / i, 0.3 * i), 0.01 * i) for i in (1, 2, 3))
     return RunResult(name, 30, 0, epochs, phases, Scores(0.1, accuracy), MEMORY)
 
 
@@ -42,13 +42,13 @@ def test_results_document_is_strict_json_with_everything_needed_to_judge_it(tmp_
 
     found = json.loads(path.read_text(), parse_constant=refuse)
     assert set(found) == {"format", "version", "created", "commit", "environment", "settings", "runs"}
-    assert found["format"] == "semisparse-demo-results" and found["version"] == 1 and found["settings"] == {"seed": 3}
+    assert found["format"] == "semisparse-demo-results" and found["version"] == 2 and found["settings"] == {"seed": 3}
     assert {"torch", "Python", "GPU", "semisparse"} <= set(found["environment"])
     keys = {"name", "steps", "skipped_steps", "epochs", "phases", "test", "peak_memory", "seconds_per_step"}
     assert [set(entry) for entry in found["runs"]] == [keys, keys]
     assert found["runs"][0]["test"] == {"loss": None, "accuracy": 0.1}
     assert found["runs"][1]["epochs"][1] == {
-        "step": 20, "train_loss": 1.0, "validation": {"loss": 0.5, "accuracy": 0.6}
+        "step": 20, "train_loss": 1.0, "validation": {"loss": 0.5, "accuracy": 0.6}, "flip_rate": 0.02
     }  # fmt: skip
     assert found["runs"][1]["phases"][0] == {"kind": "sparse", "start": 0, "end": 20, "seconds_per_step": 0.25}
 
@@ -80,9 +80,16 @@ def test_plot_is_a_png_with_all_runs_and_the_sparse_phase_shaded(tmp_path):
     report.write_plot(plain, [DENSE, same_curves, UNTIMED], "toy")
     assert shaded.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     pixels, without = imread(shaded), imread(plain)
-    assert pixels.shape == without.shape == (630, 1500, 4)
-    # The shade covers two thirds of both plots' width, so a good part of all pixels differs and no other.
+    assert pixels.shape == without.shape == (630, 2250, 4)
+    # The shade covers two thirds of all plots' width, so a good part of all pixels differs and no other.
     assert (pixels != without).any(axis=-1).mean() > 0.2
+
+
+def test_flip_rates_that_were_not_measured_leave_gaps(tmp_path):
+    some = replace(DENSE, epochs=(replace(DENSE.epochs[0], flip_rate=None), *DENSE.epochs[1:]))
+    for name, results in (("all", [DENSE]), ("some", [some])):
+        report.write_plot(tmp_path / name, results, "toy")
+    assert (imread(tmp_path / "all", format="png") != imread(tmp_path / "some", format="png")).any()
 
 
 def test_plot_of_losses_that_are_not_finite_is_still_written(tmp_path):

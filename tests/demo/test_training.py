@@ -13,6 +13,7 @@ from semisparse.demo.runs import RunPlan, sparsify_model, three_runs, train_run
 from semisparse.demo.task import Augmentation, ImageClassification, augment, classification_scores
 from semisparse.demo.training import TrainConfig, fit, learning_rate, phase_spans, resolve_device
 from semisparse.errors import ConfigError, NoLayerMatched
+from semisparse.metrics import MaskMetrics
 from tests.demo.toys import MODEL, TRAIN, OverflowingTask, kept_per_group, toy_data
 
 STEPS = 5  # an epoch of the 88 toy training images in batches of 16
@@ -45,7 +46,9 @@ def test_the_dense_run_is_bit_for_bit_that_of_a_model_never_swapped():
     plain = build_model(MODEL, TRAIN.seed)
     result = fit(plain, task, TRAIN, name="dense")
     run = train_run(DENSE, MODEL, task, TRAIN)
-    assert result.epochs == run.result.epochs and result.test == run.result.test
+    # Only a swapped layer has a mask to follow.
+    assert result.epochs == tuple(replace(record, flip_rate=None) for record in run.result.epochs)
+    assert result.test == run.result.test
     assert all(torch.equal(tensor, plain.state_dict()[name]) for name, tensor in run.model.state_dict().items())
 
 
@@ -94,6 +97,32 @@ def test_only_the_fully_sparse_run_leaves_pruned_weights_and_they_score_what_was
         else:
             assert kept_per_group(weight).max() == 4
         assert kept_per_group(run.model.blocks[0].attn.qkv.weight.detach()).max() == 4
+
+
+@pytest.mark.parametrize("plan", three_runs(0.7), ids=lambda plan: plan.slug)
+def test_every_epoch_has_the_flip_rate_of_its_last_step(plan, monkeypatch):
+    masks = []
+
+    class Recorder(MaskMetrics):
+        def update(self):
+            masks.append([layer.pruned_weight() != 0 for layer in self._layers.values()])
+            return super().update()
+
+    monkeypatch.setattr(measure, "MaskMetrics", Recorder)
+    run = train_run(plan, MODEL, toy_task(), TRAIN)
+    assert len(masks) == run.result.steps == 3 * STEPS
+    for epoch, record in enumerate(run.result.epochs, start=1):
+        before, after = masks[epoch * STEPS - 2], masks[epoch * STEPS - 1]
+        flips = sum((a != b).sum().item() for a, b in zip(before, after, strict=True))
+        assert record.flip_rate == pytest.approx(flips / sum(mask.numel() for mask in after))
+    assert any(record.flip_rate > 0 for record in run.result.epochs)
+
+
+def test_skipped_steps_are_not_followed():
+    task = OverflowingTask(toy_data(), frozenset(range(STEPS)))
+    config = replace(TRAIN, precision="fp16")
+    records = train_run(FULLY_SPARSE, MODEL, task, config).result.epochs
+    assert records[0].flip_rate is None and records[1].flip_rate is not None
 
 
 def test_training_learns_the_toy():

@@ -1,12 +1,16 @@
-"""Measuring a run: seconds of each step and peak memory."""
+"""Measuring a run: seconds of each step, peak memory and flip rate."""
 
 import statistics
 import time
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from semisparse.demo.results import PeakMemory
+from semisparse.metrics import FLIP_RATE, MaskMetrics
+from semisparse.nn import SemiSparseLinear
+from semisparse.schedule import SparseSchedule
 
 WARM_UP_STEPS = 10
 """Steps left out at the start of each phase: first allocations, and recompilation where a model is compiled."""
@@ -83,3 +87,27 @@ def _high_water_mark() -> int | None:
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024
     return None
+
+
+class FlipRate:
+    """The flip rate of one step an epoch; of no step where the model has no layer to follow."""
+
+    def __init__(self, model: nn.Module, steps_per_epoch: int) -> None:
+        followed = any(isinstance(module, SemiSparseLinear) for module in model.modules())
+        self._metrics = MaskMetrics(model, max(2, steps_per_epoch)) if followed else None
+        self._applied = 0
+        self._taken: int | None = None
+
+    def count(self, schedule: SparseSchedule | None) -> None:
+        """After every optimizer step; one that the schedule says was skipped is left out."""
+        applied = self._applied + 1 if schedule is None else schedule.applied_steps
+        if self._metrics is not None and applied > self._applied:
+            self._metrics.update()
+        self._applied = applied
+
+    def take(self) -> float | None:
+        """The flip rate measured since the last call."""
+        if self._metrics is None or self._metrics.step == self._taken:
+            return None
+        self._taken = self._metrics.step
+        return self._metrics.read()[FLIP_RATE]

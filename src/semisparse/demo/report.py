@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 FORMAT = "semisparse-demo-results"
-VERSION = 1
+VERSION = 2
 
 # Okabe and Ito's colours, told apart by people with any common colour vision; line styles tell them apart in grey.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -86,16 +86,16 @@ def commit() -> str | None:
 
 
 def write_plot(path: Path, results: Sequence[RunResult], title: str) -> None:
-    """Write a PNG with training loss and validation accuracy over steps, in one atomic move.
+    """Write a PNG with training loss, flip rate and validation accuracy over steps, in one atomic move.
 
     The sparse phase of every run that has dense phases too is shaded in that run's colour.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    figure = Figure(figsize=(15, 4.2), layout="constrained")
     FigureCanvasAgg(figure)
-    loss_axes, accuracy_axes = figure.subplots(1, 2)
+    loss_axes, flip_axes, accuracy_axes = figure.subplots(1, 3)
     for index, result in enumerate(results):
         style = {"color": _COLOURS[index % len(_COLOURS)], "linestyle": _LINES[index % len(_LINES)]}
         steps = [record.step for record in result.epochs]
@@ -103,14 +103,17 @@ def write_plot(path: Path, results: Sequence[RunResult], title: str) -> None:
         accuracies = [100 * record.validation.accuracy for record in result.epochs]
         loss_axes.plot(steps, losses, label=result.name, **style)
         accuracy_axes.plot(steps, accuracies, label=result.name, **style)
-        _shade(loss_axes, result, style["color"])
-        _shade(accuracy_axes, result, style["color"])
+        flips = [math.nan if record.flip_rate is None else record.flip_rate for record in result.epochs]
+        flip_axes.plot(steps, flips, label=result.name, **style)
+        for axes in (loss_axes, flip_axes, accuracy_axes):
+            _shade(axes, result, style["color"])
     loss_axes.set(title="training loss", xlabel="optimizer steps", ylabel="mean over the epoch")
     if any(record.train_loss > 0 for result in results for record in result.epochs):
         loss_axes.set_yscale("log")
+    flip_axes.set(title="flip rate of the masks", xlabel="optimizer steps", ylabel="share of entries, one step")
     accuracy_axes.set(title="validation accuracy", xlabel="optimizer steps", ylabel="percent")
     accuracy_axes.legend(loc="lower right")
-    for axes in (loss_axes, accuracy_axes):
+    for axes in (loss_axes, flip_axes, accuracy_axes):
         axes.grid(alpha=0.3)
     figure.suptitle(title)
     image = io.BytesIO()

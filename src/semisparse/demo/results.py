@@ -15,11 +15,16 @@ class Scores:
 
 @dataclass(frozen=True, slots=True)
 class EpochRecord:
-    """One point of the curves. step: optimizer steps tried so far; train_loss: mean over the epoch's batches."""
+    """One point of the curves.
+
+    step: optimizer steps tried so far; train_loss: mean over the epoch's batches; flip_rate: mean flip rate of all
+    followed layers (see MaskMetrics) in one step near the end of the epoch, None where none was measured.
+    """
 
     step: int
     train_loss: float
     validation: Scores
+    flip_rate: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

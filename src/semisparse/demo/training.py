@@ -10,7 +10,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from semisparse.demo.measure import MemoryMeter, StepClock, median_after_warm_up
+from semisparse.demo.measure import FlipRate, MemoryMeter, StepClock, median_after_warm_up
 from semisparse.demo.results import EpochRecord, PhaseSpan, RunResult
 from semisparse.demo.task import Batch, Forward, Task
 from semisparse.errors import ConfigError
@@ -117,7 +117,9 @@ def fit(
     kernels are deterministic. Raises ConfigError when the batch size does not fit.
     """
     device = resolve_device(config.device)
-    total = config.epochs * task.steps_per_epoch(config.batch_size)
+    steps_per_epoch = task.steps_per_epoch(config.batch_size)
+    total = config.epochs * steps_per_epoch
+    flips = FlipRate(model, steps_per_epoch)
     step = _Step(model if wrap is None else wrap(model), task, config, schedule, _adamw(model, config))
     order = torch.Generator().manual_seed(config.seed)
     memory, clock, kinds, epochs = MemoryMeter(device), StepClock(device), list[Kind](), list[EpochRecord]()
@@ -131,10 +133,11 @@ def fit(
             clock.start()
             losses += step(batch, learning_rate(config, len(kinds) - 1, total))
             clock.stop()
+            flips.count(schedule)
             report(Progress(name, len(kinds), total, kinds[-1]))
         with scoring(model, device, config.precision):
             scores = task.validate(model)
-        epochs.append(EpochRecord(len(kinds), losses.item() / (len(kinds) - begin), scores))
+        epochs.append(EpochRecord(len(kinds), losses.item() / (len(kinds) - begin), scores, flips.take()))
         report(Progress(name, len(kinds), total, kinds[-1], epochs[-1]))
     with scoring(model, device, config.precision):
         test = task.test(model)
