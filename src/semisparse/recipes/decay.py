@@ -1,0 +1,80 @@
+"""Decay of pruned weights through their gradients, as in SR-STE and FST."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from semisparse.errors import ConfigError, NoLayerMatched
+from semisparse.nn import SemiSparseLinear
+from semisparse.swap import semi_sparse_layers
+
+
+class MaskedDecay:
+    """Adds decay * (1 - M) * W to the gradient of each sparse weight, just before the optimizer reads it.
+
+    M is the layer's mask of the weight W as it is at that step, the one that the forward used. Pruned weights shrink
+    towards zero, so that masks settle; kept ones are left alone. Only layers that are sparse at that moment take part.
+
+    SR-STE (arXiv 2102.04010) adds the term in the backward pass; FST (arXiv 2404.01847) adds it to the gradients after
+    they were unscaled and clipped, so that it passes through Adam unharmed. This is FST's order, for both: an optimizer
+    step hook, which sees accumulated and clipped gradients once. So gradient clipping does not see the term.
+
+    Any torch.optim optimizer, with parameter groups, GradScaler (fused optimizers too, whose gradients are still scaled
+    here) and gradient accumulation. In a step that the scaler skips only gradients change, which nobody reads.
+
+    model: holds SemiSparseLinear layers. optimizer: must hold the weights of all of them. decay: the strength, 0 or
+    more; the papers' values lie between 6e-6 and 2e-4, by model and optimizer. It is not multiplied by the learning
+    rate here; the optimizer does that, as with every gradient.
+    Raises NoLayerMatched, ConfigError; ConfigError from optimizer.step(closure), whose gradients do not exist yet when
+    the hook runs.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, decay: float) -> None:
+        if isinstance(decay, bool) or not isinstance(decay, (int, float)) or not 0 <= decay < math.inf:
+            raise ConfigError(f"decay={decay!r} must be a number, 0 or more")
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise ConfigError(
+                f"optimizer={type(optimizer).__name__} is no torch.optim.Optimizer, so it has no step hook"
+            )
+        self.decay = decay
+        self._layers = _layers_by_weight(model)
+        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        for name, layer in self._layers.items():
+            if id(layer.weight) not in held:
+                raise ConfigError(
+                    f"optimizer does not hold {name}.weight; build it with all weights of the semi-sparse layers"
+                )
+        self._hook = optimizer.register_step_pre_hook(self._before_step)
+
+    def remove(self) -> None:
+        """Take the hook off the optimizer."""
+        self._hook.remove()
+
+    @torch.no_grad()
+    def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if any(callable(value) for value in (*args[1:], kwargs.get("closure"))):
+            raise ConfigError(
+                "optimizer.step(closure) computes gradients too late for MaskedDecay; step without closure"
+            )
+        scale: Tensor | None = getattr(optimizer, "grad_scale", None)
+        for layer in self._layers.values():
+            weight = layer.weight
+            if weight.grad is None or not layer.sparse_enabled or self.decay == 0:
+                continue
+            pruned_away = torch.where(layer.pruned_weight() != 0, 0, weight)
+            if scale is not None:
+                pruned_away = pruned_away * scale.to(weight.device, non_blocking=True)
+            weight.grad.add_(pruned_away, alpha=self.decay)
+
+
+def _layers_by_weight(model: nn.Module) -> dict[str, SemiSparseLinear]:
+    """The layers by name, one for each weight: two modules may share a Parameter."""
+    found: dict[int, tuple[str, SemiSparseLinear]] = {}
+    for name, layer in semi_sparse_layers(model).items():
+        if isinstance(layer, SemiSparseLinear):
+            found.setdefault(id(layer.weight), (name, layer))
+    if not found:
+        raise NoLayerMatched(f"model={type(model).__name__} has no SemiSparseLinear to decay; call sparsify first")
+    return dict(found.values())
