@@ -99,8 +99,9 @@ def _jobs(options: argparse.Namespace) -> list[tuple[str, str, Rows, Callable[[]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--linear", action="store_true", help="single linear layers instead of whole steps")
-    parser.add_argument("--pack", action="store_true", help="the pack kernel alone")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--linear", action="store_true", help="single linear layers instead of whole steps")
+    which.add_argument("--pack", action="store_true", help="the pack kernel alone")
     parser.add_argument("--mkn", nargs="+", type=_shape, default=list(linear.SHAPES), metavar="M,K,N")
     parser.add_argument("--card", nargs="+", choices=CARDS, default=list(CARDS))
     parser.add_argument("--rounds", type=int, default=5, help="interleaved blocks per variant")

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from benchmarks.timing import Timing, interleaved, peak_memory
+from benchmarks.timing import Timing, captured, interleaved, peak_memory
 from semisparse import SemiSparseActivationLinear, SemiSparseLinear, ops
 from semisparse.gemm.tuner import tuner
 
@@ -29,18 +29,25 @@ def benchmark(tokens: int, in_features: int, out_features: int, rounds: int) -> 
     x = torch.randn(tokens, in_features, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     grad_output = torch.randn(tokens, out_features, device="cuda", dtype=torch.bfloat16)
     steps, errors = _steps(x, grad_output)
-    graphs = {f"graph: {name}": _captured(call) for name, (_, call) in steps.items() if not name.startswith("torchao")}
     parts = _parts(x.detach(), steps, grad_output)
     calls = {name: call for name, (_, call) in steps.items()}
-    alone = {f"one thread: {name}": _on_one_thread(call) for name, call in calls.items() if "torchao" not in name}
-    times = interleaved({**calls, **graphs, **alone, **parts}, rounds=rounds)
+    own = {name: call for name, call in calls.items() if not name.startswith("torchao")}
+    ways = {
+        "": calls,
+        "graph: ": {name: captured(call) for name, call in own.items()},
+        "one thread: ": {name: _on_one_thread(call) for name, call in own.items()},
+    }
+    whole = {f"{way}{name}": call for way, variants in ways.items() for name, call in variants.items()}
+    times = interleaved({**whole, **parts}, rounds=rounds)
     memory = {name: peak_memory(call) for name, (_, call) in steps.items()}
     return {
         "mkn": [tokens, in_features, out_features],
         "times_ms": {name: timing.as_dict() for name, timing in times.items()},
-        "ratio_to_dense": {name: times["dense"].median_ms / times[name].median_ms for name in steps}
-        | {name: times["graph: dense"].median_ms / times[name].median_ms for name in graphs}
-        | {name: times["one thread: dense"].median_ms / times[name].median_ms for name in alone},
+        "ratio_to_dense": {
+            f"{way}{name}": times[f"{way}dense"].median_ms / times[f"{way}{name}"].median_ms
+            for way, variants in ways.items()
+            for name in variants
+        },
         "limit": _limits(times),
         "tflops": _tflops(times, tokens * in_features * out_features),
         "peak_memory_bytes": memory,
@@ -92,20 +99,6 @@ def _step(layer: torch.nn.Module, x: torch.Tensor, grad_output: torch.Tensor) ->
         layer(x).backward(grad_output)
 
     return call
-
-
-def _captured(call: Call) -> Call:
-    """The same call replayed from a CUDA graph, without the host. Made after a first call, which tunes."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return graph.replay
 
 
 def _on_one_thread(call: Call) -> Call:

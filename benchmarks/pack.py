@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.timing import interleaved
+from benchmarks.timing import captured, interleaved
 from semisparse import ops
 
 SHAPES = ((4096, 1024), (8192, 2048), (11008, 4096), (14336, 4096))
@@ -35,8 +35,9 @@ def benchmark(out_features: int, in_features: int, rounds: int) -> dict[str, Any
         "pack": lambda weight: ops.pack(weight, weight.dtype, "transposable"),
         "torch tile op": lambda weight: torch._sparse_semi_structured_tile(weight, use_cutlass=False),
     }
-    graphs = {name: _captured(call, weights) for name, call in variants.items()}
-    graphs["copy"] = _captured(torch.clone, sources)
+    # A list holds the results of one graph apart until the last of them is there.
+    graphs = {name: captured(lambda call=call: [call(weight) for weight in weights]) for name, call in variants.items()}
+    graphs["copy"] = captured(lambda: [source.clone() for source in sources])
     times = {name: timing.median_ms * 1000 / count for name, timing in interleaved(graphs, rounds=rounds).items()}
     return {
         "nk": [out_features, in_features],
@@ -45,14 +46,3 @@ def benchmark(out_features: int, in_features: int, rounds: int) -> dict[str, Any
         "rate_of_copy": times["copy"] / times["pack"],
         "faster_than_tile_op": times["torch tile op"] / times["pack"],
     }
-
-
-def _captured(call: Callable[[torch.Tensor], object], inputs: list[torch.Tensor]) -> Callable[[], None]:
-    """Replay of one call for each input, results kept apart."""
-    call(inputs[0])
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        kept = [call(value) for value in inputs]
-    del kept
-    return graph.replay

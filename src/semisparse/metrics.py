@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from semisparse.errors import ConfigError, NoLayerMatched
 from semisparse.nn import SemiSparseLinear
-from semisparse.swap import semi_sparse_layers
+from semisparse.swap import layers_with_masks
 
 FLIP_RATE, FLIP_RATIO = "flip_rate", "flip_ratio"
 _NAMES = (FLIP_RATE, "kept_magnitude", "dead_rows")
@@ -24,9 +24,10 @@ class MaskMetrics:
     """Follows the masks of a model's SemiSparseLinear layers while it trains.
 
     Call update() once after each applied optimizer step: `if schedule.step(scaler): metrics.update()`. Every
-    interval-th step is measured: masks are computed before and
-    after it, so an interval costs two mask computations and, for that one step, a byte for each entry of the weights.
-    Nothing waits for the device until read(). An entry that is kept but exactly zero counts as pruned.
+    interval-th step is measured: masks are computed before and after it, so an interval costs two mask computations
+    and, for that one step, a byte for each entry of the weights. Nothing waits for the device until read(). Flips are
+    counted exactly; magnitudes (weights of any dtype and N x K that a layer takes) are summed in fp32. An entry that is
+    kept but exactly zero counts as pruned.
 
     model: holds SemiSparseLinear layers, in any phase; layers with a pruned activation have no mask of their own and
     are left out. interval: optimizer steps, 2 or more. Raises NoLayerMatched without such a layer, ConfigError.
@@ -53,13 +54,9 @@ class MaskMetrics:
         turn = self._steps % self._interval
         if turn == self._interval - 1:
             self._before = {name: layer.pruned_weight() != 0 for name, layer in self._layers.items()}
-        if turn or not self._before:
+        if turn:
             return False
-        self._measured = {
-            name: torch.stack([_flip_rate(self._before[name], pruned), *_statistics(layer.weight, pruned)])
-            for name, layer in self._layers.items()
-            for pruned in (layer.pruned_weight(),)
-        }
+        self._measured = {name: _measured(layer, self._before[name]) for name, layer in self._layers.items()}
         self._before, self._step = {}, self._steps
         return True
 
@@ -121,14 +118,17 @@ def log_to_wandb(run: Any, values: Mapping[str, float], step: int) -> None:
 
 
 def _weight_layers(model: nn.Module) -> dict[str, SemiSparseLinear]:
-    layers = {name: layer for name, layer in semi_sparse_layers(model).items() if isinstance(layer, SemiSparseLinear)}
+    layers = layers_with_masks(model)
     if not layers:
         raise NoLayerMatched(f"model={type(model).__name__} has no SemiSparseLinear to follow; call sparsify first")
     return layers
 
 
-def _flip_rate(before: Tensor, pruned: Tensor) -> Tensor:
-    return (before ^ (pruned != 0)).sum() / before.numel()
+def _measured(layer: SemiSparseLinear, before: Tensor) -> Tensor:
+    """The values called _NAMES of one layer; before: its mask before the step."""
+    pruned = layer.pruned_weight()
+    flip_rate = (before ^ (pruned != 0)).sum() / before.numel()
+    return torch.stack([flip_rate, *_statistics(layer.weight, pruned)])
 
 
 def _statistics(weight: Tensor, pruned: Tensor) -> tuple[Tensor, Tensor]:

@@ -144,6 +144,11 @@ def semi_sparse_layers(model: nn.Module) -> dict[str, SemiSparseBase]:
     return {clean_name(name): module for name, module in model.named_modules() if isinstance(module, SemiSparseBase)}
 
 
+def layers_with_masks(model: nn.Module) -> dict[str, SemiSparseLinear]:
+    """The semi-sparse layers of model whose weight is pruned, named as in semi_sparse_layers; may be empty."""
+    return {name: layer for name, layer in semi_sparse_layers(model).items() if isinstance(layer, SemiSparseLinear)}
+
+
 def _swap(
     layers: list[FoundLayer],
     reason: Callable[[FoundLayer], str | None],

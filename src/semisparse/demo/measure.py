@@ -9,8 +9,8 @@ from torch import nn
 
 from semisparse.demo.results import PeakMemory
 from semisparse.metrics import FLIP_RATE, MaskMetrics
-from semisparse.nn import SemiSparseLinear
 from semisparse.schedule import SparseSchedule
+from semisparse.swap import layers_with_masks
 
 WARM_UP_STEPS = 10
 """Steps left out at the start of each phase: first allocations, and recompilation where a model is compiled."""
@@ -93,8 +93,7 @@ class FlipRate:
     """The flip rate of one step an epoch; of no step where the model has no layer to follow."""
 
     def __init__(self, model: nn.Module, steps_per_epoch: int) -> None:
-        followed = any(isinstance(module, SemiSparseLinear) for module in model.modules())
-        self._metrics = MaskMetrics(model, max(2, steps_per_epoch)) if followed else None
+        self._metrics = MaskMetrics(model, max(2, steps_per_epoch)) if layers_with_masks(model) else None
         self._applied = 0
         self._taken: int | None = None
 

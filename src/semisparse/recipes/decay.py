@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from semisparse.errors import ConfigError, NoLayerMatched
 from semisparse.nn import SemiSparseLinear
-from semisparse.swap import semi_sparse_layers
+from semisparse.swap import layers_with_masks
 
 
 class MaskedDecay:
@@ -18,11 +18,13 @@ class MaskedDecay:
     towards zero, so that masks settle; kept ones are left alone. Only layers that are sparse at that moment take part.
 
     SR-STE (arXiv 2102.04010) adds the term in the backward pass; FST (arXiv 2404.01847) adds it to the gradients after
-    they were unscaled and clipped, so that it passes through Adam unharmed. This is FST's order, for both: an optimizer
-    step hook, which sees accumulated and clipped gradients once. So gradient clipping does not see the term.
+    they were unscaled and clipped. This is FST's order, for both: an optimizer step hook, which sees accumulated and
+    clipped gradients once. So gradient clipping does not see the term, and SR-STE differs from its paper in that.
 
     Any torch.optim optimizer, with parameter groups, GradScaler (fused optimizers too, whose gradients are still scaled
     here) and gradient accumulation. In a step that the scaler skips only gradients change, which nobody reads.
+
+    The term is computed in the dtype of the weight (N x K) and added in place, in the gradient's. The mask is exact.
 
     model: holds SemiSparseLinear layers. optimizer: must hold the weights of all of them. decay: the strength, 0 or
     more; the papers' values lie between 6e-6 and 2e-4, by model and optimizer. It is not multiplied by the learning
@@ -72,9 +74,8 @@ class MaskedDecay:
 def _layers_by_weight(model: nn.Module) -> dict[str, SemiSparseLinear]:
     """The layers by name, one for each weight: two modules may share a Parameter."""
     found: dict[int, tuple[str, SemiSparseLinear]] = {}
-    for name, layer in semi_sparse_layers(model).items():
-        if isinstance(layer, SemiSparseLinear):
-            found.setdefault(id(layer.weight), (name, layer))
+    for name, layer in layers_with_masks(model).items():
+        found.setdefault(id(layer.weight), (name, layer))
     if not found:
         raise NoLayerMatched(f"model={type(model).__name__} has no SemiSparseLinear to decay; call sparsify first")
     return dict(found.values())
