@@ -1,6 +1,5 @@
 """What the engine and the tuner cost on a real GPU: host and device memory, time of a call, time of tuning."""
 
-import ctypes
 import gc
 import os
 import statistics
@@ -25,9 +24,6 @@ BF16 = torch.bfloat16
 
 
 def resident_bytes() -> int:
-    """Resident memory of the process, without what the C library keeps for itself after it was freed."""
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
@@ -48,26 +44,26 @@ def test_plans_that_come_and_go_leak_neither_host_nor_device_memory():
             for shape, out in zip(shapes, outs, strict=True):
                 engine.matmul(shape, 0, packed, wide[: shape.columns], out)
 
-    rounds(50)  # as many as are then measured: a leak would go on at the same rate
+    rounds(10)
     torch.cuda.synchronize()
+    gc.collect()
     host, device = resident_bytes(), torch.cuda.memory_allocated()
     free = torch.cuda.mem_get_info()[0]
     rounds(50)
     torch.cuda.synchronize()
+    gc.collect()
     assert engine.plan_count(0) == 16
     assert torch.cuda.memory_allocated() == device
     assert free - torch.cuda.mem_get_info()[0] <= 256 * 2**10
     assert resident_bytes() - host <= 8 * 2**20
+    # Last, because the first comparison loads its kernels, which takes host memory.
     for shape, out in zip(shapes, outs, strict=True):
         assert torch.equal(out, right[: shape.columns])
     engine.close()
 
 
-def fastest_us(call, batches: int = 40, size: int = 100) -> float:
-    """Host time of a call in the fastest batch: what else the host does can only add to it.
-
-    The device is drained between batches, so that it never pushes back.
-    """
+def median_us(call, batches: int = 15, size: int = 200) -> float:
+    """Median host time of a call over batches; the device is drained in between, so that it never pushes back."""
     times = []
     for _ in range(batches):
         torch.cuda.synchronize()
@@ -76,7 +72,7 @@ def fastest_us(call, batches: int = 40, size: int = 100) -> float:
             call()
         times.append((time.perf_counter() - begin) / size * 1e6)
     torch.cuda.synchronize()
-    return min(times)
+    return statistics.median(times)
 
 
 def test_host_time_of_a_cached_call_is_at_most_25_us(engine):
@@ -85,7 +81,7 @@ def test_host_time_of_a_cached_call_is_at_most_25_us(engine):
     packed = engine.compress(a)
     for algorithm in (0, engine.algorithms(problem, 0)[-1]):
         engine.matmul(problem, algorithm, packed, b, out, bias)
-        measured = fastest_us(
+        measured = median_us(
             lambda: engine.matmul(problems.forward(64, 64, 64, BF16, True), algorithm, packed, b, out, bias)  # noqa: B023
         )
         assert measured <= 25.0, f"{measured:.1f} us"
