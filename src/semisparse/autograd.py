@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from semisparse import ops
+from semisparse.cpu_ops import ROW_WISE
 
 
 class _Given:
@@ -51,16 +52,16 @@ class PruneWeight(torch.autograd.Function):
 
     @staticmethod
     @_signed
-    def forward(weight: Tensor, dtype: torch.dtype, mask: str) -> Tensor:
-        return ops.prune(weight, dtype, mask)
+    def forward(weight: Tensor, dtype: torch.dtype, mask: str, frozen: Tensor | None) -> Tensor:
+        return ops.prune(weight, dtype, mask, frozen)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.dtype = inputs[0].dtype
 
     @staticmethod
-    def backward(ctx: Any, grad_pruned: Tensor) -> tuple[Tensor, None, None]:
-        return grad_pruned.to(ctx.dtype), None, None
+    def backward(ctx: Any, grad_pruned: Tensor) -> tuple[Tensor, None, None, None]:
+        return grad_pruned.to(ctx.dtype), None, None, None
 
 
 class PruneTokens(torch.autograd.Function):
@@ -96,11 +97,12 @@ class PackedLinear(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, weight, _, packed, packed_t, ctx.mask, ctx.engine = inputs
+        x, weight, _, packed, packed_t, mask, ctx.engine = inputs
+        ctx.both_ways = mask not in ROW_WISE
         ctx.weight_dtype, ctx.weight_shape, ctx.dtype = weight.dtype, weight.shape, x.dtype
         ctx.save_for_backward(
             x if ctx.needs_input_grad[1] else None,
-            (packed_t if ctx.mask == "transposable" else packed) if ctx.needs_input_grad[0] else None,
+            (packed_t if ctx.both_ways else packed) if ctx.needs_input_grad[0] else None,
         )
 
     @staticmethod
@@ -108,7 +110,7 @@ class PackedLinear(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         x, packed = ctx.saved_tensors
         grad_x = grad_weight = grad_bias = None
-        if ctx.needs_input_grad[0] and ctx.mask == "transposable":
+        if ctx.needs_input_grad[0] and ctx.both_ways:
             grad_x = ops.packed_linear(grad_output, packed, None, ctx.weight_shape[1], ctx.engine)
         elif ctx.needs_input_grad[0]:
             rows, columns = ctx.weight_shape

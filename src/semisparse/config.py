@@ -6,7 +6,7 @@ from typing import Literal, get_args
 from semisparse.errors import ConfigError
 
 Operand = Literal["weight", "activation"]
-Mask = Literal["transposable", "row"]
+Mask = Literal["transposable", "row", "soft", "greedy", "signed_greedy"]
 Engine = Literal["auto", "cusparselt", "dense"]
 
 
@@ -23,6 +23,10 @@ class SparseConfig:
         "transposable": the best of the 90 4x4 tiles that are 2:4 along both axes (arXiv 2102.08124); exact.
         "row": the 2 largest of each 4 along K. It keeps more magnitude, but is 2:4 along K only, so the input
         gradient is no sparse product. Weight operand only.
+        "soft": as "row", but what is kept is shrunk by the third magnitude and scaled (S-STE, arXiv 2409.09099). The
+        scale is a recipe's: start semisparse.recipes.s_ste(). Weight operand only.
+        "greedy", "signed_greedy": for comparison only, and slow. The greedy 4x4 mask by magnitude and by signed value,
+        which is what torchao.sparsity.training did by default. Weight operand only.
     engine: what multiplies.
         "auto": sparse tensor cores where they can run and measured faster than a masked dense product, packing
         included; masked dense everywhere else, with the same mask.
@@ -44,6 +48,6 @@ class SparseConfig:
                 raise ConfigError(f"{field.name}={value!r} is not one of {', '.join(map(repr, allowed))}")
         if self.operand == "activation" and self.mask != "transposable":
             raise ConfigError(
-                f"mask={self.mask!r} cannot serve operand='activation': the weight gradient needs groups along the "
+                f"mask={self.mask!r} cannot serve operand='activation', whose weight gradient needs groups along the "
                 "tokens too; use mask='transposable'"
             )

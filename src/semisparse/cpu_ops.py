@@ -1,24 +1,71 @@
 """What the ops do without a GPU: the reference packs, into the sm90 layout, and products are masked dense."""
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 
-from semisparse.errors import ConfigError
+from semisparse.errors import ConfigError, ShapeError, TensorError
 from semisparse.gemm.layout import SM90_16BIT, packed_bytes
 from semisparse.gemm.problem import SPARSE_MULTIPLE, pad
+from semisparse.pattern import GROUP
 from semisparse.reference import linear as reference_linear
 from semisparse.reference import masks as reference_masks
 from semisparse.reference import packing as reference_packing
 
-_MASKS = {"transposable": reference_masks.transposable, "row": reference_masks.row}
+_MASKS: dict[str, Callable[[Tensor], Tensor]] = {
+    "transposable": reference_masks.transposable,
+    "row": reference_masks.row,
+    "greedy": reference_masks.greedy,
+    "signed_greedy": partial(reference_masks.greedy, signed=True),
+}
+ROW_WISE = frozenset({"row", "soft"})
+"""Masks that are 2:4 along the columns only, so that no transpose is packed."""
 
 
-def prune(matrix: Tensor, dtype: torch.dtype, mask: str) -> Tensor:
-    """ops.prune; the specification itself is plain PyTorch, so this serves every device."""
+def choose(matrix: Tensor, mask: str, frozen: Tensor | None) -> Tensor:
+    """The bool mask (R x C) called mask; for "codes" the one that the tile codes in frozen describe."""
+    if mask == "codes":
+        return reference_masks.from_codes(check_frozen(matrix, mask, frozen))
     if mask not in _MASKS:
-        raise ConfigError(f"mask={mask!r} is not one of {', '.join(map(repr, _MASKS))}")
+        raise ConfigError(f"mask={mask!r} is not one of {', '.join(map(repr, (*_MASKS, 'codes', 'soft')))}")
+    return _MASKS[mask](matrix)
+
+
+def check_frozen(matrix: Tensor, mask: str, frozen: Tensor | None) -> Tensor:
+    """frozen as mask "codes" or "soft" needs it for matrix. Raises ConfigError, TensorError, ShapeError."""
+    if frozen is None:
+        raise ConfigError(f"mask={mask!r} needs what a recipe froze: start one (semisparse.recipes) before the forward")
+    soft = mask == "soft"
+    dtype, shape = (
+        (torch.float32, torch.Size([])) if soft else (torch.int16, torch.Size(size // GROUP for size in matrix.shape))
+    )
+    if frozen.dtype != dtype or frozen.device != matrix.device:
+        raise TensorError(
+            f"frozen is {frozen.dtype} on {frozen.device}; mask={mask!r} of a weight on {matrix.device} needs {dtype} "
+            "there: start the recipe after moving the model"
+        )
+    if frozen.shape != shape:
+        raise ShapeError(f"frozen has shape {tuple(frozen.shape)}; mask={mask!r} needs {tuple(shape)}")
+    return frozen
+
+
+def tile_codes(matrix: Tensor, mask: str) -> Tensor:
+    """ops.tile_codes."""
+    if mask == "transposable":
+        return reference_masks.transposable_codes(matrix).to(torch.int16)
+    return reference_masks.to_codes(choose(matrix.detach(), mask, None)).to(torch.int16)
+
+
+def prune(matrix: Tensor, dtype: torch.dtype, mask: str, frozen: Tensor | None = None) -> Tensor:
+    """ops.prune; the specification itself is plain PyTorch, so this serves every device."""
     matrix = matrix.detach()  # the op has no gradient of its own, and autograd must not find where()'s
-    return reference_linear.prune(matrix, _MASKS[mask](matrix)).to(dtype).contiguous()
+    if mask == "soft":
+        # Rounded once: the threshold of a 16-bit matrix is subtracted and scaled in fp32, as the pack kernel does.
+        wide = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
+        return reference_linear.soft_threshold(wide, check_frozen(matrix, mask, frozen)).to(dtype).contiguous()
+    return reference_linear.prune(matrix, choose(matrix, mask, frozen)).to(dtype).contiguous()
 
 
 def prune_tokens(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -31,11 +78,12 @@ def _encoded(matrix: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.nn.functional.pad(written, (0, packed_bytes(*matrix.shape) - written.numel()))
 
 
-def pack(matrix: Tensor, dtype: torch.dtype, mask: str) -> tuple[Tensor, Tensor]:
+def pack(matrix: Tensor, dtype: torch.dtype, mask: str, frozen: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """ops.pack."""
-    if mask not in _MASKS:
-        raise ConfigError(f"mask={mask!r} is not one of {', '.join(map(repr, _MASKS))}")
-    kept = _MASKS[mask](matrix)
+    if mask == "soft":
+        soft = prune(matrix, dtype, mask, frozen)
+        return _encoded(soft, reference_masks.row(matrix), dtype), torch.empty(0, dtype=torch.uint8)
+    kept = choose(matrix, mask, frozen)
     if mask == "row":
         return _encoded(matrix, kept, dtype), torch.empty(0, dtype=torch.uint8)
     return _encoded(matrix, kept, dtype), _encoded(matrix.mT, kept.mT, dtype)

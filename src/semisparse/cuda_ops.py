@@ -1,26 +1,56 @@
 """What the ops do on CUDA: pack with the kernel, hand products to the engine. Imported by ops.py on first use."""
 
-from functools import lru_cache
+from functools import cache, lru_cache
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
+from semisparse import cpu_ops
 from semisparse.gemm import dispatch, problem
 from semisparse.gemm.cusparselt import ALIGNMENT
 from semisparse.gemm.engine import engine
 from semisparse.gemm.formats import PackedFormat, packed_format
 from semisparse.gemm.layout import SM90_16BIT, packed_bytes
 from semisparse.gemm.problem import DENSE_MULTIPLE, SPARSE_MULTIPLE, Problem, pad
-from semisparse.reference import linear as reference_linear
+from semisparse.kernels.arguments import MODES
+from semisparse.pattern import GROUP
 from semisparse.reference import masks as reference_masks
 from semisparse.reference import packing as reference_packing
 
 _packed_bytes = lru_cache(4096)(packed_bytes)
+_CHOSEN_BY_KERNEL = ("transposable", "row")
 
 
-def pack(matrix: Tensor, dtype: torch.dtype, mask: str) -> tuple[Tensor, Tensor]:
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
+
+
+def tile_codes(matrix: Tensor, mask: str) -> Tensor:
+    """ops.tile_codes: by the kernel where it knows mask and dtype, else by the reference."""
+    matrix = matrix.detach()
+    if mask in _CHOSEN_BY_KERNEL and matrix.dtype != torch.float64 and _has_triton():
+        from semisparse.kernels import tile_codes as kernel
+
+        rows, columns = reference_masks.check_shape(matrix, tiles=True)
+        codes = matrix.new_empty(rows // GROUP, columns // GROUP, dtype=torch.int16)
+        kernel.launch(matrix, codes, mode=mask)
+        return codes
+    return cpu_ops.tile_codes(matrix, mask)
+
+
+def prune(matrix: Tensor, dtype: torch.dtype, mask: str, frozen: Tensor | None = None) -> Tensor:
+    """ops.prune: the reference, with the mask chosen by the kernel where tile_codes would."""
+    whole_tiles = not (matrix.shape[0] % GROUP or matrix.shape[1] % GROUP) if matrix.dim() == 2 else False
+    if mask in _CHOSEN_BY_KERNEL and whole_tiles:
+        return cpu_ops.prune(matrix, dtype, "codes", tile_codes(matrix, mask))
+    return cpu_ops.prune(matrix, dtype, mask, frozen)
+
+
+def pack(matrix: Tensor, dtype: torch.dtype, mask: str, frozen: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """ops.pack: one pass over the matrix; see gemm/formats.py for the devices where it takes more."""
-    return _pack(matrix, matrix.shape[0], dtype, mask)
+    return _pack(matrix, matrix.shape[0], dtype, mask, frozen)
 
 
 def pack_tokens(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -107,15 +137,22 @@ def _aligned(tensor: Tensor) -> Tensor:
     return tensor.contiguous()
 
 
-def _pack(matrix: Tensor, rows: int, dtype: torch.dtype, mask: str) -> tuple[Tensor, Tensor]:
-    """Buffers of the pruned matrix, padded to rows, and of its transpose (empty for mask "row")."""
+def _pack(
+    matrix: Tensor, rows: int, dtype: torch.dtype, mask: str, frozen: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Buffers of the pruned matrix, padded to rows, and of its transpose (empty for a row-wise mask)."""
     written, columns = packed_format(matrix.get_device(), dtype), matrix.shape[1]
-    both = mask == "transposable"
+    both = mask not in cpu_ops.ROW_WISE
+    if mask in ("codes", "soft"):
+        cpu_ops.check_frozen(matrix, mask, frozen)
     if rows == 0:
         return matrix.new_empty(0, dtype=torch.uint8), matrix.new_empty(0, dtype=torch.uint8)
-    if written.packer != "kernel" or written.layout is None:
+    if written.packer != "kernel" or written.layout is None or mask not in MODES:
         padded = torch.nn.functional.pad(matrix, (0, 0, 0, rows - matrix.shape[0]))
-        pruned = reference_linear.prune(padded, getattr(reference_masks, mask)(padded)).to(dtype).contiguous()
+        pruned = cpu_ops.prune(padded, dtype, mask, frozen)
+        if written.packer == "kernel" and engine().available(matrix.get_device()).ok:
+            # A mask that the kernel does not know; the compressor, unlike the reference, never waits for the device.
+            written = PackedFormat("compressor", written.layout, f"mask={mask!r}")
         first = _slowly(pruned, written)
         return first, _slowly(pruned.mT.contiguous(), written) if both else first.new_empty(0)
     from semisparse.kernels import prune_pack as kernel
@@ -131,6 +168,8 @@ def _pack(matrix: Tensor, rows: int, dtype: torch.dtype, mask: str) -> tuple[Ten
         padding=written.layout.padding,
         mode=mask,
         rows_padded=rows,
+        codes=frozen if mask == "codes" else None,
+        scale=frozen if mask == "soft" else None,
     )
     return packed, packed_t
 

@@ -33,22 +33,26 @@ def semi_sparse_linear(
     bias: Tensor | None = None,
     *,
     mask: str = "transposable",
+    frozen: Tensor | None = None,
     engine: str = "auto",
     packed: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """y = x W~^T + b with W~ the weight pruned to 2:4 by magnitude at this call. Returns (..., N).
 
     x: (..., K), weight: (N, K) with N and K multiples of 4, bias: (N,) or None; any strides, fp64, fp32, fp16 or bf16,
-    all of one dtype unless autocast is on. mask: "transposable" or "row"; engine: "auto", "cusparselt" or "dense" (see
-    SparseConfig). packed: the result of ops.pack for this weight, mask and compute dtype, when it is to be used again.
-    The mask is exact; products err as PyTorch's own in the compute dtype do. Raises ShapeError, TensorError.
+    all of one dtype unless autocast is on. mask, engine: as in SparseConfig. frozen: what a recipe holds fixed: int16
+    tile codes (N/4 x K/4) of the mask to use instead of choosing one, or, for mask "soft", its scale (one fp32).
+    packed: the result of ops.pack for this weight, mask and compute dtype, when it is to be used again.
+    The mask is exact; products err as PyTorch's own in the compute dtype do. Raises ShapeError, TensorError, and
+    ConfigError for mask "soft" without its scale.
     """
+    mask = frozen_mask(mask, frozen)
     check_operands(x, weight, bias)
     dtype = compute_dtype(x, weight)
     if not packs(weight, dtype, engine):
-        pruned: Tensor = PruneWeight.apply(weight, dtype, mask)
+        pruned: Tensor = PruneWeight.apply(weight, dtype, mask, frozen)
         return F.linear(x, pruned, bias)
-    forward, transposed = ops.pack(weight.detach(), dtype, mask) if packed is None else packed
+    forward, transposed = ops.pack(weight.detach(), dtype, mask, frozen) if packed is None else packed
     tokens, bias = _in(dtype, _tokens(x)), None if bias is None else _in(dtype, bias)
     y: Tensor = PackedLinear.apply(tokens, weight, bias, forward, transposed, mask, engine)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
@@ -76,6 +80,11 @@ def semi_sparse_activation_linear(
     y: Tensor = PackedTokensLinear.apply(tokens, weight, inside, packed, packed_t, engine)
     y = y + bias if compiling and bias is not None else y
     return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
+
+
+def frozen_mask(mask: str, frozen: Tensor | None) -> str:
+    """The mask that ops.pack and ops.prune are asked for: "codes" where tile codes are frozen, else mask."""
+    return mask if frozen is None or mask == "soft" else "codes"
 
 
 def _tokens(x: Tensor) -> Tensor:

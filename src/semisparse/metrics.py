@@ -26,8 +26,9 @@ class MaskMetrics:
     Call update() once after each applied optimizer step: `if schedule.step(scaler): metrics.update()`. Every
     interval-th step is measured: masks are computed before and after it, so an interval costs two mask computations
     and, for that one step, a byte for each entry of the weights. Nothing waits for the device until read(). Flips are
-    counted exactly; magnitudes (weights of any dtype and N x K that a layer takes) are summed in fp32. An entry that is
-    kept but exactly zero counts as pruned.
+    counted exactly; magnitudes (weights of any dtype and N x K that a layer takes) are summed in fp32. The masks are
+    those that the weights would choose now, also where a recipe holds other ones frozen, so that rates of all recipes
+    compare; for mask "soft" the row-wise mask under it.
 
     model: holds SemiSparseLinear layers, in any phase; layers with a pruned activation have no mask of their own and
     are left out. interval: optimizer steps, 2 or more. Raises NoLayerMatched without such a layer, ConfigError.
@@ -53,7 +54,7 @@ class MaskMetrics:
         self._steps += 1
         turn = self._steps % self._interval
         if turn == self._interval - 1:
-            self._before = {name: layer.pruned_weight() != 0 for name, layer in self._layers.items()}
+            self._before = {name: layer.chosen_mask() for name, layer in self._layers.items()}
         if turn:
             return False
         self._measured = {name: _measured(layer, self._before[name]) for name, layer in self._layers.items()}
@@ -101,7 +102,7 @@ def mask_statistics(model: nn.Module) -> dict[str, float]:
     """
     found = {}
     for name, layer in _weight_layers(model).items():
-        for metric, value in zip(_NAMES[1:], _statistics(layer.weight, layer.pruned_weight()), strict=True):
+        for metric, value in zip(_NAMES[1:], _statistics(layer.weight, layer.chosen_mask()), strict=True):
             found[f"{metric}/{name}"] = value.item()
     return found
 
@@ -126,13 +127,14 @@ def _weight_layers(model: nn.Module) -> dict[str, SemiSparseLinear]:
 
 def _measured(layer: SemiSparseLinear, before: Tensor) -> Tensor:
     """The values called _NAMES of one layer; before: its mask before the step."""
-    pruned = layer.pruned_weight()
-    flip_rate = (before ^ (pruned != 0)).sum() / before.numel()
-    return torch.stack([flip_rate, *_statistics(layer.weight, pruned)])
+    mask = layer.chosen_mask()
+    flip_rate = (before ^ mask).sum() / before.numel()
+    return torch.stack([flip_rate, *_statistics(layer.weight, mask)])
 
 
-def _statistics(weight: Tensor, pruned: Tensor) -> tuple[Tensor, Tensor]:
+def _statistics(weight: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """Kept magnitude and dead rows, in fp32 on the weight's device; a weight of zeros keeps all of its magnitude."""
+    pruned = torch.where(mask, weight.detach(), 0)
     kept, whole = (matrix.detach().abs().sum(dtype=torch.float32) for matrix in (pruned, weight))
     dead = (pruned == 0).all(dim=1).sum() / pruned.shape[0]
     return torch.where(whole == 0, 1.0, kept / whole), dead

@@ -4,7 +4,7 @@ Registered with Library.define and Library.impl, which costs a quarter of a cust
 never write to or alias an input. Gradients are not defined here; autograd.py has the only gradient formulas.
 
 The functions of this file are how the package calls its ops. On plain CUDA tensors they go to cuda_ops.py directly:
-the dispatcher and its way back into Python took about a fifth of the host time of an eager training step of one layer.
+the dispatcher and its way back into Python cost host time at every call of an eager training step.
 
 Packed buffers are uint8, in the engine's format (gemm/layout.py). On the CPU the reference packs, into the sm90 layout.
 """
@@ -18,12 +18,14 @@ from torch import Tensor
 from semisparse import cpu_ops
 from semisparse.gemm.layout import packed_bytes
 from semisparse.gemm.problem import SPARSE_MULTIPLE, pad
+from semisparse.pattern import GROUP
 
 _LIBRARY = torch.library.Library("semisparse", "FRAGMENT")
 _SCHEMAS = (
-    "prune(Tensor matrix, ScalarType dtype, str mask) -> Tensor",
+    "tile_codes(Tensor matrix, str mask) -> Tensor",
+    "prune(Tensor matrix, ScalarType dtype, str mask, Tensor? frozen=None) -> Tensor",
     "prune_tokens(Tensor x, ScalarType dtype) -> Tensor",
-    "pack(Tensor matrix, ScalarType dtype, str mask) -> (Tensor, Tensor)",
+    "pack(Tensor matrix, ScalarType dtype, str mask, Tensor? frozen=None) -> (Tensor, Tensor)",
     "pack_tokens(Tensor x, ScalarType dtype) -> (Tensor, Tensor)",
     "unpack(Tensor packed, SymInt rows, SymInt columns, ScalarType dtype) -> Tensor",
     "packed_linear(Tensor x, Tensor packed, Tensor? bias, SymInt out_features, str engine) -> Tensor",
@@ -37,14 +39,24 @@ _DIRECT_DEVICE = "cuda"
 _PLAIN = frozenset({Tensor, torch.nn.Parameter})
 
 
-def prune(matrix: Tensor, dtype: torch.dtype, mask: str) -> Tensor:
+def tile_codes(matrix: Tensor, mask: str) -> Tensor:
+    """int16 tile codes (R/4 x C/4) of the mask that matrix (R x C, multiples of 4) chooses; see reference.masks.
+
+    mask: as prune, but neither "codes" nor "soft". Raises ShapeError, TensorError, ConfigError.
+    """
+    return _OPS.tile_codes.default(matrix, mask)
+
+
+def prune(matrix: Tensor, dtype: torch.dtype, mask: str, frozen: Tensor | None = None) -> Tensor:
     """The pruned matrix (R x C, contiguous), rounded once to dtype.
 
-    matrix: R x C, fp64, fp32, fp16 or bf16, any strides. mask: "transposable" (R and C multiples of 4) or "row"
-    (C a multiple of 4). The mask is chosen from matrix as it is, before rounding, bit for bit as reference.masks does.
+    matrix: R x C, fp64, fp32, fp16 or bf16, any strides. mask: "transposable", "greedy" or "signed_greedy" (R and C
+    multiples of 4), "row" (C a multiple of 4): chosen from matrix as it is, before rounding, bit for bit as
+    reference.masks does; "codes": the mask that frozen says, tile codes as tile_codes gives them; "soft":
+    reference.linear.soft_threshold with the scale in frozen (fp32, a single number).
     Raises ShapeError, TensorError, ConfigError.
     """
-    return _OPS.prune.default(matrix, dtype, mask)
+    return _OPS.prune.default(matrix, dtype, mask, frozen)
 
 
 def prune_tokens(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -55,15 +67,16 @@ def prune_tokens(x: Tensor, dtype: torch.dtype) -> Tensor:
     return _OPS.prune_tokens.default(x, dtype)
 
 
-def pack(matrix: Tensor, dtype: torch.dtype, mask: str) -> tuple[Tensor, Tensor]:
+def pack(matrix: Tensor, dtype: torch.dtype, mask: str, frozen: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """matrix (R x C, multiples of 16) pruned and packed: buffers of the pruned matrix and of its transpose.
 
-    The second is empty for mask "row", which is 2:4 along the columns only. dtype: fp16 or bf16, rounded to once.
-    Masks as prune chooses them. Raises ShapeError, TensorError, ConfigError; EngineError on CUDA without an engine.
+    The second is empty for masks "row" and "soft", which are 2:4 along the columns only. dtype: fp16 or bf16, rounded
+    to once. mask, frozen: as prune; codes must be of transposable tiles, and of those nothing but their number and
+    dtype is checked. Raises ShapeError, TensorError, ConfigError; EngineError on CUDA without an engine.
     """
-    if _direct(matrix):
-        return _cuda().pack(matrix, dtype, mask)
-    return _OPS.pack.default(matrix, dtype, mask)
+    if _direct(matrix, frozen):
+        return _cuda().pack(matrix, dtype, mask, frozen)
+    return _OPS.pack.default(matrix, dtype, mask, frozen)
 
 
 def pack_tokens(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -139,19 +152,26 @@ def _cuda() -> ModuleType:
     return cuda_ops
 
 
-_ANY_DEVICE = ("prune", "prune_tokens")
+_ANY_DEVICE = ("tile_codes", "prune", "prune_tokens")
+_FASTER_ON_CUDA = ("tile_codes", "prune")
 _PACKED = ("pack", "pack_tokens", "unpack", "packed_linear", "packed_tokens_linear", "packed_tokens_grad_weight")
 for _name in _ANY_DEVICE:
     _LIBRARY.impl(_name, getattr(cpu_ops, _name), "CompositeExplicitAutograd")
 for _name in _PACKED:
     _LIBRARY.impl(_name, getattr(cpu_ops, _name), "CPU")
     _LIBRARY.impl(_name, lambda *args, _name=_name: getattr(_cuda(), _name)(*args), "CUDA")
+for _name in _FASTER_ON_CUDA:
+    _LIBRARY.impl(_name, lambda *args, _name=_name: getattr(_cuda(), _name)(*args), "CUDA")
 # No gradient at all, rather than torch's default of a warning and a wrong one; autograd.py differentiates.
 for _name in (*_ANY_DEVICE, *_PACKED):
     _LIBRARY.impl(_name, torch.library.fallthrough_kernel, "Autograd")
 
 
-def _fake_prune(matrix: Tensor, dtype: torch.dtype, mask: str) -> Tensor:
+def _fake_tile_codes(matrix: Tensor, mask: str) -> Tensor:
+    return matrix.new_empty(matrix.shape[0] // GROUP, matrix.shape[1] // GROUP, dtype=torch.int16)
+
+
+def _fake_prune(matrix: Tensor, dtype: torch.dtype, mask: str, frozen: Tensor | None = None) -> Tensor:
     return torch.empty(matrix.shape, dtype=dtype, device=matrix.device)
 
 
@@ -159,9 +179,9 @@ def _fake_prune_tokens(x: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty(x.shape, dtype=dtype, device=x.device)
 
 
-def _fake_pack(matrix: Tensor, dtype: torch.dtype, mask: str) -> tuple[Tensor, Tensor]:
+def _fake_pack(matrix: Tensor, dtype: torch.dtype, mask: str, frozen: Tensor | None = None) -> tuple[Tensor, Tensor]:
     rows, columns = matrix.shape
-    turned = 0 if mask == "row" else packed_bytes(columns, rows)
+    turned = 0 if mask in cpu_ops.ROW_WISE else packed_bytes(columns, rows)
     return (
         matrix.new_empty(packed_bytes(rows, columns), dtype=torch.uint8),
         matrix.new_empty(turned, dtype=torch.uint8),

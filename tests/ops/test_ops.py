@@ -107,7 +107,7 @@ def bad_calls() -> dict[str, tuple[type[Exception], Tensor, str]]:
         "rows": (ShapeError, torch.ones(6, 8), "transposable"),
         "row_columns": (ShapeError, torch.ones(8, 6), "row"),
         "integers": (TensorError, torch.ones(8, 8, dtype=torch.int64), "transposable"),
-        "mask": (ConfigError, torch.ones(8, 8), "greedy"),
+        "mask": (ConfigError, torch.ones(8, 8), "sideways"),
     }
 
 

@@ -113,7 +113,7 @@ class SemiSparseBase(nn.Linear):
                 "with a dense phase of a SparseSchedule, which needs no swap"
             )
         dense_class = layer._dense_class
-        for name in ("config", "sparse_enabled", "_dense_class"):
+        for name in ("config", "sparse_enabled", "_dense_class", "_frozen"):
             layer.__dict__.pop(name, None)
         layer.__class__ = dense_class  # type: ignore[assignment]
         return layer

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from semisparse import ops
-from semisparse.functional import packs
+from semisparse.functional import frozen_mask, packs
 from semisparse.nn.linear import SemiSparseLinear
 
 # Buffers outlive a block, so that a compiled or captured step finds them at the same address in the next block. They
@@ -48,7 +48,7 @@ def _entry_dtype(weight: Tensor) -> torch.dtype:
 
 
 def _packed_into_buffers(layer: SemiSparseLinear, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    fresh = ops.pack(layer.weight.detach(), dtype, layer.config.mask)
+    fresh = ops.pack(layer.weight.detach(), dtype, frozen_mask(layer.config.mask, layer._frozen), layer._frozen)
     kept = _BUFFERS.get(layer)
     if kept is None or any(a.shape != b.shape or a.device != b.device for a, b in zip(kept, fresh, strict=True)):
         _BUFFERS[layer] = fresh

@@ -1,5 +1,20 @@
-"""Recipes of the literature: what they do beside choosing masks and phases."""
+"""Recipes of the literature as one-line choices: masks, phases, decay and optimizer that belong together."""
 
 from semisparse.recipes.decay import MaskedDecay
+from semisparse.recipes.presets import PRESETS, dinov2, fst, s_ste, sr_ste, step
+from semisparse.recipes.recipe import Recipe
+from semisparse.recipes.recipe_schedule import RecipeSchedule
+from semisparse.recipes.step_adamw import StepAdamW
 
-__all__ = ["MaskedDecay"]
+__all__ = [
+    "PRESETS",
+    "MaskedDecay",
+    "Recipe",
+    "RecipeSchedule",
+    "StepAdamW",
+    "dinov2",
+    "fst",
+    "s_ste",
+    "sr_ste",
+    "step",
+]

@@ -6,16 +6,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from semisparse.errors import ConfigError, NoLayerMatched
-from semisparse.nn import SemiSparseLinear
-from semisparse.swap import layers_with_masks
+from semisparse.errors import ConfigError
+from semisparse.recipes.layers import check_optimizer, layers_by_weight
 
 
 class MaskedDecay:
     """Adds decay * (1 - M) * W to the gradient of each sparse weight, just before the optimizer reads it.
 
-    M is the layer's mask of the weight W as it is at that step, the one that the forward used. Pruned weights shrink
-    towards zero, so that masks settle; kept ones are left alone. Only layers that are sparse at that moment take part.
+    M is the mask that the layer's forward used: of the weight W as it is at that step, or frozen by a recipe. Pruned
+    weights shrink towards zero, so that masks settle; kept ones are left alone. Only layers that are sparse at that
+    moment take part.
 
     SR-STE (arXiv 2102.04010) adds the term in the backward pass; FST (arXiv 2404.01847) adds it to the gradients after
     they were unscaled and clipped. This is FST's order, for both: an optimizer step hook, which sees accumulated and
@@ -36,18 +36,9 @@ class MaskedDecay:
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, decay: float) -> None:
         if isinstance(decay, bool) or not isinstance(decay, (int, float)) or not 0 <= decay < math.inf:
             raise ConfigError(f"decay={decay!r} must be a number, 0 or more")
-        if not isinstance(optimizer, torch.optim.Optimizer):
-            raise ConfigError(
-                f"optimizer={type(optimizer).__name__} is no torch.optim.Optimizer, so it has no step hook"
-            )
         self.decay = decay
-        self._layers = _layers_by_weight(model)
-        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        for name, layer in self._layers.items():
-            if id(layer.weight) not in held:
-                raise ConfigError(
-                    f"optimizer does not hold {name}.weight; build it with all weights of the semi-sparse layers"
-                )
+        self._layers = layers_by_weight(model)
+        check_optimizer(optimizer, self._layers)
         self._hook = optimizer.register_step_pre_hook(self._before_step)
 
     def remove(self) -> None:
@@ -69,13 +60,3 @@ class MaskedDecay:
             if scale is not None:
                 pruned_away = pruned_away * scale.to(weight.device, non_blocking=True)
             weight.grad.add_(pruned_away, alpha=self.decay)
-
-
-def _layers_by_weight(model: nn.Module) -> dict[str, SemiSparseLinear]:
-    """The layers by name, one for each weight: two modules may share a Parameter."""
-    found: dict[int, tuple[str, SemiSparseLinear]] = {}
-    for name, layer in layers_with_masks(model).items():
-        found.setdefault(id(layer.weight), (name, layer))
-    if not found:
-        raise NoLayerMatched(f"model={type(model).__name__} has no SemiSparseLinear to decay; call sparsify first")
-    return dict(found.values())

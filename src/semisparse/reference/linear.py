@@ -16,6 +16,37 @@ def prune(matrix: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, matrix, 0)
 
 
+def soft_threshold(matrix: Tensor, scale: Tensor | float) -> Tensor:
+    """S-STE's continuous pruning (arXiv 2409.09099) of matrix (R x C, C a multiple of 4): row-wise 2:4, times scale.
+
+    Of each 4 along the columns the 2 of largest magnitude are kept, each nearer to zero by the third magnitude:
+    sign(a) * (|a| - t), so an entry that is about to be pruned is near zero already. Computed in fp32 (fp64 for an fp64
+    matrix), returned in matrix's dtype. Raises ShapeError, TensorError.
+    """
+    mask = masks.row(matrix)
+    wide = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
+    size = wide.abs()
+    others = torch.where(mask, 0, masks.magnitude(matrix)).to(wide.dtype)
+    if matrix.dtype == torch.float64:
+        others = torch.where(mask, 0, size)
+    groups = others.view(matrix.shape[0], -1, GROUP)
+    threshold = groups.amax(-1, keepdim=True).expand_as(groups).reshape(matrix.shape)
+    rest = size - threshold
+    rest = torch.where(rest < 0, 0, rest) * scale
+    return prune(torch.where(wide < 0, -rest, rest), mask).to(matrix.dtype)
+
+
+def soft_scale(matrix: Tensor) -> Tensor:
+    """The scale for which soft_threshold is nearest to matrix in the mean square: <W, S> / <S, S>.
+
+    One fp32 number on matrix's device, from fp64 sums; 1 for a matrix of zeros. arXiv 2409.09099.
+    """
+    wide = matrix.detach().double()
+    shrunk = soft_threshold(wide, 1.0)
+    scale = (wide * shrunk).sum() / shrunk.square().sum()
+    return torch.where(shrunk.any(), scale, 1.0).float()
+
+
 def pad_tokens(x: Tensor) -> Tensor:
     """x (M, K) with zero rows added up to the next multiple of 4, so that it splits into 4x4 tiles."""
     missing = -x.shape[0] % GROUP

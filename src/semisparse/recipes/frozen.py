@@ -1,0 +1,120 @@
+"""What a recipe holds fixed on its layers: masks for some steps, scales for the whole run.
+
+The tensors keep their addresses, so a captured or compiled step sees what was refreshed between its replays.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from semisparse import ops
+from semisparse.errors import ScheduleError
+from semisparse.nn import SemiSparseLinear
+from semisparse.recipes.layers import check_whole, layers_by_weight
+from semisparse.reference.linear import soft_scale
+from semisparse.swap import layers_with_masks
+
+
+class Frozen:
+    """One tensor for each weight, set on every layer that has it. What the tensors are, subclasses say."""
+
+    key: str
+
+    def __init__(self, model: nn.Module) -> None:
+        self._layers = layers_by_weight(model)
+        check_whole(self._layers)
+        self._tensors = {name: self._look(layer.weight.detach()) for name, layer in self._layers.items()}
+        names = {id(layer.weight): name for name, layer in self._layers.items()}
+        for layer in layers_with_masks(model).values():
+            layer._frozen = self._tensors[names[id(layer.weight)]]
+
+    def _look(self, weight: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def advance(self, sparse: bool) -> None:
+        """One optimizer step was applied; sparse: whether the next forward is."""
+
+    @torch.no_grad()
+    def _refresh(self) -> None:
+        for name, layer in self._layers.items():
+            self._tensors[name].copy_(self._look(layer.weight.detach()))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Copies of the tensors by layer, on their devices."""
+        return {self.key: {name: tensor.clone() for name, tensor in self._tensors.items()}}
+
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        """Raise ScheduleError unless state holds a tensor of the right kind for each layer."""
+        saved = state.get(self.key)
+        if not isinstance(saved, Mapping) or saved.keys() != self._tensors.keys():
+            raise ScheduleError(f"state[{self.key!r}] does not name the layers of this model; it was saved for another")
+        for name, tensor in self._tensors.items():
+            other = saved[name]
+            if not isinstance(other, Tensor) or (other.shape, other.dtype) != (tensor.shape, tensor.dtype):
+                raise ScheduleError(
+                    f"state[{self.key!r}][{name!r}] must be {tensor.dtype} of shape {tuple(tensor.shape)}; "
+                    "it was saved for another model"
+                )
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over a state that check_state has passed."""
+        for name, tensor in self._tensors.items():
+            tensor.copy_(state[self.key][name])
+
+
+class FrozenScales(Frozen):
+    """The scale of mask "soft" for each weight, as it is when the recipe starts (arXiv 2409.09099)."""
+
+    key = "scales"
+
+    def _look(self, weight: Tensor) -> Tensor:
+        return soft_scale(weight)
+
+
+class FrozenMasks(Frozen):
+    """Transposable masks, chosen anew after every `every` applied steps of a sparse phase (arXiv 2404.01847)."""
+
+    key = "masks"
+
+    def __init__(self, model: nn.Module, every: int) -> None:
+        self._every, self._age, self._sparse = every, 0, True
+        super().__init__(model)
+
+    def _look(self, weight: Tensor) -> Tensor:
+        return ops.tile_codes(weight, "transposable")
+
+    def advance(self, sparse: bool) -> None:
+        """Count the step and refresh when the masks are old enough, or when a sparse phase begins again."""
+        begins, self._sparse = sparse and not self._sparse, sparse
+        if not sparse:
+            return
+        self._age += 1
+        if begins or self._age >= self._every:
+            self._refresh()
+            self._age = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Masks as tile codes, and the steps for which they have been held."""
+        return {**super().state_dict(), "age": self._age, "was_sparse": self._sparse}
+
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        """As Frozen, and the age."""
+        super().check_state(state)
+        age = state.get("age")
+        if isinstance(age, bool) or not isinstance(age, int) or not 0 <= age < self._every:
+            raise ScheduleError(f"state['age']={age!r} must be a whole number from 0 to {self._every - 1}")
+        if not isinstance(state.get("was_sparse"), bool):
+            raise ScheduleError(f"state['was_sparse']={state.get('was_sparse')!r} must be true or false")
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over masks and age."""
+        super().load_state_dict(state)
+        self._age, self._sparse = state["age"], state["was_sparse"]
+
+
+def release(layers: Iterable[SemiSparseLinear]) -> None:
+    """Take what was frozen off the layers."""
+    for layer in layers:
+        layer.__dict__.pop("_frozen", None)

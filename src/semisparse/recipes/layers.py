@@ -1,0 +1,38 @@
+"""The layers that a recipe works on, and what it asks of the optimizer."""
+
+import torch
+from torch import nn
+
+from semisparse.errors import ConfigError, LayerRefused, NoLayerMatched
+from semisparse.nn import SemiSparseLinear
+from semisparse.swap import layers_with_masks
+
+
+def layers_by_weight(model: nn.Module) -> dict[str, SemiSparseLinear]:
+    """The layers by name, one for each weight: two modules may share a Parameter. Raises NoLayerMatched."""
+    found: dict[int, tuple[str, SemiSparseLinear]] = {}
+    for name, layer in layers_with_masks(model).items():
+        found.setdefault(id(layer.weight), (name, layer))
+    if not found:
+        raise NoLayerMatched(f"model={type(model).__name__} has no SemiSparseLinear to train; call sparsify first")
+    return dict(found.values())
+
+
+def check_optimizer(optimizer: torch.optim.Optimizer, layers: dict[str, SemiSparseLinear]) -> None:
+    """Raise ConfigError unless optimizer is a torch optimizer that holds the weights of all layers."""
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise ConfigError(f"optimizer={type(optimizer).__name__} is no torch.optim.Optimizer, so it has no step hook")
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    for name, layer in layers.items():
+        if id(layer.weight) not in held:
+            raise ConfigError(
+                f"optimizer does not hold {name}.weight; build it with all weights of the semi-sparse layers"
+            )
+
+
+def check_whole(layers: dict[str, SemiSparseLinear]) -> None:
+    """Raise LayerRefused where a weight is sharded or on no device, so that a recipe cannot look at all of it."""
+    for name, layer in layers.items():
+        if hasattr(layer.weight, "full_tensor") or layer.weight.is_meta:
+            state = "on the meta device" if layer.weight.is_meta else "a sharded DTensor"
+            raise LayerRefused(f"{name}.weight is {state}; this recipe must see whole weights: use dinov2")
