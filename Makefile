@@ -41,4 +41,5 @@ test-gpu:
 bench:
 	PYTHONPATH=src:. $(PYTHON) benchmarks/benchmark_semi_structured_training.py --linear --save $(BENCH_ARGS)
 	PYTHONPATH=src:. $(PYTHON) benchmarks/benchmark_semi_structured_training.py --pack --save $(BENCH_ARGS)
+	PYTHONPATH=src:. $(PYTHON) benchmarks/benchmark_semi_structured_training.py --metrics --save $(BENCH_ARGS)
 	PYTHONPATH=src:. $(PYTHON) benchmarks/benchmark_semi_structured_training.py --save $(BENCH_ARGS)

@@ -1,8 +1,10 @@
-"""Benchmarks of semi-structured training: whole steps (default), single linear layers (--linear), packing (--pack).
+"""Benchmarks of semi-structured training: whole steps (default), single linear layers (--linear), packing (--pack),
+following the masks (--metrics).
 
     python benchmarks/benchmark_semi_structured_training.py [--card sam-vit-l ...] [--save [DIR]]
     python benchmarks/benchmark_semi_structured_training.py --linear [--mkn 13008,1024,4096 ...] [--save [DIR]]
     python benchmarks/benchmark_semi_structured_training.py --pack [--save [DIR]]
+    python benchmarks/benchmark_semi_structured_training.py --metrics [--card llama ...] [--save [DIR]]
 
 Prints a pandas table; --save also writes JSON and CSV, from which benchmarks/cards.py generates cards and README.
 """
@@ -18,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that the f
 import pandas as pd
 import torch
 
-from benchmarks import end_to_end, linear, pack, store
+from benchmarks import end_to_end, linear, metrics, pack, store
 from benchmarks.models import CARDS
 
 Rows = Callable[[dict[str, Any]], list[dict[str, Any]]]
@@ -74,12 +76,22 @@ def _pack_rows(result: dict[str, Any]) -> list[dict[str, Any]]:
     return [{"N x K": " x ".join(map(str, result["nk"])), **times, **ratios}]
 
 
+def _metrics_rows(result: dict[str, Any]) -> list[dict[str, Any]]:
+    times = {f"{name} ms": timing["median_ms"] for name, timing in result["times_ms"].items()}
+    return [{"step": result["card"], "interval": result["interval"], **times, "share": result["share_of_step"]}]
+
+
 def _jobs(options: argparse.Namespace) -> list[tuple[str, str, Rows, Callable[[], dict[str, Any]]]]:
     """(name, kind, table, run) of everything that was asked for."""
     if options.pack:
         return [
             (f"pack-{n}x{k}", "pack", _pack_rows, lambda n=n, k=k: pack.benchmark(n, k, options.rounds))
             for n, k in pack.SHAPES
+        ]
+    if options.metrics:
+        return [
+            (f"metrics-{card}", "metrics", _metrics_rows, lambda card=card: metrics.benchmark(card, options.rounds))
+            for card in (options.card or ["llama"])
         ]
     if options.linear:
         return [
@@ -93,7 +105,7 @@ def _jobs(options: argparse.Namespace) -> list[tuple[str, str, Rows, Callable[[]
         ]
     return [
         (card, "end-to-end", _end_to_end_rows, lambda card=card: end_to_end.benchmark(card, options.rounds))
-        for card in options.card
+        for card in (options.card or CARDS)
     ]
 
 
@@ -102,8 +114,9 @@ def main() -> None:
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--linear", action="store_true", help="single linear layers instead of whole steps")
     which.add_argument("--pack", action="store_true", help="the pack kernel alone")
+    which.add_argument("--metrics", action="store_true", help="what MaskMetrics costs beside a step")
     parser.add_argument("--mkn", nargs="+", type=_shape, default=list(linear.SHAPES), metavar="M,K,N")
-    parser.add_argument("--card", nargs="+", choices=CARDS, default=list(CARDS))
+    parser.add_argument("--card", nargs="+", choices=CARDS)
     parser.add_argument("--rounds", type=int, default=5, help="interleaved blocks per variant")
     parser.add_argument("--save", nargs="?", type=Path, const=store.RESULTS, metavar="DIR")
     options = parser.parse_args()

@@ -138,6 +138,27 @@ def pack_card(results: list[tuple[str, dict[str, Any]]]) -> str:
     return "\n".join([*lines, "", f"Remake: `{COMMAND} --pack --save`", ""])
 
 
+def metrics_card(results: list[tuple[str, dict[str, Any]]]) -> str:
+    """The cost of following the masks."""
+    lines = [
+        "# Following the masks: MaskMetrics at its default interval",
+        "",
+        origin([result for _, result in results]),
+        "",
+        "The metrics of an interval are two mask computations and one set of statistics for all sparse layers, timed "
+        "back to back on their own and compared with the steps of the interval.",
+        "",
+        "| step | layers | interval | step ms | metrics of an interval ms | share of the time | peak MiB |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for _, result in results:
+        times = [f"{timing['median_ms']:.2f}" for timing in result["times_ms"].values()]
+        cells = [result["title"], str(result["layers"]), str(result["interval"]), *times]
+        cells += [f"{result['share_of_step']:.3%}", f"{result['peak_memory_bytes'] / 2**20:.0f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, "", f"Remake: `{COMMAND} --metrics --save`", ""])
+
+
 def readme_blocks() -> dict[str, str]:
     """Marker -> generated text of each README block that has results."""
     linear, steps = load("linear"), load("end-to-end")
@@ -165,6 +186,8 @@ def outputs() -> dict[Path, str]:
     made |= {CARDS / f"{Path(name).stem}.md": end_to_end_card(name, result) for name, result in load("end-to-end")}
     if packs := sorted(load("pack"), key=lambda found: found[1]["nk"]):
         made[CARDS / "pack.md"] = pack_card(packs)
+    if followed := load("metrics"):
+        made[CARDS / "metrics.md"] = metrics_card(followed)
     readme = ROOT / "README.md"
     return {**made, readme: with_blocks(readme.read_text(), readme_blocks())}
 

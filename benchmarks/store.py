@@ -1,7 +1,6 @@
 """Where results come from and go to: one JSON file a run, with everything needed to judge it."""
 
 import json
-import os
 import subprocess
 import time
 from dataclasses import asdict
@@ -10,6 +9,7 @@ from typing import Any
 
 import torch
 
+from semisparse.demo.report import commit
 from semisparse.environment import environment
 
 RESULTS = Path(__file__).parent / "results"
@@ -23,7 +23,7 @@ def provenance() -> dict[str, Any]:
     """Commit, GPU, versions, clocks and both peaks of this run."""
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     return {
-        "commit": _commit(),
+        "commit": commit() or "unknown",
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "gpu": name,
         "environment": asdict(environment()),
@@ -38,18 +38,6 @@ def save(name: str, payload: dict[str, Any], folder: Path | None = None) -> Path
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(json.dumps({"provenance": provenance(), **payload}, indent=1) + "\n")
     return target
-
-
-def _commit() -> str:
-    """The commit of the tree: SEMISPARSE_COMMIT where it is set (a copy's history may be another), else git's."""
-    if named := os.environ.get("SEMISPARSE_COMMIT"):
-        return named
-    root = Path(__file__).parent.parent
-    try:
-        done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True)
-        return done.stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
 
 
 def _clocks() -> str:

@@ -17,7 +17,8 @@ def test_defaults_are_the_transposable_weight_recipe() -> None:
 @pytest.mark.parametrize(("field", "value", "choices"), [
     ("operand", "weights", "'weight', 'activation'"),
     ("operand", None, "'weight', 'activation'"),
-    ("mask", "greedy", "'transposable', 'row'"),
+    ("mask", "sideways", "'transposable', 'row', 'soft', 'greedy', 'signed_greedy'"),
+    ("mask", "codes", "'transposable', 'row', 'soft', 'greedy', 'signed_greedy'"),
     ("mask", True, "'transposable', 'row'"),
     ("mask", ["row"], "'transposable', 'row'"),
 ])  # fmt: skip
@@ -29,8 +30,10 @@ def test_a_value_outside_its_choices_is_named_with_the_choices(field: str, value
 
 
 def test_settings_that_exclude_each_other_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"mask='row' cannot serve operand='activation'.*use mask='transposable'"):
-        SparseConfig(operand="activation", mask="row")
+    for mask in ("row", "soft", "greedy", "signed_greedy"):
+        expected = rf"mask='{mask}' cannot serve operand='activation'.*use mask='transposable'"
+        with pytest.raises(ConfigError, match=expected):
+            SparseConfig(operand="activation", mask=mask)  # type: ignore[arg-type]
 
 
 def test_it_is_frozen_keyword_only_and_has_no_other_fields() -> None:

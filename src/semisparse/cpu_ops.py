@@ -1,6 +1,6 @@
 """What the ops do without a GPU: the reference packs, into the sm90 layout, and products are masked dense."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 
 import torch
@@ -29,15 +29,21 @@ def choose(matrix: Tensor, mask: str, frozen: Tensor | None) -> Tensor:
     if mask == "codes":
         return reference_masks.from_codes(check_frozen(matrix, mask, frozen))
     if mask not in _MASKS:
-        raise ConfigError(f"mask={mask!r} is not one of {', '.join(map(repr, (*_MASKS, 'codes', 'soft')))}")
+        raise _unknown(mask, (*_MASKS, "codes", "soft"))
     return _MASKS[mask](matrix)
 
 
+def _unknown(mask: str, known: Iterable[str]) -> ConfigError:
+    return ConfigError(f"mask={mask!r} is not one of {', '.join(map(repr, known))}")
+
+
 def check_frozen(matrix: Tensor, mask: str, frozen: Tensor | None) -> Tensor:
-    """frozen as mask "codes" or "soft" needs it for matrix. Raises ConfigError, TensorError, ShapeError."""
+    """frozen, if mask "codes" or "soft" can use it on matrix. Raises ConfigError, TensorError, ShapeError."""
     if frozen is None:
         raise ConfigError(f"mask={mask!r} needs what a recipe froze: start one (semisparse.recipes) before the forward")
     soft = mask == "soft"
+    reference_masks.check_shape(matrix, tiles=not soft)
+    reference_masks.check_dtype(matrix)
     dtype, shape = (
         (torch.float32, torch.Size([])) if soft else (torch.int16, torch.Size(size // GROUP for size in matrix.shape))
     )
@@ -55,7 +61,9 @@ def tile_codes(matrix: Tensor, mask: str) -> Tensor:
     """ops.tile_codes."""
     if mask == "transposable":
         return reference_masks.transposable_codes(matrix).to(torch.int16)
-    return reference_masks.to_codes(choose(matrix.detach(), mask, None)).to(torch.int16)
+    if mask not in _MASKS:
+        raise _unknown(mask, _MASKS)
+    return reference_masks.to_codes(_MASKS[mask](matrix)).to(torch.int16)
 
 
 def prune(matrix: Tensor, dtype: torch.dtype, mask: str, frozen: Tensor | None = None) -> Tensor:

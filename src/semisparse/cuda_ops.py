@@ -19,7 +19,7 @@ from semisparse.reference import masks as reference_masks
 from semisparse.reference import packing as reference_packing
 
 _packed_bytes = lru_cache(4096)(packed_bytes)
-_CHOSEN_BY_KERNEL = ("transposable", "row")
+_CHOSEN_BY_KERNEL = ("transposable", "row", "greedy", "signed_greedy")
 
 
 @cache
@@ -149,7 +149,7 @@ def _pack(
         return matrix.new_empty(0, dtype=torch.uint8), matrix.new_empty(0, dtype=torch.uint8)
     if written.packer != "kernel" or written.layout is None or mask not in MODES:
         padded = torch.nn.functional.pad(matrix, (0, 0, 0, rows - matrix.shape[0]))
-        pruned = cpu_ops.prune(padded, dtype, mask, frozen)
+        pruned = prune(padded, dtype, mask, frozen)
         if written.packer == "kernel" and engine().available(matrix.get_device()).ok:
             # A mask that the kernel does not know; the compressor, unlike the reference, never waits for the device.
             written = PackedFormat("compressor", written.layout, f"mask={mask!r}")

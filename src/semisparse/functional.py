@@ -41,10 +41,10 @@ def semi_sparse_linear(
 
     x: (..., K), weight: (N, K) with N and K multiples of 4, bias: (N,) or None; any strides, fp64, fp32, fp16 or bf16,
     all of one dtype unless autocast is on. mask, engine: as in SparseConfig. frozen: what a recipe holds fixed: int16
-    tile codes (N/4 x K/4) of the mask to use instead of choosing one, or, for mask "soft", its scale (one fp32).
-    packed: the result of ops.pack for this weight, mask and compute dtype, when it is to be used again.
-    The mask is exact; products err as PyTorch's own in the compute dtype do. Raises ShapeError, TensorError, and
-    ConfigError for mask "soft" without its scale.
+    tile codes (N/4 x K/4) of the transposable mask to use instead of choosing one (that they are transposable is not
+    checked), or, for mask "soft", its scale (one fp32). packed: the result of ops.pack for this weight, mask, frozen
+    and compute dtype, when it is to be used again. The mask is exact; products err as PyTorch's own in the compute
+    dtype do. Raises ShapeError, TensorError, and ConfigError for mask "soft" without its scale.
     """
     mask = frozen_mask(mask, frozen)
     check_operands(x, weight, bias)

@@ -17,6 +17,8 @@ from semisparse.nn import SemiSparseLinear
 from semisparse.swap import layers_with_masks
 
 FLIP_RATE, FLIP_RATIO = "flip_rate", "flip_ratio"
+DEFAULT_INTERVAL = 100
+"""Steps from one measured step to the next."""
 _NAMES = (FLIP_RATE, "kept_magnitude", "dead_rows")
 
 
@@ -34,7 +36,7 @@ class MaskMetrics:
     are left out. interval: optimizer steps, 2 or more. Raises NoLayerMatched without such a layer, ConfigError.
     """
 
-    def __init__(self, model: nn.Module, interval: int = 100) -> None:
+    def __init__(self, model: nn.Module, interval: int = DEFAULT_INTERVAL) -> None:
         if isinstance(interval, bool) or not isinstance(interval, int) or interval < 2:
             raise ConfigError(f"interval={interval!r} must be a whole number of steps, 2 or more")
         self._layers = _weight_layers(model)

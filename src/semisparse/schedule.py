@@ -1,6 +1,6 @@
 """When to be sparse: phases counted in applied optimizer steps."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Self, get_args
 
@@ -61,7 +61,7 @@ class SparseSchedule:
     @classmethod
     def sparse_then_dense(cls, model: nn.Module, total_steps: int, sparse_fraction: float = 0.7) -> Self:
         """Sparse for the first round(total_steps * sparse_fraction) steps, dense for the rest."""
-        sparse = _share(total_steps, sparse_fraction, "sparse_fraction")
+        sparse = share_of(total_steps, sparse_fraction, "sparse_fraction")
         return cls(model, [Phase("sparse", sparse), Phase("dense", total_steps - sparse)])
 
     @classmethod
@@ -72,8 +72,8 @@ class SparseSchedule:
 
         Each boundary is rounded to a whole step.
         """
-        start = _share(total_steps, dense_start_fraction, "dense_start_fraction")
-        _share(total_steps, sparse_fraction, "sparse_fraction")
+        start = share_of(total_steps, dense_start_fraction, "dense_start_fraction")
+        share_of(total_steps, sparse_fraction, "sparse_fraction")
         if dense_start_fraction + sparse_fraction > 1:
             raise ScheduleError(
                 f"dense_start_fraction={dense_start_fraction} and sparse_fraction={sparse_fraction} exceed 1 together"
@@ -111,8 +111,7 @@ class SparseSchedule:
         """
         if scaler is not None and self._was_skipped(scaler):
             return False
-        self._applied_steps += 1
-        self._apply()
+        self._advance()
         return True
 
     def state_dict(self) -> dict[str, Any]:
@@ -125,25 +124,16 @@ class SparseSchedule:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where state was saved, also in mid-phase. Raises ScheduleError, changing nothing, on a misfit."""
-        try:
-            phases = tuple(Phase(**phase) for phase in state["phases"])
-            applied, scale = state["applied_steps"], state["last_scale"]
-        except (KeyError, TypeError) as error:
-            raise ScheduleError(f"state={state!r} is no saved SparseSchedule: {error!r}") from error
-        if phases != self._phases:
-            raise ScheduleError(
-                f"state has phases {phases}, this schedule {self._phases}; build it with the same phases to resume"
-            )
-        if isinstance(applied, bool) or not isinstance(applied, int) or applied < 0:
-            raise ScheduleError(f"state['applied_steps']={applied!r} must be a whole number, 0 or more")
-        if scale is not None and (isinstance(scale, bool) or not isinstance(scale, (int, float))):
-            raise ScheduleError(f"state['last_scale']={scale!r} must be a number or None")
-        self._applied_steps, self._last_scale = applied, scale
+        self._applied_steps, self._last_scale = checked_state(state, self._phases)
         self._apply()
 
     def __repr__(self) -> str:
         plan = " -> ".join(f"{phase.steps} {phase.kind}" for phase in self._phases)
-        return f"SparseSchedule({plan}; {self._applied_steps} applied, now {self.phase})"
+        return f"{type(self).__name__}({plan}; {self._applied_steps} applied, now {self.phase})"
+
+    def _advance(self) -> None:
+        self._applied_steps += 1
+        self._apply()
 
     def _apply(self) -> None:
         sparse = self.phase == "sparse"
@@ -164,9 +154,29 @@ class SparseSchedule:
         return bool(skipped)
 
 
-def _share(total_steps: int, fraction: float, name: str) -> int:
+def share_of(total_steps: int, fraction: float, name: str) -> int:
+    """A share of total_steps in whole steps; name: of fraction, for messages. Raises ScheduleError."""
     if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1:
         raise ScheduleError(f"total_steps={total_steps!r} must be a whole number of steps, 1 or more")
     if not isinstance(fraction, (int, float)) or not 0 <= fraction <= 1:  # also refuses NaN
         raise ScheduleError(f"{name}={fraction!r} must lie between 0 and 1")
     return round(total_steps * fraction)
+
+
+def checked_state(state: Any, phases: tuple[Phase, ...]) -> tuple[int, float | None]:
+    """The counter and the last scale of a state that was saved with these phases. Raises ScheduleError."""
+    try:
+        saved = tuple(Phase(**phase) for phase in state["phases"])
+        applied, scale = state["applied_steps"], state["last_scale"]
+    except (KeyError, TypeError) as error:
+        given = f"with {sorted(map(str, state))}" if isinstance(state, Mapping) else f"of type {type(state).__name__}"
+        raise ScheduleError(f"state {given} is no saved SparseSchedule: {error!r}") from error
+    if saved != phases:
+        raise ScheduleError(
+            f"state has phases {saved}, this schedule {phases}; build it with the same phases to resume"
+        )
+    if isinstance(applied, bool) or not isinstance(applied, int) or applied < 0:
+        raise ScheduleError(f"state['applied_steps']={applied!r} must be a whole number, 0 or more")
+    if scale is not None and (isinstance(scale, bool) or not isinstance(scale, (int, float))):
+        raise ScheduleError(f"state['last_scale']={scale!r} must be a number or None")
+    return applied, scale

@@ -249,10 +249,11 @@ def test_learning_rate_rises_linearly_then_falls_to_zero_along_a_cosine():
 def test_phase_spans_carry_the_median_after_warm_up():
     warm_up, steady = [9.0] * measure.WARM_UP_STEPS, [float(i) for i in range(1, measure.WARM_UP_STEPS + 2)]
     long = len(warm_up) + len(steady)
-    spans = phase_spans(["sparse"] * long + ["dense"] * 3, [*warm_up, *steady, 5.0, 7.0, 8.0])
-    assert [(span.kind, span.start, span.end, span.seconds_per_step) for span in spans] == [
-        ("sparse", 0, long, 6.0),
-        ("dense", long, long + 3, 7.5),  # a phase that short leaves out its first half
+    products = [4] * long + [0, 0, 1]
+    spans = phase_spans(["sparse"] * long + ["dense"] * 3, [*warm_up, *steady, 5.0, 7.0, 8.0], products)
+    assert [(span.kind, span.start, span.end, span.seconds_per_step, span.sparse_products) for span in spans] == [
+        ("sparse", 0, long, 6.0, 4 * long),
+        ("dense", long, long + 3, 7.5, 1),  # a phase that short leaves out its first half
     ]
 
 

@@ -4,14 +4,17 @@ import pytest
 import torch
 
 import semisparse
-from semisparse import SemiSparseActivationLinear, SemiSparseLinear, SparseConfig, functional
+from semisparse import SemiSparseActivationLinear, SemiSparseLinear, SparseConfig, functional, ops
 from semisparse.errors import EngineError
 from semisparse.nn import reuse
 from semisparse.testing import assert_bit_equal, small_integers
 from tests.functional.counting import CountOps
 
 LAYERS = {"weight": SemiSparseLinear, "activation": SemiSparseActivationLinear}
-CASES = [("weight", "transposable"), ("weight", "row"), ("activation", "transposable")]
+CASES = [
+    ("activation", "transposable"),
+    *(("weight", mask) for mask in ("transposable", "row", "greedy", "signed_greedy", "soft", "codes")),
+]
 
 
 @pytest.fixture
@@ -24,10 +27,16 @@ def packed_on_cpu(monkeypatch):
 
 
 def layer_of(operand, mask="transposable", engine="auto", dtype=torch.bfloat16):
-    layer = LAYERS[operand](48, 80, dtype=dtype, config=SparseConfig(operand=operand, mask=mask, engine=engine))
+    """mask "codes": frozen tile codes of another matrix."""
+    config = SparseConfig(operand=operand, mask="transposable" if mask == "codes" else mask, engine=engine)
+    layer = LAYERS[operand](48, 80, dtype=dtype, config=config)
     with torch.no_grad():
         for seed, parameter in enumerate(layer.parameters()):
             parameter.copy_(small_integers(parameter.shape, seed=seed, dtype=dtype))
+    if mask == "codes":
+        layer._frozen = ops.tile_codes(small_integers((80, 48), seed=9), "transposable")
+    elif mask == "soft":
+        layer._frozen = torch.tensor(0.5)
     return layer
 
 
@@ -122,6 +131,25 @@ def test_reuse_packs_once_for_eight_micro_batches(packed_on_cpu):
     assert not torch.equal(after, y)
     with semisparse.reuse_packed(model):
         assert_bit_equal(model(x).detach(), after.detach())  # the kept buffers hold the new weight
+
+
+@pytest.mark.parametrize("mask", ["greedy", "signed_greedy", "soft", "codes"])
+def test_reuse_packs_what_a_recipe_froze(packed_on_cpu, mask):
+    layer = layer_of("weight", mask)
+    x = small_integers((16, 48), seed=7, dtype=torch.bfloat16)
+    expected = layer(x)
+    for block in range(2):  # the second block writes into the buffers of the first
+        with CountOps() as counter, semisparse.reuse_packed(layer) as count:
+            ours = [layer(x).detach() for _ in range(3)]
+        assert count == 1 and counter.counts["pack"] == 1
+        for y in ours:
+            assert_bit_equal(y, expected.detach())
+        if layer._frozen is not None:  # refreshed in place between blocks, as a recipe does
+            before = expected
+            other = ops.tile_codes(small_integers((80, 48), seed=10 + block), "transposable")
+            layer._frozen.copy_(other if mask == "codes" else torch.tensor(block + 2.0))
+            expected = layer(x)
+            assert not torch.equal(expected, before)
 
 
 def test_reuse_leaves_the_masked_dense_route_alone():

@@ -18,7 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from semisparse.gemm.layout import SM90_16BIT
-from semisparse.kernels import bias, prune_pack, unpack
+from semisparse.kernels import bias, prune_pack, tile_codes, unpack
 from semisparse.kernels.arguments import DEFAULT_BLOCK, HOPPER_BLOCK, MODES
 from semisparse.kernels.metadata import repeated
 
@@ -59,8 +59,20 @@ def pack(arch, source, target, mode, even):
     return taken | {"most registers": block.registers}
 
 
+def codes(arch, source, mode, turned):
+    """A contiguous matrix, or the transpose of one that is a single row of tiles: Triton makes sizes of 1 constants."""
+    types = {"matrix": f"*{source}", "codes": "*i16"}
+    types |= dict.fromkeys(("tile_rows", "tile_columns", "row_stride", "column_stride"), "i32")
+    ones = dict.fromkeys(("tile_rows", "row_stride") if turned else ("column_stride",), 1)
+    constants = ones | {"MODE": mode, "TILES": tile_codes.TILES}
+    return compiled(tile_codes.tile_codes, types, constants, arch, ["matrix", "codes"], num_warps=4)
+
+
 def main(arch):
     found = {}
+    for mode, name in enumerate(tile_codes.MODES):
+        for source, turned in ((tl.bfloat16, False), (tl.float16, False), (tl.float32, False), (tl.float32, True)):
+            found[f"tile_codes {name} {source}{' turned' * turned}"] = codes(arch, source, mode, turned)
     for mode, name in enumerate(MODES):
         for source, target in ((tl.bfloat16, tl.bfloat16), (tl.float32, tl.float16)):
             for even in (True, False) if name == "transposable" else (False,):

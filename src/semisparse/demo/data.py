@@ -14,6 +14,9 @@ CLASSES = 10
 SPLIT_SEED = 0
 """Who is in which split never depends on a run's seed, so that all runs and checkpoints share one test set."""
 
+DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
+"""Where Debian's package dataset-fashion-mnist puts the four idx files."""
+
 _FASHION_SIDE = 28
 # Shares held out: digits 449 test and about 112 validation images of 1797; Fashion-MNIST 5000 of its 60000.
 _DIGITS_TEST = 0.25

@@ -1,4 +1,4 @@
-"""A small vision transformer made of plain nn.Linear layers, as the demo and the examples train it."""
+"""Small transformers made of plain nn.Linear layers, as the demo and the examples train them: here the ViT."""
 
 from dataclasses import dataclass, fields
 
@@ -48,29 +48,32 @@ class ViTConfig:
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention. x: (B, T, width), any float dtype; returns the same shape."""
+    """Multi-head self-attention. x: (B, T, width), any float dtype; returns the same shape.
 
-    def __init__(self, config: ViTConfig) -> None:
+    causal: a token sees only itself and those before it.
+    """
+
+    def __init__(self, width: int, heads: int, causal: bool = False) -> None:
         super().__init__()
-        self.heads = config.heads
-        self.qkv = nn.Linear(config.width, 3 * config.width)
-        self.proj = nn.Linear(config.width, config.width)
+        self.heads, self.causal = heads, causal
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Attention over the T tokens of each image."""
+        """Attention over the T tokens of each sequence."""
         batch, tokens, width = x.shape
         q, k, v = self.qkv(x).view(batch, tokens, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(q, k, v)
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
         return self.proj(mixed.transpose(1, 2).reshape(batch, tokens, width))
 
 
 class MLP(nn.Module):
     """Two linear layers with GELU between them. x: (..., width); returns the same shape."""
 
-    def __init__(self, config: ViTConfig) -> None:
+    def __init__(self, width: int, ratio: int) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(config.width, config.mlp_ratio * config.width)
-        self.fc2 = nn.Linear(config.mlp_ratio * config.width, config.width)
+        self.fc1 = nn.Linear(width, ratio * width)
+        self.fc2 = nn.Linear(ratio * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         """fc2(gelu(fc1(x)))."""
@@ -80,12 +83,12 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block: attention, then MLP, each added to its input."""
 
-    def __init__(self, config: ViTConfig) -> None:
+    def __init__(self, width: int, heads: int, mlp_ratio: int, causal: bool = False) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(config.width)
-        self.attn = Attention(config)
-        self.norm2 = nn.LayerNorm(config.width)
-        self.mlp = MLP(config)
+        self.norm1 = nn.LayerNorm(width)
+        self.attn = Attention(width, heads, causal)
+        self.norm2 = nn.LayerNorm(width)
+        self.mlp = MLP(width, mlp_ratio)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, T, width); returns the same shape."""
@@ -93,7 +96,28 @@ class Block(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
-class VisionTransformer(nn.Module):
+class Transformer(nn.Module):
+    """What the demo's models share: embed, then blocks, then read_out. Subclasses say what the first and last do."""
+
+    blocks: nn.ModuleList
+
+    def embed(self, inputs: Tensor) -> Tensor:
+        """Inputs of a batch to tokens (B, T, width)."""
+        raise NotImplementedError
+
+    def read_out(self, x: Tensor) -> Tensor:
+        """Tokens after the last block (B, T, width) to outputs."""
+        raise NotImplementedError
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Outputs of a batch."""
+        x = self.embed(inputs)
+        for block in self.blocks:
+            x = block(x)
+        return self.read_out(x)
+
+
+class VisionTransformer(Transformer):
     """ViT classifier (arXiv 2010.11929) with learned positions and mean pooling instead of a class token.
 
     images: (B, channels, image_size, image_size) float; returns logits (B, classes). The linear layers are
@@ -105,16 +129,21 @@ class VisionTransformer(nn.Module):
         self.config = config
         self.patch_embed = nn.Linear(config.patch_features, config.width)
         self.positions = nn.Parameter(nn.init.trunc_normal_(torch.empty(config.tokens, config.width), std=0.5))
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.blocks = nn.ModuleList(Block(config.width, config.heads, config.mlp_ratio) for _ in range(config.depth))
         self.norm = nn.LayerNorm(config.width)
         self.head = nn.Linear(config.width, config.classes)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def embed(self, images: Tensor) -> Tensor:
+        """Patches of images as tokens (B, T, width), positions added."""
+        return self.patch_embed(self._patches(images)) + self.positions
+
+    def pool(self, x: Tensor) -> Tensor:
+        """One feature vector (B, width) for each image, from its tokens after the last block."""
+        return self.norm(x).mean(dim=1)
+
+    def read_out(self, x: Tensor) -> Tensor:
         """Logits (B, classes)."""
-        x = self.patch_embed(self._patches(images)) + self.positions
-        for block in self.blocks:
-            x = block(x)
-        return self.head(self.norm(x).mean(dim=1))
+        return self.head(self.pool(x))
 
     def _patches(self, images: Tensor) -> Tensor:
         """(B, C, S, S) -> (B, tokens, C * patch * patch), patches in row-major order."""

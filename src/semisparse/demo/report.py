@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import os
 import subprocess
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -18,11 +19,12 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 FORMAT = "semisparse-demo-results"
-VERSION = 2
+VERSION = 3
 
-# Okabe and Ito's colours, told apart by people with any common colour vision; line styles tell them apart in grey.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-_LINES = ("-", "--", "-.", ":")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+"""Okabe and Ito's, told apart by people with any common colour vision."""
+LINES = ("-", "--", "-.", ":")
+"""Line styles, which tell runs apart in grey."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +67,7 @@ def results_document(results: Sequence[RunResult], settings: dict[str, Any]) -> 
         "settings": settings,
         "runs": [{**asdict(result), "seconds_per_step": result.seconds_per_step} for result in results],
     }
-    return _finite(document)
+    return finite(document)
 
 
 def write_results(path: Path, document: dict[str, Any]) -> None:
@@ -74,7 +76,12 @@ def write_results(path: Path, document: dict[str, Any]) -> None:
 
 
 def commit() -> str | None:
-    """The git commit of this source tree, with "+changes" if files differ from it; None for an installed package."""
+    """The git commit of this source tree, with "+changes" if files differ from it; None for an installed package.
+
+    SEMISPARSE_COMMIT, where it is set, names it instead: a copy of the tree may have another history or none.
+    """
+    if named := os.environ.get("SEMISPARSE_COMMIT"):
+        return named
     root = Path(__file__).resolve().parents[3]
     if not (root / ".git").exists():
         return None
@@ -97,7 +104,7 @@ def write_plot(path: Path, results: Sequence[RunResult], title: str) -> None:
     FigureCanvasAgg(figure)
     loss_axes, flip_axes, accuracy_axes = figure.subplots(1, 3)
     for index, result in enumerate(results):
-        style = {"color": _COLOURS[index % len(_COLOURS)], "linestyle": _LINES[index % len(_LINES)]}
+        style = {"color": COLOURS[index % len(COLOURS)], "linestyle": LINES[index % len(LINES)]}
         steps = [record.step for record in result.epochs]
         losses = [record.train_loss for record in result.epochs]
         accuracies = [100 * record.validation.accuracy for record in result.epochs]
@@ -135,9 +142,10 @@ def _git(root: Path, *arguments: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """value, nested lists and dictionaries included, with None for every number that is not finite."""
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

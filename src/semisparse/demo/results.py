@@ -29,12 +29,17 @@ class EpochRecord:
 
 @dataclass(frozen=True, slots=True)
 class PhaseSpan:
-    """Steps start (included) to end (excluded) of one kind. seconds_per_step: median after warm-up, None if untimed."""
+    """Steps start (included) to end (excluded) of one kind.
+
+    seconds_per_step: median after warm-up, None if untimed. sparse_products: products on sparse tensor cores that its
+    training steps ran, 0 where all were dense or masked dense.
+    """
 
     kind: Kind
     start: int
     end: int
     seconds_per_step: float | None
+    sparse_products: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -41,12 +41,19 @@ class Task(Protocol):
 class Augmentation:
     """Random affine change of each training image, drawn uniformly from plus or minus each value.
 
-    shift: part of the image's side, in both directions; rotation: radians; scale: relative zoom.
+    shift: part of the image's side, in both directions; rotation: radians; scale: relative zoom; flip: mirror half of
+    the images left to right.
     """
 
     shift: float = 1 / 16
     rotation: float = 0.1
     scale: float = 0.1
+    flip: bool = False
+
+    @property
+    def draws(self) -> int:
+        """Random numbers that one image takes."""
+        return 5 if self.flip else 4
 
 
 class ImageClassification:
@@ -70,7 +77,8 @@ class ImageClassification:
         """(images, labels) of one epoch. All random numbers are drawn on the CPU and moved once an epoch."""
         images, labels = self.data.train.images, self.data.train.labels
         order = torch.randperm(len(labels), generator=generator).to(images.device)
-        draws = (torch.rand(len(labels), 4, generator=generator) * 2 - 1).to(images.device)
+        count = 0 if self.augmentation is None else self.augmentation.draws
+        draws = (torch.rand(len(labels), count, generator=generator) * 2 - 1).to(images.device)
         for step in range(self.steps_per_epoch(batch_size)):
             chosen = slice(step * batch_size, (step + 1) * batch_size)
             batch = images[order[chosen]]
@@ -104,14 +112,18 @@ def classification_scores(forward: Forward, split: Split) -> Scores:
 
 
 def augment(images: Tensor, draws: Tensor, settings: Augmentation) -> Tensor:
-    """Images (n, C, S, S) turned, zoomed and shifted by draws (n, 4) in [-1, 1], bilinearly.
+    """Images (n, C, S, S) turned, zoomed, shifted and mirrored by draws (n, settings.draws) in [-1, 1], bilinearly.
 
     Pixels that the moved image does not cover get the darkest value of the batch.
     """
     angle, zoom = draws[:, 0] * settings.rotation, 1 + draws[:, 1] * settings.scale
-    shift = 2 * settings.shift * draws[:, 2:]  # the sampling grid spans 2 units
+    shift = 2 * settings.shift * draws[:, 2:4]  # the sampling grid spans 2 units
     cos, sin = angle.cos() * zoom, angle.sin() * zoom
-    rows = [torch.stack([cos, -sin, shift[:, 0]], dim=1), torch.stack([sin, cos, shift[:, 1]], dim=1)]
+    mirror = torch.where(draws[:, 4] < 0, -1.0, 1.0) if settings.flip else torch.ones_like(cos)
+    rows = [
+        torch.stack([mirror * cos, -sin, shift[:, 0]], dim=1),
+        torch.stack([mirror * sin, cos, shift[:, 1]], dim=1),
+    ]
     grid = F.affine_grid(torch.stack(rows, dim=1), list(images.shape), align_corners=False)
     darkest = images.amin()
     return F.grid_sample(images - darkest, grid, align_corners=False) + darkest

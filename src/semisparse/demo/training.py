@@ -10,10 +10,12 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from semisparse.demo.capture import GraphedGradients
 from semisparse.demo.measure import FlipRate, MemoryMeter, StepClock, median_after_warm_up
 from semisparse.demo.results import EpochRecord, PhaseSpan, RunResult
 from semisparse.demo.task import Batch, Forward, Task
 from semisparse.errors import ConfigError
+from semisparse.gemm.engine import engine
 from semisparse.schedule import Kind, SparseSchedule
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -25,10 +27,11 @@ class TrainConfig:
     """Settings of a run. Immutable, checked when it is built.
 
     epochs; batch_size: samples a step; lr: peak learning rate; warmup_fraction: share of the steps over which it rises
-    from 0, before a cosine to 0; weight_decay: of tensors with 2 or more dimensions; sparse_fraction: share of the
-    steps that are sparse, from the start; layers: which linear layers are sparse, as sparsify's select; seed: of
-    initial weights, data order and augmentation; device: "auto", "cpu", "cuda" or "cuda:<i>"; precision: "fp32", or
-    autocast to "bf16" or "fp16" (the latter with gradient scaling) over fp32 weights.
+    from 0, before a cosine to 0; weight_decay: of tensors with 2 or more dimensions; betas: Adam's; clip: largest norm
+    of all gradients together, 0 for any; sparse_fraction: share of the steps that are sparse, from the start; layers:
+    which linear layers are sparse, as sparsify's select; seed: of initial weights, data order and augmentation; device:
+    "auto", "cpu", "cuda" or "cuda:<i>"; precision: "fp32", or autocast to "bf16" or "fp16" (the latter with gradient
+    scaling) over fp32 weights.
     Raises ConfigError, naming the setting.
     """
 
@@ -37,6 +40,8 @@ class TrainConfig:
     lr: float = 6e-3
     warmup_fraction: float = 0.1
     weight_decay: float = 0.05
+    betas: tuple[float, float] = (0.9, 0.999)
+    clip: float = 0.0
     sparse_fraction: float = 0.7
     layers: str = "mlp"
     seed: int = 0
@@ -48,9 +53,12 @@ class TrainConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ConfigError(f"{name}={value!r} must be a whole number, {least} or more")
-        for name, low, high in (("warmup_fraction", 0, 1), ("sparse_fraction", 0, 1), ("weight_decay", 0, math.inf)):
-            if not low <= getattr(self, name) <= high:  # also refuses NaN
-                raise ConfigError(f"{name}={getattr(self, name)!r} must lie between {low} and {high}")
+        fractions = ("warmup_fraction", "sparse_fraction")
+        for name, high in (*((name, 1) for name in fractions), ("weight_decay", math.inf), ("clip", math.inf)):
+            if not 0 <= getattr(self, name) <= high:  # also refuses NaN
+                raise ConfigError(f"{name}={getattr(self, name)!r} must lie between 0 and {high}")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ConfigError(f"betas={self.betas!r} must be two numbers, 0 or more and less than 1")
         if not 0 < self.lr < math.inf:
             raise ConfigError(f"lr={self.lr!r} must be a positive number")
         if self.precision not in get_args(Precision):
@@ -104,25 +112,31 @@ def fit(
     config: TrainConfig,
     schedule: SparseSchedule | None = None,
     *,
+    optimizer: torch.optim.Optimizer | None = None,
     name: str = "run",
     on_progress: Callable[[Progress], None] | None = None,
     wrap: Callable[[nn.Module], Forward] | None = None,
+    graph: bool = False,
 ) -> RunResult:
     """Train model, already on config.device, for config.epochs and score it on the test split once.
 
-    schedule: stepped after each optimizer step; None trains the model as it is. name: for the result and on_progress,
-    which is called after each step. wrap: what the training forward goes through instead of model itself
-    (torch.compile, say); scores are taken on model. Uses AdamW and a cosine learning rate; config.sparse_fraction and
-    config.layers are not read here. On a CPU equal arguments give equal numbers, bit for bit; on CUDA as far as the
-    kernels are deterministic. Raises ConfigError when the batch size does not fit.
+    schedule: stepped after each optimizer step; None trains the model as it is. optimizer: default adamw(model,
+    config); its learning rates are set here, along a cosine. name: for the result and on_progress, which is called
+    after each step. wrap: what the training forward goes through instead of model itself (torch.compile, say); scores
+    are taken on model. graph: replay forward and backward from a CUDA graph (see GraphedGradients).
+    config.sparse_fraction and config.layers are not read here. On a CPU equal arguments give equal numbers, bit for
+    bit; on CUDA as far as the kernels are deterministic. Raises ConfigError when the batch size does not fit, and for
+    a graph without CUDA or with fp16, whose gradient scaling it does not have.
     """
     device = resolve_device(config.device)
     steps_per_epoch = task.steps_per_epoch(config.batch_size)
     total = config.epochs * steps_per_epoch
     flips = FlipRate(model, steps_per_epoch)
-    step = _Step(model if wrap is None else wrap(model), task, config, schedule, _adamw(model, config))
+    forward, optimizer = model if wrap is None else wrap(model), optimizer or adamw(model, config)
+    step = _Step(forward, task, config, schedule, optimizer, graph)
     order = torch.Generator().manual_seed(config.seed)
     memory, clock, kinds, epochs = MemoryMeter(device), StepClock(device), list[Kind](), list[EpochRecord]()
+    products = list[int]()
     report = on_progress or (lambda progress: None)
     for _ in range(config.epochs):
         model.train()
@@ -131,8 +145,9 @@ def fit(
         for batch in task.batches(config.batch_size, order):
             kinds.append("dense" if schedule is None else schedule.phase)
             clock.start()
-            losses += step(batch, learning_rate(config, len(kinds) - 1, total))
+            losses += step(batch, learning_rate(config, len(kinds) - 1, total), kinds[-1])
             clock.stop()
+            products.append(step.products)
             flips.count(schedule)
             report(Progress(name, len(kinds), total, kinds[-1]))
         with scoring(model, device, config.precision):
@@ -146,7 +161,7 @@ def fit(
         steps=total,
         skipped_steps=0 if schedule is None else total - schedule.applied_steps,
         epochs=tuple(epochs),
-        phases=phase_spans(kinds, clock.seconds()),
+        phases=phase_spans(kinds, clock.seconds(), products),
         test=test,
         peak_memory=memory.peak(),
     )
@@ -162,23 +177,45 @@ class _Step:
         config: TrainConfig,
         schedule: SparseSchedule | None,
         optimizer: torch.optim.Optimizer,
+        graph: bool,
     ) -> None:
         self._forward, self._task, self._config = forward, task, config
         self._schedule, self._optimizer = schedule, optimizer
         self._device = resolve_device(config.device)
+        if graph and (self._device.type != "cuda" or config.precision == "fp16"):
+            raise ConfigError(
+                f"graph=True needs device='cuda' and precision 'fp32' or 'bf16', not {config.precision!r} on "
+                f"{config.device!r}; leave it out"
+            )
         self._scaler = torch.amp.GradScaler(self._device.type, enabled=config.precision == "fp16")
+        self._parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        self._graphed = GraphedGradients(self._backward, self._parameters) if graph else None
+        self.products = 0
+        """Sparse products of the last step."""
 
-    def __call__(self, batch: Batch, lr: float) -> Tensor:
+    def __call__(self, batch: Batch, lr: float, kind: Kind) -> Tensor:
         for group in self._optimizer.param_groups:
             group["lr"] = lr
-        with autocast(self._device, self._config.precision):
-            loss = self._task.loss(self._forward, batch)
-        self._optimizer.zero_grad(set_to_none=True)
-        self._scaler.scale(loss).backward()
+        if self._graphed is not None:
+            loss, self.products = self._graphed(batch, kind)
+        else:
+            before = engine().products
+            self._optimizer.zero_grad(set_to_none=True)
+            loss = self._backward(batch)
+            self.products = engine().products - before
+        if self._config.clip:
+            self._scaler.unscale_(self._optimizer)
+            nn.utils.clip_grad_norm_(self._parameters, self._config.clip)
         self._scaler.step(self._optimizer)
         self._scaler.update()
         if self._schedule is not None:
             self._schedule.step(self._scaler)
+        return loss
+
+    def _backward(self, batch: Batch) -> Tensor:
+        with autocast(self._device, self._config.precision):
+            loss = self._task.loss(self._forward, batch)
+        self._scaler.scale(loss).backward()
         return loss.detach()
 
 
@@ -190,20 +227,26 @@ def learning_rate(config: TrainConfig, step: int, total: int) -> float:
     return config.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 
-def phase_spans(kinds: list[Kind], seconds: list[float]) -> tuple[PhaseSpan, ...]:
-    """Stretches of equal kind, from the kind and the seconds of each step."""
+def phase_spans(kinds: list[Kind], seconds: list[float], products: list[int]) -> tuple[PhaseSpan, ...]:
+    """Stretches of equal kind, from the kind, the seconds and the sparse products of each step."""
     spans, start = [], 0
     for kind, steps in groupby(kinds):
         end = start + len(list(steps))
-        spans.append(PhaseSpan(kind, start, end, median_after_warm_up(seconds[start:end])))
+        spans.append(PhaseSpan(kind, start, end, median_after_warm_up(seconds[start:end]), sum(products[start:end])))
         start = end
     return tuple(spans)
 
 
-def _adamw(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+def adamw(
+    model: nn.Module, config: TrainConfig, kind: type[torch.optim.AdamW] = torch.optim.AdamW
+) -> torch.optim.AdamW:
+    """The optimizer of a run; kind: AdamW or a subclass, StepAdamW say. Weight decay only where config says."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=config.lr, fused=resolve_device(config.device).type == "cuda")
+    fused = (
+        kind is torch.optim.AdamW and resolve_device(config.device).type == "cuda"
+    )  # a subclass may have no such form
+    return kind(groups, lr=config.lr, betas=config.betas, fused=fused)

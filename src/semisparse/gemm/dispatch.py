@@ -56,7 +56,9 @@ def multiply(
         choice = chooser.choose(problem, index, operands)
     algorithm = choice.algorithm if mode == "auto" else choice.sparse_algorithm
     if algorithm is not None:
-        (sparse or engine()).matmul(problem, algorithm, packed, b, out, bias)
+        used = sparse or engine()
+        used.matmul(problem, algorithm, packed, b, out, bias)
+        used.products += 1
     elif mode == "auto":
         dense.product(problem, unpack(packed), b, out, bias)
     else:

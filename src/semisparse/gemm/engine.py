@@ -43,6 +43,8 @@ class Engine:
         self._lock = threading.Lock()
         self._verdicts: dict[int, Availability] = {}
         self._follows: dict[int, bool] = {}
+        self.products = 0
+        """Sparse products that were started, or recorded in a CUDA graph, since the process began; tuning apart."""
 
     def available(self, device: torch.device | str | int | None = None) -> Availability:
         """Whether the engine can be used on a device (default: the current one), and the reason. Never raises.

@@ -137,6 +137,38 @@ def best_rows(scores):
 
 
 @triton.jit
+def rank_key(value, score, SIGNED: tl.constexpr):
+    """An int32 that orders as reference.masks.greedy does: by score (fp32, no NaN), if SIGNED negated for value < 0."""
+    key = score.to(tl.int32, bitcast=True)  # a score is not negative, and the bits of such floats order as they do
+    if SIGNED:
+        key = tl.where(value < 0, -key, key)
+    return key
+
+
+@triton.jit
+def best_greedy(keys):
+    """The choice of reference.masks.greedy: from the largest key down, each entry whose row and column have room.
+
+    keys: 16 int32 tensors of rank_key. A tile may keep 7; what the choice says of the columns has no meaning.
+    """
+    code = tl.zeros(keys[0].shape, tl.int32)
+    seen = tl.zeros(keys[0].shape, tl.int32)
+    for _ in range(16):
+        largest = tl.full(keys[0].shape, -0x80000000, tl.int32)  # below every key
+        at = tl.zeros(keys[0].shape, tl.int32)
+        for k in tl.static_range(16):
+            larger = (((seen >> k) & 1) == 0) & (keys[k] > largest)  # of equals the first
+            largest = tl.where(larger, keys[k], largest)
+            at = tl.where(larger, k, at)
+        row = (code >> (at & 12)) & 0x000F
+        column = (code >> (at & 3)) & 0x1111
+        room = ((row & (row - 1)) == 0) & ((column & (column - 1)) == 0)  # at most one bit is set
+        code = code | tl.where(room, 1 << at, 0)
+        seen = seen | (1 << at)
+    return code
+
+
+@triton.jit
 def shrink(values, scores, choice, scale):
     """Soft threshold of each row: sign(a) * max(|a| - t, 0) * scale, t the larger score of the two not kept."""
     result = ()

@@ -29,17 +29,17 @@ def soft_threshold(matrix: Tensor, scale: Tensor | float) -> Tensor:
     others = torch.where(mask, 0, masks.magnitude(matrix)).to(wide.dtype)
     if matrix.dtype == torch.float64:
         others = torch.where(mask, 0, size)
-    groups = others.view(matrix.shape[0], -1, GROUP)
+    groups = others.view(matrix.shape[0], matrix.shape[1] // GROUP, GROUP)
     threshold = groups.amax(-1, keepdim=True).expand_as(groups).reshape(matrix.shape)
     rest = size - threshold
     rest = torch.where(rest < 0, 0, rest) * scale
-    return prune(torch.where(wide < 0, -rest, rest), mask).to(matrix.dtype)
+    return prune(torch.where(wide < 0, 0 - rest, rest), mask).to(matrix.dtype)  # not -rest: what shrinks to 0 is +0
 
 
 def soft_scale(matrix: Tensor) -> Tensor:
     """The scale for which soft_threshold is nearest to matrix in the mean square: <W, S> / <S, S>.
 
-    One fp32 number on matrix's device, from fp64 sums; 1 for a matrix of zeros. arXiv 2409.09099.
+    One fp32 number on matrix's device, from fp64 sums; 1 where nothing is left over. arXiv 2409.09099.
     """
     wide = matrix.detach().double()
     shrunk = soft_threshold(wide, 1.0)

@@ -16,9 +16,14 @@ FLOAT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 def magnitude(matrix: Tensor) -> Tensor:
     """Absolute values in fp32, NaN replaced by +Inf. matrix: any shape, fp64, fp32, fp16 or bf16."""
+    check_dtype(matrix)
+    return matrix.detach().to(torch.float32).abs().nan_to_num(nan=float("inf"), posinf=float("inf"))
+
+
+def check_dtype(matrix: Tensor) -> None:
+    """Raise TensorError unless matrix is fp64, fp32, fp16 or bf16."""
     if matrix.dtype not in FLOAT_DTYPES:
         raise TensorError(f"matrix has dtype {matrix.dtype}; use one of float64, float32, float16, bfloat16")
-    return matrix.detach().to(torch.float32).abs().nan_to_num(nan=float("inf"), posinf=float("inf"))
 
 
 def check_shape(matrix: Tensor, *, tiles: bool) -> tuple[int, int]:

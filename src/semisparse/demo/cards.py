@@ -1,0 +1,160 @@
+"""Cards: tables and plots made from any set of result files of experiments."""
+
+import json
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from semisparse.demo.curves import curves
+from semisparse.demo.experiment import KIND
+from semisparse.demo.files import write_atomically
+from semisparse.errors import DataError
+
+Result = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class RowSummary:
+    """All runs of one row. values: the metric by seed; differences: to the baseline, over the seeds that both have."""
+
+    slug: str
+    title: str
+    values: dict[int, float]
+    differences: list[float]
+    sparse_products: int
+    seconds: dict[str, float]
+
+
+def load_results(folder: Path) -> list[Result]:
+    """The experiments' results in folder, in the order of their file names. Raises DataError for a damaged file."""
+    found = []
+    for path in sorted(folder.glob("*.seed*.json")):
+        try:
+            content = json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            raise DataError(f"{path} cannot be read as a result: {error}") from error
+        if isinstance(content, dict) and content.get("kind") == KIND:
+            found.append(content)
+    return found
+
+
+def by_experiment(results: Iterable[Result]) -> dict[str, list[Result]]:
+    """Results by the name of their experiment."""
+    groups: dict[str, list[Result]] = {}
+    for result in results:
+        groups.setdefault(result["experiment"], []).append(result)
+    return groups
+
+
+def summaries(results: Sequence[Result], baseline: str = "dense") -> list[RowSummary]:
+    """One summary a row, in the order in which an experiment lists its rows, the baseline first where it is there."""
+    rows: dict[str, dict[int, Result]] = {}
+    for result in sorted(results, key=lambda result: (result["row"] != baseline, result["order"], result["seed"])):
+        rows.setdefault(result["row"], {})[result["seed"]] = result
+    base = {seed: result["value"] for seed, result in rows.get(baseline, {}).items()}
+    found = []
+    for slug, runs in rows.items():
+        values = {seed: result["value"] for seed, result in runs.items()}
+        shared = [value - base[seed] for seed, value in values.items() if seed in base and slug != baseline]
+        phases = [phase for result in runs.values() for phase in result["run"]["phases"]]
+        seconds: dict[str, list[float]] = {}
+        for phase in phases:
+            if phase["seconds_per_step"] is not None:
+                seconds.setdefault(phase["kind"], []).append(phase["seconds_per_step"])
+        found.append(
+            RowSummary(
+                slug=slug,
+                title=next(iter(runs.values()))["row_title"],
+                values=values,
+                differences=shared,
+                sparse_products=sum(phase["sparse_products"] for phase in phases) // len(runs),
+                seconds={kind: statistics.median(times) for kind, times in seconds.items()},
+            )
+        )
+    return found
+
+
+def spread(values: Sequence[float], digits: int, sign: str = "") -> str:
+    """Mean and sample standard deviation, as in '92.31 ± 0.12'; the mean alone for one value, nothing for none."""
+    if not values:
+        return ""
+    mean = f"{statistics.fmean(values):{sign}.{digits}f}"
+    return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
+
+
+def table(results: Sequence[Result], baseline: str = "dense") -> str:
+    """The rows of one experiment as a Markdown table."""
+    digits = 2 if results[0]["higher_is_better"] else 4
+    rows = summaries(results, baseline)
+    base = next((row.title for row in rows if row.slug == baseline), baseline)
+    lines = [
+        f"| configuration | seeds | {results[0]['metric']} | difference to {base} "
+        "| sparse products a run | ms a step, sparse / dense phase |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        times = " / ".join(
+            f"{1000 * row.seconds[kind]:.2f}" if kind in row.seconds else "-" for kind in ("sparse", "dense")
+        )
+        cells = [row.title, ", ".join(map(str, row.values)), spread(list(row.values.values()), digits)]
+        cells += [spread(row.differences, digits, "+"), f"{row.sparse_products:,}", times]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def origin(results: Sequence[Result]) -> str:
+    """What the results were measured on, each machine once, with the commits."""
+    machines: dict[str, set[str]] = {}
+    for result in results:
+        facts = result["environment"]
+        where = "no GPU" if result["gpu"] == "none" else f"one {result['gpu']}"
+        named = ", ".join(f"{name} {facts[name]}" for name in ("torch", "triton", "cuSPARSELt"))
+        machines.setdefault(f"{where}, {named}", set()).add(_short(result["commit"]))
+    return "; ".join(f"{machine}, commit {', '.join(sorted(commits))}" for machine, commits in machines.items())
+
+
+def _short(commit: str | None) -> str:
+    """The first ten digits, and the mark of a tree with changes."""
+    name, mark, _ = (commit or "unknown").partition("+")
+    return name[:10] + ("+changes" if mark else "")
+
+
+def card(results: Sequence[Result], plot: str) -> str:
+    """The card of one experiment: table, plot, origin and the command that remakes it."""
+    first = results[0]
+    return "\n".join(
+        [
+            f"# {first['title']}",
+            "",
+            table(results),
+            "",
+            "Mean ± sample standard deviation over the seeds; differences are taken seed by seed. All rows train with "
+            "the same code, data order and settings. Sparse products are counted where they are started: 0 means that "
+            "all products were dense or masked dense.",
+            "",
+            f"![Training loss, flip rate and validation score]({plot})",
+            "",
+            f"Measured on {origin(results)}.",
+            "",
+            f"Remake: `{first['command']}`",
+            "",
+        ]
+    )
+
+
+def write_cards(results: Path, out: Path) -> list[Path]:
+    """Write out/NAME.md and out/NAME.png for each experiment with results in a folder; returns the paths of the cards.
+
+    Raises DataError when there is no result.
+    """
+    groups = by_experiment(load_results(results))
+    if not groups:
+        raise DataError(f"results={str(results)!r} holds no result of an experiment")
+    made = []
+    for name, group in groups.items():
+        write_atomically(out / f"{name}.png", curves(group))
+        write_atomically(out / f"{name}.md", card(group, f"{name}.png").encode())
+        made.append(out / f"{name}.md")
+    return made

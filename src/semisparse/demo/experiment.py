@@ -1,0 +1,201 @@
+"""Experiments: the same training with several recipes and seeds, one result file a run, finished runs skipped."""
+
+import json
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from semisparse.demo.report import commit, finite, write_results
+from semisparse.demo.results import RunResult
+from semisparse.demo.runs import sparsify_model
+from semisparse.demo.task import Forward, Task
+from semisparse.demo.training import Progress, TrainConfig, adamw, fit
+from semisparse.environment import environment
+from semisparse.errors import ConfigError, EngineError, OutputExists
+from semisparse.recipes import Recipe, RecipeSchedule, StepAdamW
+from semisparse.swap import densify
+
+KIND = "accuracy"
+
+OnProgress = Callable[[Progress], None]
+ProgressFor = Callable[[str], AbstractContextManager[OnProgress]]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One configuration. slug: for file names; title: for tables; recipe: how it trains."""
+
+    slug: str
+    title: str
+    recipe: Recipe
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Experiment:
+    """What is compared. name: for file names; metric: what Outcome.value is; settings: all that decides a result.
+
+    rows: the first one is what the others are compared with. command: how a reader remakes the results.
+    """
+
+    name: str
+    title: str
+    metric: str
+    higher_is_better: bool
+    rows: tuple[Row, ...]
+    settings: dict[str, Any]
+    command: str
+
+    def chosen(self, slugs: Iterable[str]) -> tuple[Row, ...]:
+        """The rows with these slugs, all for none. Raises ConfigError for a slug that no row has."""
+        wanted = list(slugs)
+        known = [row.slug for row in self.rows]
+        for slug in wanted:
+            if slug not in known:
+                raise ConfigError(f"row={slug!r} is not one of {', '.join(map(repr, known))}")
+        return tuple(row for row in self.rows if not wanted or row.slug in wanted)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """value: the metric, of the test split; result: the run; more: further figures of the run, plain JSON values."""
+
+    value: float
+    result: RunResult
+    more: dict[str, Any]
+
+
+def run_experiment(
+    experiment: Experiment,
+    rows: Iterable[Row],
+    seeds: Iterable[int],
+    folder: Path,
+    train: Callable[[Row, int, OnProgress], Outcome],
+    progress_for: ProgressFor,
+    *,
+    say: Callable[[str], None] = print,
+) -> list[Path]:
+    """Train every row with every seed, seed by seed, and write folder/NAME.ROW.seedN.json for each; returns the paths.
+
+    A run whose file is there is skipped, and say is told. progress_for: as run_job's. Raises OutputExists, before any
+    training, when a file that is there was made with other settings; EngineError when a sparse phase was to run on the
+    engine and no product did (nothing is written then); ConfigError when folder cannot be written.
+    """
+    jobs = [(row, seed, folder / f"{experiment.name}.{row.slug}.seed{seed}.json") for seed in seeds for row in rows]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"out={str(folder)!r} cannot be written: {error.strerror or error}") from error
+    done = {path for row, seed, path in jobs if path.exists() and _is_same(experiment, row, seed, path)}
+    for number, (row, seed, path) in enumerate(jobs, start=1):
+        name = f"[{number}/{len(jobs)}] {row.title}, seed {seed}"
+        if path in done:
+            say(f"{name}: there already, skipped")
+            continue
+        with progress_for(name) as on_progress:
+            outcome = train(row, seed, on_progress)
+        _check_products(row, outcome.result)
+        try:
+            write_results(path, _document(experiment, row, seed, outcome))
+        except OSError as error:
+            raise ConfigError(f"out={str(folder)!r} cannot be written: {error.strerror or error}") from error
+        say(f"{name}: {experiment.metric} {outcome.value:.4f}")
+    return [path for _, _, path in jobs]
+
+
+def train_row(
+    row: Row,
+    model: nn.Module,
+    task: Task,
+    config: TrainConfig,
+    *,
+    on_progress: OnProgress | None = None,
+    wrap: Callable[[nn.Module], Forward] | None = None,
+    graph: bool = False,
+) -> RunResult:
+    """Train model, on config.device, as row.recipe says, and make it plain nn.Linear again.
+
+    The weights of a run that ends sparse are the pruned ones then. All rows take this path, the dense one too.
+    on_progress, wrap, graph: as in fit. Raises as sparsify_model, RecipeSchedule and fit.
+    """
+    sparsify_model(model, config.layers, row.recipe.config)
+    steps = config.epochs * task.steps_per_epoch(config.batch_size)
+    optimizer = adamw(model, config, torch.optim.AdamW if row.recipe.dense_range is None else StepAdamW)
+    schedule = RecipeSchedule(row.recipe, model, optimizer, steps)
+    result = fit(
+        model, task, config, schedule,
+        optimizer=optimizer, name=row.title, on_progress=on_progress, wrap=wrap, graph=graph,
+    )  # fmt: skip
+    densify(model, weights="masked" if schedule.phase == "sparse" else "dense")
+    schedule.finish()
+    return result
+
+
+def train_settings(config: TrainConfig) -> dict[str, Any]:
+    """What Experiment.settings keeps of config: all but what row and seed decide."""
+    return {name: value for name, value in asdict(config).items() if name not in ("seed", "sparse_fraction")}
+
+
+def _document(experiment: Experiment, row: Row, seed: int, outcome: Outcome) -> dict[str, Any]:
+    facts = environment().facts
+    run = {**asdict(outcome.result), "seconds_per_step": outcome.result.seconds_per_step}
+    content = {
+        "kind": KIND,
+        **_identity(experiment, row, seed),
+        "title": experiment.title,
+        "row_title": row.title,
+        "order": [other.slug for other in experiment.rows].index(row.slug),
+        "metric": experiment.metric,
+        "higher_is_better": experiment.higher_is_better,
+        "command": experiment.command,
+        "value": outcome.value,
+        "more": outcome.more,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": commit(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        "environment": facts,
+        "run": run,
+    }
+    checked: dict[str, Any] = finite(content)
+    return checked
+
+
+def _identity(experiment: Experiment, row: Row, seed: int) -> dict[str, Any]:
+    """What a run was asked to be, as it reads back from JSON."""
+    identity = {
+        "experiment": experiment.name,
+        "row": row.slug,
+        "seed": seed,
+        "recipe": row.recipe.describe(),
+        "settings": experiment.settings,
+    }
+    plain: dict[str, Any] = json.loads(json.dumps(identity))
+    return plain
+
+
+def _is_same(experiment: Experiment, row: Row, seed: int, path: Path) -> bool:
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise OutputExists(f"{path} is there but no result: {error}; move it away or choose another folder") from error
+    for key, value in _identity(experiment, row, seed).items():
+        other = found.get(key) if isinstance(found, dict) else None
+        if other != value:
+            raise OutputExists(
+                f"{path} was made with {key}={other!r}, this run has {value!r}; choose another folder or move it away"
+            )
+    return True
+
+
+def _check_products(row: Row, result: RunResult) -> None:
+    for phase in result.phases:
+        if phase.kind == "sparse" and row.recipe.config.engine == "cusparselt" and not phase.sparse_products:
+            raise EngineError(
+                f"{row.title}: no sparse product ran in steps {phase.start} to {phase.end}, although "
+                "engine='cusparselt' was asked for; nothing was written"
+            )

@@ -1,0 +1,68 @@
+"""Compiled blocks and graphed gradients give the training that plain calls give."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from semisparse import recipes
+from semisparse.demo.capture import compiled_blocks
+from semisparse.demo.experiment import Row, train_row
+from semisparse.demo.model import ViTConfig, build_model
+from semisparse.demo.task import ImageClassification
+from semisparse.demo.training import fit
+from semisparse.errors import ConfigError
+from tests.demo.toys import MODEL, TRAIN, toy_data
+
+# Raised inside torch's own compiler.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore:The .grad attribute of a Tensor:UserWarning"
+)
+
+WIDE = ViTConfig(image_size=8, patch_size=4, width=64, depth=2, heads=2, classes=4)
+
+
+def test_only_the_demos_models_have_blocks_to_compile() -> None:
+    with pytest.raises(ConfigError, match="model=Linear"):
+        compiled_blocks(nn.Linear(4, 4))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_graph_needs_cuda_and_no_gradient_scaling(precision: str) -> None:
+    config = replace(TRAIN, precision=precision)
+    with pytest.raises(ConfigError, match=r"graph=True needs device='cuda'"):
+        fit(build_model(MODEL, 0), ImageClassification(toy_data()), config, graph=True)
+
+
+def test_compiled_blocks_compute_the_models_output() -> None:
+    model, images = build_model(MODEL, 0), torch.randn(3, 1, 8, 8)
+    torch.testing.assert_close(compiled_blocks(model)(images), model(images))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", recipes.PRESETS)
+def test_a_graphed_run_is_the_run_without_a_graph(name: str) -> None:
+    """Bit for bit: the same kernels on the same numbers, whether started one by one or replayed."""
+    task = ImageClassification(toy_data("cuda"))
+    config = replace(TRAIN, device="cuda", precision="bf16", epochs=6, clip=1.0)
+    row = Row(name, name, recipes.PRESETS[name](engine="cusparselt"))
+    results = {}
+    for graph in (False, True):
+        model = build_model(WIDE, 0, "cuda")
+        result = train_row(row, model, task, config, graph=graph)
+        results[graph] = (result.epochs, result.test), {k: v.cpu() for k, v in model.state_dict().items()}
+        spans = [(phase.kind, phase.start, phase.end, phase.sparse_products) for phase in result.phases]
+        assert spans == results.setdefault("spans", spans)
+        assert all((products > 0) is (kind == "sparse") for kind, _, _, products in spans)
+    assert results[False][0] == results[True][0]
+    assert all(torch.equal(tensor, results[True][1][key]) for key, tensor in results[False][1].items())
+
+
+@pytest.mark.gpu
+def test_a_compiled_and_graphed_run_learns() -> None:
+    task = ImageClassification(toy_data("cuda"))
+    config = replace(TRAIN, device="cuda", precision="bf16", epochs=10)
+    row = Row("half", "half", recipes.dinov2(sparse_fraction=0.5, engine="cusparselt"))
+    result = train_row(row, build_model(WIDE, 0, "cuda"), task, config, wrap=compiled_blocks, graph=True)
+    assert result.test.accuracy > 0.9

@@ -1,0 +1,174 @@
+"""Experiments: one file a run, finished runs skipped, nothing lost when something does not fit."""
+
+import json
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from semisparse import recipes
+from semisparse.demo.experiment import (
+    Experiment,
+    Outcome,
+    Row,
+    run_experiment,
+    train_row,
+    train_settings,
+)
+from semisparse.demo.model import build_model
+from semisparse.demo.results import PeakMemory, PhaseSpan, RunResult, Scores
+from semisparse.demo.runs import RunPlan, train_run
+from semisparse.demo.task import ImageClassification
+from semisparse.errors import ConfigError, EngineError, OutputExists
+from semisparse.recipes import StepAdamW
+from tests.demo.toys import MODEL, TRAIN, kept_per_group, toy_data
+
+DENSE = Row("dense", "dense", recipes.dinov2(sparse_fraction=0.0))
+HALF = Row("half", "half sparse", recipes.dinov2(sparse_fraction=0.5))
+
+
+def experiment(**changes) -> Experiment:
+    settings = {"train": train_settings(TRAIN), "pairs": (1, 2)}
+    base = Experiment(name="toy", title="Toys", metric="accuracy", higher_is_better=True, rows=(DENSE, HALF),
+                      settings=settings, command="make toys")  # fmt: skip
+    return replace(base, **changes)
+
+
+def outcome(value: float = 90.0, phases: tuple[PhaseSpan, ...] = (PhaseSpan("sparse", 0, 3, None, 6),)) -> Outcome:
+    return Outcome(value, RunResult("x", 3, 0, (), phases, Scores(0.1, 0.9), PeakMemory(None, "none")), {"extra": 1.5})
+
+
+@contextmanager
+def silent(name: str):
+    yield lambda progress: None
+
+
+class Trainer:
+    """Stands for training; remembers what it was asked for."""
+
+    def __init__(self, fail_at: int | None = None) -> None:
+        self.calls: list[tuple[str, int]] = []
+        self.fail_at = fail_at
+
+    def __call__(self, row: Row, seed: int, on_progress) -> Outcome:
+        if len(self.calls) == self.fail_at:
+            raise RuntimeError("power cut")
+        self.calls.append((row.slug, seed))
+        return outcome(90 + seed)
+
+
+def test_one_file_a_run_seed_by_seed_and_a_second_call_does_nothing(tmp_path: Path) -> None:
+    train, said = Trainer(), []
+    paths = run_experiment(experiment(), (DENSE, HALF), range(2), tmp_path / "new", train, silent, say=said.append)
+    assert train.calls == [("dense", 0), ("half", 0), ("dense", 1), ("half", 1)]
+    assert [path.name for path in paths] == [
+        f"toy.{row}.seed{seed}.json" for seed in (0, 1) for row in ("dense", "half")
+    ]
+    found = json.loads(paths[3].read_text())
+    assert (found["value"], found["more"], found["row"], found["seed"], found["order"]) == (
+        91,
+        {"extra": 1.5},
+        "half",
+        1,
+        1,
+    )
+    assert found["recipe"]["sparse_fraction"] == 0.5 and found["settings"]["train"]["epochs"] == TRAIN.epochs
+    assert found["run"]["phases"][0]["sparse_products"] == 6
+    before = [path.read_bytes() for path in paths]
+    again = Trainer()
+    assert (
+        run_experiment(experiment(), (DENSE, HALF), range(2), tmp_path / "new", again, silent, say=said.append) == paths
+    )
+    assert again.calls == [] and [path.read_bytes() for path in paths] == before
+    assert [line for line in said if "skipped" in line] == said[4:]
+
+
+def test_a_run_that_was_cut_off_leaves_the_finished_ones_and_continues(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="power cut"):
+        run_experiment(experiment(), (DENSE, HALF), range(2), tmp_path, Trainer(fail_at=3), silent, say=len)
+    rest = Trainer()
+    run_experiment(experiment(), (DENSE, HALF), range(2), tmp_path, rest, silent, say=len)
+    assert rest.calls == [("half", 1)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "row", "named"),
+    [
+        ({"settings": {"train": {"epochs": 99}}}, HALF, "settings="),
+        ({}, replace(HALF, recipe=recipes.dinov2(sparse_fraction=0.9)), "recipe="),
+        ({}, replace(HALF, recipe=recipes.dinov2(sparse_fraction=0.5, engine="cusparselt")), "recipe="),
+    ],
+)
+def test_results_of_another_configuration_are_never_mixed_or_overwritten(tmp_path, changes, row, named) -> None:
+    (path,) = run_experiment(experiment(), (HALF,), [0], tmp_path, Trainer(), silent, say=len)
+    before, train = path.read_bytes(), Trainer()
+    with pytest.raises(OutputExists, match=named):
+        run_experiment(experiment(**changes), (DENSE, row), [0], tmp_path, train, silent, say=len)
+    assert path.read_bytes() == before and train.calls == []
+
+
+@pytest.mark.parametrize("content", [b"", b"[1]", b"{}", b"\xff\xfe"])
+def test_a_file_that_is_no_result_is_left_alone(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "toy.half.seed0.json"
+    path.write_bytes(content)
+    with pytest.raises(OutputExists, match="seed0"):
+        run_experiment(experiment(), (HALF,), [0], tmp_path, Trainer(), silent, say=len)
+    assert path.read_bytes() == content
+
+
+def test_a_sparse_phase_without_sparse_products_fails_where_the_engine_was_asked_for(tmp_path: Path) -> None:
+    row = Row("half", "half", recipes.dinov2(engine="cusparselt"))
+    idle = outcome(phases=(PhaseSpan("sparse", 0, 2, None, 0), PhaseSpan("dense", 2, 3, None, 0)))
+    with pytest.raises(EngineError, match="steps 0 to 2"):
+        run_experiment(experiment(), (row,), [0], tmp_path, lambda *_: idle, silent, say=len)
+    assert list(tmp_path.iterdir()) == []
+    busy = outcome(phases=(PhaseSpan("sparse", 0, 2, None, 8), PhaseSpan("dense", 2, 3, None, 0)))
+    assert run_experiment(experiment(), (row,), [0], tmp_path, lambda *_: busy, silent, say=len)
+
+
+def test_rows_are_chosen_by_slug() -> None:
+    assert experiment().chosen([]) == (DENSE, HALF)
+    assert experiment().chosen(["half"]) == (HALF,)
+    with pytest.raises(ConfigError, match="row='third' is not one of 'dense', 'half'"):
+        experiment().chosen(["half", "third"])
+
+
+def test_a_folder_that_cannot_be_made_is_refused_before_training(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    train = Trainer()
+    with pytest.raises(ConfigError, match="out="):
+        run_experiment(experiment(), (DENSE,), [0], tmp_path / "file" / "x", train, silent, say=len)
+    assert train.calls == []
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.7, 1.0])
+def test_dinov2_is_the_demos_run_bit_for_bit(fraction: float) -> None:
+    row = Row("x", "x", recipes.dinov2(sparse_fraction=fraction))
+    task = ImageClassification(toy_data())
+    model = build_model(MODEL, TRAIN.seed)
+    result = train_row(row, model, task, TRAIN)
+    demo = train_run(RunPlan("x", "x", fraction), MODEL, task, TRAIN)
+    assert result.epochs == demo.result.epochs and result.test == demo.result.test
+    assert all(torch.equal(tensor, demo.model.state_dict()[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", recipes.PRESETS)
+def test_every_recipe_trains_and_leaves_a_plain_model(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    optimizers = []
+    monkeypatch.setattr("semisparse.demo.experiment.RecipeSchedule",
+                        lambda *args: optimizers.append(args[2]) or recipes.RecipeSchedule(*args))  # fmt: skip
+    model = build_model(MODEL, TRAIN.seed)
+    row = Row(name, name, recipes.PRESETS[name]())
+    result = train_row(row, model, ImageClassification(toy_data()), TRAIN)
+    assert {type(module) for module in model.modules() if isinstance(module, nn.Linear)} == {nn.Linear}
+    kinds = [phase.kind for phase in result.phases]
+    assert kinds == {"dinov2": ["sparse", "dense"], "fst": ["sparse", "dense"], "step": ["dense", "sparse"]}.get(
+        name, ["sparse"]
+    )
+    pruned = kept_per_group(model.blocks[0].mlp.fc1.weight.detach()).max() <= 2
+    assert bool(pruned) is (kinds[-1] == "sparse")
+    assert isinstance(optimizers[0], StepAdamW) is (name == "step")
+    assert result.test.accuracy > 0.4  # four classes

@@ -1,0 +1,78 @@
+"""Cards are made of result files alone; their figures are worked out here by hand."""
+
+import json
+import statistics
+from pathlib import Path
+
+import pytest
+from matplotlib.image import imread
+
+from semisparse.demo import cards
+from semisparse.demo.experiment import KIND
+from semisparse.errors import DataError
+
+
+def result(row: str, seed: int, value: float, *, order: int, flips: bool = True, **changes) -> dict:
+    phases = [{"kind": "sparse", "start": 0, "end": 10, "seconds_per_step": 0.25, "sparse_products": 40 + seed},
+              {"kind": "dense", "start": 10, "end": 20, "seconds_per_step": 0.5, "sparse_products": 0}]  # fmt: skip
+    epochs = [{"step": step, "train_loss": 1 / step, "flip_rate": 0.01 if flips else None,
+               "validation": {"loss": 0.5, "accuracy": 0.9}} for step in (10, 20)]  # fmt: skip
+    return {
+        "kind": KIND, "experiment": "toy", "row": row, "row_title": f"row {row}", "order": order, "seed": seed,
+        "title": "Toys compared", "metric": "accuracy", "higher_is_better": True, "command": "make toys",
+        "value": value,
+        "gpu": "none", "commit": "abcdef0123456789+changes",
+        "environment": {"torch": "2.x", "triton": "3.x", "cuSPARSELt": "not found"},
+        "run": {"epochs": epochs, "phases": phases if row != "dense" else phases[1:]}, **changes,
+    }  # fmt: skip
+
+
+RESULTS = [
+    result("late", 0, 91.0, order=2), result("late", 1, 92.5, order=2),
+    result("dense", 0, 92.0, order=0, flips=False), result("dense", 1, 93.0, order=0, flips=False),
+    result("dense", 2, 95.0, order=0, flips=False), result("early", 2, 94.0, order=1),
+]  # fmt: skip
+
+
+def test_mean_spread_and_differences_seed_by_seed() -> None:
+    rows = cards.summaries(RESULTS)
+    assert [row.slug for row in rows] == ["dense", "early", "late"]
+    assert rows[0].differences == [] and rows[1].differences == [-1.0] and rows[2].differences == [-1.0, -0.5]
+    assert rows[2].sparse_products == 40 and rows[0].sparse_products == 0  # 40 and 41 in two runs
+    assert rows[2].seconds == {"sparse": 0.25, "dense": 0.5}
+    text = cards.table(RESULTS)
+    assert (
+        f"| row late | 0, 1 | 91.75 ± {statistics.stdev([91, 92.5]):.2f} | -0.75 ± 0.35 | 40 | 250.00 / 500.00 |"
+        in text
+    )
+    assert "| row early | 2 | 94.00 | -1.00 | 42 | 250.00 / 500.00 |" in text
+    assert "| row dense | 0, 1, 2 | 93.33 ± 1.53 |  | 0 | - / 500.00 |" in text
+
+
+def test_another_baseline_comes_first() -> None:
+    rows = cards.summaries(RESULTS, baseline="late")
+    assert rows[0].slug == "late" and rows[1].slug == "dense" and rows[1].differences == [1.0, 0.5]
+
+
+def test_cards_are_made_of_whatever_is_there(tmp_path: Path) -> None:
+    for number, one in enumerate(
+        [*RESULTS, result("dense", 0, 1.5, order=0, experiment="other", higher_is_better=False)]
+    ):
+        (tmp_path / f"{number}.seed0.json").write_text(json.dumps(one))
+    (tmp_path / "x.seed1.json").write_text('{"kind": "something else"}')
+    out = tmp_path / "made"
+    out.mkdir()
+    assert cards.write_cards(tmp_path, out) == [out / "toy.md", out / "other.md"]
+    text = (out / "toy.md").read_text()
+    assert text.startswith("# Toys compared\n") and "](toy.png)" in text and "`make toys`" in text
+    assert "no GPU, torch 2.x" in text and "abcdef0123+changes" in text
+    assert "1.5000" in (out / "other.md").read_text()
+    assert imread(out / "toy.png").shape[2] == 4
+
+
+def test_no_result_and_a_damaged_one_are_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="holds no result"):
+        cards.write_cards(tmp_path, tmp_path)
+    (tmp_path / "a.seed0.json").write_text("{")
+    with pytest.raises(DataError, match=r"a\.seed0"):
+        cards.write_cards(tmp_path, tmp_path)
