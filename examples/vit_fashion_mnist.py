@@ -33,7 +33,7 @@ from semisparse.demo.training import TrainConfig, resolve_device
 FRACTIONS = (0.4, 0.6, 0.7, 0.8, 0.9)
 MODEL = ViTConfig(image_size=28, patch_size=4, width=384, depth=4, heads=6)
 SMALL = ViTConfig(image_size=28, patch_size=7, width=32, depth=1, heads=2)
-AUGMENTATION = Augmentation(shift=1 / 14, rotation=0.0, scale=0.0, flip=True)
+AUGMENTATION = Augmentation(shift=1 / 14, rotation=0.0, scale=0.0, flip=True, whole_pixels=True)
 
 
 def rows(engine: Engine) -> tuple[Row, ...]:

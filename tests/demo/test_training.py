@@ -293,6 +293,20 @@ def test_augmentation_without_draws_changes_nothing_and_a_shift_moves_pixels():
     torch.testing.assert_close(moved[..., -1], images.amin().expand(3, 1, 8))
 
 
+def test_half_of_the_images_are_mirrored_and_whole_pixels_stay_sharp():
+    images = torch.rand(2, 1, 8, 8)
+    still = Augmentation(shift=0, rotation=0, scale=0, flip=True)
+    mirrored = augment(images, torch.tensor([[0.0, 0, 0, 0, -0.5], [0.0, 0, 0, 0, 0.5]]), still)
+    torch.testing.assert_close(mirrored[0], images[0].flip(-1))
+    torch.testing.assert_close(mirrored[1], images[1])
+    whole = Augmentation(shift=1 / 8, rotation=0, scale=0, whole_pixels=True)
+    draws = torch.tensor([[0.0, 0, 0.7, 0.3], [0.0, 0, -0.2, -0.9]])  # parts of a pixel: 1 and 0, 0 and -1
+    moved = augment(images, draws, whole)
+    torch.testing.assert_close(moved[0, :, :, :-1], images[0, :, :, 1:])
+    torch.testing.assert_close(moved[1, :, 1:], images[1, :, :-1])
+    assert still.draws == 5 and whole.draws == 4
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_the_same_loop_runs_on_cuda(precision):

@@ -222,6 +222,7 @@ def test_a_replay_reads_what_is_frozen_then(engine, setting):
         assert not torch.equal(y, before)
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning")
 @pytest.mark.parametrize("mask", ALL)
 def test_nothing_waits_for_the_device(mask):
     matrix, frozen = torch.randn(SHAPE, device="cuda", dtype=torch.bfloat16), on_gpu(frozen_for(mask))
@@ -234,8 +235,8 @@ def test_nothing_waits_for_the_device(mask):
 
     call()
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         call()
     finally:
         torch.cuda.set_sync_debug_mode("default")

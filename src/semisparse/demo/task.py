@@ -42,13 +42,15 @@ class Augmentation:
     """Random affine change of each training image, drawn uniformly from plus or minus each value.
 
     shift: part of the image's side, in both directions; rotation: radians; scale: relative zoom; flip: mirror half of
-    the images left to right.
+    the images left to right; whole_pixels: round shifts to whole pixels, so that images that are not turned or zoomed
+    stay as sharp as those that are scored.
     """
 
     shift: float = 1 / 16
     rotation: float = 0.1
     scale: float = 0.1
     flip: bool = False
+    whole_pixels: bool = False
 
     @property
     def draws(self) -> int:
@@ -118,6 +120,8 @@ def augment(images: Tensor, draws: Tensor, settings: Augmentation) -> Tensor:
     """
     angle, zoom = draws[:, 0] * settings.rotation, 1 + draws[:, 1] * settings.scale
     shift = 2 * settings.shift * draws[:, 2:4]  # the sampling grid spans 2 units
+    if settings.whole_pixels:
+        shift = (shift * images.shape[-1] / 2).round() * 2 / images.shape[-1]
     cos, sin = angle.cos() * zoom, angle.sin() * zoom
     mirror = torch.where(draws[:, 4] < 0, -1.0, 1.0) if settings.flip else torch.ones_like(cos)
     rows = [

@@ -64,11 +64,14 @@ def launch(matrix: Tensor, codes: Tensor, *, mode: str) -> None:
     if rows % GROUP or columns % GROUP or codes.shape != (rows // GROUP, columns // GROUP):
         raise ShapeError(f"matrix is {rows} x {columns}, codes {tuple(codes.shape)}; there must be one for each tile")
     if codes.numel():
-        _prepare(*codes.shape, *matrix.stride(), mode)(matrix.get_device(), matrix, codes)
+        _prepare(*codes.shape, *matrix.stride(), mode, matrix.dtype)(matrix.get_device(), matrix, codes)
 
 
 @lru_cache(4096)
-def _prepare(tile_rows: int, tile_columns: int, row_stride: int, column_stride: int, mode: str) -> Launcher:
+def _prepare(
+    tile_rows: int, tile_columns: int, row_stride: int, column_stride: int, mode: str, dtype: torch.dtype
+) -> Launcher:
+    """dtype is only a key: the kernel is compiled for it."""
     grid = (triton.cdiv(tile_rows * tile_columns, TILES), 1, 1)
     sizes = (tile_rows, tile_columns, row_stride, column_stride)
     return Launcher(tile_codes, grid, sizes, (MODES.index(mode), TILES), num_warps=4)

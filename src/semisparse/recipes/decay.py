@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from semisparse.errors import ConfigError
-from semisparse.recipes.layers import check_optimizer, layers_by_weight
+from semisparse.nn import SemiSparseLinear
+from semisparse.recipes.layers import check_optimizer, check_whole, layers_by_weight, refuse_closure
 
 
 class MaskedDecay:
@@ -29,8 +30,8 @@ class MaskedDecay:
     model: holds SemiSparseLinear layers. optimizer: must hold the weights of all of them. decay: the strength, 0 or
     more; the papers' values lie between 6e-6 and 2e-4, by model and optimizer. It is not multiplied by the learning
     rate here; the optimizer does that, as with every gradient.
-    Raises NoLayerMatched, ConfigError; ConfigError from optimizer.step(closure), whose gradients do not exist yet when
-    the hook runs.
+    Raises NoLayerMatched, ConfigError, LayerRefused for a sharded or meta weight; ConfigError from
+    optimizer.step(closure), whose gradients do not exist yet when the hook runs.
     """
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, decay: float) -> None:
@@ -39,6 +40,7 @@ class MaskedDecay:
         self.decay = decay
         self._layers = layers_by_weight(model)
         check_optimizer(optimizer, self._layers)
+        check_whole(self._layers)
         self._hook = optimizer.register_step_pre_hook(self._before_step)
 
     def remove(self) -> None:
@@ -47,12 +49,11 @@ class MaskedDecay:
 
     @torch.no_grad()
     def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if any(callable(value) for value in (*args[1:], kwargs.get("closure"))):
-            raise ConfigError(
-                "optimizer.step(closure) computes gradients too late for MaskedDecay; step without closure"
-            )
+        refuse_closure("MaskedDecay", args, kwargs)
         scale: Tensor | None = getattr(optimizer, "grad_scale", None)
         for layer in self._layers.values():
+            if not isinstance(layer, SemiSparseLinear):  # it was densified since
+                continue
             weight = layer.weight
             if weight.grad is None or not layer.sparse_enabled or self.decay == 0:
                 continue

@@ -3,7 +3,7 @@
 The tensors keep their addresses, so a captured or compiled step sees what was refreshed between its replays.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,27 +11,39 @@ from torch import Tensor, nn
 
 from semisparse import ops
 from semisparse.errors import ScheduleError
-from semisparse.nn import SemiSparseLinear
-from semisparse.recipes.layers import check_whole, layers_by_weight
+from semisparse.recipes.layers import layers_by_weight
 from semisparse.reference.linear import soft_scale
 from semisparse.swap import layers_with_masks
 
 
 class Frozen:
-    """One tensor for each weight, set on every layer that has it. What the tensors are, subclasses say."""
+    """One tensor for each weight, of the weights as they are now; on the layers from attach() to detach().
+
+    What the tensors are, subclasses say.
+    """
 
     key: str
 
     def __init__(self, model: nn.Module) -> None:
         self._layers = layers_by_weight(model)
-        check_whole(self._layers)
         self._tensors = {name: self._look(layer.weight.detach()) for name, layer in self._layers.items()}
         names = {id(layer.weight): name for name, layer in self._layers.items()}
-        for layer in layers_with_masks(model).values():
-            layer._frozen = self._tensors[names[id(layer.weight)]]
+        # Two layers that share a weight share what is frozen of it.
+        self._all = [(layer, self._tensors[names[id(layer.weight)]]) for layer in layers_with_masks(model).values()]
 
     def _look(self, weight: Tensor) -> Tensor:
         raise NotImplementedError
+
+    def attach(self) -> None:
+        """Set the tensors on the layers."""
+        for layer, tensor in self._all:
+            layer._frozen = tensor
+
+    def detach(self) -> None:
+        """Take the tensors off those layers that still have them."""
+        for layer, tensor in self._all:
+            if layer.__dict__.get("_frozen") is tensor:
+                del layer._frozen
 
     def advance(self, sparse: bool) -> None:
         """One optimizer step was applied; sparse: whether the next forward is."""
@@ -74,19 +86,22 @@ class FrozenScales(Frozen):
 
 
 class FrozenMasks(Frozen):
-    """Transposable masks, chosen anew after every `every` applied steps of a sparse phase (arXiv 2404.01847)."""
+    """Transposable masks, chosen anew after every `every` applied steps of a sparse phase (arXiv 2404.01847).
+
+    sparse: whether the first phase is. Where a sparse phase begins later, the masks are chosen anew as it begins.
+    """
 
     key = "masks"
 
-    def __init__(self, model: nn.Module, every: int) -> None:
-        self._every, self._age, self._sparse = every, 0, True
+    def __init__(self, model: nn.Module, every: int, sparse: bool) -> None:
         super().__init__(model)
+        self._every, self._age, self._sparse = every, 0, sparse
 
     def _look(self, weight: Tensor) -> Tensor:
         return ops.tile_codes(weight, "transposable")
 
     def advance(self, sparse: bool) -> None:
-        """Count the step and refresh when the masks are old enough, or when a sparse phase begins again."""
+        """Count the step and refresh when the masks are old enough, or when a sparse phase begins."""
         begins, self._sparse = sparse and not self._sparse, sparse
         if not sparse:
             return
@@ -112,9 +127,3 @@ class FrozenMasks(Frozen):
         """Take over masks and age."""
         super().load_state_dict(state)
         self._age, self._sparse = state["age"], state["was_sparse"]
-
-
-def release(layers: Iterable[SemiSparseLinear]) -> None:
-    """Take what was frozen off the layers."""
-    for layer in layers:
-        layer.__dict__.pop("_frozen", None)

@@ -1,5 +1,7 @@
 """The layers that a recipe works on, and what it asks of the optimizer."""
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -21,7 +23,10 @@ def layers_by_weight(model: nn.Module) -> dict[str, SemiSparseLinear]:
 def check_optimizer(optimizer: torch.optim.Optimizer, layers: dict[str, SemiSparseLinear]) -> None:
     """Raise ConfigError unless optimizer is a torch optimizer that holds the weights of all layers."""
     if not isinstance(optimizer, torch.optim.Optimizer):
-        raise ConfigError(f"optimizer={type(optimizer).__name__} is no torch.optim.Optimizer, so it has no step hook")
+        raise ConfigError(
+            f"optimizer={type(optimizer).__name__} is no torch.optim.Optimizer, so it has no step hook: pass the one "
+            "that it wraps, or a subclass"
+        )
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     for name, layer in layers.items():
         if id(layer.weight) not in held:
@@ -33,6 +38,13 @@ def check_optimizer(optimizer: torch.optim.Optimizer, layers: dict[str, SemiSpar
 def check_whole(layers: dict[str, SemiSparseLinear]) -> None:
     """Raise LayerRefused where a weight is sharded or on no device, so that a recipe cannot look at all of it."""
     for name, layer in layers.items():
-        if hasattr(layer.weight, "full_tensor") or layer.weight.is_meta:
-            state = "on the meta device" if layer.weight.is_meta else "a sharded DTensor"
-            raise LayerRefused(f"{name}.weight is {state}; this recipe must see whole weights: use dinov2")
+        if layer.weight.is_meta:
+            raise LayerRefused(f"{name}.weight is on the meta device; materialise the model before the recipe starts")
+        if hasattr(layer.weight, "full_tensor"):
+            raise LayerRefused(f"{name}.weight is a sharded DTensor; this recipe must see whole weights: use dinov2")
+
+
+def refuse_closure(user: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Raise ConfigError in a step hook of user that was given a closure, whose gradients do not exist yet."""
+    if any(callable(value) for value in (*args[1:], kwargs.get("closure"))):
+        raise ConfigError(f"optimizer.step(closure) computes gradients too late for {user}; step without closure")

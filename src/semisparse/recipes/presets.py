@@ -68,8 +68,9 @@ def step(*, dense_range: tuple[float, float] = (0.1, 0.5), mask: Mask = "row", e
     """Dense until Adam's second moment has settled, then sparse with that moment frozen. arXiv 2302.01172.
 
     Needs StepAdamW. AutoSwitch: the switch comes when the change of the second moment, |v_t - v_{t-1}| averaged over
-    all sparse weights and over the last 1 / (1 - beta2) steps, falls below Adam's eps; not before and not after the
-    shares of all steps in dense_range, as the paper recommends. Made for accuracy: the dense phase saves no time.
+    all sparse weights and over the last 1 / (1 - beta2) steps, is below Adam's eps (looked at every tenth step); not
+    before and not after the shares of all steps in dense_range, as the paper recommends. Made for accuracy: the
+    dense phase saves no time.
     """
     config = SparseConfig(mask=mask, engine=engine)
     return Recipe(name="step", config=config, dense_range=dense_range)

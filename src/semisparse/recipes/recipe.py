@@ -20,7 +20,7 @@ class Recipe:
     name: for messages and state. config: what the layers must have been swapped with. sparse_fraction: share of the
     steps that are sparse, from the start; the rest is dense. decay: strength of MaskedDecay, 0 for none. refresh_every:
     applied steps for which a mask is held before it is chosen anew; 1 chooses at every forward. dense_range: if given,
-    StepAdamW's AutoSwitch decides when a dense phase at the start ends, within these shares of all steps.
+    StepAdamW is needed, and AutoSwitch decides when a dense phase at the start ends, within these shares of all steps.
     Raises ConfigError when a value is outside its range or two parts exclude each other.
     """
 
@@ -32,6 +32,8 @@ class Recipe:
     dense_range: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not self.name:
+            raise ConfigError(f"name={self.name!r} must be a text")
         if not isinstance(self.config, SparseConfig):
             raise ConfigError(f"config={self.config!r} must be a SparseConfig")
         if not _is_number(self.sparse_fraction) or not 0 <= self.sparse_fraction <= 1:
@@ -42,10 +44,7 @@ class Recipe:
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             raise ConfigError(f"refresh_every={every!r} must be a whole number of applied steps, 1 or more")
         if self.dense_range is not None:
-            low, high = self.dense_range
-            if not (_is_number(low) and _is_number(high) and 0 <= low <= high <= 1):
-                raise ConfigError(f"dense_range={self.dense_range!r} must be two shares, 0 <= first <= second <= 1")
-            object.__setattr__(self, "dense_range", (float(low), float(high)))
+            object.__setattr__(self, "dense_range", _range(self.dense_range))
         self._check_parts()
 
     def _check_parts(self) -> None:
@@ -60,6 +59,11 @@ class Recipe:
             )
         if self.decay and self.config.mask == "soft":
             raise ConfigError(f"decay={self.decay}: mask='soft' shrinks continuously and needs no decay; use decay=0")
+        if self.dense_range is not None and self.config.mask == "soft":
+            raise ConfigError(
+                f"dense_range={self.dense_range}: mask='soft' takes its scale at the start, and weights would move "
+                "away from it in a dense phase; use mask='row' or no dense_range"
+            )
         if self.dense_range is not None and self.sparse_fraction != 1:
             raise ConfigError(
                 f"sparse_fraction={self.sparse_fraction}: with dense_range the switch is found while training; "
@@ -69,6 +73,14 @@ class Recipe:
     def describe(self) -> dict[str, Any]:
         """All settings as plain values."""
         return asdict(self)
+
+
+def _range(value: object) -> tuple[float, float]:
+    if isinstance(value, (tuple, list)) and len(value) == 2 and all(map(_is_number, value)):
+        low, high = value
+        if 0 <= low <= high <= 1 and high > 0:
+            return float(low), float(high)
+    raise ConfigError(f"dense_range={value!r} must be two shares of the steps, 0 <= first <= second <= 1, second not 0")
 
 
 def _is_number(value: object) -> bool:

@@ -1,18 +1,24 @@
 """A recipe while it runs: the schedule of its phases, and the state of everything that it holds."""
 
-from typing import Any
+from typing import Any, NoReturn, SupportsIndex
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 
 from semisparse.errors import ConfigError, ScheduleError
+from semisparse.nn import SemiSparseLinear
+from semisparse.recipes.auto_switch import AutoSwitch
 from semisparse.recipes.decay import MaskedDecay
-from semisparse.recipes.frozen import Frozen, FrozenMasks, FrozenScales, release
-from semisparse.recipes.layers import check_optimizer, layers_by_weight
+from semisparse.recipes.frozen import Frozen, FrozenMasks, FrozenScales
+from semisparse.recipes.layers import check_optimizer, check_whole, layers_by_weight
 from semisparse.recipes.recipe import Recipe
-from semisparse.recipes.step_adamw import AutoSwitch, StepAdamW
-from semisparse.schedule import Phase, SparseSchedule
+from semisparse.recipes.step_adamw import StepAdamW
+from semisparse.schedule import Phase, SparseSchedule, checked_state, share_of
 from semisparse.swap import layers_with_masks
+
+# Which recipe has its hooks on an optimizer: those of a second one would decay twice, without anybody noticing.
+_HOOKED: WeakKeyDictionary[torch.optim.Optimizer, str] = WeakKeyDictionary()
 
 
 class RecipeSchedule(SparseSchedule):
@@ -21,83 +27,82 @@ class RecipeSchedule(SparseSchedule):
     recipe: its settings. model: layers swapped with recipe.config, on its final device, weights loaded: masks and
     scales are frozen, and decay is hooked into the optimizer, now. optimizer: any torch optimizer that holds all sparse
     weights; StepAdamW where recipe.dense_range is given. total_steps: optimizer steps of the whole run.
-    Raises NoLayerMatched, ConfigError when layers or optimizer do not fit, ScheduleError for total_steps,
-    LayerRefused where a recipe that freezes something meets a sharded weight; nothing is changed then.
+    Raises NoLayerMatched, ConfigError when layers or optimizer do not fit or another recipe still has its hooks on the
+    optimizer, ScheduleError for total_steps, LayerRefused where a recipe that looks at weights meets a sharded or meta
+    one; nothing is changed then.
+
+    step() also refreshes what is frozen and looks whether the dense phase should end. A step that the scaler skipped
+    changes nothing. It raises ScheduleError after finish(), and where AutoSwitch has seen no optimizer step.
 
     state_dict() holds all of the recipe's state: the counter, frozen masks with their age, frozen scales, what
     AutoSwitch has seen and when it switched. Loading it, with the model's and the optimizer's own states, continues
-    bit for bit. Save with torch.save: the state has tensors. phases: with AutoSwitch those planned at the latest
-    switch, until it has come.
+    bit for bit. Save with torch.save: the state has tensors. The object itself cannot be copied or pickled, as the
+    hooks of an optimizer cannot; a copy of the model keeps masks and scales as they were.
+    phases: with AutoSwitch those planned for the latest switch, until it has come.
     """
 
     def __init__(self, recipe: Recipe, model: nn.Module, optimizer: torch.optim.Optimizer, total_steps: int) -> None:
+        if not isinstance(recipe, Recipe):
+            raise ConfigError(f"recipe={recipe!r} must be a Recipe, such as semisparse.recipes.dinov2()")
         layers = layers_by_weight(model)
-        check_optimizer(optimizer, layers)
-        for name, layer in layers_with_masks(model).items():
-            if layer.config.mask != recipe.config.mask:
-                raise ConfigError(
-                    f"{name} was swapped with mask={layer.config.mask!r}, but the recipe {recipe.name} needs "
-                    f"{recipe.config.mask!r}: sparsify with recipe.config"
-                )
-        if recipe.dense_range is not None and not isinstance(optimizer, StepAdamW):
-            raise ConfigError(
-                f"optimizer={type(optimizer).__name__} has no variance to freeze; the recipe {recipe.name} needs "
-                "semisparse.recipes.StepAdamW"
-            )
+        _check(recipe, model, optimizer, layers)
+        # Everything that can fail comes before the first change of the model or the optimizer.
+        phases = _phases(recipe, total_steps)
         self._recipe, self._total, self._optimizer = recipe, total_steps, optimizer
-        self._switched_at: int | None = None
-        super().__init__(model, _phases(recipe, total_steps))
-        # Nothing of the model or the optimizer is touched before all checks have passed.
-        self._masked_layers = layers_with_masks(model)
-        release(self._masked_layers.values())
-        self._switch: AutoSwitch | None = None
-        if recipe.dense_range is not None and isinstance(optimizer, StepAdamW):
-            low, high = (round(share * total_steps) for share in recipe.dense_range)
-            self._switch = AutoSwitch(optimizer, layers.values(), (low, high))
+        self._frozen = _frozen(recipe, model, phases)
+        self._switch = _switch(recipe, optimizer, layers, phases)
+        self._finished = False
+        super().__init__(model, phases)
         self._decay = MaskedDecay(model, optimizer, recipe.decay) if recipe.decay else None
-        self._frozen: Frozen | None = None
-        if recipe.config.mask == "soft":
-            self._frozen = FrozenScales(model)
-        elif recipe.refresh_every > 1:
-            self._frozen = FrozenMasks(model, recipe.refresh_every)
-        if self._switch is not None and not self._total_before_switch():
-            self._go_sparse(0)
+        if self._switch is not None:
+            self._switch.attach()
+        if self._decay is not None or self._switch is not None:
+            _HOOKED[optimizer] = recipe.name
+        for layer in layers_with_masks(model).values():  # what an earlier recipe may have left
+            layer.__dict__.pop("_frozen", None)
+        if self._frozen is not None:
+            self._frozen.attach()
 
     @property
     def recipe(self) -> Recipe:
         """The recipe that was started."""
         return self._recipe
 
-    def step(self, scaler: torch.amp.GradScaler | None = None) -> bool:
-        """As SparseSchedule.step; then refresh what is frozen and look whether the dense phase should end.
-
-        A step that the scaler skipped changes nothing.
-        """
-        if not super().step(scaler):
-            return False
-        if self._switch is not None and self._switched_at is None and self._switch.due(self._applied_steps):
-            self._go_sparse(self._applied_steps)
+    def _advance(self) -> None:
+        self._check_running()
+        if self._switch is not None:
+            self._switch.check_seen()
+        super()._advance()
+        if self._switch is not None and self._switch.count(self._applied_steps):
+            self._phases = _dense_then_sparse(self._applied_steps, self._total)
+            self._apply()
         if self._frozen is not None:
             self._frozen.advance(self.phase == "sparse")
-        return True
 
     def finish(self) -> None:
         """Take hooks off the optimizer and frozen masks or scales off the layers; for a model that trains on without.
 
-        densify does the second by itself. For mask "soft" call it after densify.
+        The recipe has ended then. Layers stay sparse or dense as they are, and a sparse one chooses its mask at every
+        forward again. densify takes frozen tensors off by itself. For mask "soft" call finish() after densify: without
+        its scale a layer cannot run.
         """
+        if self._finished:
+            return
+        self._finished = True
+        for part in (self._switch, self._frozen):
+            if part is not None:
+                part.detach()
         if self._decay is not None:
             self._decay.remove()
-        if self._switch is not None:
-            self._switch.finish()
-        release(self._masked_layers.values())
+        if self._decay is not None or self._switch is not None:
+            _HOOKED.pop(self._optimizer, None)
 
     def state_dict(self) -> dict[str, Any]:
         """As SparseSchedule.state_dict, with the recipe's settings and state; tensors are copies on their devices."""
-        parts = [part.state_dict() for part in (self._frozen, self._switch) if part is not None]
-        state = {**super().state_dict(), "recipe": self._recipe.describe(), "switched_at": self._switched_at}
-        for part in parts:
-            state |= part
+        state = {**super().state_dict(), "recipe": self._recipe.describe(), "total_steps": self._total}
+        for part in (self._frozen, self._switch):
+            if part is not None:
+                state |= part.state_dict()
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -105,50 +110,97 @@ class RecipeSchedule(SparseSchedule):
 
         Load the optimizer's state too: the frozen variance of StepAdamW is there.
         """
-        if state.get("recipe") != self._recipe.describe():
-            raise ScheduleError(
-                f"state was saved by the recipe {state.get('recipe')}, this one is {self._recipe.describe()}; "
-                "start the same recipe to resume"
-            )
-        for part in (self._frozen, self._switch):
-            if part is not None:
-                part.check_state(state)
-        switched, planned = state.get("switched_at"), self._phases
-        if switched is not None:
-            if isinstance(switched, bool) or not isinstance(switched, int) or not 0 <= switched <= self._total:
-                raise ScheduleError(f"state['switched_at']={switched!r} must be a step, 0 to {self._total}, or None")
-            self._phases = _switched(switched, self._total)
-        elif self._switch is not None:
-            self._phases = _phases(self._recipe, self._total)
-        try:
-            super().load_state_dict(state)
-        except ScheduleError:
-            self._phases = planned
-            raise
-        self._switched_at = switched
-        for part in (self._frozen, self._switch):
-            if part is not None:
-                part.load_state_dict(state)
-
-    def _total_before_switch(self) -> int:
-        return self._phases[0].steps
-
-    def _go_sparse(self, applied: int) -> None:
-        self._switched_at = applied
-        self._phases = _switched(applied, self._total)
-        if isinstance(self._optimizer, StepAdamW):
-            self._optimizer.freeze_variance()
+        self._check_running()
+        if not isinstance(state, dict):
+            raise ScheduleError(f"state is a {type(state).__name__}; pass what state_dict() returned")
+        for name, ours in (("recipe", self._recipe.describe()), ("total_steps", self._total)):
+            if state.get(name) != ours:
+                raise ScheduleError(
+                    f"state was saved with {name}={state.get(name)!r}, this schedule has {ours!r}; start it with the "
+                    "same to resume"
+                )
+        parts = [part for part in (self._frozen, self._switch) if part is not None]
+        for part in parts:
+            part.check_state(state)
+        phases = _phases(self._recipe, self._total)
+        if self._switch is not None and state["switched_at"] is not None:
+            phases = _dense_then_sparse(state["switched_at"], self._total)
+        counted = checked_state(state, phases)
+        self._phases, (self._applied_steps, self._last_scale) = phases, counted
+        for part in parts:
+            part.load_state_dict(state)
         self._apply()
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
+        raise ScheduleError(
+            f"the running recipe {self._recipe.name} cannot be copied or pickled, because hooks of optimizers are not; "
+            "save state_dict() and load it into a RecipeSchedule of the copies"
+        )
+
+    def _check_running(self) -> None:
+        if self._finished:
+            raise ScheduleError(f"finish() has ended the recipe {self._recipe.name}; start a new RecipeSchedule")
+
+
+def _check(
+    recipe: Recipe, model: nn.Module, optimizer: torch.optim.Optimizer, layers: dict[str, SemiSparseLinear]
+) -> None:
+    """Raise unless recipe can start with this model and this optimizer."""
+    check_optimizer(optimizer, layers)
+    for name, layer in layers_with_masks(model).items():
+        if layer.config != recipe.config:
+            raise ConfigError(
+                f"{name} was swapped with {layer.config}, but the recipe {recipe.name} has {recipe.config}: sparsify "
+                "with recipe.config"
+            )
+    if recipe.dense_range is not None and not isinstance(optimizer, StepAdamW):
+        raise ConfigError(
+            f"optimizer={type(optimizer).__name__} has no variance to freeze; the recipe {recipe.name} needs "
+            "semisparse.recipes.StepAdamW"
+        )
+    if isinstance(optimizer, StepAdamW) and recipe.dense_range is not None and optimizer.variance_frozen:
+        raise ConfigError("optimizer: its variance is frozen already; start with a new StepAdamW, then load its state")
+    hooks = recipe.decay or recipe.dense_range is not None
+    if hooks and optimizer in _HOOKED:
+        raise ConfigError(
+            f"optimizer still has the hooks of the recipe {_HOOKED[optimizer]}; call finish() of its schedule first"
+        )
+    if hooks or recipe.refresh_every > 1 or recipe.config.mask == "soft":
+        check_whole(layers)
+
+
+def _frozen(recipe: Recipe, model: nn.Module, phases: tuple[Phase, ...]) -> Frozen | None:
+    if recipe.config.mask == "soft":
+        return FrozenScales(model)
+    if recipe.refresh_every > 1:
+        return FrozenMasks(model, recipe.refresh_every, sparse=phases[0].kind == "sparse")
+    return None
+
+
+def _switch(
+    recipe: Recipe,
+    optimizer: torch.optim.Optimizer,
+    layers: dict[str, SemiSparseLinear],
+    phases: tuple[Phase, ...],
+) -> AutoSwitch | None:
+    if recipe.dense_range is None or not isinstance(optimizer, StepAdamW):
+        return None
+    low, total = recipe.dense_range[0], sum(phase.steps for phase in phases)
+    return AutoSwitch(optimizer, [layer.weight for layer in layers.values()], (round(low * total), phases[0].steps))
 
 
 def _phases(recipe: Recipe, total_steps: int) -> tuple[Phase, ...]:
-    if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1:
-        raise ScheduleError(f"total_steps={total_steps!r} must be a whole number of steps, 1 or more")
-    if recipe.dense_range is not None:
-        return _switched(round(recipe.dense_range[1] * total_steps), total_steps)
-    sparse = round(recipe.sparse_fraction * total_steps)
-    return Phase("sparse", sparse), Phase("dense", total_steps - sparse)
+    if recipe.dense_range is None:
+        sparse = share_of(total_steps, recipe.sparse_fraction, "sparse_fraction")
+        return Phase("sparse", sparse), Phase("dense", total_steps - sparse)
+    latest = share_of(total_steps, recipe.dense_range[1], "dense_range")
+    if latest == 0:
+        raise ScheduleError(
+            f"total_steps={total_steps}: dense_range={recipe.dense_range} leaves no dense step, and so no variance to "
+            "freeze; train longer or widen dense_range"
+        )
+    return _dense_then_sparse(latest, total_steps)
 
 
-def _switched(at: int, total_steps: int) -> tuple[Phase, ...]:
+def _dense_then_sparse(at: int, total_steps: int) -> tuple[Phase, ...]:
     return Phase("dense", at), Phase("sparse", total_steps - at)

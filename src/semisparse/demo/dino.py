@@ -1,0 +1,319 @@
+"""Self-supervised learning in small: DINO (arXiv 2104.14294), a student that learns from a teacher made of its past.
+
+The student sees two large and several small crops of each image, the teacher, the moving average of the student's
+weights, the large ones; the student learns to name the teacher's prototype of any other crop. Labels only score it.
+"""
+
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from semisparse.demo.data import SPLIT_SEED, Dataset, Split
+from semisparse.demo.model import VisionTransformer, ViTConfig
+from semisparse.demo.results import Scores
+from semisparse.demo.task import Batch, Forward, ImageClassification
+from semisparse.demo.training import Precision, autocast
+from semisparse.errors import ConfigError, ShapeError
+from semisparse.nn import SemiSparseBase
+
+GLOBAL_VIEWS = 2
+NEIGHBOURS = 20
+_VOTE_TEMPERATURE = 0.07
+_DRAWS = 7  # random numbers of one view
+_VALIDATION_MEMORY = 10_000  # training images whose features classify the validation split, for speed
+_CHUNK = 1000
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DinoConfig:
+    """Settings of a run, of the student's head and of the views. Immutable, checked when it is built.
+
+    epochs, batch_size, lr, weight_decay, clip: as in TrainConfig. out_dim: prototypes; hidden, bottleneck: features of
+    the head. student_temperature, teacher_temperature: of the softmaxes. teacher_momentum: share of the teacher that
+    a step keeps; center_momentum: the same of the mean teacher output, which is taken off its outputs. global_scale,
+    local_scale: least and most share of the image's area in a crop; local_views: small crops an image; local_size:
+    their side in pixels. brightness, contrast: largest relative change; blur: chance of a blurred view.
+    Raises ConfigError, naming the setting.
+    """
+
+    epochs: int = 16
+    batch_size: int = 512
+    lr: float = 1e-3
+    weight_decay: float = 0.04
+    clip: float = 3.0
+    out_dim: int = 2048
+    hidden: int = 1024
+    bottleneck: int = 256
+    student_temperature: float = 0.1
+    teacher_temperature: float = 0.04
+    teacher_momentum: float = 0.99
+    center_momentum: float = 0.9
+    global_scale: tuple[float, float] = (0.5, 1.0)
+    local_scale: tuple[float, float] = (0.15, 0.5)
+    local_views: int = 4
+    local_size: int = 16
+    brightness: float = 0.4
+    contrast: float = 0.4
+    blur: float = 0.2
+
+    def __post_init__(self) -> None:
+        for name in ("out_dim", "hidden", "bottleneck", "local_views", "local_size"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ConfigError(f"{name}={value!r} must be a whole number, 1 or more")
+        for name in ("teacher_momentum", "center_momentum", "brightness", "contrast", "blur"):
+            if not 0 <= getattr(self, name) <= 1:  # also refuses NaN
+                raise ConfigError(f"{name}={getattr(self, name)!r} must lie between 0 and 1")
+        for name in ("student_temperature", "teacher_temperature"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ConfigError(f"{name}={getattr(self, name)!r} must be more than 0 and at most 1")
+        for name in ("global_scale", "local_scale"):
+            low, high = getattr(self, name)
+            if not 0 < low <= high <= 1:
+                raise ConfigError(f"{name}={(low, high)!r} must be two shares, 0 < first <= second <= 1")
+
+
+class DinoHead(nn.Module):
+    """Features (B, width) to cosines (B, out_dim) with the prototypes, in fp32 whatever autocast says.
+
+    A temperature of 0.04 would blow the rounding of bf16 up to a tenth of a logit.
+    """
+
+    def __init__(self, width: int, config: DinoConfig) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, config.hidden)
+        self.fc2 = nn.Linear(config.hidden, config.hidden)
+        self.fc3 = nn.Linear(config.hidden, config.bottleneck)
+        self.prototypes = nn.Parameter(torch.randn(config.out_dim, config.bottleneck))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Cosines (B, out_dim), fp32."""
+        x = self.fc3(F.gelu(self.fc2(F.gelu(self.fc1(features)))))
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(F.normalize(x.float(), dim=-1), F.normalize(self.prototypes.float(), dim=-1))
+
+
+class DinoStudent(VisionTransformer):
+    """The demo's ViT with a DinoHead, for images (B, channels, side, side) of any side that patch_size divides.
+
+    On another grid of patches the learned positions are interpolated. Raises ShapeError for other images.
+    """
+
+    def __init__(self, config: ViTConfig, dino: DinoConfig) -> None:
+        super().__init__(config)
+        self.add_module("head", DinoHead(config.width, dino))  # in place of the class head
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Patches of images as tokens (B, T, width), positions added."""
+        channels, patch = self.config.channels, self.config.patch_size
+        if images.dim() != 4 or images.shape[1] != channels or images.shape[2] != images.shape[3]:
+            raise ShapeError(f"images has shape {tuple(images.shape)}; expected (batch, {channels}, side, side)")
+        side, rest = divmod(images.shape[3], patch)
+        if rest or not side:
+            raise ShapeError(f"images has side {images.shape[3]}, which must be a multiple of patch_size={patch}")
+        grid = images.reshape(-1, channels, side, patch, side, patch).permute(0, 2, 4, 1, 3, 5)
+        return self.patch_embed(grid.reshape(-1, side**2, channels * patch**2)) + self._positions_on(side)
+
+    def features(self, images: Tensor) -> Tensor:
+        """What the backbone makes of images: (B, width) fp32, without the head."""
+        x = self.embed(images)
+        for block in self.blocks:
+            x = block(x)
+        return self.pool(x).float()
+
+    def _positions_on(self, side: int) -> Tensor:
+        trained = self.config.image_size // self.config.patch_size
+        if side == trained:
+            return self.positions
+        grid = self.positions.T.reshape(1, -1, trained, trained)
+        resized = F.interpolate(grid, size=(side, side), mode="bilinear", align_corners=False)
+        return resized.flatten(2)[0].T
+
+
+def build_student(config: ViTConfig, dino: DinoConfig, seed: int, device: torch.device | str = "cpu") -> DinoStudent:
+    """A new student on device; its weights depend on the settings and seed alone, not on device or earlier draws."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return DinoStudent(config, dino).to(device)
+
+
+def crops(images: Tensor, draws: Tensor, scale: tuple[float, float], size: int, config: DinoConfig) -> Tensor:
+    """Views of images (n, C, S, S) with pixels from 0 to 1, as draws (n, views, 7) in [0, 1) say; fp32.
+
+    Each view is a square of a share of the area within scale, anywhere inside the image, resized bilinearly to size,
+    with half of them mirrored, then brightness, contrast and blur. Returns (views * n, C, size, size), pixels from 0 to
+    1, view by view.
+    """
+    area, x, y, flip, brightness, contrast, blur = draws.transpose(0, 1).flatten(0, 1).unbind(1)
+    side = (scale[0] + area * (scale[1] - scale[0])).sqrt()
+    room, zero = 1 - side, torch.zeros_like(side)
+    mirrored = torch.where(flip < 0.5, -side, side)
+    rows = torch.stack([mirrored, zero, (2 * x - 1) * room, zero, side, (2 * y - 1) * room], dim=1)
+    grid = F.affine_grid(rows.view(-1, 2, 3), [len(rows), images.shape[1], size, size], align_corners=False)
+    views = F.grid_sample(images.repeat(draws.shape[1], 1, 1, 1), grid, padding_mode="border", align_corners=False)
+
+    def each(value: Tensor) -> Tensor:
+        return value.view(-1, 1, 1, 1)
+
+    views = views * each(1 + config.brightness * (2 * brightness - 1))
+    mean = views.mean(dim=(1, 2, 3), keepdim=True)
+    views = torch.lerp(mean, views, each(1 + config.contrast * (2 * contrast - 1))).clamp(0, 1)
+    smooth = F.avg_pool2d(views, 3, stride=1, padding=1, count_include_pad=False)
+    return torch.where(each(blur) < config.blur, smooth, views)
+
+
+def dino_loss(student: Tensor, teacher: Tensor, center: Tensor, config: DinoConfig) -> Tensor:
+    """Mean cross-entropy of the student's views with the teacher's other ones, a scalar.
+
+    student: (views, n, out_dim), its first entries the views of teacher, (2, n, out_dim); center: (out_dim,).
+    """
+    targets = ((teacher - center) / config.teacher_temperature).softmax(dim=-1)
+    logs = (student / config.student_temperature).log_softmax(dim=-1)
+    # The sum over all pairs needs no loop; what a view would tell itself is taken off again.
+    total = (targets.sum(dim=0) * logs.sum(dim=0)).sum() - (targets * logs[: len(targets)]).sum()
+    return -total / (len(targets) * (len(logs) - 1) * student.shape[1])
+
+
+def knn_votes(memory: Tensor, labels: Tensor, queries: Tensor, classes: int, k: int = NEIGHBOURS) -> Tensor:
+    """Shares of the votes (n, classes) of the k nearest of memory (m, d) for queries (n, d), by cosine, in fp32.
+
+    labels: (m,) int64. As in DINO a neighbour of cosine s weighs exp(s / 0.07). k is at most m.
+    """
+    with torch.autocast(memory.device.type, enabled=False):
+        memory, parts = F.normalize(memory.float(), dim=1), []
+        for part in F.normalize(queries.float(), dim=1).split(_CHUNK):
+            cosine, nearest = (part @ memory.T).topk(min(k, len(memory)), dim=1)
+            weight = (cosine / _VOTE_TEMPERATURE).softmax(dim=1)
+            parts.append(weight.new_zeros(len(part), classes).scatter_add_(1, labels[nearest], weight))
+        return torch.cat(parts)
+
+
+def linear_probe(train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], classes: int, steps: int = 100) -> float:
+    """Accuracy (0 to 1) on test of a logistic regression on train: (features (n, d), labels (n,) int64) each.
+
+    Features are standardised by train; at most steps of L-BFGS on all of it from zero, with a little weight decay.
+    """
+    std, mean = torch.std_mean(train[0], dim=0)
+    x, queries = ((part - mean) / (std + 1e-6) for part in (train[0], test[0]))
+    weight = torch.zeros(classes, x.shape[1], device=x.device, requires_grad=True)
+    bias = torch.zeros(classes, device=x.device, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weight, bias], max_iter=steps, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(F.linear(x, weight, bias), train[1]) + 1e-4 * weight.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    with torch.no_grad():
+        return (F.linear(queries, weight, bias).argmax(dim=1) == test[1]).float().mean().item()
+
+
+class DinoTask(ImageClassification):
+    """Task: DINO on the training images of data, scored by k-NN of the student's features (see knn_votes).
+
+    student: dense, on data's device, and the very model that is trained. Its copy, the teacher, is no part of it and
+    stays dense when the student's layers become sparse. wrap: what the teacher's forward goes through, as in fit.
+    A batch is (images, draws); views are made of both in loss, which draws nothing and so fits into a CUDA graph.
+    Raises ConfigError for a student that is sparse already.
+    """
+
+    def __init__(
+        self,
+        data: Dataset,
+        student: DinoStudent,
+        config: DinoConfig,
+        wrap: Callable[[nn.Module], Forward] | None = None,
+    ) -> None:
+        if any(isinstance(module, SemiSparseBase) for module in student.modules()):
+            raise ConfigError("student has semi-sparse layers, and so would its teacher; build the task first")
+        super().__init__(data)
+        self.student, self.config = student, config
+        self.teacher = deepcopy(student).requires_grad_(False)
+        self._teach = self.teacher if wrap is None else wrap(self.teacher)
+        # A swap keeps Parameters, so these stay the student's.
+        self._now: list[Tensor] = [parameter.detach() for parameter in student.parameters()]
+        self._past: list[Tensor] = list(self.teacher.parameters())
+        images = data.train.images
+        self._low, self._high = images.amin(), images.amax()
+        self.center = torch.zeros(config.out_dim, device=images.device)
+        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(SPLIT_SEED))
+        chosen = order[:_VALIDATION_MEMORY].to(images.device)
+        self._memory = Split(images[chosen], data.train.labels[chosen])
+
+    def batches(self, batch_size: int, generator: torch.Generator) -> Iterator[Batch]:
+        """(images, draws) of one epoch. All random numbers are drawn on the CPU and moved once an epoch."""
+        images = self.data.train.images
+        views = GLOBAL_VIEWS + self.config.local_views
+        order = torch.randperm(len(images), generator=generator).to(images.device)
+        draws = torch.rand(len(images), views, _DRAWS, generator=generator).to(images.device)
+        for step in range(self.steps_per_epoch(batch_size)):
+            chosen = slice(step * batch_size, (step + 1) * batch_size)
+            yield images[order[chosen]], draws[chosen]
+
+    def views(self, images: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
+        """Large (2 * n, ...) and small (local_views * n, ...) views of images, view by view, normalised as they are."""
+        # Autocast would compute the sampling positions in bf16.
+        with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
+            span = self._high - self._low
+            pixels = (images - self._low) / span
+            large = crops(pixels, draws[:, :GLOBAL_VIEWS], self.config.global_scale, images.shape[-1], self.config)
+            small = crops(pixels, draws[:, GLOBAL_VIEWS:], self.config.local_scale, self.config.local_size, self.config)
+            return large * span + self._low, small * span + self._low
+
+    def loss(self, forward: Forward, batch: Batch) -> Tensor:
+        """dino_loss of one batch. Moves the teacher to what the last optimizer step left first, and the centre last."""
+        torch._foreach_lerp_(self._past, self._now, 1 - self.config.teacher_momentum)
+        large, small = self.views(*batch)
+        count, out_dim = len(batch[0]), self.config.out_dim
+        with torch.no_grad():
+            teacher = self._teach(large).view(-1, count, out_dim)
+        student = torch.cat([forward(large), forward(small)]).view(-1, count, out_dim)
+        loss = dino_loss(student, teacher, self.center, self.config)
+        self.center.lerp_(teacher.mean(dim=(0, 1)), 1 - self.config.center_momentum)
+        return loss
+
+    def validate(self, forward: Forward) -> Scores:
+        """k-NN of the student's features on the validation split, among those of 10,000 training images.
+
+        forward is not used. loss: mean -log of the votes' share of the true class, at least 1 / 1000.
+        """
+        return self._knn(self._memory, self.data.validation)
+
+    def test(self, forward: Forward) -> Scores:
+        """As validate, on the test split, among the features of all training images."""
+        return self._knn(self.data.train, self.data.test)
+
+    def frozen_scores(self, precision: Precision) -> dict[str, float]:
+        """Further figures of a trained student, on the test split.
+
+        linear_accuracy: of a linear_probe on its features, raw_pixel_knn_accuracy: of k-NN on normalised pixels, both
+        in percent; feature_std: 1 for normalised features that spread in all directions, 0 when all are the same. For
+        use outside torch.inference_mode, since the probe is trained.
+        """
+        train, test, classes = self.data.train, self.data.test, self.data.classes
+        device = train.images.device
+        with torch.no_grad(), autocast(device, precision):
+            features, queries = self._features(train.images), self._features(test.images)
+            pixels, others = (split.images.flatten(1) for split in (train, test))
+            votes = knn_votes(pixels, train.labels, others, classes)
+        linear = linear_probe((features, train.labels), (queries, test.labels), classes)
+        spread = F.normalize(queries, dim=1).std(dim=0).square().sum().sqrt()
+        return {
+            "linear_accuracy": 100 * linear,
+            "raw_pixel_knn_accuracy": 100 * (votes.argmax(dim=1) == test.labels).float().mean().item(),
+            "feature_std": spread.item(),
+        }
+
+    def _features(self, images: Tensor) -> Tensor:
+        return torch.cat([self.student.features(part) for part in images.split(_CHUNK)])
+
+    def _knn(self, memory: Split, split: Split) -> Scores:
+        votes = knn_votes(self._features(memory.images), memory.labels, self._features(split.images), self.data.classes)
+        share = votes.gather(1, split.labels[:, None]).clamp(min=1e-3)
+        return Scores(-share.log().mean().item(), (votes.argmax(dim=1) == split.labels).float().mean().item())

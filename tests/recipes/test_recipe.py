@@ -1,0 +1,110 @@
+"""Recipe and its presets: values, copies, and parts that do not belong together."""
+
+import copy
+import pickle
+from dataclasses import FrozenInstanceError
+from typing import Any
+
+import pytest
+
+from semisparse import SparseConfig
+from semisparse.errors import ConfigError
+from semisparse.recipes import PRESETS, Recipe, dinov2, fst, s_ste, sr_ste, step
+
+WANTED: dict[str, dict[str, Any]] = {
+    "dinov2": {"mask": "transposable", "sparse_fraction": 0.7},
+    "sr_ste": {"mask": "transposable", "decay": 2e-4},
+    "fst": {"mask": "transposable", "decay": 6e-5, "refresh_every": 40, "sparse_fraction": 5 / 6},
+    "s_ste": {"mask": "soft"},
+    "step": {"mask": "row", "dense_range": (0.1, 0.5)},
+}
+PLAIN = {"sparse_fraction": 1.0, "decay": 0.0, "refresh_every": 1, "dense_range": None}
+
+
+@pytest.mark.parametrize("name", WANTED)
+def test_a_preset_is_its_papers_recipe(name: str) -> None:
+    wanted = dict(WANTED[name])
+    layers = {"operand": "weight", "mask": wanted.pop("mask"), "engine": "auto"}
+    assert PRESETS[name]().describe() == {"name": name, "config": layers, **PLAIN, **wanted}
+
+
+def test_the_presets_are_all_named() -> None:
+    presets = {"dinov2": dinov2, "sr_ste": sr_ste, "fst": fst, "s_ste": s_ste, "step": step}
+    assert presets == PRESETS
+
+
+@pytest.mark.parametrize("name", WANTED)
+def test_a_preset_takes_an_engine_and_its_own_settings(name: str) -> None:
+    assert PRESETS[name](engine="dense").config.engine == "dense"
+    assert fst(decay=1e-3, refresh_every=7, sparse_fraction=0.5).describe() == {
+        "name": "fst",
+        "config": {"operand": "weight", "mask": "transposable", "engine": "auto"},
+        "decay": 1e-3,
+        "refresh_every": 7,
+        "sparse_fraction": 0.5,
+        "dense_range": None,
+    }
+    assert sr_ste(mask="row").config.mask == "row"
+    assert step(mask="transposable", dense_range=(0.2, 0.3)).dense_range == (0.2, 0.3)
+
+
+def test_a_recipe_cannot_be_changed_but_compared_copied_and_pickled() -> None:
+    recipe = fst()
+    with pytest.raises(FrozenInstanceError):
+        recipe.decay = 1.0
+    for other in (copy.deepcopy(recipe), copy.copy(recipe), pickle.loads(pickle.dumps(recipe)), fst()):
+        assert other == recipe and hash(other) == hash(recipe)
+    assert recipe != fst(decay=1e-4)
+
+
+def test_a_range_becomes_a_pair_of_floats() -> None:
+    assert step(dense_range=[0, 1]).dense_range == (0.0, 1.0)
+
+
+BAD: dict[str, tuple[dict[str, Any], str]] = {
+    "name": ({"name": None}, "name=None must be a text"),
+    "empty name": ({"name": ""}, "name='' must be a text"),
+    "config": ({"config": "row"}, "config='row' must be a SparseConfig"),
+    "fraction above": ({"sparse_fraction": 1.1}, r"sparse_fraction=1\.1 must lie between 0 and 1"),
+    "fraction nan": ({"sparse_fraction": float("nan")}, "sparse_fraction=nan must lie between 0 and 1"),
+    "fraction bool": ({"sparse_fraction": True}, "sparse_fraction=True must lie between 0 and 1"),
+    "fraction text": ({"sparse_fraction": "0.5"}, r"sparse_fraction='0\.5' must lie between 0 and 1"),
+    "decay below": ({"decay": -1e-5}, "decay=-1e-05 must be a number, 0 or more"),
+    "decay inf": ({"decay": float("inf")}, "decay=inf must be a number, 0 or more"),
+    "decay text": ({"decay": "much"}, "decay='much' must be a number, 0 or more"),
+    "refresh 0": ({"refresh_every": 0}, "refresh_every=0 must be a whole number of applied steps, 1 or more"),
+    "refresh float": ({"refresh_every": 40.0}, r"refresh_every=40\.0 must be a whole number"),
+    "refresh bool": ({"refresh_every": True}, "refresh_every=True must be a whole number"),
+    "range of one": ({"dense_range": (0.5,)}, r"dense_range=\(0\.5,\) must be two shares"),
+    "range number": ({"dense_range": 0.5}, r"dense_range=0\.5 must be two shares"),
+    "range turned": ({"dense_range": (0.5, 0.1)}, r"dense_range=\(0\.5, 0\.1\) must be two shares"),
+    "range above": ({"dense_range": (0.5, 1.5)}, r"dense_range=\(0\.5, 1\.5\) must be two shares"),
+    "range nan": ({"dense_range": (float("nan"), 0.5)}, r"dense_range=\(nan, 0\.5\) must be two shares"),
+    "range of nothing": ({"dense_range": (0, 0)}, r"dense_range=\(0, 0\) must be two shares of the steps, .* not 0"),
+    "range of text": ({"dense_range": ("a", "b")}, r"dense_range=\('a', 'b'\) must be two shares"),
+    "activation": ({"config": SparseConfig(operand="activation")}, "config.operand='activation': recipes prune"),
+    "rows held": ({"config": SparseConfig(mask="row"), "refresh_every": 2}, "refresh_every=2 holds masks fixed, which "
+                  "config.mask='row' cannot be: use mask='transposable' or refresh_every=1"),
+    "soft held": ({"config": SparseConfig(mask="soft"), "refresh_every": 2}, "refresh_every=2 holds masks fixed"),
+    "soft decay": ({"config": SparseConfig(mask="soft"), "decay": 1e-4}, r"decay=0\.0001: mask='soft' .* use decay=0"),
+    "soft after dense": ({"config": SparseConfig(mask="soft"), "dense_range": (0.1, 0.5)}, "mask='soft' takes its "
+                         "scale at the start, .* use mask='row' or no dense_range"),
+    "two plans": ({"dense_range": (0.1, 0.5), "sparse_fraction": 0.5}, r"sparse_fraction=0\.5: with dense_range .* "
+                  "leave sparse_fraction at 1"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_what_does_not_belong_together_is_refused_with_the_way_out(case: str) -> None:
+    settings, message = BAD[case]
+    with pytest.raises(ConfigError, match=message):
+        Recipe(**{"name": "mine", **settings})
+
+
+def test_presets_refuse_the_same() -> None:
+    with pytest.raises(ConfigError, match="mask='soft'"):
+        sr_ste(mask="soft")
+    with pytest.raises(ConfigError, match="mask='soft'"):
+        step(mask="soft")
+    with pytest.raises(ConfigError, match="engine='fast'"):
+        dinov2(engine="fast")
