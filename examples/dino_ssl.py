@@ -34,7 +34,7 @@ from semisparse.demo.experiment import Experiment, OnProgress, Outcome, Row, run
 from semisparse.demo.model import ViTConfig
 from semisparse.demo.training import TrainConfig, resolve_device
 
-MODEL = ViTConfig(image_size=28, patch_size=4, width=384, depth=4, heads=6)
+MODEL = ViTConfig(image_size=28, patch_size=4, width=384, depth=2, heads=6)
 DINO = DinoConfig()
 SMALL = ViTConfig(image_size=28, patch_size=7, width=32, depth=1, heads=2)
 SMALL_DINO = DinoConfig(

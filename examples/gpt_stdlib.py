@@ -1,6 +1,6 @@
 """Recipes for sparse training compared: a GPT over the bytes of Python's own standard library.
 
-    python examples/gpt_stdlib.py                       # all rows, seeds 0 and 1; about a minute of GPU a run
+    python examples/gpt_stdlib.py                       # all rows, seeds 0 and 1; half a minute of GPU a run
     python examples/gpt_stdlib.py --row dense --row fst --seeds 3
     python examples/gpt_stdlib.py --small --device cpu  # a tiny model for a few steps, to see it work
 
@@ -49,9 +49,9 @@ def rows(engine: Engine) -> tuple[Row, ...]:
 def settings(device: str, small: bool, epochs: int | None) -> tuple[GPTConfig, TrainConfig]:
     on_gpu = resolve_device(device).type == "cuda"
     train = TrainConfig(
-        epochs=(1 if small else 5) if epochs is None else epochs,
+        epochs=(1 if small else 8) if epochs is None else epochs,
         batch_size=64 if small else 128,
-        lr=1e-3,
+        lr=2e-3,
         warmup_fraction=0.05,
         weight_decay=0.1,
         betas=(0.9, 0.95),

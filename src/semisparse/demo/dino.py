@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from semisparse.demo.data import SPLIT_SEED, Dataset, Split
-from semisparse.demo.model import VisionTransformer, ViTConfig
+from semisparse.demo.model import VisionTransformer, ViTConfig, patches
 from semisparse.demo.results import Scores
 from semisparse.demo.task import Batch, Forward, ImageClassification
 from semisparse.demo.training import Precision, autocast
@@ -115,8 +115,7 @@ class DinoStudent(VisionTransformer):
         side, rest = divmod(images.shape[3], patch)
         if rest or not side:
             raise ShapeError(f"images has side {images.shape[3]}, which must be a multiple of patch_size={patch}")
-        grid = images.reshape(-1, channels, side, patch, side, patch).permute(0, 2, 4, 1, 3, 5)
-        return self.patch_embed(grid.reshape(-1, side**2, channels * patch**2)) + self._positions_on(side)
+        return self.patch_embed(patches(images, self.config)) + self._positions_on(side)
 
     def features(self, images: Tensor) -> Tensor:
         """What the backbone makes of images: (B, width) fp32, without the head."""

@@ -146,13 +146,18 @@ class VisionTransformer(Transformer):
         return self.head(self.pool(x))
 
     def _patches(self, images: Tensor) -> Tensor:
-        """(B, C, S, S) -> (B, tokens, C * patch * patch), patches in row-major order."""
-        size, patch = self.config.image_size, self.config.patch_size
-        expected = (self.config.channels, size, size)
+        """(B, C, S, S) -> (B, tokens, patch_features)."""
+        expected = (self.config.channels, self.config.image_size, self.config.image_size)
         if images.dim() != 4 or images.shape[1:] != expected:
             raise ShapeError(f"images has shape {tuple(images.shape)}; this model takes (batch, *{expected})")
-        grid = images.reshape(-1, self.config.channels, size // patch, patch, size // patch, patch)
-        return grid.permute(0, 2, 4, 1, 3, 5).reshape(-1, self.config.tokens, self.config.patch_features)
+        return patches(images, self.config)
+
+
+def patches(images: Tensor, config: ViTConfig) -> Tensor:
+    """Images (B, C, S, S), S a multiple of patch_size, as patches (B, patches, patch_features), row by row."""
+    side, size = images.shape[-1] // config.patch_size, config.patch_size
+    grid = images.reshape(-1, config.channels, side, size, side, size)
+    return grid.permute(0, 2, 4, 1, 3, 5).reshape(-1, side**2, config.patch_features)
 
 
 def build_model(config: ViTConfig, seed: int, device: torch.device | str = "cpu") -> VisionTransformer:

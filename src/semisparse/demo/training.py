@@ -246,7 +246,6 @@ def adamw(
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
-    fused = (
-        kind is torch.optim.AdamW and resolve_device(config.device).type == "cuda"
-    )  # a subclass may have no such form
+    # A subclass may have no fused form; torch then chooses the best of the others.
+    fused = True if kind is torch.optim.AdamW and resolve_device(config.device).type == "cuda" else None
     return kind(groups, lr=config.lr, betas=config.betas, fused=fused)
