@@ -9,8 +9,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from semisparse.demo import cards as experiments
+from semisparse.demo.curves import curves
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, CARDS = ROOT / "benchmarks" / "results", ROOT / "benchmarks" / "cards"
+ACCURACY = RESULTS / "accuracy"
+MASK_STUDY = ("signed-greedy", "greedy", "sparse-100")
 COMMAND = "python benchmarks/benchmark_semi_structured_training.py"
 
 
@@ -31,7 +36,7 @@ def origin(results: list[dict[str, Any]]) -> str:
         facts = source["environment"]["facts"]
         named = ", ".join(f"{name} {facts[name]}" for name in ("torch", "triton", "cuSPARSELt", "nvmath-python"))
         peaks = " / ".join(f"{value:g} TFLOP/s {name}" for name, value in source["peaks_tflops"].items())
-        machine = f"One {source['gpu']}, {named}; peaks by data sheet: {peaks}"
+        machine = f"One {source['gpu']}, {named}" + (f"; peaks by data sheet: {peaks}" if peaks else "")
         runs.setdefault(machine, {}).setdefault(f"commit {source['commit'][:10]}", source["time"])
     return " ".join(
         f"{machine}; {'; '.join(f'{commit}, {time}' for commit, time in times.items())}."
@@ -159,6 +164,27 @@ def metrics_card(results: list[tuple[str, dict[str, Any]]]) -> str:
     return "\n".join([*lines, "", f"Remake: `{COMMAND} --metrics --save`", ""])
 
 
+def accuracy() -> dict[str, list[dict[str, Any]]]:
+    """Stored results of the experiments in examples/, by experiment."""
+    return experiments.by_experiment(experiments.load_results(ACCURACY))
+
+
+def mask_study(results: list[dict[str, Any]]) -> str:
+    """How masks are chosen: the fully sparse rows that differ in nothing else."""
+    chosen = [result for result in results if result["row"] in MASK_STUDY]
+    return experiments.table(chosen, baseline=MASK_STUDY[0])
+
+
+def accuracy_cards() -> dict[Path, str]:
+    """A card for each experiment; its plot lies beside it."""
+    made = {}
+    for name, results in accuracy().items():
+        studied = {result["row"] for result in results}.issuperset(MASK_STUDY)
+        more = ["The three ways to choose masks, compared with each other:", mask_study(results)] if studied else []
+        made[CARDS / f"{name}.md"] = experiments.card(results, f"{name}.png", more)
+    return made
+
+
 def readme_blocks() -> dict[str, str]:
     """Marker -> generated text of each README block that has results."""
     linear, steps = load("linear"), load("end-to-end")
@@ -169,6 +195,9 @@ def readme_blocks() -> dict[str, str]:
     if linear:
         where = origin([result for _, result in linear])
         blocks["linear"] = f"{linear_table(linear)}\n\n{where} Remake: `{COMMAND} --linear --save`."
+    for name, results in accuracy().items():
+        where, command = experiments.origin(results), results[0]["command"]
+        blocks[name] = f"{experiments.table(results)}\n\nMeasured on {where}. Remake: `{command}`."
     return blocks
 
 
@@ -188,6 +217,7 @@ def outputs() -> dict[Path, str]:
         made[CARDS / "pack.md"] = pack_card(packs)
     if followed := load("metrics"):
         made[CARDS / "metrics.md"] = metrics_card(followed)
+    made |= accuracy_cards()
     readme = ROOT / "README.md"
     return {**made, readme: with_blocks(readme.read_text(), readme_blocks())}
 
@@ -197,6 +227,8 @@ def main() -> int:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
         print(path.relative_to(ROOT))
+    for name, results in accuracy().items():
+        (CARDS / f"{name}.png").write_bytes(curves(results))
     return 0
 
 

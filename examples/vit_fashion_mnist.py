@@ -5,7 +5,8 @@
     python examples/vit_fashion_mnist.py --small --device cpu  # a tiny model for a few steps, to see it work
 
 Rows: the seven of the table that torchao.sparsity.training published for DINOv2 (dense, then 40 to 100 % of the steps
-sparse and dense for the rest), and a study of masks: 100 % sparse with greedy masks, by magnitude and by signed value.
+sparse and dense for the rest), a study of masks (100 % sparse with greedy masks, by magnitude and by signed value), and
+the recipe fst.
 Settings were chosen for the dense row, on the 5,000 validation images; each run reads the test set once, at its end.
 One JSON a run goes to --out, runs that are there are skipped, and a card (table and plot) is made of all of them.
 
@@ -50,6 +51,7 @@ def rows(engine: Engine) -> tuple[Row, ...]:
         Row("sparse-100", "100% sparse, exact masks", recipes.dinov2(sparse_fraction=1.0, engine=engine)),
         masked("greedy", "100% sparse, greedy masks by magnitude", "greedy"),
         masked("signed-greedy", "100% sparse, greedy masks by signed value (torchao's default)", "signed_greedy"),
+        Row("fst", "fst: masks held 40 steps, decay, last sixth dense", recipes.fst(engine=engine)),
     )  # fmt: skip
 
 

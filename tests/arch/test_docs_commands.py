@@ -22,7 +22,7 @@ OURS = [command for command in COMMANDS if command[0] == "semisparse"]
 
 
 def test_the_pages_show_commands() -> None:
-    assert {command[0] for command in COMMANDS} == {"make", "semisparse"}
+    assert {command[0] for command in COMMANDS} == {"make", "semisparse", "python"}
     assert {command[1] for command in OURS} == {"train", "evaluate", "env"}
 
 
@@ -30,6 +30,14 @@ def test_the_pages_show_commands() -> None:
 def test_make_has_the_target(command: list[str]) -> None:
     targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
     assert command[1] in targets
+
+
+@pytest.mark.parametrize("command", [command for command in COMMANDS if command[0] == "python"], ids=" ".join)
+def test_the_program_has_the_options(command: list[str]) -> None:
+    program = (ROOT / command[1]).read_text()
+    for option in command[2:]:
+        if option.startswith("--"):
+            assert option in program or f"{option[2:].replace('-', '_')}: Annotated" in program
 
 
 @pytest.mark.parametrize("command", OURS, ids=" ".join)

@@ -12,8 +12,12 @@ def test_generated_text_is_up_to_date(path):
 
 def test_every_card_has_its_result():
     stems = {path.stem for path in cards.RESULTS.glob("*.json")}
-    stems |= {kind for kind in ("pack", "metrics") if cards.load(kind)}
+    stems |= {kind for kind in ("pack", "metrics") if cards.load(kind)} | cards.accuracy().keys()
     assert {path.stem for path in cards.CARDS.glob("*.md")} <= stems
+
+
+def test_every_experiment_has_its_plot():
+    assert {path.stem for path in cards.CARDS.glob("*.png")} == cards.accuracy().keys()
 
 
 def test_blocks_replace_only_what_lies_between_their_markers():

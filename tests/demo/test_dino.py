@@ -1,15 +1,11 @@
 import copy
-import json
 import math
-import runpy
 from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from typer import Typer
-from typer.testing import CliRunner
 
 from semisparse import recipes
 from semisparse.demo.capture import compiled_blocks
@@ -20,20 +16,21 @@ from semisparse.demo.dino import (
     build_student,
     crops,
     dino_loss,
-    knn_votes,
-    linear_probe,
 )
 from semisparse.demo.experiment import Row, train_row
 from semisparse.demo.model import ViTConfig
+from semisparse.demo.probes import knn_votes, linear_probe
 from semisparse.demo.runs import sparsify_model
 from semisparse.demo.training import TrainConfig
 from semisparse.errors import ConfigError, NoLayerMatched, ShapeError
 from semisparse.nn import SemiSparseLinear
-from tests.arch.source import ROOT
-from tests.demo.toys import toy_data, write_fashion_mnist
+from tests.demo.toys import toy_data
 
 VIT = ViTConfig(image_size=8, patch_size=2, width=16, depth=1, heads=2)
-DINO = DinoConfig(out_dim=12, hidden=16, bottleneck=8, local_views=3, local_size=4, teacher_momentum=0.75)
+DINO = DinoConfig(
+    out_dim=12, hidden=16, bottleneck=8, local_views=3, local_size=4, teacher_momentum=0.75, teacher_temperature=0.04,
+    global_scale=(0.5, 1.0), local_scale=(0.15, 0.5), brightness=0.4, contrast=0.4, blur=0.2,
+)  # fmt: skip
 VIEWS = 2 + DINO.local_views
 
 
@@ -181,7 +178,8 @@ def test_the_student_takes_both_sizes_and_refuses_others():
         student.positions.fill_(3.0)
     # Interpolated equal positions are equal positions, so an image of one colour gives the same at any size.
     large, small = (student.features(torch.full((2, 1, side, side), 0.5)) for side in (8, 4))
-    torch.testing.assert_close(large, small)
+    assert large.shape == (2, 16, 16) and small.shape == (2, 4, 16)
+    torch.testing.assert_close(large[:, :4], small)
     assert student(torch.rand(2, 1, 4, 4)).shape == (2, 12)
     for shape in ((2, 1, 5, 5), (2, 1, 4, 8), (2, 3, 4, 4), (1, 4, 4), (2, 1, 0, 0)):
         with pytest.raises(ShapeError, match="images has"):
@@ -230,16 +228,25 @@ def test_a_linear_probe_learns_what_a_line_separates():
     assert linear_probe((train[0], train[1].roll(1)), test, 3) == 0.0  # so it read the labels
 
 
-def test_scores_are_those_of_the_students_features():
-    task = toy_task()
-    scores = task.test(task.student)
+def test_scores_are_those_of_the_students_tokens():
+    task, other = toy_task(), build_student(VIT, DINO, 7)
     train, test = task.data.train, task.data.test
-    votes = knn_votes(task.student.features(train.images), train.labels, task.student.features(test.images), 4)
-    right = votes.argmax(dim=1) == test.labels
-    assert scores.accuracy == pytest.approx(right.float().mean().item())
-    more = task.frozen_scores("fp32")
-    assert list(more) == ["linear_accuracy", "raw_pixel_knn_accuracy", "feature_std"]
+
+    def accuracy(memory: torch.Tensor, queries: torch.Tensor) -> float:
+        votes = knn_votes(memory.flatten(1), train.labels, queries.flatten(1), 4)
+        return (votes.argmax(dim=1) == test.labels).float().mean().item()
+
+    with torch.no_grad():
+        tokens, queries = task.student.features(train.images), task.student.features(test.images)
+        assert task.test(task.student).accuracy == pytest.approx(accuracy(tokens, queries))
+        pooled = accuracy(tokens.mean(dim=1), queries.mean(dim=1))
+        before = accuracy(other.features(train.images), other.features(test.images))
+    more = task.frozen_scores("fp32", other)
+    assert more["knn_accuracy"] == pytest.approx(100 * task.test(task.student).accuracy)
+    assert more["pooled_knn_accuracy"] == pytest.approx(100 * pooled)
+    assert more["untrained_knn_accuracy"] == pytest.approx(100 * before)
     assert more["raw_pixel_knn_accuracy"] == 100 and 0 < more["feature_std"] <= 1
+    assert 0 <= more["linear_accuracy"] <= 100
 
 
 @pytest.mark.parametrize("fraction", [0.0, 0.6, 1.0])
@@ -267,33 +274,6 @@ def test_a_run_follows_its_phases_repeats_bit_for_bit_and_ends_plain(fraction):
 def test_wrong_settings_are_named(wrong):
     with pytest.raises(ConfigError, match=next(iter(wrong))):
         DinoConfig(**wrong)
-
-
-def test_the_example_writes_one_file_a_run_and_skips_what_is_there(tmp_path):
-    data, out = tmp_path / "data", tmp_path / "out"
-    data.mkdir()
-    write_fashion_mnist(data)
-    program = Typer()
-    program.command()(runpy.run_path(str(ROOT / "examples" / "dino_ssl.py"))["main"])
-    arguments = ["--small", "--device", "cpu", "--seeds", "1", "--data-dir", str(data), "--out", str(out)]
-    first = CliRunner().invoke(program, arguments)
-    assert first.exit_code == 0, first.output
-    files = sorted(out.glob("*.json"))
-    slugs = ("dense", "sparse-070", "sparse-100")
-    assert [file.name for file in files] == [f"dino-fashion-mnist.{slug}.seed0.json" for slug in slugs]
-    for file in files:
-        content = json.loads(file.read_text())
-        more = content["more"]
-        assert content["value"] == more["knn_accuracy"]
-        assert {"linear_accuracy", "raw_pixel_knn_accuracy"} < more.keys()
-        assert content["settings"]["dino"]["teacher_temperature"] == 0.04
-    times = [file.stat().st_mtime_ns for file in files]
-    second = CliRunner().invoke(program, arguments)
-    assert second.exit_code == 0 and second.output.count("there already, skipped") == 3
-    assert [file.stat().st_mtime_ns for file in files] == times
-    for wrong, said in ((["--epochs", "3"], "was made with"), (["--row", "none"], "row='none'")):
-        refused = CliRunner().invoke(program, arguments + wrong)
-        assert refused.exit_code == 2 and said in refused.output
 
 
 @pytest.mark.slow

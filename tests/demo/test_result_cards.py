@@ -20,7 +20,8 @@ def result(row: str, seed: int, value: float, *, order: int, flips: bool = True,
     return {
         "kind": KIND, "experiment": "toy", "row": row, "row_title": f"row {row}", "order": order, "seed": seed,
         "title": "Toys compared", "metric": "accuracy", "higher_is_better": True, "command": "make toys",
-        "value": value,
+        "settings": {"epochs": 2},
+        "more": {"other_figure": value + 1, "count": 7, "note": "text"},        "value": value,
         "gpu": "none", "commit": "abcdef0123456789+changes",
         "environment": {"torch": "2.x", "triton": "3.x", "cuSPARSELt": "not found"},
         "run": {"epochs": epochs, "phases": phases if row != "dense" else phases[1:]}, **changes,
@@ -47,6 +48,13 @@ def test_mean_spread_and_differences_seed_by_seed() -> None:
     )
     assert "| row early | 2 | 94.00 | -1.00 | 42 | 250.00 / 500.00 |" in text
     assert "| row dense | 0, 1, 2 | 93.33 ± 1.53 |  | 0 | - / 500.00 |" in text
+
+
+def test_further_figures_are_means_over_the_seeds() -> None:
+    text = cards.further_figures(RESULTS)
+    assert text.splitlines()[0] == "| configuration | other figure | count |"
+    assert f"| row late | 92.75 ± {statistics.stdev([91, 92.5]):.2f} | 7 ± 0 |" in text
+    assert cards.further_figures([result("dense", 0, 1.0, order=0, more={})]) == ""
 
 
 def test_another_baseline_comes_first() -> None:

@@ -104,6 +104,22 @@ def table(results: Sequence[Result], baseline: str = "dense") -> str:
     return "\n".join(lines)
 
 
+def further_figures(results: Sequence[Result]) -> str:
+    """What Outcome.more says of each row, as a Markdown table of means; empty where it says nothing."""
+    names = [name for name, value in results[0]["more"].items() if isinstance(value, (int, float))]
+    if not names:
+        return ""
+    lines = [
+        f"| configuration | {' | '.join(name.replace('_', ' ') for name in names)} |",
+        "|---" * (len(names) + 1) + "|",
+    ]
+    for row in summaries(results):
+        runs = [result["more"] for result in results if result["row"] == row.slug]
+        cells = [spread([run[name] for run in runs], 0 if isinstance(runs[0][name], int) else 2) for name in names]
+        lines.append(f"| {' | '.join([row.title, *cells])} |")
+    return "\n".join(lines)
+
+
 def origin(results: Sequence[Result]) -> str:
     """What the results were measured on, each machine once, with the commits."""
     machines: dict[str, set[str]] = {}
@@ -121,8 +137,8 @@ def _short(commit: str | None) -> str:
     return name[:10] + ("+changes" if mark else "")
 
 
-def card(results: Sequence[Result], plot: str) -> str:
-    """The card of one experiment: table, plot, origin and the command that remakes it."""
+def card(results: Sequence[Result], plot: str, more: Sequence[str] = ()) -> str:
+    """The card of one experiment: table, more paragraphs, plot, origin, settings and the command that remakes it."""
     first = results[0]
     return "\n".join(
         [
@@ -134,9 +150,12 @@ def card(results: Sequence[Result], plot: str) -> str:
             "the same code, data order and settings. Sparse products are counted where they are started: 0 means that "
             "all products were dense or masked dense.",
             "",
+            *(line for paragraph in (*more, further_figures(results)) if paragraph for line in (paragraph, "")),
             f"![Training loss, flip rate and validation score]({plot})",
             "",
             f"Measured on {origin(results)}.",
+            "",
+            f"Settings: `{json.dumps(first['settings'])}`",
             "",
             f"Remake: `{first['command']}`",
             "",

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from semisparse.demo.data import SPLIT_SEED, Dataset, Split
 from semisparse.demo.model import VisionTransformer, ViTConfig, patches
+from semisparse.demo.probes import knn_votes, linear_probe
 from semisparse.demo.results import Scores
 from semisparse.demo.task import Batch, Forward, ImageClassification
 from semisparse.demo.training import Precision, autocast
@@ -21,8 +22,6 @@ from semisparse.errors import ConfigError, ShapeError
 from semisparse.nn import SemiSparseBase
 
 GLOBAL_VIEWS = 2
-NEIGHBOURS = 20
-_VOTE_TEMPERATURE = 0.07
 _DRAWS = 7  # random numbers of one view
 _VALIDATION_MEMORY = 10_000  # training images whose features classify the validation split, for speed
 _CHUNK = 1000
@@ -40,25 +39,25 @@ class DinoConfig:
     Raises ConfigError, naming the setting.
     """
 
-    epochs: int = 16
-    batch_size: int = 512
-    lr: float = 1e-3
+    epochs: int = 12
+    batch_size: int = 128
+    lr: float = 5e-4
     weight_decay: float = 0.04
     clip: float = 3.0
-    out_dim: int = 2048
-    hidden: int = 1024
+    out_dim: int = 512
+    hidden: int = 512
     bottleneck: int = 256
     student_temperature: float = 0.1
-    teacher_temperature: float = 0.04
-    teacher_momentum: float = 0.99
+    teacher_temperature: float = 0.07
+    teacher_momentum: float = 0.98
     center_momentum: float = 0.9
-    global_scale: tuple[float, float] = (0.5, 1.0)
-    local_scale: tuple[float, float] = (0.15, 0.5)
+    global_scale: tuple[float, float] = (0.8, 1.0)
+    local_scale: tuple[float, float] = (0.5, 0.9)
     local_views: int = 4
     local_size: int = 16
-    brightness: float = 0.4
-    contrast: float = 0.4
-    blur: float = 0.2
+    brightness: float = 0.2
+    contrast: float = 0.2
+    blur: float = 0.1
 
     def __post_init__(self) -> None:
         for name in ("out_dim", "hidden", "bottleneck", "local_views", "local_size"):
@@ -118,11 +117,11 @@ class DinoStudent(VisionTransformer):
         return self.patch_embed(patches(images, self.config)) + self._positions_on(side)
 
     def features(self, images: Tensor) -> Tensor:
-        """What the backbone makes of images: (B, width) fp32, without the head."""
+        """What the backbone makes of images, without the head: a normalised token a patch, (B, T, width) fp32."""
         x = self.embed(images)
         for block in self.blocks:
             x = block(x)
-        return self.pool(x).float()
+        return self.norm(x).float()
 
     def _positions_on(self, side: int) -> Tensor:
         trained = self.config.image_size // self.config.patch_size
@@ -175,42 +174,6 @@ def dino_loss(student: Tensor, teacher: Tensor, center: Tensor, config: DinoConf
     # The sum over all pairs needs no loop; what a view would tell itself is taken off again.
     total = (targets.sum(dim=0) * logs.sum(dim=0)).sum() - (targets * logs[: len(targets)]).sum()
     return -total / (len(targets) * (len(logs) - 1) * student.shape[1])
-
-
-def knn_votes(memory: Tensor, labels: Tensor, queries: Tensor, classes: int, k: int = NEIGHBOURS) -> Tensor:
-    """Shares of the votes (n, classes) of the k nearest of memory (m, d) for queries (n, d), by cosine, in fp32.
-
-    labels: (m,) int64. As in DINO a neighbour of cosine s weighs exp(s / 0.07). k is at most m.
-    """
-    with torch.autocast(memory.device.type, enabled=False):
-        memory, parts = F.normalize(memory.float(), dim=1), []
-        for part in F.normalize(queries.float(), dim=1).split(_CHUNK):
-            cosine, nearest = (part @ memory.T).topk(min(k, len(memory)), dim=1)
-            weight = (cosine / _VOTE_TEMPERATURE).softmax(dim=1)
-            parts.append(weight.new_zeros(len(part), classes).scatter_add_(1, labels[nearest], weight))
-        return torch.cat(parts)
-
-
-def linear_probe(train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], classes: int, steps: int = 100) -> float:
-    """Accuracy (0 to 1) on test of a logistic regression on train: (features (n, d), labels (n,) int64) each.
-
-    Features are standardised by train; at most steps of L-BFGS on all of it from zero, with a little weight decay.
-    """
-    std, mean = torch.std_mean(train[0], dim=0)
-    x, queries = ((part - mean) / (std + 1e-6) for part in (train[0], test[0]))
-    weight = torch.zeros(classes, x.shape[1], device=x.device, requires_grad=True)
-    bias = torch.zeros(classes, device=x.device, requires_grad=True)
-    optimizer = torch.optim.LBFGS([weight, bias], max_iter=steps, line_search_fn="strong_wolfe")
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        loss = F.cross_entropy(F.linear(x, weight, bias), train[1]) + 1e-4 * weight.square().sum()
-        loss.backward()
-        return loss
-
-    optimizer.step(closure)
-    with torch.no_grad():
-        return (F.linear(queries, weight, bias).argmax(dim=1) == test[1]).float().mean().item()
 
 
 class DinoTask(ImageClassification):
@@ -278,41 +241,55 @@ class DinoTask(ImageClassification):
         return loss
 
     def validate(self, forward: Forward) -> Scores:
-        """k-NN of the student's features on the validation split, among those of 10,000 training images.
+        """k-NN of the student's tokens on the validation split, among those of 10,000 training images.
 
+        Images are compared token by token, as raw pixels are pixel by pixel: by the cosine of all tokens in a row.
         forward is not used. loss: mean -log of the votes' share of the true class, at least 1 / 1000.
         """
         return self._knn(self._memory, self.data.validation)
 
     def test(self, forward: Forward) -> Scores:
-        """As validate, on the test split, among the features of all training images."""
+        """As validate, on the test split, among the tokens of all training images."""
         return self._knn(self.data.train, self.data.test)
 
-    def frozen_scores(self, precision: Precision) -> dict[str, float]:
-        """Further figures of a trained student, on the test split.
+    def frozen_scores(self, precision: Precision, untrained: DinoStudent) -> dict[str, float]:
+        """Of the student as it is, on the test split, accuracies in percent.
 
-        linear_accuracy: of a linear_probe on its features, raw_pixel_knn_accuracy: of k-NN on normalised pixels, both
-        in percent; feature_std: 1 for normalised features that spread in all directions, 0 when all are the same. For
-        use outside torch.inference_mode, since the probe is trained.
+        knn_accuracy: as test; untrained_knn_accuracy: the same of another student; pooled_knn_accuracy: of the mean
+        over the tokens; linear_accuracy: of a linear_probe on that mean; raw_pixel_knn_accuracy: of the images alone.
+        feature_std: of the means, 1 where normalised ones spread in all directions, 0 where all are the same.
         """
         train, test, classes = self.data.train, self.data.test, self.data.classes
-        device = train.images.device
-        with torch.no_grad(), autocast(device, precision):
-            features, queries = self._features(train.images), self._features(test.images)
-            pixels, others = (split.images.flatten(1) for split in (train, test))
-            votes = knn_votes(pixels, train.labels, others, classes)
-        linear = linear_probe((features, train.labels), (queries, test.labels), classes)
+
+        def tokens(student: DinoStudent) -> tuple[Tensor, Tensor]:
+            with torch.no_grad(), autocast(train.images.device, precision):
+                return _features(student, train.images), _features(student, test.images)
+
+        def knn(memory: Tensor, queries: Tensor) -> float:
+            votes = knn_votes(memory, train.labels, queries, classes)
+            return 100 * (votes.argmax(dim=1) == test.labels).float().mean().item()
+
+        scores = {
+            "untrained_knn_accuracy": knn(*tokens(untrained)),
+            "knn_accuracy": knn(*(both := tokens(self.student))),
+        }
+        pooled, queries = (part.unflatten(1, (-1, self.student.config.width)).mean(dim=1) for part in both)
         spread = F.normalize(queries, dim=1).std(dim=0).square().sum().sqrt()
         return {
-            "linear_accuracy": 100 * linear,
-            "raw_pixel_knn_accuracy": 100 * (votes.argmax(dim=1) == test.labels).float().mean().item(),
+            **scores,
+            "pooled_knn_accuracy": knn(pooled, queries),
+            "linear_accuracy": 100 * linear_probe((pooled, train.labels), (queries, test.labels), classes),
+            "raw_pixel_knn_accuracy": knn(train.images.flatten(1), test.images.flatten(1)),
             "feature_std": spread.item(),
         }
 
-    def _features(self, images: Tensor) -> Tensor:
-        return torch.cat([self.student.features(part) for part in images.split(_CHUNK)])
-
     def _knn(self, memory: Split, split: Split) -> Scores:
-        votes = knn_votes(self._features(memory.images), memory.labels, self._features(split.images), self.data.classes)
+        features, queries = (_features(self.student, part.images) for part in (memory, split))
+        votes = knn_votes(features, memory.labels, queries, self.data.classes)
         share = votes.gather(1, split.labels[:, None]).clamp(min=1e-3)
         return Scores(-share.log().mean().item(), (votes.argmax(dim=1) == split.labels).float().mean().item())
+
+
+def _features(student: DinoStudent, images: Tensor) -> Tensor:
+    """The tokens of each image in a row, (n, T * width)."""
+    return torch.cat([student.features(part).flatten(1) for part in images.split(_CHUNK)])

@@ -1,0 +1,86 @@
+"""The examples run as a reader would run them, with --small on a CPU, and say what is wrong with bad input."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.arch.source import ROOT
+from tests.demo.toys import write_fashion_mnist
+
+EXAMPLES = {path.stem: path for path in sorted((ROOT / "examples").glob("*.py"))}
+ROWS = {
+    "vit_fashion_mnist": ["dense", "sparse-070", "greedy"],
+    "gpt_stdlib": ["dense", "fst", "step"],
+    "dino_ssl": ["dense", "sparse-070"],
+}
+
+
+def run(name: str, *options: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(EXAMPLES[name]), "--small", "--device", "cpu", *options]
+    environment = os.environ | {"MPLBACKEND": "Agg", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=600)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("fashion")
+    write_fashion_mnist(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("library")
+    for number in range(80):
+        (folder / f"module{number}.py").write_text(f"value = {number}\n" * 40)
+    return folder
+
+
+def test_every_example_is_tried() -> None:
+    assert EXAMPLES.keys() == ROWS.keys()
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_an_example_is_short(name: str) -> None:
+    assert len(EXAMPLES[name].read_text().splitlines()) < 200
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_an_example_runs_skips_what_is_there_and_makes_its_card(name, images, library, tmp_path) -> None:
+    data = library if name == "gpt_stdlib" else images
+    rows = [word for row in ROWS[name] for word in ("--row", row)]
+    options = ["--data-dir", str(data), "--out", str(tmp_path), "--seeds", "1", *rows]
+    done = run(name, *options)
+    assert done.returncode == 0, done.stderr
+    files = {path: path.read_bytes() for path in tmp_path.glob("*.seed0.json")}
+    results = {json.loads(content)["row"]: json.loads(content) for content in files.values()}
+    assert set(results) == set(ROWS[name])
+    for result in results.values():
+        kinds = {phase["kind"] for phase in result["run"]["phases"]}
+        assert ("sparse" in kinds) is (result["row"] != "dense")
+        if name == "dino_ssl":
+            assert result["value"] == pytest.approx(result["more"]["knn_accuracy"])
+        assert result["value"] >= 0 and result["run"]["epochs"]
+    (card,) = tmp_path.glob("*.md")
+    assert all(result["row_title"] in card.read_text() for result in results.values())
+    assert card.with_suffix(".png").stat().st_size > 10_000
+    again = run(name, *options)
+    assert again.returncode == 0 and again.stdout.count("skipped") == len(rows) // 2
+    assert files == {path: path.read_bytes() for path in tmp_path.glob("*.seed0.json")}
+    other = run(name, *options, "--epochs", "2")
+    assert other.returncode == 2 and "was made with" in other.stderr
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_wrong_data_and_rows_are_named(name: str, images: Path, library: Path, tmp_path: Path) -> None:
+    missing = run(name, "--data-dir", str(tmp_path / "nothing"), "--out", str(tmp_path / "out"))
+    assert missing.returncode == 2 and "data_dir=" in missing.stderr and "Traceback" not in missing.stderr
+    data = library if name == "gpt_stdlib" else images
+    unknown = run(name, "--data-dir", str(data), "--out", str(tmp_path / "out"), "--row", "third")
+    assert unknown.returncode == 2 and "row='third'" in unknown.stderr
+    assert not (tmp_path / "out").exists()
