@@ -205,6 +205,8 @@ def with_blocks(text: str, blocks: dict[str, str]) -> str:
     """text with the content between <!-- generated: NAME --> and <!-- end --> replaced by each block."""
     for name, block in blocks.items():
         pattern = re.compile(rf"(<!-- generated: {name} -->\n).*?(<!-- end -->)", flags=re.DOTALL)
+        if not pattern.search(text):
+            raise ValueError(f"README.md has no <!-- generated: {name} --> ... <!-- end -->")
         text = pattern.sub(lambda found, block=block: f"{found[1]}{block}\n{found[2]}", text)
     return text
 

@@ -100,7 +100,7 @@ def main(
                 "model": asdict(model_config),
                 "dino": asdict(dino),
                 "train": train_settings(config),
-                "training_images": len(data.train),
+                "data": {"training_images": len(data.train), "sha256": data.sha256},
             },
             command="python examples/dino_ssl.py",
         )

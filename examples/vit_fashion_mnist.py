@@ -93,6 +93,7 @@ def main(
                 "model": asdict(model_config),
                 "augmentation": asdict(AUGMENTATION),
                 "train": train_settings(config),
+                "data": {"sha256": data.sha256},
             },
             command="python examples/vit_fashion_mnist.py",
         )

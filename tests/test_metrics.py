@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from semisparse import MaskMetrics, SemiSparseLinear, SparseConfig, SparseSchedule, mask_statistics, sparsify
+from semisparse import MaskMetrics, SemiSparseLinear, SparseConfig, SparseSchedule, densify, mask_statistics, sparsify
 from semisparse.errors import ConfigError, NoLayerMatched
 from semisparse.metrics import log_to_tensorboard, log_to_wandb
 from tests.support import brute_mask
@@ -123,6 +123,22 @@ def test_only_layers_with_a_mask_of_their_own_are_followed() -> None:
     for nothing in (nn.Sequential(nn.Linear(8, 8)), mixed[1]):
         with pytest.raises(NoLayerMatched, match="sparsify"):
             MaskMetrics(nothing)
+
+
+def test_layers_that_were_made_dense_drop_out() -> None:
+    net = model()
+    followed = MaskMetrics(net, 2)
+    followed.update()
+    followed.update()
+    before = followed.read()
+    SemiSparseLinear.to_dense(net[0])
+    step(net)
+    assert [followed.update() for _ in range(2)] == [False, True]
+    assert "flip_rate/0" in before and "flip_rate/0" not in followed.read() and "flip_rate/2" in followed.read()
+    densify(net)
+    last = followed.read()
+    assert [followed.update() for _ in range(4)] == [False] * 4
+    assert followed.read() == last | {"phase": 0.0}
 
 
 @pytest.mark.parametrize("interval", [1, 0, -3, 2.0, True, None])

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from semisparse import ops
 from semisparse.autograd import PackedLinear, PackedTokensLinear, PruneTokens, PruneWeight
-from semisparse.errors import EngineError, ShapeError, TensorError
+from semisparse.errors import ConfigError, EngineError, ShapeError, TensorError
 from semisparse.gemm.problem import DTYPES as PACKED_DTYPES
 from semisparse.gemm.problem import SPARSE_MULTIPLE
 from semisparse.pattern import GROUP
@@ -83,8 +83,15 @@ def semi_sparse_activation_linear(
 
 
 def frozen_mask(mask: str, frozen: Tensor | None) -> str:
-    """The mask that ops.pack and ops.prune are asked for: "codes" where tile codes are frozen, else mask."""
-    return mask if frozen is None or mask == "soft" else "codes"
+    """The mask that ops.pack and ops.prune are asked for: "codes" where tile codes are frozen, else mask.
+
+    Raises ConfigError for frozen codes of a mask that is not transposable: they would be packed for both directions.
+    """
+    if frozen is None or mask == "soft":
+        return mask
+    if mask != "transposable":
+        raise ConfigError(f"mask={mask!r} cannot be frozen, only 'transposable' and 'soft' can; leave frozen out")
+    return "codes"
 
 
 def _tokens(x: Tensor) -> Tensor:

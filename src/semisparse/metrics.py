@@ -43,6 +43,7 @@ class MaskMetrics:
         self._interval, self._steps = interval, 0
         self._before: dict[str, Tensor] = {}
         self._measured: dict[str, Tensor] = {}
+        self._sizes: list[int] = []
         self._step: int | None = None
 
     @property
@@ -52,14 +53,16 @@ class MaskMetrics:
 
     @torch.no_grad()
     def update(self) -> bool:
-        """Count one optimizer step; returns whether it was measured."""
+        """Count one optimizer step; returns whether it was measured. Layers that were made dense drop out."""
+        self._layers = {name: layer for name, layer in self._layers.items() if isinstance(layer, SemiSparseLinear)}
         self._steps += 1
         turn = self._steps % self._interval
         if turn == self._interval - 1:
             self._before = {name: layer.chosen_mask() for name, layer in self._layers.items()}
-        if turn:
+        if turn or not self._layers:
             return False
         self._measured = {name: _measured(layer, self._before[name]) for name, layer in self._layers.items()}
+        self._sizes = [layer.weight.numel() for layer in self._layers.values()]
         self._before, self._step = {}, self._steps
         return True
 
@@ -81,9 +84,9 @@ class MaskMetrics:
             for layer, row in zip(self._measured, rows, strict=True)
             for metric, value in zip(_NAMES, row, strict=True)
         }
-        sizes = [layer.weight.numel() for layer in self._layers.values()]
-        mean = sum(row[0] * size for row, size in zip(rows, sizes, strict=True)) / sum(sizes)
-        enabled = sum(layer.sparse_enabled for layer in self._layers.values()) / len(self._layers)
+        mean = sum(row[0] * size for row, size in zip(rows, self._sizes, strict=True)) / sum(self._sizes)
+        layers = [layer for layer in self._layers.values() if isinstance(layer, SemiSparseLinear)]
+        enabled = sum(layer.sparse_enabled for layer in layers) / max(1, len(layers))
         ratios = {} if reference is None else self._ratios(values, reference)
         return {FLIP_RATE: mean, "phase": enabled, **values, **ratios}
 

@@ -110,6 +110,43 @@ def test_results_of_another_configuration_are_never_mixed_or_overwritten(tmp_pat
     assert path.read_bytes() == before and train.calls == []
 
 
+def test_other_rows_of_the_folder_must_have_the_same_settings_too(tmp_path: Path) -> None:
+    run_experiment(experiment(), (DENSE,), [0], tmp_path, Trainer(), silent, say=len)
+    other = experiment(settings={"train": {"epochs": 99}})
+    with pytest.raises(OutputExists, match=r"dense\.seed0\.json was made with settings="):
+        run_experiment(other, (HALF,), [0], tmp_path, Trainer(), silent, say=len)
+
+
+@pytest.mark.parametrize(
+    ("changes", "rows", "seeds", "named"),
+    [
+        ({}, [replace(HALF, slug="third")], [0], "row='third'"),
+        ({}, [HALF, HALF], [0], "twice"),
+        ({}, [HALF], [1, 1], "twice"),
+        ({"settings": {"folder": Path("x")}}, [HALF], [0], "settings="),
+    ],
+)
+def test_a_description_that_cannot_be_written_is_refused_before_training(tmp_path, changes, rows, seeds, named) -> None:
+    train = Trainer()
+    with pytest.raises(ConfigError, match=named):
+        run_experiment(experiment(**changes), rows, seeds, tmp_path, train, silent, say=len)
+    assert train.calls == [] and list(tmp_path.iterdir()) == []
+
+
+def test_rows_and_seeds_may_be_iterators(tmp_path: Path) -> None:
+    train = Trainer()
+    run_experiment(experiment(), iter((DENSE, HALF)), iter((0, 1)), tmp_path, train, silent, say=len)
+    assert len(train.calls) == 4
+
+
+def test_a_sparse_row_without_a_sparse_step_is_no_result(tmp_path: Path) -> None:
+    dense = outcome(phases=(PhaseSpan("dense", 0, 3, None, 0),))
+    with pytest.raises(EngineError, match="none of its 3 steps was sparse"):
+        run_experiment(experiment(), (HALF,), [0], tmp_path, lambda *_: dense, silent, say=len)
+    assert list(tmp_path.iterdir()) == []
+    assert run_experiment(experiment(), (DENSE,), [0], tmp_path, lambda *_: dense, silent, say=len)
+
+
 @pytest.mark.parametrize("content", [b"", b"[1]", b"{}", b"\xff\xfe"])
 def test_a_file_that_is_no_result_is_left_alone(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "toy.half.seed0.json"

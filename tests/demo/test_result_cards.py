@@ -12,7 +12,7 @@ from semisparse.demo.experiment import KIND
 from semisparse.errors import DataError
 
 
-def result(row: str, seed: int, value: float, *, order: int, flips: bool = True, **changes) -> dict:
+def result(row: str, seed: int, value: float | None, *, order: int, flips: bool = True, **changes) -> dict:
     phases = [{"kind": "sparse", "start": 0, "end": 10, "seconds_per_step": 0.25, "sparse_products": 40 + seed},
               {"kind": "dense", "start": 10, "end": 20, "seconds_per_step": 0.5, "sparse_products": 0}]  # fmt: skip
     epochs = [{"step": step, "train_loss": 1 / step, "flip_rate": 0.01 if flips else None,
@@ -21,7 +21,7 @@ def result(row: str, seed: int, value: float, *, order: int, flips: bool = True,
         "kind": KIND, "experiment": "toy", "row": row, "row_title": f"row {row}", "order": order, "seed": seed,
         "title": "Toys compared", "metric": "accuracy", "higher_is_better": True, "command": "make toys",
         "settings": {"epochs": 2},
-        "more": {"other_figure": value + 1, "count": 7, "note": "text"},        "value": value,
+        "more": {"other_figure": (value or 0) + 1, "count": 7, "note": "text"},        "value": value,
         "gpu": "none", "commit": "abcdef0123456789+changes",
         "environment": {"torch": "2.x", "triton": "3.x", "cuSPARSELt": "not found"},
         "run": {"epochs": epochs, "phases": phases if row != "dense" else phases[1:]}, **changes,
@@ -76,6 +76,31 @@ def test_cards_are_made_of_whatever_is_there(tmp_path: Path) -> None:
     assert "no GPU, torch 2.x" in text and "abcdef0123+changes" in text
     assert "1.5000" in (out / "other.md").read_text()
     assert imread(out / "toy.png").shape[2] == 4
+
+
+def test_a_diverged_run_is_shown_and_left_out() -> None:
+    broken = [*RESULTS, result("late", 2, None, order=2, more={"other_figure": None, "count": 7})]
+    assert "| row late | 0, 1, 2 diverged | 91.75" in cards.table(broken)
+    lost = [result("dense", 0, None, order=0, more={}), result("late", 0, 91.0, order=2)]
+    assert "| row late | 0 | 91.00 |  |" in cards.table(lost)
+    assert cards.card(broken, "x.png")
+
+
+def test_times_of_different_gpus_are_not_averaged() -> None:
+    mixed = [*RESULTS, result("late", 2, 92.0, order=2, gpu="another")]
+    assert all(row.seconds == {} for row in cards.summaries(mixed))
+
+
+def test_different_settings_make_no_common_card(tmp_path: Path) -> None:
+    (tmp_path / "a.seed0.json").write_text(json.dumps(result("dense", 0, 1.0, order=0)))
+    (tmp_path / "b.seed0.json").write_text(json.dumps(result("late", 0, 1.0, order=2, settings={"epochs": 3})))
+    with pytest.raises(DataError, match=r"b\.seed0\.json has other settings"):
+        cards.write_cards(tmp_path, tmp_path)
+    incomplete = result("late", 0, 1.0, order=2)
+    del incomplete["gpu"]
+    (tmp_path / "b.seed0.json").write_text(json.dumps(incomplete))
+    with pytest.raises(DataError, match="has no 'gpu'"):
+        cards.write_cards(tmp_path, tmp_path)
 
 
 def test_no_result_and_a_damaged_one_are_named(tmp_path: Path) -> None:

@@ -35,8 +35,11 @@ def test_whole_files_go_to_one_set_each_and_nothing_else_is_read(library: Path) 
     assert corpus.files == 80 and len(texts["train"]) > 60
     same = standard_library(library)
     assert same.sha256 == corpus.sha256 and torch.equal(same.train, corpus.train)
-    (library / "package0" / "module0.py").write_text("value = -1\n")
-    assert standard_library(library).sha256 != corpus.sha256
+    (library / "package0" / "module0.py").rename(library / "package0" / "other0.py")  # its name decides its set
+    renamed = standard_library(library)
+    assert renamed.sha256 != corpus.sha256
+    (library / "package0" / "other0.py").write_text("value = -1\n")
+    assert standard_library(library).sha256 != renamed.sha256
 
 
 def test_this_interpreters_library_is_large_enough() -> None:

@@ -128,3 +128,11 @@ def test_what_does_not_fit_is_refused_by_name() -> None:
         semi_sparse_linear(x, weight, frozen=codes[:4])
     with pytest.raises(TensorError, match="start the recipe after moving the model"):
         semi_sparse_linear(x, weight, mask="soft", frozen=codes)
+
+
+@pytest.mark.parametrize("mask", ["row", "greedy", "signed_greedy"])
+def test_only_transposable_masks_can_be_frozen(mask: str) -> None:
+    weight = torch.randn(16, 16)
+    codes = ops.tile_codes(weight, mask)
+    with pytest.raises(ConfigError, match=f"mask='{mask}' cannot be frozen"):
+        semi_sparse_linear(torch.randn(2, 16), weight, mask=mask, frozen=codes)

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from semisparse import Phase
-from semisparse.recipes import StepAdamW, fst
+from semisparse.errors import ScheduleError
+from semisparse.recipes import RecipeSchedule, StepAdamW, fst
 from semisparse.testing import assert_bit_equal
 from tests.recipes import training
 from tests.recipes.training import DECAY, RECIPES, SPARSE, TOTAL, Run, by_hand, kept, network
@@ -170,3 +171,9 @@ def test_the_plan_shows() -> None:
     assert run.schedule.recipe is run.recipe
     assert run.schedule.phases == (Phase("sparse", 20), Phase("dense", 4))
     assert repr(run.schedule) == "RecipeSchedule(20 sparse -> 4 dense; 0 applied, now sparse)"
+
+
+@pytest.mark.parametrize("name", ["sparse_then_dense", "dense_sparse_dense"])
+def test_a_recipe_brings_its_own_phases(name: str) -> None:
+    with pytest.raises(ScheduleError, match="a recipe brings its phases"):
+        getattr(RecipeSchedule, name)(nn.Linear(4, 4), 10, 0.5)

@@ -4,6 +4,7 @@ A step of the examples is a few hundred short kernels, which the host cannot sta
 optimizer stays outside the graph: recipes hook into it, and its host time passes while the GPU works.
 """
 
+import gc
 from collections.abc import Callable
 
 import torch
@@ -22,11 +23,11 @@ WARM_UP_STEPS = 3
 def compiled_blocks(model: nn.Module) -> Forward:
     """The forward of a Transformer with its blocks compiled; they share one compilation, and so do equal models.
 
+    Raises dynamo's recompile limit of the process, so that a process may train with many masks, phases and batch sizes.
     Raises ConfigError for another model.
     """
     if not isinstance(model, Transformer):
         raise ConfigError(f"model={type(model).__name__} must be one of the demo's Transformers to compile its blocks")
-    # One for each mask, phase and batch size that a process trains with; torch's own limit is 8.
     torch._dynamo.config.recompile_limit = 64
     blocks = [torch.compile(block, dynamic=False) for block in model.blocks]
 
@@ -70,9 +71,18 @@ class GraphedGradients:
             self._capture(batch)
         assert self._graph is not None and self._batch is not None and self._loss is not None
         for static, value in zip(self._batch, batch, strict=True):
+            if static.shape != value.shape:
+                raise ConfigError(f"batch has shape {tuple(value.shape)}, the graph was captured with "
+                                  f"{tuple(static.shape)}; make all batches equal")  # fmt: skip
             static.copy_(value)
         self._graph.replay()
         return self._loss, self._products
+
+    def close(self) -> None:
+        """Free the graph and its memory, the gradients included."""
+        self._graph = self._batch = self._loss = None
+        self._clear()
+        del self._backward  # usually a method of an object that holds this one
 
     def _without_graph(self, batch: Batch) -> tuple[Tensor, int]:
         before = engine().products
@@ -88,6 +98,7 @@ class GraphedGradients:
         self._clear()
         self._batch = (batch[0].clone(), batch[1].clone())
         torch.cuda.synchronize()
+        gc.collect()  # an older graph that is freed during the capture would break it
         graph = torch.cuda.CUDAGraph()
         # Compilers and data loaders of other threads may call CUDA meanwhile.
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):

@@ -13,29 +13,44 @@ from semisparse.demo.files import write_atomically
 from semisparse.errors import DataError
 
 Result = dict[str, Any]
+_KEYS = {"experiment", "row", "row_title", "order", "seed", "value", "more", "run", "settings", "gpu", "commit",
+         "environment", "title", "metric", "higher_is_better", "command"}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
 class RowSummary:
-    """All runs of one row. values: the metric by seed; differences: to the baseline, over the seeds that both have."""
+    """All runs of one row.
+
+    values: the metric by seed; diverged: seeds whose metric is no number; differences: to the baseline, over the seeds
+    that both have; seconds: median of a step by phase, empty where results of several GPUs are mixed.
+    """
 
     slug: str
     title: str
     values: dict[int, float]
+    diverged: list[int]
     differences: list[float]
     sparse_products: int
     seconds: dict[str, float]
 
 
 def load_results(folder: Path) -> list[Result]:
-    """The experiments' results in folder, in the order of their file names. Raises DataError for a damaged file."""
-    found = []
+    """The experiments' results in folder, in the order of their file names.
+
+    Raises DataError for a damaged file, and where results of one experiment were made with different settings.
+    """
+    found: list[Result] = []
     for path in sorted(folder.glob("*.seed*.json")):
         try:
             content = json.loads(path.read_text())
         except (OSError, ValueError) as error:
             raise DataError(f"{path} cannot be read as a result: {error}") from error
         if isinstance(content, dict) and content.get("kind") == KIND:
+            if missing := _KEYS - content.keys():
+                raise DataError(f"{path} is no whole result: it has no {sorted(missing)[0]!r}")
+            for other in found:
+                if other["experiment"] == content["experiment"] and other["settings"] != content["settings"]:
+                    raise DataError(f"{path} has other settings than its neighbours; keep them in different folders")
             found.append(content)
     return found
 
@@ -53,21 +68,23 @@ def summaries(results: Sequence[Result], baseline: str = "dense") -> list[RowSum
     rows: dict[str, dict[int, Result]] = {}
     for result in sorted(results, key=lambda result: (result["row"] != baseline, result["order"], result["seed"])):
         rows.setdefault(result["row"], {})[result["seed"]] = result
-    base = {seed: result["value"] for seed, result in rows.get(baseline, {}).items()}
+    base = {seed: result["value"] for seed, result in rows.get(baseline, {}).items() if result["value"] is not None}
+    one_machine = len({result["gpu"] for result in results}) == 1
     found = []
     for slug, runs in rows.items():
-        values = {seed: result["value"] for seed, result in runs.items()}
+        values = {seed: result["value"] for seed, result in runs.items() if result["value"] is not None}
         shared = [value - base[seed] for seed, value in values.items() if seed in base and slug != baseline]
         phases = [phase for result in runs.values() for phase in result["run"]["phases"]]
         seconds: dict[str, list[float]] = {}
         for phase in phases:
-            if phase["seconds_per_step"] is not None:
+            if phase["seconds_per_step"] is not None and one_machine:
                 seconds.setdefault(phase["kind"], []).append(phase["seconds_per_step"])
         found.append(
             RowSummary(
                 slug=slug,
                 title=next(iter(runs.values()))["row_title"],
                 values=values,
+                diverged=sorted(runs.keys() - values.keys()),
                 differences=shared,
                 sparse_products=sum(phase["sparse_products"] for phase in phases) // len(runs),
                 seconds={kind: statistics.median(times) for kind, times in seconds.items()},
@@ -98,7 +115,8 @@ def table(results: Sequence[Result], baseline: str = "dense") -> str:
         times = " / ".join(
             f"{1000 * row.seconds[kind]:.2f}" if kind in row.seconds else "-" for kind in ("sparse", "dense")
         )
-        cells = [row.title, ", ".join(map(str, row.values)), spread(list(row.values.values()), digits)]
+        seeds = ", ".join([*map(str, row.values), *(f"{seed} diverged" for seed in row.diverged)])
+        cells = [row.title, seeds, spread(list(row.values.values()), digits)]
         cells += [spread(row.differences, digits, "+"), f"{row.sparse_products:,}", times]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -115,7 +133,10 @@ def further_figures(results: Sequence[Result]) -> str:
     ]
     for row in summaries(results):
         runs = [result["more"] for result in results if result["row"] == row.slug]
-        cells = [spread([run[name] for run in runs], 0 if isinstance(runs[0][name], int) else 2) for name in names]
+        cells = [
+            spread([run[name] for run in runs if run[name] is not None], 0 if isinstance(runs[0][name], int) else 2)
+            for name in names
+        ]
         lines.append(f"| {' | '.join([row.title, *cells])} |")
     return "\n".join(lines)
 
@@ -147,8 +168,9 @@ def card(results: Sequence[Result], plot: str, more: Sequence[str] = ()) -> str:
             table(results),
             "",
             "Mean ± sample standard deviation over the seeds; differences are taken seed by seed. All rows train with "
-            "the same code, data order and settings. Sparse products are counted where they are started: 0 means that "
-            "all products were dense or masked dense.",
+            "the same settings, data and data order. Sparse products are counted where they are started: 0 means that "
+            "all products were dense or masked dense. Flip rates are of the masks that the weights would choose, also "
+            "where a recipe holds others.",
             "",
             *(line for paragraph in (*more, further_figures(results)) if paragraph for line in (paragraph, "")),
             f"![Training loss, flip rate and validation score]({plot})",

@@ -22,7 +22,7 @@ def curves(results: Sequence[dict[str, Any]]) -> bytes:
     better = results[0]["higher_is_better"]
     panels = (
         ("training loss", lambda record: record["train_loss"]),
-        ("flip rate of the masks, one step", lambda record: record["flip_rate"]),
+        ("flip rate of one step", lambda record: record["flip_rate"]),
         ("validation accuracy" if better else "validation loss",
          lambda record: record["validation"]["accuracy" if better else "loss"]),
     )  # fmt: skip

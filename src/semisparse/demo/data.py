@@ -1,5 +1,6 @@
 """The demo's image data sets: scikit-learn's digits (default) and Fashion-MNIST, as normalised tensors on a device."""
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,7 +39,7 @@ class Split:
 class Dataset:
     """A data set in three disjoint, class-balanced splits. mean and std are the training pixels' before normalising.
 
-    Settings are chosen on validation; test is read once, after training.
+    sha256: of pixels and labels as given. Settings are chosen on validation; test is read once, after training.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Dataset:
     classes: int
     mean: float
     std: float
+    sha256: str
 
 
 def load_dataset(name: str, data_dir: Path | None = None, device: torch.device | str = "cpu") -> Dataset:
@@ -96,6 +98,7 @@ def make_dataset(
         classes=int(labels.max()) + 1,
         mean=mean.item(),
         std=std.item(),
+        sha256=hashlib.sha256(b"".join(part.contiguous().numpy().tobytes() for part in (*train, *test))).hexdigest(),
     )
 
 

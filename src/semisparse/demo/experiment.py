@@ -83,15 +83,24 @@ def run_experiment(
     """Train every row with every seed, seed by seed, and write folder/NAME.ROW.seedN.json for each; returns the paths.
 
     A run whose file is there is skipped, and say is told. progress_for: as run_job's. Raises OutputExists, before any
-    training, when a file that is there was made with other settings; EngineError when a sparse phase was to run on the
-    engine and no product did (nothing is written then); ConfigError when folder cannot be written.
+    training, when a result of this experiment in folder was made with other settings, or a file that is there is none;
+    EngineError when a sparse phase was to run on the engine and no product did, or a sparse row had no sparse step
+    (nothing is written then); ConfigError when folder cannot be written or rows, seeds or settings do not fit.
     """
+    rows, seeds = tuple(rows), tuple(seeds)
     jobs = [(row, seed, folder / f"{experiment.name}.{row.slug}.seed{seed}.json") for seed in seeds for row in rows]
+    _check_jobs(experiment, rows, jobs)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"out={str(folder)!r} cannot be written: {error.strerror or error}") from error
-    done = {path for row, seed, path in jobs if path.exists() and _is_same(experiment, row, seed, path)}
+    for path in sorted(folder.glob(f"{experiment.name}.*.seed*.json")):
+        _check_file(path, {"settings": experiment.settings})
+    done = set()
+    for row, seed, path in jobs:
+        if path.exists():
+            _check_file(path, _identity(experiment, row, seed))
+            done.add(path)
     for number, (row, seed, path) in enumerate(jobs, start=1):
         name = f"[{number}/{len(jobs)}] {row.title}, seed {seed}"
         if path in done:
@@ -166,33 +175,49 @@ def _document(experiment: Experiment, row: Row, seed: int, outcome: Outcome) -> 
 
 
 def _identity(experiment: Experiment, row: Row, seed: int) -> dict[str, Any]:
-    """What a run was asked to be, as it reads back from JSON."""
-    identity = {
+    """What a run was asked to be."""
+    return {
         "experiment": experiment.name,
         "row": row.slug,
         "seed": seed,
         "recipe": row.recipe.describe(),
         "settings": experiment.settings,
     }
-    plain: dict[str, Any] = json.loads(json.dumps(identity))
-    return plain
 
 
-def _is_same(experiment: Experiment, row: Row, seed: int, path: Path) -> bool:
+def _check_jobs(experiment: Experiment, rows: tuple[Row, ...], jobs: list[tuple[Row, int, Path]]) -> None:
+    """Raise ConfigError for what would show only when the first run is written."""
+    if len({path for _, _, path in jobs}) < len(jobs):
+        raise ConfigError("rows or seeds name a run twice; give each once")
+    known = [row.slug for row in experiment.rows]
+    for row in rows:
+        if row.slug not in known:
+            raise ConfigError(f"row={row.slug!r} is not one of the experiment's, {', '.join(map(repr, known))}")
+    try:
+        json.dumps(experiment.settings)
+    except TypeError as error:
+        raise ConfigError(f"settings={experiment.settings!r} cannot be written as JSON: {error}") from error
+
+
+def _check_file(path: Path, wanted: dict[str, Any]) -> None:
+    """Raise OutputExists unless the file at path is a result in which the values called as in wanted are those."""
     try:
         found = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise OutputExists(f"{path} is there but no result: {error}; move it away or choose another folder") from error
-    for key, value in _identity(experiment, row, seed).items():
+    for key, value in json.loads(json.dumps(wanted)).items():
         other = found.get(key) if isinstance(found, dict) else None
         if other != value:
             raise OutputExists(
                 f"{path} was made with {key}={other!r}, this run has {value!r}; choose another folder or move it away"
             )
-    return True
 
 
 def _check_products(row: Row, result: RunResult) -> None:
+    if (row.recipe.sparse_fraction or row.recipe.dense_range) and not any(p.kind == "sparse" for p in result.phases):
+        raise EngineError(
+            f"{row.title}: none of its {result.steps} steps was sparse; train longer. Nothing was written"
+        )
     for phase in result.phases:
         if phase.kind == "sparse" and row.recipe.config.engine == "cusparselt" and not phase.sparse_products:
             raise EngineError(

@@ -21,7 +21,7 @@ _EVALUATION_BATCH = 128
 
 @dataclass(frozen=True, slots=True)
 class Corpus:
-    """Bytes (uint8, one dimension, on one device) in three disjoint sets of whole files. sha256: of all of it."""
+    """Bytes (uint8, one dimension, on one device) in three disjoint sets of whole files. sha256: names and contents."""
 
     train: Tensor
     validation: Tensor
@@ -49,7 +49,7 @@ def standard_library(folder: Path | None = None, device: torch.device | str = "c
         paths = sorted(path for path in root.rglob("*.py") if not _LEFT_OUT & set(path.relative_to(root).parts))
         for path in paths:
             name, content = path.relative_to(root).as_posix(), path.read_bytes() + b"\0"
-            digest.update(content)
+            digest.update(name.encode() + b"\0" + content)
             twentieth = hashlib.sha256(name.encode()).digest()[0] % 20
             parts[{0: "validation", 1: "test"}.get(twentieth, "train")].append(content)
     except OSError as error:

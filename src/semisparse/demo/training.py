@@ -154,6 +154,7 @@ def fit(
             scores = task.validate(model)
         epochs.append(EpochRecord(len(kinds), losses.item() / (len(kinds) - begin), scores, flips.take()))
         report(Progress(name, len(kinds), total, kinds[-1], epochs[-1]))
+    step.close()
     with scoring(model, device, config.precision):
         test = task.test(model)
     return RunResult(
@@ -211,6 +212,12 @@ class _Step:
         if self._schedule is not None:
             self._schedule.step(self._scaler)
         return loss
+
+    def close(self) -> None:
+        """Free what only steps need."""
+        if self._graphed is not None:
+            self._graphed.close()
+            self._graphed = None
 
     def _backward(self, batch: Batch) -> Tensor:
         with autocast(self._device, self._config.precision):

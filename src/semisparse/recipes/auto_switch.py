@@ -112,6 +112,10 @@ class AutoSwitch:
     def check_state(self, state: Mapping[str, Any]) -> None:
         """Raise ScheduleError unless state holds the changes of an equal window, and a switch within bounds."""
         changes, at = state.get("changes"), state.get("switched_at")
+        if "switched_at" not in state:
+            raise ScheduleError(
+                "state has no 'switched_at'; pass what state_dict() of a schedule with AutoSwitch returned"
+            )
         if not isinstance(changes, Tensor) or changes.shape != self._changes.shape:
             raise ScheduleError(f"state['changes'] must hold {len(self._changes)} numbers; resume with the same beta2")
         if at is not None and (isinstance(at, bool) or not isinstance(at, int) or not 1 <= at <= self._bounds[1]):

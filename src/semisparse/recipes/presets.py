@@ -69,8 +69,8 @@ def step(*, dense_range: tuple[float, float] = (0.1, 0.5), mask: Mask = "row", e
 
     Needs StepAdamW. AutoSwitch: the switch comes when the change of the second moment, |v_t - v_{t-1}| averaged over
     all sparse weights and over the last 1 / (1 - beta2) steps, is below Adam's eps (looked at every tenth step); not
-    before and not after the shares of all steps in dense_range, as the paper recommends. Made for accuracy: the
-    dense phase saves no time.
+    before and not after the shares of all steps in dense_range, as the paper recommends. A run shorter than that
+    window switches at the latest step. Made for accuracy: the dense phase saves no time.
     """
     config = SparseConfig(mask=mask, engine=engine)
     return Recipe(name="step", config=config, dense_range=dense_range)

@@ -63,6 +63,16 @@ class RecipeSchedule(SparseSchedule):
         if self._frozen is not None:
             self._frozen.attach()
 
+    @classmethod
+    def sparse_then_dense(cls, *args: Any, **kwargs: Any) -> NoReturn:
+        """Not for recipes. Raises ScheduleError."""
+        raise ScheduleError("a recipe brings its phases: RecipeSchedule(recipes.dinov2(sparse_fraction=...), ...)")
+
+    @classmethod
+    def dense_sparse_dense(cls, *args: Any, **kwargs: Any) -> NoReturn:
+        """Not for recipes. Raises ScheduleError."""
+        raise ScheduleError("a recipe brings its phases; for others use SparseSchedule.dense_sparse_dense")
+
     @property
     def recipe(self) -> Recipe:
         """The recipe that was started."""
