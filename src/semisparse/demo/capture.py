@@ -6,6 +6,7 @@ optimizer stays outside the graph: recipes hook into it, and its host time passe
 
 import gc
 from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +41,12 @@ def compiled_blocks(model: nn.Module) -> Forward:
     return forward
 
 
+@cache
+def _side_stream(index: int) -> torch.cuda.Stream:
+    """The stream on which steps run before a capture; one for all runs, because cuBLAS keeps a workspace for each."""
+    return torch.cuda.Stream(index)
+
+
 class GraphedGradients:
     """Loss and gradients of a batch, replayed from a CUDA graph that is captured anew in each phase.
 
@@ -58,7 +65,7 @@ class GraphedGradients:
         self._batch: Batch | None = None
         self._loss: Tensor | None = None
         self._products = 0
-        self._side = torch.cuda.Stream()
+        self._side = _side_stream(torch.cuda.current_device())
 
     def __call__(self, batch: Batch, kind: Kind) -> tuple[Tensor, int]:
         """The loss, and the sparse products that this call started. kind: the phase that the batch is trained in."""
