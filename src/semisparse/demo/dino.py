@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from semisparse.demo.checks import check_counts, check_ranges
 from semisparse.demo.data import SPLIT_SEED, Dataset, Split
-from semisparse.demo.model import VisionTransformer, ViTConfig, patches
+from semisparse.demo.model import VisionTransformer, ViTConfig, patches, seeded
 from semisparse.demo.probes import knn_votes, linear_probe
 from semisparse.demo.results import Scores
 from semisparse.demo.task import Batch, Forward, ImageClassification
@@ -60,20 +61,15 @@ class DinoConfig:
     blur: float = 0.1
 
     def __post_init__(self) -> None:
-        for name in ("out_dim", "hidden", "bottleneck", "local_views", "local_size"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ConfigError(f"{name}={value!r} must be a whole number, 1 or more")
-        for name in ("teacher_momentum", "center_momentum", "brightness", "contrast", "blur"):
-            if not 0 <= getattr(self, name) <= 1:  # also refuses NaN
-                raise ConfigError(f"{name}={getattr(self, name)!r} must lie between 0 and 1")
+        check_counts(self, ("out_dim", "hidden", "bottleneck", "local_views", "local_size"))
+        check_ranges(self, ("teacher_momentum", "center_momentum", "brightness", "contrast", "blur"))
         for name in ("student_temperature", "teacher_temperature"):
             if not 0 < getattr(self, name) <= 1:
                 raise ConfigError(f"{name}={getattr(self, name)!r} must be more than 0 and at most 1")
         for name in ("global_scale", "local_scale"):
-            low, high = getattr(self, name)
-            if not 0 < low <= high <= 1:
-                raise ConfigError(f"{name}={(low, high)!r} must be two shares, 0 < first <= second <= 1")
+            pair = getattr(self, name)
+            if len(pair) != 2 or not 0 < pair[0] <= pair[1] <= 1:
+                raise ConfigError(f"{name}={pair!r} must be two shares, 0 < first <= second <= 1")
 
 
 class DinoHead(nn.Module):
@@ -118,10 +114,7 @@ class DinoStudent(VisionTransformer):
 
     def features(self, images: Tensor) -> Tensor:
         """What the backbone makes of images, without the head: a normalised token a patch, (B, T, width) fp32."""
-        x = self.embed(images)
-        for block in self.blocks:
-            x = block(x)
-        return self.norm(x).float()
+        return self.norm(self.tokens(images)).float()
 
     def _positions_on(self, side: int) -> Tensor:
         trained = self.config.image_size // self.config.patch_size
@@ -134,9 +127,7 @@ class DinoStudent(VisionTransformer):
 
 def build_student(config: ViTConfig, dino: DinoConfig, seed: int, device: torch.device | str = "cpu") -> DinoStudent:
     """A new student on device; its weights depend on the settings and seed alone, not on device or earlier draws."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return DinoStudent(config, dino).to(device)
+    return seeded(lambda: DinoStudent(config, dino), seed).to(device)
 
 
 def crops(images: Tensor, draws: Tensor, scale: tuple[float, float], size: int, config: DinoConfig) -> Tensor:

@@ -5,7 +5,8 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor, nn
 
-from semisparse.demo.model import Block, Transformer
+from semisparse.demo.checks import check_counts
+from semisparse.demo.model import Block, Transformer, seeded
 from semisparse.errors import ConfigError, ShapeError
 
 BYTES = 256
@@ -28,10 +29,7 @@ class GPTConfig:
     mlp_ratio: int = 4
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ConfigError(f"{field.name}={value!r} must be a whole number, 1 or more")
+        check_counts(self, (field.name for field in fields(self)))
         if self.width % self.heads:
             raise ConfigError(f"width={self.width} must be a multiple of heads={self.heads}")
 
@@ -80,6 +78,4 @@ def _initialise(module: nn.Module) -> None:
 
 def build_gpt(config: GPTConfig, seed: int, device: torch.device | str = "cpu") -> GPT:
     """A new model on device; its weights depend on config and seed alone, not on device or earlier draws."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return GPT(config).to(device)
+    return seeded(lambda: GPT(config), seed).to(device)

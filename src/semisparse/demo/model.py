@@ -1,12 +1,17 @@
 """Small transformers made of plain nn.Linear layers, as the demo and the examples train them: here the ViT."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from semisparse.demo.checks import check_counts
 from semisparse.errors import ConfigError, ShapeError
+
+Built = TypeVar("Built", bound=nn.Module)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,10 +33,7 @@ class ViTConfig:
     mlp_ratio: int = 4
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ConfigError(f"{field.name}={value!r} must be a whole number, 1 or more")
+        check_counts(self, (field.name for field in fields(self)))
         for whole, part in (("image_size", "patch_size"), ("width", "heads")):
             if getattr(self, whole) % getattr(self, part):
                 raise ConfigError(f"{whole}={getattr(self, whole)} must be a multiple of {part}={getattr(self, part)}")
@@ -109,12 +111,16 @@ class Transformer(nn.Module):
         """Tokens after the last block (B, T, width) to outputs."""
         raise NotImplementedError
 
-    def forward(self, inputs: Tensor) -> Tensor:
-        """Outputs of a batch."""
+    def tokens(self, inputs: Tensor) -> Tensor:
+        """Tokens after the last block (B, T, width)."""
         x = self.embed(inputs)
         for block in self.blocks:
             x = block(x)
-        return self.read_out(x)
+        return x
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Outputs of a batch."""
+        return self.read_out(self.tokens(inputs))
 
 
 class VisionTransformer(Transformer):
@@ -162,6 +168,11 @@ def patches(images: Tensor, config: ViTConfig) -> Tensor:
 
 def build_model(config: ViTConfig, seed: int, device: torch.device | str = "cpu") -> VisionTransformer:
     """A new model on device; its weights depend on config and seed alone, not on device or earlier draws."""
+    return seeded(lambda: VisionTransformer(config), seed).to(device)
+
+
+def seeded(build: Callable[[], Built], seed: int) -> Built:
+    """What build makes on the CPU with random numbers of seed alone; the global generator stays as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return VisionTransformer(config).to(device)
+        return build()

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from semisparse.demo.capture import GraphedGradients
+from semisparse.demo.checks import check_counts, check_ranges
 from semisparse.demo.measure import FlipRate, MemoryMeter, StepClock, median_after_warm_up
 from semisparse.demo.results import EpochRecord, PhaseSpan, RunResult
 from semisparse.demo.task import Batch, Forward, Task
@@ -49,14 +50,10 @@ class TrainConfig:
     precision: Precision = "fp32"
 
     def __post_init__(self) -> None:
-        for name, least in (("epochs", 1), ("batch_size", 1), ("seed", 0)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ConfigError(f"{name}={value!r} must be a whole number, {least} or more")
-        fractions = ("warmup_fraction", "sparse_fraction")
-        for name, high in (*((name, 1) for name in fractions), ("weight_decay", math.inf), ("clip", math.inf)):
-            if not 0 <= getattr(self, name) <= high:  # also refuses NaN
-                raise ConfigError(f"{name}={getattr(self, name)!r} must lie between 0 and {high}")
+        check_counts(self, ("epochs", "batch_size"))
+        check_counts(self, ("seed",), least=0)
+        check_ranges(self, ("warmup_fraction", "sparse_fraction"))
+        check_ranges(self, ("weight_decay", "clip"), high=math.inf)
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ConfigError(f"betas={self.betas!r} must be two numbers, 0 or more and less than 1")
         if not 0 < self.lr < math.inf:
