@@ -7,8 +7,7 @@
 
 Rows: the seven of the table that torchao.sparsity.training published for DINOv2 (dense, then 40 to 100 % of the steps
 sparse and dense for the rest), a study of masks (100 % sparse with greedy masks, by magnitude and by signed value), and
-the recipe fst.
-Settings were chosen for the dense row, on the 5,000 validation images; each run reads the test set once, at its end.
+the recipes fst, sr_ste and s_ste. Settings were chosen for the dense row, on the 5,000 validation images; each run reads the test set once, at its end.
 One JSON a run goes to --out, runs that are there are skipped, and a card (table and plot) is made of all of them.
 
 Data: Debian's package dataset-fashion-mnist, or the four idx files in --data-dir.
@@ -54,6 +53,8 @@ def rows(engine: Engine) -> tuple[Row, ...]:
         masked("greedy", "100% sparse, greedy masks by magnitude", "greedy"),
         masked("signed-greedy", "100% sparse, greedy masks by signed value (torchao's default)", "signed_greedy"),
         Row("fst", "fst: masks held 40 steps, decay, last sixth dense", recipes.fst(engine=engine)),
+        Row("sr_ste", "sr_ste: decay of pruned weights, 100% sparse", recipes.sr_ste(engine=engine)),
+        Row("s_ste", "s_ste: soft threshold, 100% sparse", recipes.s_ste(engine=engine)),
     )  # fmt: skip
 
 
