@@ -7,8 +7,9 @@
 
 Rows: the seven of the table that torchao.sparsity.training published for DINOv2 (dense, then 40 to 100 % of the steps
 sparse and dense for the rest), a study of masks (100 % sparse with greedy masks, by magnitude and by signed value), and
-the recipes fst, sr_ste and s_ste. Settings were chosen for the dense row, on the 5,000 validation images; each run reads the test set once, at its end.
-One JSON a run goes to --out, runs that are there are skipped, and a card (table and plot) is made of all of them.
+the recipes fst, sr_ste and s_ste. Settings were chosen for the dense row, on the 5,000 validation images; each run
+reads the test set once, at its end. One JSON a run goes to --out, runs that are there are skipped, and a card (table
+and plot) is made of all of them.
 
 Data: Debian's package dataset-fashion-mnist, or the four idx files in --data-dir.
 """

@@ -24,8 +24,8 @@ WARM_UP_STEPS = 3
 def compiled_blocks(model: nn.Module) -> Forward:
     """The forward of a Transformer with its blocks compiled; they share one compilation, and so do equal models.
 
-    Raises dynamo's recompile limit of the process, so that a process may train with many masks, phases and batch sizes.
-    Raises ConfigError for another model.
+    Sets dynamo's recompile limit for the whole process to 64, so that it may train with many masks, phases and batch
+    sizes. Raises ConfigError for another model.
     """
     if not isinstance(model, Transformer):
         raise ConfigError(f"model={type(model).__name__} must be one of the demo's Transformers to compile its blocks")
