@@ -54,7 +54,7 @@ class MaskMetrics:
     @torch.no_grad()
     def update(self) -> bool:
         """Count one optimizer step; returns whether it was measured. Layers that were made dense drop out."""
-        self._layers = {name: layer for name, layer in self._layers.items() if isinstance(layer, SemiSparseLinear)}
+        self._drop_dense_layers()
         self._steps += 1
         turn = self._steps % self._interval
         if turn == self._interval - 1:
@@ -85,10 +85,13 @@ class MaskMetrics:
             for metric, value in zip(_NAMES, row, strict=True)
         }
         mean = sum(row[0] * size for row, size in zip(rows, self._sizes, strict=True)) / sum(self._sizes)
-        layers = [layer for layer in self._layers.values() if isinstance(layer, SemiSparseLinear)]
-        enabled = sum(layer.sparse_enabled for layer in layers) / max(1, len(layers))
+        self._drop_dense_layers()
+        enabled = sum(layer.sparse_enabled for layer in self._layers.values()) / max(1, len(self._layers))
         ratios = {} if reference is None else self._ratios(values, reference)
         return {FLIP_RATE: mean, "phase": enabled, **values, **ratios}
+
+    def _drop_dense_layers(self) -> None:
+        self._layers = {name: layer for name, layer in self._layers.items() if isinstance(layer, SemiSparseLinear)}
 
     def _ratios(self, values: Mapping[str, float], reference: Mapping[str, float]) -> dict[str, float]:
         rates = {layer: f"{FLIP_RATE}/{layer}" for layer in self._measured}

@@ -86,6 +86,9 @@ def make_dataset(
     if not (len(held_out) and len(rest) and len(test[1])):
         raise DataError(f"{name}: {len(labels)} training and {len(test[1])} test images are too few for three splits")
     std, mean = torch.std_mean(pixels[rest])
+    digest = hashlib.sha256()
+    for tensor in (*train, *test):
+        digest.update(tensor.contiguous().numpy())
 
     def split(images: Tensor, targets: Tensor) -> Split:
         return Split(((images.float() - mean) / std).unsqueeze(1).to(device), targets.long().to(device))
@@ -98,7 +101,7 @@ def make_dataset(
         classes=int(labels.max()) + 1,
         mean=mean.item(),
         std=std.item(),
-        sha256=hashlib.sha256(b"".join(part.contiguous().numpy().tobytes() for part in (*train, *test))).hexdigest(),
+        sha256=digest.hexdigest(),
     )
 
 

@@ -189,10 +189,7 @@ def _check_jobs(experiment: Experiment, rows: tuple[Row, ...], jobs: list[tuple[
     """Raise ConfigError for what would show only when the first run is written."""
     if len({path for _, _, path in jobs}) < len(jobs):
         raise ConfigError("rows or seeds name a run twice; give each once")
-    known = [row.slug for row in experiment.rows]
-    for row in rows:
-        if row.slug not in known:
-            raise ConfigError(f"row={row.slug!r} is not one of the experiment's, {', '.join(map(repr, known))}")
+    experiment.chosen(row.slug for row in rows)
     try:
         json.dumps(experiment.settings)
     except TypeError as error:
