@@ -88,7 +88,7 @@ def make_dataset(
     std, mean = torch.std_mean(pixels[rest])
     digest = hashlib.sha256()
     for tensor in (*train, *test):
-        digest.update(tensor.contiguous().numpy())
+        digest.update(tensor.contiguous().numpy().data)
 
     def split(images: Tensor, targets: Tensor) -> Split:
         return Split(((images.float() - mean) / std).unsqueeze(1).to(device), targets.long().to(device))
