@@ -216,6 +216,8 @@ def test_a_batch_larger_than_the_data_is_refused():
         ({"lr": math.inf}, "lr=inf"),
         ({"weight_decay": -0.1}, "weight_decay=-0.1"),
         ({"warmup_fraction": 1.1}, "warmup_fraction=1.1"),
+        ({"hold_fraction": 0.91}, "hold_fraction=0.91"),
+        ({"hold_fraction": -0.1}, "hold_fraction=-0.1"),
         ({"sparse_fraction": math.nan}, "sparse_fraction=nan"),
         ({"precision": "fp8"}, "'fp32', 'bf16', 'fp16'"),
         ({"device": "tpu"}, "device='tpu'"),
@@ -244,6 +246,15 @@ def test_learning_rate_rises_linearly_then_falls_to_zero_along_a_cosine():
     assert learning_rate(config, 6, 10) == pytest.approx(1.0)
     assert learning_rate(config, 10, 10) == pytest.approx(0.0)
     assert learning_rate(replace(config, warmup_fraction=0.0), 0, 10) == 2.0
+
+
+def test_learning_rate_is_held_between_warm_up_and_cosine():
+    config = TrainConfig(lr=2.0, warmup_fraction=0.2, hold_fraction=0.4)
+    assert [learning_rate(config, step, 10) for step in range(7)] == pytest.approx([1.0] + 6 * [2.0])
+    assert learning_rate(config, 8, 10) == pytest.approx(1.0)
+    assert learning_rate(config, 10, 10) == pytest.approx(0.0)
+    whole = replace(config, hold_fraction=0.8)
+    assert [learning_rate(whole, step, 10) for step in (2, 9)] == [2.0, 2.0]
 
 
 def test_phase_spans_carry_the_median_after_warm_up():

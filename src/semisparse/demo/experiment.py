@@ -146,8 +146,12 @@ def train_row(
 
 
 def train_settings(config: TrainConfig) -> dict[str, Any]:
-    """What Experiment.settings keeps of config: all but what row and seed decide."""
-    return {name: value for name, value in asdict(config).items() if name not in ("seed", "sparse_fraction")}
+    """What Experiment.settings keeps of config: all but what row and seed decide, and no hold where there is none.
+
+    A hold of 0 changes nothing, and results from before there was a choice do not name it.
+    """
+    left_out = {"seed", "sparse_fraction"} | (set() if config.hold_fraction else {"hold_fraction"})
+    return {name: value for name, value in asdict(config).items() if name not in left_out}
 
 
 def _document(experiment: Experiment, row: Row, seed: int, outcome: Outcome) -> dict[str, Any]:

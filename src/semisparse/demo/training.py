@@ -28,11 +28,11 @@ class TrainConfig:
     """Settings of a run. Immutable, checked when it is built.
 
     epochs; batch_size: samples a step; lr: peak learning rate; warmup_fraction: share of the steps over which it rises
-    from 0, before a cosine to 0; weight_decay: of tensors with 2 or more dimensions; betas: Adam's; clip: largest norm
-    of all gradients together, 0 for any; sparse_fraction: share of the steps that are sparse, from the start; layers:
-    which linear layers are sparse, as sparsify's select; seed: of initial weights, data order and augmentation; device:
-    "auto", "cpu", "cuda" or "cuda:<i>"; precision: "fp32", or autocast to "bf16" or "fp16" (the latter with gradient
-    scaling) over fp32 weights.
+    from 0; hold_fraction: share of the steps over which it then stays, before a cosine to 0; weight_decay: of tensors
+    with 2 or more dimensions; betas: Adam's; clip: largest norm of all gradients together, 0 for any; sparse_fraction:
+    share of the steps that are sparse, from the start; layers: which linear layers are sparse, as sparsify's select;
+    seed: of initial weights, data order and augmentation; device: "auto", "cpu", "cuda" or "cuda:<i>"; precision:
+    "fp32", or autocast to "bf16" or "fp16" (the latter with gradient scaling) over fp32 weights.
     Raises ConfigError, naming the setting.
     """
 
@@ -40,6 +40,7 @@ class TrainConfig:
     batch_size: int = 64
     lr: float = 6e-3
     warmup_fraction: float = 0.1
+    hold_fraction: float = 0.0
     weight_decay: float = 0.05
     betas: tuple[float, float] = (0.9, 0.999)
     clip: float = 0.0
@@ -53,6 +54,7 @@ class TrainConfig:
         check_counts(self, ("epochs", "batch_size"))
         check_counts(self, ("seed",), least=0)
         check_ranges(self, ("warmup_fraction", "sparse_fraction"))
+        check_ranges(self, ("hold_fraction",), high=1 - self.warmup_fraction)
         check_ranges(self, ("weight_decay", "clip"), high=math.inf)
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ConfigError(f"betas={self.betas!r} must be two numbers, 0 or more and less than 1")
@@ -118,7 +120,7 @@ def fit(
     """Train model, already on config.device, for config.epochs and score it on the test split once.
 
     schedule: stepped after each optimizer step; None trains the model as it is. optimizer: default adamw(model,
-    config); its learning rates are set here, along a cosine. name: for the result and on_progress, which is called
+    config); its learning rates are set here, by learning_rate. name: for the result and on_progress, which is called
     after each step. wrap: what the training forward goes through instead of model itself (torch.compile, say); scores
     are taken on model. graph: replay forward and backward from a CUDA graph (see GraphedGradients).
     config.sparse_fraction and config.layers are not read here. On a CPU equal arguments give equal numbers, bit for
@@ -224,11 +226,12 @@ class _Step:
 
 
 def learning_rate(config: TrainConfig, step: int, total: int) -> float:
-    """Linear warm-up to config.lr, then half a cosine that would reach 0 at step total."""
+    """Linear warm-up to config.lr, which is held, then half a cosine that would reach 0 at step total."""
     warmup = round(config.warmup_fraction * total)
     if step < warmup:
         return config.lr * (step + 1) / warmup
-    return config.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+    held = warmup + round(config.hold_fraction * total)
+    return config.lr * 0.5 * (1 + math.cos(math.pi * max(0, step - held) / max(1, total - held)))
 
 
 def phase_spans(kinds: list[Kind], seconds: list[float], products: list[int]) -> tuple[PhaseSpan, ...]:
