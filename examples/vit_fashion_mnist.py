@@ -4,6 +4,7 @@
     python examples/vit_fashion_mnist.py --row dense --row sparse-070 --seeds 5
     python examples/vit_fashion_mnist.py --narrow              # width 32, small enough for a CPU: 3 minutes a run there
     python examples/vit_fashion_mnist.py --held                # the learning rate falls in the last 30 % of a run only
+    python examples/vit_fashion_mnist.py --long                # twice the epochs
     python examples/vit_fashion_mnist.py --small --device cpu  # a tiny model for a few steps, to see it work
 
 Rows: the seven of the table that torchao.sparsity.training published for DINOv2 (dense, then 40 to 100 % of the steps
@@ -61,11 +62,11 @@ def rows(engine: Engine) -> tuple[Row, ...]:
 
 
 def settings(
-    device: str, small: bool, epochs: int | None, narrow: bool = False, held: bool = False
+    device: str, small: bool, epochs: int | None, narrow: bool = False, held: bool = False, long: bool = False
 ) -> tuple[ViTConfig, TrainConfig]:
     on_gpu = resolve_device(device).type == "cuda"
     train = TrainConfig(
-        epochs=(1 if small else 20 if narrow else 40) if epochs is None else epochs,
+        epochs=(1 if small else (20 if narrow else 40) * (2 if long else 1)) if epochs is None else epochs,
         batch_size=64 if small else 256,
         lr=1.2e-2 if narrow else 3e-4 if held else 5e-4,
         hold_fraction=0.6 if held else 0.0,  # with the warm-up: as far as the row of 70 % is sparse
@@ -85,19 +86,21 @@ def main(
     epochs: Annotated[int | None, typer.Option(help="Epochs of each run.")] = None,
     narrow: Annotated[bool, typer.Option("--narrow", help="A model of width 32 with few weights to spare.")] = False,
     held: Annotated[bool, typer.Option("--held", help="Hold the learning rate for 70 % of the steps.")] = False,
+    long: Annotated[bool, typer.Option("--long", help="Twice the epochs.")] = False,
     small: Annotated[bool, typer.Option("--small", help="A tiny model for one epoch.")] = False,
     device: DeviceOption = Device.AUTO,
 ) -> None:
     with typed_errors():
-        model_config, config = settings(device.value, small, epochs, narrow, held)
-        chosen = [name for name, wanted in (("narrow", narrow), ("held", held)) if wanted]
+        model_config, config = settings(device.value, small, epochs, narrow, held, long)
+        chosen = [name for name, wanted in (("narrow", narrow), ("held", held), ("long", long)) if wanted]
         on_gpu = config.device.startswith("cuda")
         data = load_dataset("fashion-mnist", data_dir, config.device)
         task = ImageClassification(data, AUGMENTATION)
         experiment = Experiment(
             name="-".join(["vit-fashion-mnist", *chosen]),
             title=f"ViT of width {model_config.width} on Fashion-MNIST: how much of the training can be 2:4 sparse"
-            + (", learning rate held for 70 %" if held else ""),
+            + (", learning rate held for 70 %" if held else "")
+            + (", twice the epochs" if long else ""),
             metric="test accuracy, percent",
             higher_is_better=True,
             rows=rows("cusparselt" if on_gpu else "auto"),
