@@ -68,7 +68,7 @@ def settings(
     train = TrainConfig(
         epochs=(1 if small else (20 if narrow else 40) * (2 if long else 1)) if epochs is None else epochs,
         batch_size=64 if small else 256,
-        lr=1.2e-2 if narrow else 3e-4 if held else 5e-4,
+        lr=1.2e-2 if narrow else 3e-4 if held or long else 5e-4,
         hold_fraction=0.6 if held else 0.0,  # with the warm-up: as far as the row of 70 % is sparse
         weight_decay=0.05,
         clip=1.0,
