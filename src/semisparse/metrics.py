@@ -16,10 +16,10 @@ from semisparse.errors import ConfigError, NoLayerMatched
 from semisparse.nn import SemiSparseLinear
 from semisparse.swap import layers_with_masks
 
-FLIP_RATE, FLIP_RATIO = "flip_rate", "flip_ratio"
+FLIP_RATE, FLIP_RATIO, KEPT_MAGNITUDE = "flip_rate", "flip_ratio", "kept_magnitude"
 DEFAULT_INTERVAL = 100
 """Steps from one measured step to the next."""
-_NAMES = (FLIP_RATE, "kept_magnitude", "dead_rows")
+_NAMES = (FLIP_RATE, KEPT_MAGNITUDE, "dead_rows")
 
 
 class MaskMetrics:

@@ -42,13 +42,14 @@ def test_results_document_is_strict_json_with_everything_needed_to_judge_it(tmp_
 
     found = json.loads(path.read_text(), parse_constant=refuse)
     assert set(found) == {"format", "version", "created", "commit", "environment", "settings", "runs"}
-    assert found["format"] == "semisparse-demo-results" and found["version"] == 3 and found["settings"] == {"seed": 3}
+    assert found["format"] == "semisparse-demo-results" and found["version"] == 4 and found["settings"] == {"seed": 3}
     assert {"torch", "Python", "GPU", "semisparse"} <= set(found["environment"])
     keys = {"name", "steps", "skipped_steps", "epochs", "phases", "test", "peak_memory", "seconds_per_step"}
     assert [set(entry) for entry in found["runs"]] == [keys, keys]
     assert found["runs"][0]["test"] == {"loss": None, "accuracy": 0.1}
     assert found["runs"][1]["epochs"][1] == {
-        "step": 20, "train_loss": 1.0, "validation": {"loss": 0.5, "accuracy": 0.6}, "flip_rate": 0.02
+        "step": 20, "train_loss": 1.0, "validation": {"loss": 0.5, "accuracy": 0.6}, "flip_rate": 0.02,
+        "kept_magnitude": None,
     }  # fmt: skip
     phase = {"kind": "sparse", "start": 0, "end": 20, "seconds_per_step": 0.25, "sparse_products": 0}
     assert found["runs"][1]["phases"][0] == phase

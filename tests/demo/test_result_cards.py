@@ -57,6 +57,17 @@ def test_further_figures_are_means_over_the_seeds() -> None:
     assert cards.further_figures([result("dense", 0, 1.0, order=0, more={})]) == ""
 
 
+def test_kept_magnitude_is_shown_of_the_first_and_the_last_epoch_where_all_seeds_have_it() -> None:
+    assert cards.kept_magnitudes(RESULTS) == ""
+    mine = [result("late", 0, 91.0, order=2), result("late", 1, 92.5, order=2), result("early", 0, 92.5, order=1)]
+    for number, run in enumerate(mine):
+        for epoch, kept in zip(run["run"]["epochs"], (0.5, 0.75 + number / 4), strict=True):
+            epoch["kept_magnitude"] = kept if run["row"] == "late" else None
+    lines = cards.kept_magnitudes(mine).splitlines()
+    assert lines[2:] == [f"| row late | 0.5000 ± 0.0000 | 0.8750 ± {statistics.stdev([0.75, 1.0]):.4f} |"]
+    assert lines[2] in cards.card(mine, "toy.png")
+
+
 def test_another_baseline_comes_first() -> None:
     rows = cards.summaries(RESULTS, baseline="late")
     assert rows[0].slug == "late" and rows[1].slug == "dense" and rows[1].differences == [1.0, 0.5]

@@ -47,7 +47,7 @@ def test_the_dense_run_is_bit_for_bit_that_of_a_model_never_swapped():
     result = fit(plain, task, TRAIN, name="dense")
     run = train_run(DENSE, MODEL, task, TRAIN)
     # Only a swapped layer has a mask to follow.
-    assert result.epochs == tuple(replace(record, flip_rate=None) for record in run.result.epochs)
+    assert result.epochs == tuple(replace(record, flip_rate=None, kept_magnitude=None) for record in run.result.epochs)
     assert result.test == run.result.test
     assert all(torch.equal(tensor, plain.state_dict()[name]) for name, tensor in run.model.state_dict().items())
 
@@ -100,12 +100,18 @@ def test_only_the_fully_sparse_run_leaves_pruned_weights_and_they_score_what_was
 
 
 @pytest.mark.parametrize("plan", three_runs(0.7), ids=lambda plan: plan.slug)
-def test_every_epoch_has_the_flip_rate_of_its_last_step(plan, monkeypatch):
-    masks = []
+def test_every_epoch_has_flip_rate_and_kept_magnitude_of_its_last_step(plan, monkeypatch):
+    masks, kept = [], []
 
     class Recorder(MaskMetrics):
         def update(self):
-            masks.append([layer.pruned_weight() != 0 for layer in self._layers.values()])
+            pruned = [layer.pruned_weight().detach() for layer in self._layers.values()]
+            masks.append([weight != 0 for weight in pruned])
+            shares = [
+                weight.abs().sum() / layer.weight.detach().abs().sum()
+                for weight, layer in zip(pruned, self._layers.values(), strict=True)
+            ]
+            kept.append(sum(share.item() for share in shares) / len(shares))
             return super().update()
 
     monkeypatch.setattr(measure, "MaskMetrics", Recorder)
@@ -115,6 +121,7 @@ def test_every_epoch_has_the_flip_rate_of_its_last_step(plan, monkeypatch):
         before, after = masks[epoch * STEPS - 2], masks[epoch * STEPS - 1]
         flips = sum((a != b).sum().item() for a, b in zip(before, after, strict=True))
         assert record.flip_rate == pytest.approx(flips / sum(mask.numel() for mask in after))
+        assert record.kept_magnitude == pytest.approx(kept[epoch * STEPS - 1]) and record.kept_magnitude < 1
     assert any(record.flip_rate > 0 for record in run.result.epochs)
 
 
@@ -122,6 +129,7 @@ def test_skipped_steps_are_not_followed():
     task = OverflowingTask(toy_data(), frozenset(range(STEPS)))
     config = replace(TRAIN, precision="fp16")
     records = train_run(FULLY_SPARSE, MODEL, task, config).result.epochs
+    assert records[0].kept_magnitude is None
     assert records[0].flip_rate is None and records[1].flip_rate is not None
 
 

@@ -141,6 +141,20 @@ def further_figures(results: Sequence[Result]) -> str:
     return "\n".join(lines)
 
 
+def kept_magnitudes(results: Sequence[Result]) -> str:
+    """What the masks keep of the weights' magnitude early and late, as a Markdown table; empty where not recorded."""
+    lines = [
+        "| configuration | magnitude that the masks keep after the first epoch | after the last |",
+        "|---|---|---|",
+    ]
+    for row in summaries(results):
+        runs = [result["run"]["epochs"] for result in results if result["row"] == row.slug]
+        kept = [[run[place].get("kept_magnitude") for run in runs] for place in (0, -1)]
+        if None not in (*kept[0], *kept[1]):
+            lines.append(f"| {' | '.join([row.title, *(spread(values, 4) for values in kept)])} |")
+    return "\n".join(lines) if len(lines) > 2 else ""
+
+
 def origin(results: Sequence[Result]) -> str:
     """What the results were measured on, each machine once, with the commits."""
     machines: dict[str, set[str]] = {}
@@ -172,7 +186,12 @@ def card(results: Sequence[Result], plot: str, more: Sequence[str] = ()) -> str:
             "all products were dense or masked dense. Flip rates are of the masks that the weights would choose, also "
             "where a recipe holds others.",
             "",
-            *(line for paragraph in (*more, further_figures(results)) if paragraph for line in (paragraph, "")),
+            *(
+                line
+                for paragraph in (*more, kept_magnitudes(results), further_figures(results))
+                if paragraph
+                for line in (paragraph, "")
+            ),
             f"![Training loss, flip rate and validation score]({plot})",
             "",
             f"Measured on {origin(results)}.",

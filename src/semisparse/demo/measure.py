@@ -1,4 +1,4 @@
-"""Measuring a run: seconds of each step, peak memory and flip rate."""
+"""Measuring a run: seconds of each step, peak memory and masks."""
 
 import statistics
 import time
@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from semisparse.demo.results import PeakMemory
-from semisparse.metrics import FLIP_RATE, MaskMetrics
+from semisparse.metrics import FLIP_RATE, KEPT_MAGNITUDE, MaskMetrics
 from semisparse.schedule import SparseSchedule
 from semisparse.swap import layers_with_masks
 
@@ -89,8 +89,8 @@ def _high_water_mark() -> int | None:
     return None
 
 
-class FlipRate:
-    """The flip rate of one step an epoch; of no step where the model has no layer to follow."""
+class MaskCurves:
+    """Flip rate and kept magnitude at one step an epoch; at no step where the model has no layer to follow."""
 
     def __init__(self, model: nn.Module, steps_per_epoch: int) -> None:
         self._metrics = MaskMetrics(model, max(2, steps_per_epoch)) if layers_with_masks(model) else None
@@ -104,9 +104,11 @@ class FlipRate:
             self._metrics.update()
         self._applied = applied
 
-    def take(self) -> float | None:
-        """The flip rate measured since the last call."""
+    def take(self) -> tuple[float | None, float | None]:
+        """Flip rate and kept magnitude (mean over layers) at the step measured since the last call, None for none."""
         if self._metrics is None or self._metrics.step == self._taken:
-            return None
+            return None, None
         self._taken = self._metrics.step
-        return self._metrics.read()[FLIP_RATE]
+        values = self._metrics.read()
+        kept = [value for name, value in values.items() if name.startswith(f"{KEPT_MAGNITUDE}/")]
+        return values[FLIP_RATE], statistics.fmean(kept)

@@ -18,13 +18,15 @@ class EpochRecord:
     """One point of the curves.
 
     step: optimizer steps tried so far; train_loss: mean over the epoch's batches; flip_rate: mean flip rate of all
-    followed layers (see MaskMetrics) in one step near the end of the epoch, None where none was measured.
+    followed layers (see MaskMetrics) in one step near the end of the epoch, None where none was measured;
+    kept_magnitude: share of the weights' magnitude that their masks keep at that step, the mean over these layers.
     """
 
     step: int
     train_loss: float
     validation: Scores
     flip_rate: float | None = None
+    kept_magnitude: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

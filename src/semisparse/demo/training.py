@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from semisparse.demo.capture import GraphedGradients
 from semisparse.demo.checks import check_counts, check_ranges
-from semisparse.demo.measure import FlipRate, MemoryMeter, StepClock, median_after_warm_up
+from semisparse.demo.measure import MaskCurves, MemoryMeter, StepClock, median_after_warm_up
 from semisparse.demo.results import EpochRecord, PhaseSpan, RunResult
 from semisparse.demo.task import Batch, Forward, Task
 from semisparse.errors import ConfigError
@@ -130,7 +130,7 @@ def fit(
     device = resolve_device(config.device)
     steps_per_epoch = task.steps_per_epoch(config.batch_size)
     total = config.epochs * steps_per_epoch
-    flips = FlipRate(model, steps_per_epoch)
+    masks = MaskCurves(model, steps_per_epoch)
     forward, optimizer = model if wrap is None else wrap(model), optimizer or adamw(model, config)
     step = _Step(forward, task, config, schedule, optimizer, graph)
     order = torch.Generator().manual_seed(config.seed)
@@ -147,11 +147,11 @@ def fit(
             losses += step(batch, learning_rate(config, len(kinds) - 1, total), kinds[-1])
             clock.stop()
             products.append(step.products)
-            flips.count(schedule)
+            masks.count(schedule)
             report(Progress(name, len(kinds), total, kinds[-1]))
         with scoring(model, device, config.precision):
             scores = task.validate(model)
-        epochs.append(EpochRecord(len(kinds), losses.item() / (len(kinds) - begin), scores, flips.take()))
+        epochs.append(EpochRecord(len(kinds), losses.item() / (len(kinds) - begin), scores, *masks.take()))
         report(Progress(name, len(kinds), total, kinds[-1], epochs[-1]))
     step.close()
     with scoring(model, device, config.precision):
