@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS, CARDS = ROOT / "benchmarks" / "results", ROOT / "benchmarks" / "cards"
 ACCURACY = RESULTS / "accuracy"
 MASK_STUDY = ("signed-greedy", "greedy", "sparse-100")
-IN_README = ("vit-fashion-mnist", "vit-fashion-mnist-narrow", "dino-fashion-mnist", "gpt-stdlib")
+IN_README = ("vit-fashion-mnist", "vit-fashion-mnist-long", "dino-fashion-mnist", "gpt-stdlib")
 COMMAND = "python benchmarks/benchmark_semi_structured_training.py"
 
 
