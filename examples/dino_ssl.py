@@ -29,10 +29,11 @@ from semisparse.config import Engine
 from semisparse.demo import cards
 from semisparse.demo.capture import compiled_blocks
 from semisparse.demo.data import DEBIAN_FASHION_MNIST, SPLIT_SEED, Dataset, Split, load_dataset
-from semisparse.demo.dino import DinoConfig, DinoTask, build_student
+from semisparse.demo.dino import DinoTask
+from semisparse.demo.dino_model import DinoConfig, build_student
 from semisparse.demo.experiment import Experiment, OnProgress, Outcome, Row, run_experiment, train_row, train_settings
 from semisparse.demo.model import ViTConfig
-from semisparse.demo.training import TrainConfig, resolve_device
+from semisparse.demo.train_config import TrainConfig, resolve_device
 
 MODEL = ViTConfig(image_size=28, patch_size=4, width=384, depth=2, heads=6)
 DINO = DinoConfig()

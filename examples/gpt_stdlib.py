@@ -28,7 +28,7 @@ from semisparse.demo.capture import compiled_blocks
 from semisparse.demo.experiment import Experiment, OnProgress, Outcome, Row, run_experiment, train_row, train_settings
 from semisparse.demo.gpt import GPTConfig, build_gpt
 from semisparse.demo.text import NextByte, bits_per_byte, standard_library
-from semisparse.demo.training import TrainConfig, resolve_device
+from semisparse.demo.train_config import TrainConfig, resolve_device
 
 MODEL = GPTConfig(context=256, width=384, depth=6, heads=6)
 SMALL = GPTConfig(context=64, width=32, depth=1, heads=2)

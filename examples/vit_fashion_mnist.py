@@ -32,7 +32,7 @@ from semisparse.demo.data import DEBIAN_FASHION_MNIST, load_dataset
 from semisparse.demo.experiment import Experiment, OnProgress, Outcome, Row, run_experiment, train_row, train_settings
 from semisparse.demo.model import ViTConfig, build_model
 from semisparse.demo.task import Augmentation, ImageClassification
-from semisparse.demo.training import TrainConfig, resolve_device
+from semisparse.demo.train_config import TrainConfig, resolve_device
 
 FRACTIONS = (0.4, 0.6, 0.7, 0.8, 0.9)
 MODEL = ViTConfig(image_size=28, patch_size=4, width=384, depth=2, heads=6)

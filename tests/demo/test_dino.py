@@ -9,19 +9,13 @@ from torch import nn
 
 from semisparse import recipes
 from semisparse.demo.capture import compiled_blocks
-from semisparse.demo.dino import (
-    DinoConfig,
-    DinoHead,
-    DinoTask,
-    build_student,
-    crops,
-    dino_loss,
-)
+from semisparse.demo.dino import DinoTask, crops, dino_loss
+from semisparse.demo.dino_model import DinoConfig, DinoHead, build_student
 from semisparse.demo.experiment import Row, train_row
 from semisparse.demo.model import ViTConfig
 from semisparse.demo.probes import knn_votes, linear_probe
 from semisparse.demo.runs import sparsify_model
-from semisparse.demo.training import TrainConfig
+from semisparse.demo.train_config import TrainConfig
 from semisparse.errors import ConfigError, NoLayerMatched, ShapeError
 from semisparse.nn import SemiSparseLinear
 from tests.demo.toys import toy_data

@@ -11,7 +11,8 @@ from semisparse.demo.model import build_model
 from semisparse.demo.results import PeakMemory
 from semisparse.demo.runs import RunPlan, sparsify_model, three_runs, train_run
 from semisparse.demo.task import Augmentation, ImageClassification, augment, classification_scores
-from semisparse.demo.training import TrainConfig, fit, learning_rate, phase_spans, resolve_device
+from semisparse.demo.train_config import TrainConfig, learning_rate, resolve_device
+from semisparse.demo.training import fit, phase_spans
 from semisparse.errors import ConfigError, NoLayerMatched
 from semisparse.metrics import MaskMetrics
 from tests.demo.toys import MODEL, TRAIN, OverflowingTask, kept_per_group, toy_data

@@ -11,7 +11,7 @@ from torch import Tensor
 from semisparse.demo.data import Dataset, make_dataset
 from semisparse.demo.model import ViTConfig
 from semisparse.demo.task import Batch, Forward, ImageClassification
-from semisparse.demo.training import TrainConfig
+from semisparse.demo.train_config import TrainConfig
 
 MODEL = ViTConfig(image_size=8, patch_size=4, width=16, depth=1, heads=2, classes=4)
 TRAIN = TrainConfig(epochs=3, batch_size=16, lr=1e-2)

@@ -43,7 +43,7 @@ def train(
         from semisparse.demo.report import table_rows
         from semisparse.demo.runs import three_runs
         from semisparse.demo.task import ImageClassification
-        from semisparse.demo.training import resolve_device
+        from semisparse.demo.train_config import resolve_device
         from semisparse.environment import capabilities
 
         settings = preset(data.value)

@@ -8,7 +8,8 @@ from semisparse.demo.checkpoint import load
 from semisparse.demo.data import load_dataset
 from semisparse.demo.results import Scores
 from semisparse.demo.task import ImageClassification
-from semisparse.demo.training import Precision, resolve_device, scoring
+from semisparse.demo.train_config import Precision, resolve_device
+from semisparse.demo.training import scoring
 from semisparse.errors import CheckpointError
 
 

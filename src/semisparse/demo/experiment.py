@@ -15,7 +15,8 @@ from semisparse.demo.report import commit, finite, write_results
 from semisparse.demo.results import RunResult
 from semisparse.demo.runs import sparsify_model
 from semisparse.demo.task import Forward, Task
-from semisparse.demo.training import Progress, TrainConfig, adamw, fit
+from semisparse.demo.train_config import TrainConfig, adamw
+from semisparse.demo.training import Progress, fit
 from semisparse.environment import environment
 from semisparse.errors import ConfigError, EngineError, OutputExists
 from semisparse.recipes import Recipe, RecipeSchedule, StepAdamW

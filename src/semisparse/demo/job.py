@@ -19,7 +19,8 @@ from semisparse.demo.report import results_document, write_plot, write_results
 from semisparse.demo.results import RunResult
 from semisparse.demo.runs import FinishedRun, sparsify_model, three_runs, train_run
 from semisparse.demo.task import ImageClassification
-from semisparse.demo.training import Progress, TrainConfig
+from semisparse.demo.train_config import TrainConfig
+from semisparse.demo.training import Progress
 from semisparse.errors import ConfigError, OutputExists
 from semisparse.report import SwapReport
 

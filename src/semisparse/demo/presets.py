@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from semisparse.demo.model import ViTConfig
 from semisparse.demo.task import Augmentation
-from semisparse.demo.training import TrainConfig
+from semisparse.demo.train_config import TrainConfig
 from semisparse.errors import ConfigError
 
 

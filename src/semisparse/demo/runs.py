@@ -10,7 +10,8 @@ from semisparse.config import SparseConfig
 from semisparse.demo.model import VisionTransformer, ViTConfig, build_model
 from semisparse.demo.results import RunResult
 from semisparse.demo.task import Forward, Task
-from semisparse.demo.training import Progress, TrainConfig, fit, resolve_device
+from semisparse.demo.train_config import TrainConfig, resolve_device
+from semisparse.demo.training import Progress, fit
 from semisparse.errors import ConfigError, NoLayerMatched
 from semisparse.report import SwapReport
 from semisparse.schedule import SparseSchedule
