@@ -198,8 +198,8 @@ def readme_blocks() -> dict[str, str]:
         blocks["linear"] = f"{linear_table(linear)}\n\n{where} Remake: `{COMMAND} --linear --save`."
     for name in IN_README:
         results = accuracy()[name]
-        where, command = experiments.origin(results), results[0]["command"]
-        blocks[name] = f"{experiments.table(results)}\n\nMeasured on {where}. Remake: `{command}`."
+        where, commands = experiments.origin(results), experiments.remake(results)
+        blocks[name] = f"{experiments.table(results)}\n\nMeasured on {where}. Remake: {commands}."
     return blocks
 
 

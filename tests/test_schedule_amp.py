@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from semisparse import Phase, SparseSchedule, sparsify
+from semisparse.errors import ScheduleError
 
 
 class Run:
@@ -82,6 +83,14 @@ def test_a_disabled_scaler_never_skips() -> None:
     run = Run(enabled=False)
     assert [run.step() for _ in range(3)] == [(True, True)] * 3
     assert run.schedule.phase == "dense"
+
+
+@pytest.mark.parametrize("other", [3, "epoch", torch.tensor(0.5)])
+def test_what_is_no_scaler_is_refused_and_nothing_counted(other: object) -> None:
+    run = Run()
+    with pytest.raises(ScheduleError, match=r"the argument is a torch\.amp\.GradScaler"):
+        run.schedule.step(other)
+    assert run.schedule.applied_steps == 0
 
 
 def test_without_a_scaler_every_call_counts() -> None:

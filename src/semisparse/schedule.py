@@ -105,10 +105,16 @@ class SparseSchedule:
     def step(self, scaler: torch.amp.GradScaler | None = None) -> bool:
         """Count one optimizer step and switch the layers when a phase ends. Returns whether the step counted.
 
-        scaler: the GradScaler, after its update(). A scale that went down since the last call means that the optimizer
-        step was skipped; it is then not counted. (Optimizer step hooks cannot be used for this: those of a fused
-        optimizer fire for skipped steps too.) Reading the scale synchronises with the device.
+        scaler: the GradScaler, after its update(), of this optimizer alone: one shared with others also goes down for
+        their overflows, and the step of this one would not count. A scale that went down since the last call means that
+        the optimizer step was skipped; it is then not counted. (Optimizer step hooks cannot be used for this: those of
+        a fused optimizer fire for skipped steps too.) Reading the scale synchronises with the device. Raises
+        ScheduleError for a scaler that is none.
         """
+        if scaler is not None and not isinstance(scaler, torch.amp.GradScaler):
+            raise ScheduleError(
+                f"step({scaler!r}): the argument is a torch.amp.GradScaler; leave it out where there is none"
+            )
         if scaler is not None and self._was_skipped(scaler):
             return False
         self._advance()

@@ -181,6 +181,14 @@ def test_a_folder_that_cannot_be_made_is_refused_before_training(tmp_path: Path)
     assert train.calls == []
 
 
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder that nobody can write, as Linux has")
+def test_a_folder_that_cannot_be_written_is_refused_before_training() -> None:
+    train = Trainer()
+    with pytest.raises(ConfigError, match="out='/proc' cannot be written"):
+        run_experiment(experiment(), (DENSE,), [0], Path("/proc"), train, silent, say=len)
+    assert train.calls == []
+
+
 @pytest.mark.parametrize("fraction", [0.0, 0.7, 1.0])
 def test_dinov2_is_the_demos_run_bit_for_bit(fraction: float) -> None:
     row = Row("x", "x", recipes.dinov2(sparse_fraction=fraction))

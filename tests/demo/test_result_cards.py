@@ -68,6 +68,10 @@ def test_kept_magnitude_is_shown_of_the_first_and_the_last_epoch_where_all_seeds
     assert lines[2] in cards.card(mine, "toy.png")
 
 
+def test_rows_are_remade_with_as_many_seeds_as_each_has() -> None:
+    assert cards.remake(RESULTS) == "`make toys --seeds 3 --row dense --row early`, `make toys --seeds 2 --row late`"
+
+
 def test_another_baseline_comes_first() -> None:
     rows = cards.summaries(RESULTS, baseline="late")
     assert rows[0].slug == "late" and rows[1].slug == "dense" and rows[1].differences == [1.0, 0.5]
@@ -83,7 +87,7 @@ def test_cards_are_made_of_whatever_is_there(tmp_path: Path) -> None:
     out.mkdir()
     assert cards.write_cards(tmp_path, out) == [out / "toy.md", out / "other.md"]
     text = (out / "toy.md").read_text()
-    assert text.startswith("# Toys compared\n") and "](toy.png)" in text and "`make toys`" in text
+    assert text.startswith("# Toys compared\n") and "](toy.png)" in text and "Remake: `make toys --seeds" in text
     assert "no GPU, torch 2.x" in text and "abcdef0123+changes" in text
     assert "1.5000" in (out / "other.md").read_text()
     assert imread(out / "toy.png").shape[2] == 4

@@ -96,6 +96,27 @@ def test_a_scaler_changes_nothing(fused: bool) -> None:
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_large_scale_times_a_weight_does_not_overflow_in_16_bits(dtype: torch.dtype) -> None:
+    net = model().to(dtype)
+    with torch.no_grad():
+        net[0].weight.mul_(8)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=0.1, fused=True)
+    MaskedDecay(net, optimizer, 6e-5)
+    seen = []
+    optimizer.register_step_pre_hook(lambda *_: seen.append(net[0].weight.grad.double()))
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**19)
+    before, mask = net[0].weight.detach().clone(), brute_mask(net[0].weight.detach())
+    scaler.scale(torch.zeros((), requires_grad=True)).backward()
+    for parameter in net.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    scaler.step(optimizer)
+    wanted = torch.where(mask, 0, before.double()) * 2.0**19 * 6e-5
+    assert 2.0**19 * before.abs().max() > torch.finfo(torch.float16).max
+    torch.testing.assert_close(seen[0], wanted, rtol=1e-2, atol=1e-3)
+    assert all(parameter.isfinite().all() for parameter in net.parameters())
+
+
 @pytest.mark.parametrize("fused", [True, False])
 def test_a_skipped_step_moves_no_weight(fused: bool) -> None:
     net = model()

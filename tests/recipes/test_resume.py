@@ -170,14 +170,17 @@ BAD_STATES: dict[str, tuple[str, Callable[[dict[str, Any]], Any], str]] = {
     "other layers": ("fst", inside("masks", more=torch.zeros(1)), r"state\['masks'\] does not name the layers"),
     "other shape": ("fst", inside("masks", **{"2": torch.zeros(2, 2, dtype=torch.int16)}),
                     r"state\['masks'\]\['2'\] must be torch.int16 of shape \(2, 4\)"),
+    "full tiles": ("fst", inside("masks", **{"2": torch.full((2, 4), -1, dtype=torch.int16)}), "not 2:4 both ways"),
+    "row-wise tiles": ("fst", inside("masks", **{"2": torch.full((2, 4), 0x3333, dtype=torch.int16)}), "not 2:4 both"),
     "other dtype": ("fst", inside("masks", **{"2": torch.zeros(2, 4)}), r"state\['masks'\]\['2'\] must be torch.int16"),
     "no tensor": ("s_ste", inside("scales", **{"0": 1.5}), r"state\['scales'\]\['0'\] must be torch.float32 of shape"),
     "age too high": ("fst", change(age=3), r"state\['age'\]=3 must be a whole number from 0 to 2"),
     "age bool": ("fst", change(age=True), r"state\['age'\]=True must be"),
     "no age": ("fst", drop("age"), r"state\['age'\]=None must be"),
     "was_sparse": ("fst", change(was_sparse=1), r"state\['was_sparse'\]=1 must be true or false"),
-    "other window": ("step", change(changes=torch.zeros(9)), r"state\['changes'\] must hold 5 numbers; .* same beta2"),
-    "no changes": ("step", drop("changes"), r"state\['changes'\] must hold 5 numbers"),
+    "whole changes": ("step", change(changes=torch.zeros(5, dtype=torch.int64)), "must hold 5 fp32 numbers"),
+    "other window": ("step", change(changes=torch.zeros(9)), r"state\['changes'\] must hold 5 fp32 numbers; .* beta2"),
+    "no changes": ("step", drop("changes"), r"state\['changes'\] must hold 5 fp32 numbers"),
     "switch too late": ("step", change(switched_at=19), r"state\['switched_at'\]=19 must be a step, 1 to 18, or None"),
     "switch too early": ("step", change(switched_at=0), r"state\['switched_at'\]=0 must be a step"),
     "switch true": ("step", change(switched_at=True), r"state\['switched_at'\]=True must be a step"),
@@ -212,7 +215,7 @@ def test_tensors_of_a_state_are_not_spelt_out_in_a_message() -> None:
 
 def test_a_state_of_other_settings_of_the_optimizer_is_noticed() -> None:
     saved, run = Run(step(dense_range=(0.1, 0.75))), Run(step(dense_range=(0.1, 0.75)), betas=(0.9, 0.9))
-    with pytest.raises(ScheduleError, match=r"state\['changes'\] must hold 10 numbers; resume with the same beta2"):
+    with pytest.raises(ScheduleError, match=r"state\['changes'\] must hold 10 fp32 numbers; .* same beta2"):
         run.schedule.load_state_dict(saved.schedule.state_dict())
 
 

@@ -172,6 +172,15 @@ def _short(commit: str | None) -> str:
     return name[:10] + ("+changes" if mark else "")
 
 
+def remake(results: Sequence[Result]) -> str:
+    """The commands that train these rows and seeds: one for each number of seeds."""
+    commands: dict[int, str] = {}
+    for row in summaries(results):
+        seeds = max([*row.values, *row.diverged]) + 1
+        commands[seeds] = commands.get(seeds, f"{results[0]['command']} --seeds {seeds}") + f" --row {row.slug}"
+    return ", ".join(f"`{command}`" for command in commands.values())
+
+
 def card(results: Sequence[Result], plot: str, more: Sequence[str] = ()) -> str:
     """The card of one experiment: table, more paragraphs, plot, origin, settings and the command that remakes it."""
     first = results[0]
@@ -198,7 +207,7 @@ def card(results: Sequence[Result], plot: str, more: Sequence[str] = ()) -> str:
             "",
             f"Settings: `{json.dumps(first['settings'])}`",
             "",
-            f"Remake: `{first['command']}`",
+            f"Remake: {remake(results)}",
             "",
         ]
     )

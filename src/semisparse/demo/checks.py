@@ -6,6 +6,11 @@ from typing import Any
 from semisparse.errors import ConfigError
 
 
+def is_number(value: Any) -> bool:
+    """Whether value is an int or a float; True and False are none."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 def check_counts(settings: Any, names: Iterable[str], least: int = 1) -> None:
     """The attributes of settings called names are whole numbers, least or more."""
     for name in names:
@@ -18,5 +23,5 @@ def check_ranges(settings: Any, names: Iterable[str], high: float = 1) -> None:
     """The attributes of settings called names are numbers from 0 to high; NaN is none."""
     for name in names:
         value = getattr(settings, name)
-        if not 0 <= value <= high:
+        if not is_number(value) or not 0 <= value <= high:
             raise ConfigError(f"{name}={value!r} must lie between 0 and {high}")

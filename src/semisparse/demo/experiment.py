@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import torch
@@ -93,6 +94,7 @@ def run_experiment(
     _check_jobs(experiment, rows, jobs)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        TemporaryFile(dir=folder).close()  # before hours of training, rather than after
     except OSError as error:
         raise ConfigError(f"out={str(folder)!r} cannot be written: {error.strerror or error}") from error
     for path in sorted(folder.glob(f"{experiment.name}.*.seed*.json")):

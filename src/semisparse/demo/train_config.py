@@ -7,7 +7,7 @@ from typing import Literal, get_args
 import torch
 from torch import nn
 
-from semisparse.demo.checks import check_counts, check_ranges
+from semisparse.demo.checks import check_counts, check_ranges, is_number
 from semisparse.errors import ConfigError
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -47,9 +47,10 @@ class TrainConfig:
         check_ranges(self, ("warmup_fraction", "sparse_fraction"))
         check_ranges(self, ("hold_fraction",), high=1 - self.warmup_fraction)
         check_ranges(self, ("weight_decay", "clip"), high=math.inf)
-        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+        pair = self.betas if isinstance(self.betas, (tuple, list)) else ()
+        if len(pair) != 2 or not all(is_number(beta) and 0 <= beta < 1 for beta in pair):
             raise ConfigError(f"betas={self.betas!r} must be two numbers, 0 or more and less than 1")
-        if not 0 < self.lr < math.inf:
+        if not is_number(self.lr) or not 0 < self.lr < math.inf:
             raise ConfigError(f"lr={self.lr!r} must be a positive number")
         if self.precision not in get_args(Precision):
             choices = ", ".join(map(repr, get_args(Precision)))

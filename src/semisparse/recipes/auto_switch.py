@@ -116,8 +116,9 @@ class AutoSwitch:
             raise ScheduleError(
                 "state has no 'switched_at'; pass what state_dict() of a schedule with AutoSwitch returned"
             )
-        if not isinstance(changes, Tensor) or changes.shape != self._changes.shape:
-            raise ScheduleError(f"state['changes'] must hold {len(self._changes)} numbers; resume with the same beta2")
+        ours = self._changes
+        if not isinstance(changes, Tensor) or (changes.shape, changes.dtype) != (ours.shape, ours.dtype):
+            raise ScheduleError(f"state['changes'] must hold {len(ours)} fp32 numbers; resume with the same beta2")
         if at is not None and (isinstance(at, bool) or not isinstance(at, int) or not 1 <= at <= self._bounds[1]):
             raise ScheduleError(f"state['switched_at']={at!r} must be a step, 1 to {self._bounds[1]}, or None")
 

@@ -25,7 +25,8 @@ class MaskedDecay:
     Any torch.optim optimizer, with parameter groups, GradScaler (fused optimizers too, whose gradients are still scaled
     here) and gradient accumulation. In a step that the scaler skips only gradients change, which nobody reads.
 
-    The term is computed in the dtype of the weight (N x K) and added in place, in the gradient's. The mask is exact.
+    The term is computed in the dtype of the weight (N x K), in fp32 or wider where gradients are still scaled, and
+    added in place, in the gradient's. The mask is exact.
 
     model: holds SemiSparseLinear layers. optimizer: must hold the weights of all of them. decay: the strength, 0 or
     more; the papers' values lie between 6e-6 and 2e-4, by model and optimizer. It is not multiplied by the learning
@@ -58,6 +59,9 @@ class MaskedDecay:
             if weight.grad is None or not layer.sparse_enabled or self.decay == 0:
                 continue
             pruned_away = torch.where(layer.pruned_weight() != 0, 0, weight)
-            if scale is not None:
-                pruned_away = pruned_away * scale.to(weight.device, non_blocking=True)
-            weight.grad.add_(pruned_away, alpha=self.decay)
+            if scale is None:
+                weight.grad.add_(pruned_away, alpha=self.decay)
+            else:
+                # A scale of 2**16 and more times a weight is no fp16 number, with the decay it is a small one.
+                factor = scale.to(weight.device, non_blocking=True) * self.decay
+                weight.grad.add_(pruned_away.to(torch.promote_types(weight.dtype, torch.float32)) * factor)

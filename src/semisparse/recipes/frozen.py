@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from semisparse import ops
 from semisparse.errors import ScheduleError
+from semisparse.pattern import GROUP, KEPT
 from semisparse.recipes.layers import layers_by_weight
 from semisparse.reference.linear import soft_scale
+from semisparse.reference.masks import from_codes
 from semisparse.swap import layers_with_masks
 
 
@@ -115,8 +117,12 @@ class FrozenMasks(Frozen):
         return {**super().state_dict(), "age": self._age, "was_sparse": self._sparse}
 
     def check_state(self, state: Mapping[str, Any]) -> None:
-        """As Frozen, and the age."""
+        """As Frozen, and that the masks are transposable (this waits for the device), and the age."""
         super().check_state(state)
+        for name, codes in state[self.key].items():
+            tiles = from_codes(codes).unflatten(0, (-1, GROUP)).unflatten(2, (-1, GROUP))
+            if not all((tiles.sum(dim=dim) == KEPT).all() for dim in (1, 3)):
+                raise ScheduleError(f"state[{self.key!r}][{name!r}] holds tiles that are not 2:4 both ways")
         age = state.get("age")
         if isinstance(age, bool) or not isinstance(age, int) or not 0 <= age < self._every:
             raise ScheduleError(f"state['age']={age!r} must be a whole number from 0 to {self._every - 1}")
