@@ -129,6 +129,20 @@ def test_a_step_that_the_optimizer_did_not_make_is_noticed_and_not_counted() -> 
     assert run.schedule.applied_steps == 2
 
 
+def test_a_second_optimizer_step_without_schedule_step_is_refused_and_moves_nothing() -> None:
+    run = Watched((0.1, 0.9), 40)
+    run.step(0)
+    run.gradients(1)
+    run.optimizer.step()
+    weights = [weight.detach().clone() for weight in run.weights]
+    with pytest.raises(ScheduleError, match="a second time without schedule"):
+        run.optimizer.step()
+    assert all(torch.equal(weight, before) for weight, before in zip(run.weights, weights, strict=True))
+    run.schedule.step()
+    run.step(2)
+    assert run.schedule.applied_steps == 3
+
+
 def test_what_was_seen_before_loading_does_not_count_after_it() -> None:
     run = Watched((0.0, 1.0), 60, eps=1e-30)
     state = run.schedule.state_dict()

@@ -24,8 +24,9 @@ class AutoSwitch:
 
     weights: of the sparse layers. bounds: first and last step after which the switch may come; the last is 1 or more.
     Raises ConfigError where groups with such weights differ in beta2 or eps; from optimizer.step(closure), whose
-    gradients come too late; ScheduleError from a step of an optimizer whose variance is frozen before the switch or
-    not frozen after it, because one of the two states was not loaded.
+    gradients come too late; ScheduleError from a step that follows another one before count() saw it, and from a step
+    of an optimizer whose variance is frozen before the switch or not frozen after it, because one of the two states was
+    not loaded.
     """
 
     def __init__(self, optimizer: StepAdamW, weights: Sequence[Tensor], bounds: tuple[int, int]) -> None:
@@ -67,6 +68,11 @@ class AutoSwitch:
         if self.switched_at is not None:
             return
         refuse_closure("AutoSwitch", args, kwargs)
+        if self._pending is not None:
+            raise ScheduleError(
+                "optimizer.step() a second time without schedule.step(): call it once after each, and give a "
+                "GradScaler no other optimizer, for whose overflows the schedule would not count"
+            )
         total, entries = torch.zeros_like(self._changes[0]), 0
         for weight in self._weights:
             entries += weight.numel()
