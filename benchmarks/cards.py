@@ -6,6 +6,7 @@ python benchmarks/cards.py
 import json
 import re
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -165,8 +166,9 @@ def metrics_card(results: list[tuple[str, dict[str, Any]]]) -> str:
     return "\n".join([*lines, "", f"Remake: `{COMMAND} --metrics --save`", ""])
 
 
+@cache
 def accuracy() -> dict[str, list[dict[str, Any]]]:
-    """Stored results of the experiments in examples/, by experiment."""
+    """Stored results of the experiments in examples/, by experiment; read once."""
     return experiments.by_experiment(experiments.load_results(ACCURACY))
 
 

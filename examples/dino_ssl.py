@@ -19,7 +19,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 
 from semisparse import SparseConfig, recipes
@@ -28,7 +27,7 @@ from semisparse.cli.tables import progress_bar
 from semisparse.config import Engine
 from semisparse.demo import cards
 from semisparse.demo.capture import compiled_blocks
-from semisparse.demo.data import DEBIAN_FASHION_MNIST, SPLIT_SEED, Dataset, Split, load_dataset
+from semisparse.demo.data import DEBIAN_FASHION_MNIST, load_dataset
 from semisparse.demo.dino import DinoTask
 from semisparse.demo.dino_model import DinoConfig, build_student
 from semisparse.demo.experiment import Experiment, OnProgress, Outcome, Row, run_experiment, train_row, train_settings
@@ -69,13 +68,6 @@ def settings(device: str, small: bool, epochs: int | None) -> tuple[ViTConfig, D
     return SMALL if small else MODEL, dino, train
 
 
-def fewer(data: Dataset, count: int) -> Dataset:
-    """Data with at most count of its training images, always the same ones."""
-    order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(SPLIT_SEED))
-    chosen = order[:count].to(data.train.labels.device)
-    return replace(data, train=Split(data.train.images[chosen], data.train.labels[chosen]))
-
-
 def main(
     data_dir: Annotated[Path, typer.Option(help="Folder with the four idx files.")] = DEBIAN_FASHION_MNIST,
     out: Annotated[Path, typer.Option(help="Folder for results and card.")] = Path("results-dino"),
@@ -90,7 +82,7 @@ def main(
         on_gpu = config.device.startswith("cuda")
         wrap = compiled_blocks if on_gpu else None
         data = load_dataset("fashion-mnist", data_dir, config.device)
-        data = fewer(data, SMALL_IMAGES) if small else data
+        data = replace(data, train=data.train.sample(SMALL_IMAGES)) if small else data
         experiment = Experiment(
             name="dino-fashion-mnist",
             title="DINO on Fashion-MNIST: self-supervised training with sparse MLPs",

@@ -2,7 +2,7 @@
 
     python examples/vit_fashion_mnist.py                       # all rows, seeds 0 to 2; half a minute of GPU a run
     python examples/vit_fashion_mnist.py --row dense --row sparse-070 --seeds 5
-    python examples/vit_fashion_mnist.py --narrow              # width 32, small enough for a CPU: 3 minutes a run there
+    python examples/vit_fashion_mnist.py --narrow              # width 32, small enough for a CPU: minutes a run there
     python examples/vit_fashion_mnist.py --held                # the learning rate falls in the last 30 % of a run only
     python examples/vit_fashion_mnist.py --long                # twice the epochs
     python examples/vit_fashion_mnist.py --small --device cpu  # a tiny model for a few steps, to see it work
@@ -65,8 +65,9 @@ def settings(
     device: str, small: bool, epochs: int | None, narrow: bool = False, held: bool = False, long: bool = False
 ) -> tuple[ViTConfig, TrainConfig]:
     on_gpu = resolve_device(device).type == "cuda"
+    usual = 1 if small else (20 if narrow else 40) * (2 if long else 1)
     train = TrainConfig(
-        epochs=(1 if small else (20 if narrow else 40) * (2 if long else 1)) if epochs is None else epochs,
+        epochs=usual if epochs is None else epochs,
         batch_size=64 if small else 256,
         lr=1.2e-2 if narrow else 3e-4 if held or long else 5e-4,
         hold_fraction=0.6 if held else 0.0,  # with the warm-up: as far as the row of 70 % is sparse

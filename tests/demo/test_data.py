@@ -10,7 +10,7 @@ from semisparse.demo.idx import read_idx
 from semisparse.errors import DataError
 from tests.demo.toys import FASHION_FILES as NAMES
 from tests.demo.toys import fashion_contents as contents
-from tests.demo.toys import idx, toy_images, write_fashion_mnist
+from tests.demo.toys import idx, toy_data, toy_images, write_fashion_mnist
 
 
 @pytest.fixture
@@ -174,3 +174,12 @@ def test_digits_without_scikit_learn_say_what_to_install(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "sklearn.datasets", None)
     with pytest.raises(DataError, match=r"pip install 'semisparse\[demo\]'"):
         load_dataset("digits")
+
+
+def test_a_sample_is_always_the_same_and_keeps_images_with_their_labels():
+    split = toy_data().train
+    images = {image.numpy().tobytes(): label for image, label in zip(split.images, split.labels.tolist(), strict=True)}
+    sample = split.sample(5)
+    assert len(sample) == len({image.numpy().tobytes() for image in sample.images}) == 5
+    assert [images[image.numpy().tobytes()] for image in sample.images] == sample.labels.tolist()
+    assert torch.equal(sample.images, split.sample(5).images) and len(split.sample(10**6)) == len(split)

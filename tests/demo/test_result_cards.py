@@ -87,7 +87,9 @@ def test_cards_are_made_of_whatever_is_there(tmp_path: Path) -> None:
     out.mkdir()
     assert cards.write_cards(tmp_path, out) == [out / "toy.md", out / "other.md"]
     text = (out / "toy.md").read_text()
-    assert text.startswith("# Toys compared\n") and "](toy.png)" in text and "Remake: `make toys --seeds" in text
+    assert (
+        text.startswith("# Toys compared\n") and "](toy.png)" in text and f"Remake: {cards.remake(RESULTS)}\n" in text
+    )
     assert "no GPU, torch 2.x" in text and "abcdef0123+changes" in text
     assert "1.5000" in (out / "other.md").read_text()
     assert imread(out / "toy.png").shape[2] == 4

@@ -15,7 +15,7 @@ EXAMPLES = {path.stem: path for path in sorted((ROOT / "examples").glob("*.py"))
 ROWS = {
     "vit_fashion_mnist": ["dense", "sparse-070", "greedy"],
     "gpt_stdlib": ["dense", "fst", "step"],
-    "dino_ssl": ["dense", "sparse-070"],
+    "dino_ssl": ["dense", "sparse-070", "sparse-100"],
 }
 
 
@@ -65,6 +65,7 @@ def test_an_example_runs_skips_what_is_there_and_makes_its_card(name, images, li
         assert ("sparse" in kinds) is (result["row"] != "dense")
         if name == "dino_ssl":
             assert result["value"] == pytest.approx(result["more"]["knn_accuracy"])
+            assert {"linear_accuracy", "raw_pixel_knn_accuracy"} < result["more"].keys()
         assert result["value"] >= 0 and result["run"]["epochs"]
     (card,) = tmp_path.glob("*.md")
     assert all(result["row_title"] in card.read_text() for result in results.values())

@@ -62,11 +62,8 @@ def test_plans_that_come_and_go_leak_neither_host_nor_device_memory():
     engine.close()
 
 
-def best_us(call, batches: int = 30, size: int = 200) -> float:
-    """Mean host time of a call in the best batch; the device is drained in between, so that it never pushes back.
-
-    The best, because other work on the host can only add to it, and the median of a busy one says nothing of the call.
-    """
+def median_us(call, batches: int = 15, size: int = 200) -> float:
+    """Median host time of a call over batches; the device is drained in between, so that it never pushes back."""
     times = []
     for _ in range(batches):
         torch.cuda.synchronize()
@@ -75,20 +72,19 @@ def best_us(call, batches: int = 30, size: int = 200) -> float:
             call()
         times.append((time.perf_counter() - begin) / size * 1e6)
     torch.cuda.synchronize()
-    return min(times)
+    return statistics.median(times)
 
 
-def test_host_time_of_a_cached_call_is_at_most_25_us_or_two_dense_calls_on_a_slow_host(engine):
+def test_host_time_of_a_cached_call_is_at_most_25_us(engine):
     problem = problems.forward(64, 64, 64, BF16, bias=True)
     a, b, out, bias = whole(problem)
     packed = engine.compress(a)
-    dense = best_us(lambda: torch.addmm(bias, b, a, out=out))
     for algorithm in (0, engine.algorithms(problem, 0)[-1]):
         engine.matmul(problem, algorithm, packed, b, out, bias)
-        measured = best_us(
+        measured = median_us(
             lambda: engine.matmul(problems.forward(64, 64, 64, BF16, True), algorithm, packed, b, out, bias)  # noqa: B023
         )
-        assert measured <= max(25.0, 2 * dense), f"{measured:.1f} us, dense {dense:.1f} us"
+        assert measured <= 25.0, f"{measured:.1f} us"
 
 
 def test_a_new_token_count_costs_at_most_a_millisecond(engine):

@@ -40,6 +40,7 @@ def load_results(folder: Path) -> list[Result]:
     Raises DataError for a damaged file, and where results of one experiment were made with different settings.
     """
     found: list[Result] = []
+    settings: dict[str, Any] = {}
     for path in sorted(folder.glob("*.seed*.json")):
         try:
             content = json.loads(path.read_text())
@@ -48,9 +49,8 @@ def load_results(folder: Path) -> list[Result]:
         if isinstance(content, dict) and content.get("kind") == KIND:
             if missing := _KEYS - content.keys():
                 raise DataError(f"{path} is no whole result: it has no {sorted(missing)[0]!r}")
-            for other in found:
-                if other["experiment"] == content["experiment"] and other["settings"] != content["settings"]:
-                    raise DataError(f"{path} has other settings than its neighbours; keep them in different folders")
+            if settings.setdefault(content["experiment"], content["settings"]) != content["settings"]:
+                raise DataError(f"{path} has other settings than its neighbours; keep them in different folders")
             found.append(content)
     return found
 

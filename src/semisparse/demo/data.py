@@ -34,6 +34,12 @@ class Split:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def sample(self, count: int) -> "Split":
+        """At most count of its images, chosen at random; always the same ones."""
+        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(SPLIT_SEED))
+        chosen = order[:count].to(self.labels.device)
+        return Split(self.images[chosen], self.labels[chosen])
+
 
 @dataclass(frozen=True, slots=True)
 class Dataset:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from semisparse.demo.data import SPLIT_SEED, Dataset, Split
+from semisparse.demo.data import Dataset, Split
 from semisparse.demo.dino_model import DinoConfig, DinoStudent
 from semisparse.demo.probes import knn_votes, linear_probe
 from semisparse.demo.results import Scores
@@ -91,9 +91,7 @@ class DinoTask(ImageClassification):
         images = data.train.images
         self._low, self._high = images.amin(), images.amax()
         self.center = torch.zeros(config.out_dim, device=images.device)
-        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(SPLIT_SEED))
-        chosen = order[:_VALIDATION_MEMORY].to(images.device)
-        self._memory = Split(images[chosen], data.train.labels[chosen])
+        self._memory = data.train.sample(_VALIDATION_MEMORY)
 
     def batches(self, batch_size: int, generator: torch.Generator) -> Iterator[Batch]:
         """(images, draws) of one epoch. All random numbers are drawn on the CPU and moved once an epoch."""

@@ -1,12 +1,12 @@
 """Experiments: the same training with several recipes and seeds, one result file a run, finished runs skipped."""
 
 import json
+import tempfile
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from tempfile import TemporaryFile
 from typing import Any
 
 import torch
@@ -94,7 +94,7 @@ def run_experiment(
     _check_jobs(experiment, rows, jobs)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        TemporaryFile(dir=folder).close()  # before hours of training, rather than after
+        tempfile.TemporaryFile(dir=folder).close()  # before hours of training, rather than after
     except OSError as error:
         raise ConfigError(f"out={str(folder)!r} cannot be written: {error.strerror or error}") from error
     for path in sorted(folder.glob(f"{experiment.name}.*.seed*.json")):
