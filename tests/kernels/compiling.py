@@ -41,22 +41,25 @@ def compiled(kernel, types, constants, arch, divisible, **options):
     return {"registers": int(registers), "stack": int(stack) + int(local[1] if local else 0)}
 
 
-def pack(arch, source, target, mode, even):
+def pack(arch, source, target, mode, even, wide=False):
     pointers = {"matrix": "*i64", "codes": "*i16", "scale": "*fp32", "packed": "*u8", "packed_t": "*u8"}
     sizes = ("rows", "rows_padded", "columns", "stride", "row_blocks", "blocks", "row_blocks_t", "blocks_t")
     both = MODES[mode] in ("transposable", "codes")
     block = HOPPER_BLOCK if arch == 90 and source is tl.bfloat16 else DEFAULT_BLOCK
     constants = {
         "IN": source, "OUT": target, "MODE": mode, "TRANSPOSED": both, "BITS": BITS, "PADDING": repeated(0b1110),
-        "TILE_ROWS": block.tile_rows, "PAIRS": block.pairs, "EVEN": even, "NATIVE": True,
+        "TILE_ROWS": block.tile_rows, "PAIRS": block.pairs, "EVEN": even, "WIDE": wide,
+        "NATIVE": True,
     }  # fmt: skip
     absent = {"codes": MODES[mode] != "codes", "scale": MODES[mode] != "soft", "packed_t": not both}
     constants |= {name: None for name, missing in absent.items() if missing}
     divisible = [name for name in (*pointers, "rows_padded", "columns") if name not in constants and name != "scale"]
     types = pointers | dict.fromkeys(sizes, "i32")
-    options = {"num_warps": block.warps, "maxnreg": block.registers}
+    if wide:  # 70 million rows of one metadata block: Triton makes sizes of 1 constants
+        constants |= {"blocks": 1}
+    options = {"num_warps": block.warps} | ({} if wide else {"maxnreg": block.registers})
     taken = compiled(prune_pack.prune_pack, types, constants, arch, divisible, **options)
-    return taken | {"most registers": block.registers}
+    return taken if wide else taken | {"most registers": block.registers}
 
 
 def codes(arch, source, mode, turned):
@@ -77,9 +80,12 @@ def main(arch):
         for source, target in ((tl.bfloat16, tl.bfloat16), (tl.float32, tl.float16)):
             for even in (True, False) if name == "transposable" else (False,):
                 found[f"pack {name} {source} {'even' if even else 'edges'}"] = pack(arch, source, target, mode, even)
+        found[f"pack {name} wide"] = pack(arch, tl.bfloat16, tl.bfloat16, mode, False, wide=True)
     types = {"packed": "*u8", "out": "*i64", "rows": "i32", "columns": "i32"}
     constants = {"BITS": BITS, "ROWS": unpack.ROWS, "GROUPS": unpack.GROUPS}
     found["unpack"] = compiled(unpack.unpack, types, constants, arch, list(types), num_warps=4)
+    one_row = constants | {"rows": 1}
+    found["unpack of one row"] = compiled(unpack.unpack, types, one_row, arch, ["packed", "out", "columns"], num_warps=4)
     types = {"matrix": "*bf16", "bias": "*bf16", "rows": "i32", "columns": "i32"}
     constants = {"ROWS": bias.ROWS, "COLUMNS": bias.COLUMNS}
     found["add_bias"] = compiled(bias.add_bias, types, constants, arch, ["matrix", "bias", "columns"], num_warps=4)

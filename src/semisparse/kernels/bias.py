@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from semisparse.errors import ShapeError, TensorError
+from semisparse.kernels.grid import block_at, grid_of
 from semisparse.kernels.launcher import Launcher
 
 ROWS, COLUMNS = 16, 512
@@ -21,8 +22,9 @@ ROWS, COLUMNS = 16, 512
 @triton.jit
 def add_bias(matrix, bias, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """The kernel: fp32 sums, rounded once."""
-    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)[:, None]
+    down, right = block_at(columns, COLUMNS)
+    column = right * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    row = down * ROWS + tl.arange(0, ROWS)[:, None]
     inside = (row < rows) & (column < columns)
     at = matrix + row.to(tl.int64) * columns + column
     added = tl.load(bias + column, mask=column < columns).to(tl.float32)
@@ -46,5 +48,4 @@ def launch(matrix: Tensor, bias: Tensor) -> None:
 @lru_cache(4096)
 def _prepare(rows: int, columns: int, dtype: torch.dtype) -> Launcher:
     """dtype is only a key: the kernel is compiled for it."""
-    grid = (triton.cdiv(columns, COLUMNS), triton.cdiv(rows, ROWS), 1)
-    return Launcher(add_bias, grid, (rows, columns), (ROWS, COLUMNS), num_warps=4)
+    return Launcher(add_bias, grid_of(rows, columns, ROWS, COLUMNS), (rows, columns), (ROWS, COLUMNS), num_warps=4)

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from semisparse.kernels.grid import check_grid
+
 _ALIGNED = 16
 """Bytes; Triton compiles one kernel for addresses that are multiples of this and another for those that are not."""
 
@@ -19,7 +21,7 @@ class Launcher:
     """A Triton kernel whose grid, sizes and constants are fixed; only the addresses change from call to call.
 
     kernel: takes the pointers, then sizes, then constants, in this order. Dtypes of the pointers, and which are None,
-    must be the same at every call. options: Triton's own (num_warps, ...).
+    must be the same at every call. options: Triton's own (num_warps, ...). Raises ShapeError for a grid that is too large.
     """
 
     __slots__ = ("_constants", "_grid", "_kernel", "_options", "_sizes", "_started")
@@ -32,6 +34,7 @@ class Launcher:
         constants: tuple[Any, ...],
         **options: Any,
     ) -> None:
+        check_grid(grid)
         self._kernel, self._grid, self._sizes, self._constants = kernel, grid, sizes, constants
         self._options = options
         self._started: dict[int, Callable[..., None]] = {}

@@ -24,6 +24,7 @@ from semisparse.kernels.arguments import (
     check_choice,
     check_sizes,
 )
+from semisparse.kernels.grid import INT32_END, LIMITS, block_at, grid_of
 from semisparse.kernels.launcher import Launcher
 from semisparse.kernels.metadata import repeated, store_metadata
 from semisparse.pattern import GROUP
@@ -36,23 +37,31 @@ def prune_pack(
     matrix, codes, scale, packed, packed_t, rows, rows_padded, columns, stride,
     row_blocks, blocks, row_blocks_t, blocks_t,
     IN: tl.constexpr, OUT: tl.constexpr, MODE: tl.constexpr, TRANSPOSED: tl.constexpr, BITS: tl.constexpr,
-    PADDING: tl.constexpr, TILE_ROWS: tl.constexpr, PAIRS: tl.constexpr, EVEN: tl.constexpr, NATIVE: tl.constexpr,
+    PADDING: tl.constexpr, TILE_ROWS: tl.constexpr, PAIRS: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr,
+    NATIVE: tl.constexpr,
 ):  # fmt: skip
-    """The kernel; launch says what the arguments mean. stride: int64 words from row to row. EVEN: no edge in sight."""
+    """The kernel; launch says what the arguments mean. stride: int64 words from row to row. EVEN: no edge in sight.
+    WIDE: a flat grid, and offsets of 64 bits within a program, too; the registers of both are left to the huge."""
+    down, right = tl.program_id(1), tl.program_id(0)
+    row_words, row_words_t = columns // 4, rows_padded // 4  # 32-bit words in a packed row
+    if WIDE:
+        down, right = block_at(columns, 8 * PAIRS)
+        stride, blocks, blocks_t = tl.cast(stride, tl.int64), tl.cast(blocks, tl.int64), tl.cast(blocks_t, tl.int64)
+        row_words, row_words_t = row_words.to(tl.int64), row_words_t.to(tl.int64)
     # A warp holds 8 tile rows x 4 pairs: every load and store then fills whole 32-byte sectors, in both directions.
     # Triton deals out lanes along the first axis with room, so that axis is the pairs.
     rest = tl.arange(0, TILE_ROWS * PAIRS // 32)[None, None, :, None]
     local_row = tl.arange(0, 8)[None, :, None, None] + 8 * (rest // (PAIRS // 4))
     local_pair = tl.arange(0, 4)[:, None, None, None] + 4 * (rest % (PAIRS // 4))
     local_column = 2 * local_pair + tl.arange(0, 2)[None, None, None, :]
-    tile_row = tl.program_id(1) * TILE_ROWS + local_row
-    tile_column = tl.program_id(0) * 2 * PAIRS + local_column
-    inside = (tile_row < rows_padded // 4) & (tile_column < columns // 4)
+    tile_row = down * TILE_ROWS + local_row
+    tile_column = right * 2 * PAIRS + local_column
+    inside = (tile_row < row_words_t) & (tile_column < row_words)
     if EVEN:
         inside = tl.full((4, 8, TILE_ROWS * PAIRS // 32, 2), 1, tl.int1)
     WIDTH: tl.constexpr = 2 if IN == tl.float32 else 1  # int64 words that hold one row of a tile
-    first_row = (tl.program_id(1) * 4 * TILE_ROWS).to(tl.int64)
-    start = matrix + first_row * stride + tl.program_id(0) * (2 * PAIRS * WIDTH)
+    first_row = (down * 4 * TILE_ROWS).to(tl.int64)
+    start = matrix + first_row * stride + right * (2 * PAIRS * WIDTH)
     scores, values, kept_words = (), (), ()
     for i in tl.static_range(4):
         present = inside
@@ -65,7 +74,7 @@ def prune_pack(
     if MODE == 0:
         choice = tiles.best_tile(scores)
     elif MODE == 1:
-        at = codes + tile_row.to(tl.int64) * (columns // 4) + tile_column
+        at = codes + tile_row.to(tl.int64) * row_words + tile_column
         choice = tiles.both_codes(tl.load(at, mask=inside, other=tiles.ZERO_TILE))
     else:
         choice = tiles.best_rows(scores)
@@ -77,21 +86,21 @@ def prune_pack(
 
     nibbles = tiles.metadata_nibbles(choice)
     selectors = words.byte_selectors(nibbles)
-    out = packed.to(tl.pointer_type(tl.int32)) + first_row * (columns // 4) + tl.program_id(0) * (2 * PAIRS)
+    out = packed.to(tl.pointer_type(tl.int32)) + first_row * row_words + right * (2 * PAIRS)
     kept = words.kept_in_rows(kept_words, selectors, NATIVE)
     for i in tl.static_range(4):
-        at = out + (4 * local_row + i) * (columns // 4) + local_column
+        at = out + (4 * local_row + i) * row_words + local_column
         tl.store(at, kept[i], mask=inside)
     if TRANSPOSED:
-        out = packed_t.to(tl.pointer_type(tl.int32)) + (tl.program_id(0) * 8 * PAIRS).to(tl.int64) * (rows_padded // 4)
-        out += tl.program_id(1) * TILE_ROWS
+        out = packed_t.to(tl.pointer_type(tl.int32)) + (right * 8 * PAIRS).to(tl.int64) * row_words_t
+        out += down * TILE_ROWS
         kept = words.kept_in_columns(kept_words, selectors, NATIVE)
         # The two tiles of a pair lie far apart here. Stored one by one, in the order in which the lanes hold them, a
         # warp fills whole sectors; left to itself, Triton would go through shared memory to make the stores wider.
         for j in tl.static_range(4):
             two, wanted = tl.split(kept[j]), tl.split(inside)
             for odd in tl.static_range(2):
-                line = (8 * local_pair + 4 * odd + j) * (rows_padded // 4) + local_row
+                line = (8 * local_pair + 4 * odd + j) * row_words_t + local_row
                 at = tl.max_contiguous(tl.reshape(line, (4, 8, TILE_ROWS * PAIRS // 32)), (1, 1, 1))
                 tl.store(out + at, two[odd], mask=wanted[odd])
 
@@ -99,12 +108,12 @@ def prune_pack(
         nibbles = tl.where(inside, nibbles, PADDING)
     even, odd = tl.split(nibbles)
     values_bytes = rows_padded.to(tl.int64) * columns
-    line, group = tl.program_id(1) * 4 * TILE_ROWS, tl.program_id(0) * 2 * PAIRS
+    line, group = down * 4 * TILE_ROWS, right * 2 * PAIRS
     word = (even & 0xFFFF) | (odd << 16)
     store_metadata(packed, values_bytes, word, line, group, row_blocks, blocks, BITS, False, TILE_ROWS, PAIRS)
     if TRANSPOSED:
         word = ((even >> 16) & 0xFFFF) | (odd & -0x10000)
-        line, group = tl.program_id(0) * 8 * PAIRS, tl.program_id(1) * TILE_ROWS
+        line, group = right * 8 * PAIRS, down * TILE_ROWS
         store_metadata(packed_t, values_bytes, word, line, group, row_blocks_t, blocks_t, BITS, True, TILE_ROWS, PAIRS)
 
 
@@ -171,19 +180,24 @@ def _prepare(
     native: bool,
 ) -> Launcher:
     """All of a launch that does not change while shapes repeat, checked once."""
-    rows, rows_padded, columns, _ = sizes
+    rows, rows_padded, columns, stride = sizes
     check_sizes(rows, rows_padded, columns, types, mode, transposed, bits, block)
-    lines, span = block_shape(bits)
+    lines, groups = block_shape(bits)
     row_blocks = [triton.cdiv(size, lines) for size in (rows_padded, columns)]
-    blocks = [triton.cdiv(size // GROUP, span) for size in (columns, rows_padded)]
-    grid = (triton.cdiv(columns, 8 * block.pairs), triton.cdiv(rows_padded, 4 * block.tile_rows), 1)
-    even = rows == rows_padded and not (columns % (8 * block.pairs) or rows % (4 * block.tile_rows))
+    blocks = [triton.cdiv(size // GROUP, groups) for size in (columns, rows_padded)]
+    height, width = 4 * block.tile_rows, 8 * block.pairs
+    even = rows == rows_padded and not (columns % width or rows % height)
+    # How far a program's last row lies behind its first, in the matrix and in both results.
+    span = max(height * stride, height * columns // 4, width * rows_padded // 4)
+    grid = (triton.cdiv(columns, width), triton.cdiv(rows_padded, height), 1)
+    if wide := span >= INT32_END or grid[1] > LIMITS[1]:
+        grid = grid_of(rows_padded, columns, height, width)
     constants = (*(_TYPES[dtype] for dtype in types), MODES.index(mode), transposed, bits, repeated(padding))
     return Launcher(
         prune_pack,
         grid,
         (*sizes, row_blocks[0], blocks[0], row_blocks[1], blocks[1]),
-        (*constants, block.tile_rows, block.pairs, even, native),
+        (*constants, block.tile_rows, block.pairs, even, wide, native),
         num_warps=block.warps,
-        maxnreg=block.registers,
+        maxnreg=None if wide else block.registers,
     )

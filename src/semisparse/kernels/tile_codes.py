@@ -32,14 +32,16 @@ def tile_codes(
     tile = tl.program_id(0).to(tl.int64) * TILES + tl.arange(0, TILES)
     tile_row, tile_column = tile // tile_columns, tile % tile_columns
     inside = tile_row < tile_rows
-    start = matrix + 4 * tile_row * row_stride + 4 * tile_column * column_stride
+    line = matrix + 4 * tile_row * row_stride + 4 * tile_column * column_stride
     scores, keys = (), ()
     for i in tl.static_range(4):
+        at = line
         for j in tl.static_range(4):
-            at = start + i * row_stride + j * column_stride
             value = tl.load(at, mask=inside, other=0.0).to(tl.float32)
             score = words.score(value, False)
             scores, keys = scores + (score,), keys + (tiles.rank_key(value, score, MODE == 3),)
+            at += column_stride  # step by step: three times a stride may need 64 bits where the stride needs 32
+        line += row_stride
     if MODE == 0:
         choice = tiles.best_tile(scores)
     elif MODE == 1:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from semisparse.errors import ShapeError, TensorError
 from semisparse.kernels.arguments import check_buffer
+from semisparse.kernels.grid import block_at, grid_of
 from semisparse.kernels.launcher import Launcher
 from semisparse.kernels.metadata import block_groups, nibble_address
 from semisparse.pattern import GROUP
@@ -20,15 +21,16 @@ ROWS, GROUPS = 16, 64
 @triton.jit
 def unpack(packed, out, rows, columns, BITS: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr):
     """The kernel. packed: uint8; out: int64 words of four 16-bit values."""
-    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)[:, None]
-    group = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)[None, :]
     groups = columns // 4
+    down, right = block_at(groups, GROUPS)
+    row = down * ROWS + tl.arange(0, ROWS)[:, None]
+    group = right * GROUPS + tl.arange(0, GROUPS)[None, :]
     inside = (row < rows) & (group < groups)
     at = row.to(tl.int64) * groups + group
     pair = tl.load(packed.to(tl.pointer_type(tl.int32)) + at, mask=inside, other=0).to(tl.int64)
     blocks = (groups + block_groups(BITS) - 1) // block_groups(BITS)
     address = nibble_address(row, group, blocks, BITS, 0, 0)
-    metadata = packed + rows.to(tl.int64) * columns
+    metadata = packed + tl.cast(rows, tl.int64) * columns
     nibble = tl.load(metadata + (address >> 1), mask=inside, other=0).to(tl.int32) >> ((address & 1) * 4).to(tl.int32)
     first, second = (nibble & 3).to(tl.int64) * 16, ((nibble >> 2) & 3).to(tl.int64) * 16
     values = ((pair & 0xFFFF) << first) | (((pair >> 16) & 0xFFFF) << second)
@@ -52,5 +54,5 @@ def launch(packed: Tensor, out: Tensor, *, bits: tuple[int, ...]) -> None:
 
 @lru_cache(4096)
 def _prepare(rows: int, columns: int, bits: tuple[int, ...]) -> Launcher:
-    grid = (triton.cdiv(columns // GROUP, GROUPS), triton.cdiv(rows, ROWS), 1)
+    grid = grid_of(rows, columns // GROUP, ROWS, GROUPS)
     return Launcher(unpack, grid, (rows, columns), (bits, ROWS, GROUPS), num_warps=4)
