@@ -1,0 +1,51 @@
+"""FLOPs of the packed products for torch.utils.flop_counter.FlopCounterMode, which counts 0 for ops it does not know.
+
+A packed product counts as the dense product that it stands for, 2 M N K, so that utilisation and training cost compare
+with the dense model's. The sparse tensor cores do half of these multiplications; where the engine chose a dense product
+inside the op, all of them.
+
+Choosing masks, pruning and packing multiply nothing and get no formula, as elementwise operations get none in torch:
+they take time, but they are no FLOPs of the model.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from semisparse.ops import _OPS as OPS
+
+Shape = Sequence[int]
+
+
+def _packed_linear(x: Shape, packed: Shape, bias: Shape | None, out_features: int, *_: Any, **__: Any) -> int:
+    return 2 * x[0] * x[1] * out_features
+
+
+def _packed_tokens_linear(packed: Shape, weight: Shape, bias: Shape | None, tokens: int, *_: Any, **__: Any) -> int:
+    return 2 * tokens * weight[0] * weight[1]
+
+
+def _packed_tokens_grad_weight(packed_t: Shape, grad_output: Shape, in_features: int, *_: Any, **__: Any) -> int:
+    return 2 * grad_output[0] * grad_output[1] * in_features
+
+
+def flop_formulas() -> dict[Any, Callable[..., int]]:
+    """Op -> formula over the shapes of its arguments, as FlopCounterMode's custom_mapping takes them."""
+    return {
+        OPS.packed_linear: _packed_linear,
+        OPS.packed_tokens_linear: _packed_tokens_linear,
+        OPS.packed_tokens_grad_weight: _packed_tokens_grad_weight,
+    }
+
+
+def register_flop_formulas() -> None:
+    """Teach FlopCounterMode the packed products, once for the process; calling it again changes nothing.
+
+    A counter knows the formulas that were registered when it was constructed, so call this before. A formula that
+    somebody registered for one of these ops earlier stays. Imports torch.utils.flop_counter, which imports triton where
+    that is installed; therefore importing semisparse does not do it.
+    """
+    from torch.utils import flop_counter
+
+    for op, formula in flop_formulas().items():
+        if op not in flop_counter.flop_registry:  # registering twice raises
+            flop_counter.register_flop_formula(op)(formula)
