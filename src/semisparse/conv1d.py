@@ -183,9 +183,10 @@ def _in_a_graph(weight: Tensor) -> bool:
     """
     if not weight.requires_grad:
         return False
-    notes: Any = torch.autograd.graph.get_gradient_edge(weight).node.metadata
-    notes[_ORIGIN] = True
-    node = torch.autograd.graph.get_gradient_edge(weight).node
+    with torch.inference_mode(False):
+        notes: Any = torch.autograd.graph.get_gradient_edge(weight).node.metadata
+        notes[_ORIGIN] = True
+        node = torch.autograd.graph.get_gradient_edge(weight).node
     notes = node.metadata
     return notes.pop(_ORIGIN, False)
 

@@ -48,6 +48,7 @@ def test_each_product_counts_as_the_dense_one(bias):
         assert counter.get_total_flops() == 2 * M * N * K
 
 
+@pytest.mark.filterwarnings("ignore:a layer with a pruned activation")
 @pytest.mark.parametrize("layer_class", LAYERS)
 @pytest.mark.parametrize("leading", [(M,), (2, 3, 5), (0,)], ids=str)
 @pytest.mark.parametrize("input_grad", [True, False])
