@@ -81,14 +81,18 @@ def main(arch):
             for even in (True, False) if name == "transposable" else (False,):
                 found[f"pack {name} {source} {'even' if even else 'edges'}"] = pack(arch, source, target, mode, even)
         found[f"pack {name} wide"] = pack(arch, tl.bfloat16, tl.bfloat16, mode, False, wide=True)
-    types = {"packed": "*u8", "out": "*i64", "rows": "i32", "columns": "i32"}
-    constants = {"BITS": BITS, "ROWS": unpack.ROWS, "GROUPS": unpack.GROUPS}
-    found["unpack"] = compiled(unpack.unpack, types, constants, arch, list(types), num_warps=4)
-    one_row = constants | {"rows": 1}
-    found["unpack of one row"] = compiled(unpack.unpack, types, one_row, arch, ["packed", "out", "columns"], num_warps=4)
-    types = {"matrix": "*bf16", "bias": "*bf16", "rows": "i32", "columns": "i32"}
-    constants = {"ROWS": bias.ROWS, "COLUMNS": bias.COLUMNS}
-    found["add_bias"] = compiled(bias.add_bias, types, constants, arch, ["matrix", "bias", "columns"], num_warps=4)
+    for flat in (False, True):
+        grid = {"FLAT": flat}
+        types = {"packed": "*u8", "out": "*i64", "rows": "i32", "columns": "i32"}
+        constants = {"BITS": BITS, "ROWS": unpack.ROWS, "GROUPS": unpack.GROUPS} | grid
+        name, divisible = f"unpack{' flat' * flat}", ["packed", "out", "columns"]
+        found[name] = compiled(unpack.unpack, types, constants, arch, [*divisible, "rows"], num_warps=4)
+        found[f"{name}, one row"] = compiled(
+            unpack.unpack, types, constants | {"rows": 1}, arch, divisible, num_warps=4
+        )
+        types = {"matrix": "*bf16", "bias": "*bf16", "rows": "i32", "columns": "i32"}
+        constants, divisible = {"ROWS": bias.ROWS, "COLUMNS": bias.COLUMNS} | grid, ["matrix", "bias", "columns"]
+        found[f"add_bias{' flat' * flat}"] = compiled(bias.add_bias, types, constants, arch, divisible, num_warps=4)
     print(json.dumps(found))
 
 

@@ -20,9 +20,9 @@ ROWS, COLUMNS = 16, 512
 
 
 @triton.jit
-def add_bias(matrix, bias, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def add_bias(matrix, bias, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr, FLAT: tl.constexpr):
     """The kernel: fp32 sums, rounded once."""
-    down, right = block_at(columns, COLUMNS)
+    down, right = block_at(columns, COLUMNS, FLAT)
     column = right * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     row = down * ROWS + tl.arange(0, ROWS)[:, None]
     inside = (row < rows) & (column < columns)
@@ -48,4 +48,5 @@ def launch(matrix: Tensor, bias: Tensor) -> None:
 @lru_cache(4096)
 def _prepare(rows: int, columns: int, dtype: torch.dtype) -> Launcher:
     """dtype is only a key: the kernel is compiled for it."""
-    return Launcher(add_bias, grid_of(rows, columns, ROWS, COLUMNS), (rows, columns), (ROWS, COLUMNS), num_warps=4)
+    grid, flat = grid_of(rows, columns, ROWS, COLUMNS)
+    return Launcher(add_bias, grid, (rows, columns), (ROWS, COLUMNS, flat), num_warps=4)

@@ -1,8 +1,9 @@
 """How many programs a kernel starts and which block of a matrix each handles, within what CUDA can start.
 
 Of the three axes of a grid only x is long: 2^31 - 1 programs, where y and z end at 65,535, which a million tokens
-exceed. So all programs lie along x. They go through a matrix row of blocks by row of blocks, as a grid of
-columns x rows would, so neighbours in time share rows and with them the cache lines of the transpose.
+exceed. A matrix with more rows of blocks than that gets a *flat* grid, all programs along x. Both kinds go through the
+matrix row of blocks by row of blocks, so neighbours in time share cache lines alike. Finding its block costs a program
+of a flat grid registers (unpack takes 40 instead of 32, the pack kernel spills), so it is left to the tall matrices.
 """
 
 import triton
@@ -20,18 +21,21 @@ INT32_END = 2**31
 """Offsets from here on need 64 bits."""
 
 
-def grid_of(rows: int, columns: int, height: int, width: int) -> tuple[int, int, int]:
-    """One program for each height x width block of a matrix; block_at finds a program's block.
+def grid_of(rows: int, columns: int, height: int, width: int, flat: bool = False) -> tuple[tuple[int, int, int], bool]:
+    """A grid with one program for each height x width block of a matrix, and whether it is flat; see block_at.
 
-    Raises ShapeError where the matrix has more rows or columns than kernels can count, or more blocks than CUDA starts.
+    flat: make it so in any case. Raises ShapeError where the matrix has more rows or columns than kernels can count, or
+    more blocks than CUDA starts.
     """
     if max(rows, columns) > LARGEST_SIZE:
         raise ShapeError(
             f"matrix is {rows} x {columns}; a kernel takes at most {LARGEST_SIZE} rows or columns: split the matrix"
         )
-    grid = (-(-rows // height) * -(-columns // width), 1, 1)
+    across, down = -(-columns // width), -(-rows // height)
+    flat = flat or down > LIMITS[1]
+    grid = (across * down, 1, 1) if flat else (across, down, 1)
     check_grid(grid)
-    return grid
+    return grid, flat
 
 
 def check_grid(grid: tuple[int, int, int]) -> None:
@@ -44,8 +48,13 @@ def check_grid(grid: tuple[int, int, int]) -> None:
 
 
 @triton.jit
-def block_at(columns, WIDTH: tl.constexpr):
+def block_at(columns, WIDTH: tl.constexpr, FLAT: tl.constexpr):
     """Row and column, in blocks, of this program's block of a matrix with that many columns."""
-    across = (columns + WIDTH - 1) // WIDTH
-    row = tl.program_id(0) // across
-    return row, tl.program_id(0) - row * across
+    if FLAT:
+        across = (columns + WIDTH - 1) // WIDTH
+        row = tl.program_id(0) // across
+        column = tl.program_id(0) - row * across
+    else:
+        row = tl.program_id(1)
+        column = tl.program_id(0)
+    return row, column

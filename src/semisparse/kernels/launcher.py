@@ -21,7 +21,8 @@ class Launcher:
     """A Triton kernel whose grid, sizes and constants are fixed; only the addresses change from call to call.
 
     kernel: takes the pointers, then sizes, then constants, in this order. Dtypes of the pointers, and which are None,
-    must be the same at every call. options: Triton's own (num_warps, ...). Raises ShapeError for a grid that is too large.
+    must be the same at every call. options: Triton's own (num_warps, ...). Raises ShapeError for a grid that CUDA
+    cannot start.
     """
 
     __slots__ = ("_constants", "_grid", "_kernel", "_options", "_sizes", "_started")

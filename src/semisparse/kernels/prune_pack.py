@@ -24,7 +24,7 @@ from semisparse.kernels.arguments import (
     check_choice,
     check_sizes,
 )
-from semisparse.kernels.grid import INT32_END, LIMITS, block_at, grid_of
+from semisparse.kernels.grid import INT32_END, block_at, grid_of
 from semisparse.kernels.launcher import Launcher
 from semisparse.kernels.metadata import repeated, store_metadata
 from semisparse.pattern import GROUP
@@ -41,11 +41,10 @@ def prune_pack(
     NATIVE: tl.constexpr,
 ):  # fmt: skip
     """The kernel; launch says what the arguments mean. stride: int64 words from row to row. EVEN: no edge in sight.
-    WIDE: a flat grid, and offsets of 64 bits within a program, too; the registers of both are left to the huge."""
-    down, right = tl.program_id(1), tl.program_id(0)
+    WIDE: the grid is flat, and within a program, too, offsets may need 64 bits."""
+    down, right = block_at(columns, 8 * PAIRS, WIDE)
     row_words, row_words_t = columns // 4, rows_padded // 4  # 32-bit words in a packed row
     if WIDE:
-        down, right = block_at(columns, 8 * PAIRS)
         stride, blocks, blocks_t = tl.cast(stride, tl.int64), tl.cast(blocks, tl.int64), tl.cast(blocks_t, tl.int64)
         row_words, row_words_t = row_words.to(tl.int64), row_words_t.to(tl.int64)
     # A warp holds 8 tile rows x 4 pairs: every load and store then fills whole 32-byte sectors, in both directions.
@@ -189,9 +188,7 @@ def _prepare(
     even = rows == rows_padded and not (columns % width or rows % height)
     # How far a program's last row lies behind its first, in the matrix and in both results.
     span = max(height * stride, height * columns // 4, width * rows_padded // 4)
-    grid = (triton.cdiv(columns, width), triton.cdiv(rows_padded, height), 1)
-    if wide := span >= INT32_END or grid[1] > LIMITS[1]:
-        grid = grid_of(rows_padded, columns, height, width)
+    grid, wide = grid_of(rows_padded, columns, height, width, flat=span >= INT32_END)
     constants = (*(_TYPES[dtype] for dtype in types), MODES.index(mode), transposed, bits, repeated(padding))
     return Launcher(
         prune_pack,

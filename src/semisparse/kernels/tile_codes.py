@@ -34,9 +34,9 @@ def tile_codes(
     inside = tile_row < tile_rows
     line = matrix + 4 * tile_row * row_stride + 4 * tile_column * column_stride
     scores, keys = (), ()
-    for i in tl.static_range(4):
+    for _ in tl.static_range(4):
         at = line
-        for j in tl.static_range(4):
+        for _ in tl.static_range(4):
             value = tl.load(at, mask=inside, other=0.0).to(tl.float32)
             score = words.score(value, False)
             scores, keys = scores + (score,), keys + (tiles.rank_key(value, score, MODE == 3),)

@@ -19,10 +19,12 @@ ROWS, GROUPS = 16, 64
 
 
 @triton.jit
-def unpack(packed, out, rows, columns, BITS: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr):
+def unpack(
+    packed, out, rows, columns, BITS: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr, FLAT: tl.constexpr
+):
     """The kernel. packed: uint8; out: int64 words of four 16-bit values."""
     groups = columns // 4
-    down, right = block_at(groups, GROUPS)
+    down, right = block_at(groups, GROUPS, FLAT)
     row = down * ROWS + tl.arange(0, ROWS)[:, None]
     group = right * GROUPS + tl.arange(0, GROUPS)[None, :]
     inside = (row < rows) & (group < groups)
@@ -54,5 +56,5 @@ def launch(packed: Tensor, out: Tensor, *, bits: tuple[int, ...]) -> None:
 
 @lru_cache(4096)
 def _prepare(rows: int, columns: int, bits: tuple[int, ...]) -> Launcher:
-    grid = grid_of(rows, columns // GROUP, ROWS, GROUPS)
-    return Launcher(unpack, grid, (rows, columns), (bits, ROWS, GROUPS), num_warps=4)
+    grid, flat = grid_of(rows, columns, ROWS, GROUP * GROUPS)
+    return Launcher(unpack, grid, (rows, columns), (bits, ROWS, GROUPS, flat), num_warps=4)

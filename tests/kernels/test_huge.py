@@ -1,0 +1,157 @@
+"""Programs at the end of launches that no test can run whole: flat grids, and offsets that need 64 bits."""
+
+import pytest
+import torch
+
+from semisparse.gemm.layout import SM90_16BIT, packed_bytes
+from semisparse.kernels import bias, grid, prune_pack, tile_codes, unpack
+from semisparse.reference import masks, packing
+from tests.kernels import test_bias, test_prune_pack, test_unpack
+from tests.kernels.programs import only_programs, untouched
+
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="single programs need Triton's interpreter; test_huge_gpu.py runs whole launches"
+)
+BF16 = torch.bfloat16
+BITS = SM90_16BIT.bits
+
+
+@pytest.fixture
+def flat(monkeypatch):
+    """Every grid of more than one row of blocks is flat."""
+    monkeypatch.setattr(grid, "LIMITS", (2**31 - 1, 1, 1))
+    for kernel in (bias, unpack, prune_pack):
+        kernel._prepare.cache_clear()
+    yield
+    for kernel in (bias, unpack, prune_pack):
+        kernel._prepare.cache_clear()
+
+
+@pytest.mark.usefixtures("flat")
+@pytest.mark.parametrize("shape", [(33, 528), (48, 1040)], ids=str)
+def test_a_flat_grid_adds_the_same_bias(shape):
+    test_bias.test_it_adds_as_pytorch_does(torch.float16, shape)
+
+
+@pytest.mark.usefixtures("flat")
+@pytest.mark.parametrize("shape", [(80, 336), (48, 528)], ids=str)
+def test_a_flat_grid_unpacks_the_same(shape):
+    test_unpack.test_unpack_is_exact(BF16, shape, "sm90")
+
+
+@pytest.mark.usefixtures("flat")
+@pytest.mark.parametrize("shape", [(144, 96), (128, 192)], ids=str)
+def test_a_flat_grid_packs_the_same(shape):
+    for source in (torch.float32, BF16):
+        test_prune_pack.test_transposable_is_the_reference_byte_for_byte(source, shape)
+
+
+@pytest.mark.usefixtures("flat")
+def test_a_flat_grid_pads_and_takes_codes_and_shrinks():
+    test_prune_pack.test_rows_are_padded_with_zeros(71)
+    test_prune_pack.test_codes_mode_applies_a_given_mask()
+    test_prune_pack.test_soft_mode_shrinks_the_kept_two(BF16)
+
+
+@pytest.mark.parametrize("columns", [16, 528])
+def test_the_bias_reaches_the_rows_behind_the_first_65535_blocks(columns):
+    rows, blocks = 1_048_560 + 17, -(-columns // 512)
+    matrix, added = untouched((rows, columns), torch.float16), torch.randn(columns).half()
+    with only_programs(*((block, 0) for block in (0, 65_535 * blocks, 65_537 * blocks - 1))):
+        bias.launch(matrix, added)
+    assert torch.equal(matrix[1_048_560, : min(columns, 512)], added[:512])
+    assert torch.equal(matrix[-1, -16:], added[-16:])
+    assert bool((matrix[16:1_048_560] == 0).all())
+
+
+def test_unpacking_reaches_the_rows_behind_the_first_65535_blocks():
+    rows = 1_048_560 + 16
+    matrix = torch.randn(rows, 16).half()
+    pruned = packing.pack(matrix, masks.row(matrix))
+    out = untouched((rows, 16), torch.float16)
+    with only_programs((0, 0), (65_534, 0), (65_535, 0)):
+        unpack.launch(SM90_16BIT.encode(pruned), out, bits=BITS)
+    assert torch.equal(out[:16], packing.unpack(pruned)[:16])
+    assert torch.equal(out[-32:], packing.unpack(pruned)[-32:])
+    assert bool((out[16:-32] == 0).all())
+
+
+def packed_rows(packed, rows, columns, first):
+    """The bytes of 64 rows of a packed matrix, as if these rows were the whole."""
+    metadata = packed[rows * columns :]
+    each = SM90_16BIT.metadata_bytes(64, columns)
+    part = metadata[first // 64 * each : (first // 64 + 1) * each]
+    return torch.cat([packed[first * columns : (first + 64) * columns], part])
+
+
+def test_packing_reaches_the_rows_behind_the_first_65535_blocks():
+    rows, columns = 4_194_240 + 128, 80
+    matrix = untouched((rows, columns), BF16)
+    packed, packed_t = (untouched((packed_bytes(*size),), torch.uint8) for size in ((rows, columns), (columns, rows)))
+    last = slice(rows - 64, rows)
+    matrix[last] = torch.randn(64, columns).to(BF16)
+    with only_programs((2 * 65_536, 0), (2 * 65_536 + 1, 0)):
+        prune_pack.launch(matrix, packed, packed_t, dtype=BF16, bits=BITS, padding=SM90_16BIT.padding)
+    mask = masks.transposable(matrix[last])
+    expected = packing.pack(matrix[last], mask)
+    assert torch.equal(packed_rows(packed, rows, columns, rows - 64), SM90_16BIT.encode(expected))
+    found = packed_t[: rows * columns].view(BF16).view(columns, rows // 2)[:, -32:]
+    turned = packing.pack(matrix[last].mT, mask.mT)
+    assert torch.equal(found, turned.values)
+    nibbles = packed_t[rows * columns : rows * columns + SM90_16BIT.metadata_bytes(columns, rows)].view(2, -1, 256)
+    blocks = SM90_16BIT.encode(turned)[turned.values.nbytes :].view(2, 2, 256)
+    assert torch.equal(nibbles[:, -2:], blocks)
+
+
+def test_rows_that_lie_further_apart_than_32_bits_reach_are_packed():
+    apart = 2**27 + 2**22  # row 63 begins more than 2^31 words of 8 bytes behind row 0
+    spread = untouched((63 * apart + 64,), BF16).as_strided((64, 64), (apart, 1))
+    spread.copy_(torch.randn(64, 64))
+    matrix, both = spread.contiguous(), []
+    for given in (spread, matrix):
+        packed = test_prune_pack.buffers(64, 64)
+        with only_programs((0, 0)):
+            prune_pack.launch(given, *packed, dtype=BF16, bits=BITS, padding=SM90_16BIT.padding)
+        both.append(packed)
+    assert torch.equal(both[0][0], both[1][0]) and torch.equal(both[0][1], both[1][1])
+    test_prune_pack.expect(both[0][0], matrix, masks.transposable(matrix), BF16)
+
+
+def test_lines_of_the_transpose_further_apart_than_32_bits_reach_are_packed():
+    rows, columns = 2**27 + 2**23, 64  # line 63 of the transpose begins more than 2^31 words of 4 bytes behind line 0
+    matrix = untouched((rows, columns), BF16)
+    packed, packed_t = (untouched((packed_bytes(*size),), torch.uint8) for size in ((rows, columns), (columns, rows)))
+    matrix[:64] = torch.randn(64, columns).to(BF16)
+    with only_programs((0, 0)):
+        prune_pack.launch(matrix, packed, packed_t, dtype=BF16, bits=BITS, padding=SM90_16BIT.padding)
+    mask = masks.transposable(matrix[:64])
+    found = packed_t[: rows * columns].view(BF16).view(columns, rows // 2)[:, :32]
+    assert torch.equal(found, packing.pack(matrix[:64].mT, mask.mT).values)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_tiles_whose_lines_lie_further_apart_than_32_bits_reach_are_chosen(turned):
+    apart = 715_827_883  # three times this is more than 2^31
+    spread = untouched((3 * apart + 16,), BF16).as_strided((4, 16), (apart, 1))
+    spread.copy_(torch.randn(4, 16))
+    given = spread.mT if turned else spread
+    codes = torch.zeros(given.shape[0] // 4, given.shape[1] // 4, dtype=torch.int16)
+    with only_programs((0, 0)):
+        tile_codes.launch(given, codes, mode="transposable")
+    assert torch.equal(codes, masks.to_codes(masks.transposable(given.contiguous())).to(torch.int16))
+
+
+def test_a_matrix_of_more_than_two_to_the_31_entries_is_unpacked_and_gets_its_bias_up_to_its_last_row():
+    rows, columns = 2**20 + 16, 4096
+    matrix, added = untouched((rows, columns), torch.float16), torch.randn(columns).half()
+    with only_programs((65_537 * 8 - 1, 0)):
+        bias.launch(matrix, added)
+    assert torch.equal(matrix[-1, -512:], added[-512:])
+    packed, out = untouched((packed_bytes(rows, columns),), torch.uint8), untouched((rows, columns), torch.float16)
+    values = packed[: rows * columns].view(torch.float16)
+    values[-128:] = torch.arange(1, 129).half()  # the last row's last 64 groups
+    with only_programs((65_537 * 16 - 1, 0)):
+        unpack.launch(packed, out, bits=BITS)
+    # All metadata are zero, which names index 0 twice: a group's values meet in its first entry, bit by bit.
+    pairs = values[-128:].view(torch.int16).view(64, 2)
+    assert torch.equal(out[-1, -256:].view(torch.int16).view(64, 4)[:, 0], pairs[:, 0] | pairs[:, 1])
