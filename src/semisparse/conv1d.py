@@ -46,7 +46,7 @@ def conv1d_to_linear(
     for name, layer, parent in _modules_of(model):
         family = [cls for cls in type(layer).__mro__ if cls in known or is_conv1d(cls)]
         if family:
-            _refuse(name, layer, _no_conv1d(layer, parent, family[0]) or _fixed_weight(layer))
+            _refuse(name, layer, _no_conv1d(layer, family[0]) or _fixed_weight(layer, parent))
             layers[name] = layer
     if not layers:
         raise NoLayerMatched(
@@ -71,9 +71,9 @@ def linear_to_conv1d(model: nn.Module) -> tuple[str, ...]:
     semi-sparse (call semisparse.densify first), was wrapped since, or has a weight that cannot be transposed.
     """
     layers = {}
-    for name, layer, _ in _modules_of(model):
+    for name, layer, parent in _modules_of(model):
         if _ORIGIN in vars(layer):
-            _refuse(name, layer, _no_linear(layer) or _fixed_weight(layer))
+            _refuse(name, layer, _no_linear(layer) or _fixed_weight(layer, parent))
             layers[name] = layer
     if not layers:
         raise NoLayerMatched(
@@ -113,7 +113,7 @@ def _refuse(name: str, layer: nn.Module, reason: str | None) -> None:
         raise LayerRefused(f"{name or '(root)'} ({type(layer).__name__}) cannot be converted: {reason}")
 
 
-def _no_conv1d(layer: nn.Module, parent: nn.Module | None, cls: type) -> str | None:
+def _no_conv1d(layer: nn.Module, cls: type) -> str | None:
     """Why layer, an instance of the known class cls, is not simply x W + b; None when it is."""
     if type(layer) is not cls and not parametrize.is_parametrized(layer):
         return (
@@ -122,8 +122,6 @@ def _no_conv1d(layer: nn.Module, parent: nn.Module | None, cls: type) -> str | N
         )
     if any(key in vars(layer) for key in _SIZES):
         return "it has in_features or out_features of its own, which nn.Linear would overwrite: rename them"
-    if getattr(parent, "fan_in_fan_out", False):
-        return f"{type(parent).__name__} around it reads its weight as K x N: convert before adding adapters"
     weight = layer._parameters.get("weight")
     sizes = getattr(layer, "nx", None), getattr(layer, "nf", None)
     if weight is not None and None not in sizes and weight.shape != sizes:
@@ -146,7 +144,7 @@ def _no_linear(layer: nn.Module) -> str | None:
     return None
 
 
-def _fixed_weight(layer: nn.Module) -> str | None:
+def _fixed_weight(layer: nn.Module, parent: nn.Module | None) -> str | None:
     """Why the weight of layer cannot be transposed in place, whichever way; None when it can."""
     if parametrize.is_parametrized(layer):
         return "it is parametrised: call torch.nn.utils.parametrize.remove_parametrizations first"
@@ -166,6 +164,8 @@ def _fixed_weight(layer: nn.Module) -> str | None:
         return "it needs a 2-D weight and the bias that fits it, or register_parameter('bias', None)"
     if "forward" in vars(layer):
         return "its forward was replaced on the instance (accelerate does that): remove that first"
+    if hasattr(parent, "fan_in_fan_out"):  # peft's name for a weight of K x N
+        return f"the adapter {type(parent).__name__} around it relies on the shape of its weight: convert without it"
     if weight._backward_hooks or getattr(weight, "_post_accumulate_grad_hooks", None):
         return "its weight has gradient hooks, which would meet another shape: register them after converting"
     if _in_a_graph(weight):

@@ -8,51 +8,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import parametrize, prune
 
 from semisparse import SparseConfig, densify, sparsify
 from semisparse.conv1d import conv1d_to_linear, linear_to_conv1d
-from semisparse.errors import ConfigError, LayerRefused, NoLayerMatched
+from semisparse.errors import LayerRefused, NoLayerMatched
 from semisparse.testing import assert_as_good_as_torch, assert_bit_equal, small_integers
+from tests.swap.conv1d_models import Block, Conv1D, OwnConv1D
 from tests.swap.models import Snapshot
-
-
-class OwnConv1D(nn.Module):
-    """The Conv1D of transformers.pytorch_utils, line by line; passed in classes=."""
-
-    def __init__(self, nf: int, nx: int) -> None:
-        super().__init__()
-        self.nf = nf
-        self.nx = nx
-        self.weight = nn.Parameter(torch.empty(nx, nf))
-        self.bias = nn.Parameter(torch.zeros(nf))
-        nn.init.normal_(self.weight, std=0.02)
-        nn.init.normal_(self.bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        size_out = (*x.size()[:-1], self.nf)
-        x = torch.addmm(self.bias, x.view(-1, x.size(-1)), self.weight)
-        return x.view(size_out)
-
-
-# The same, recognised by its name; not picklable, because it is not where it says.
-Conv1D = type("Conv1D", (OwnConv1D,), {"__module__": "transformers.pytorch_utils"})
-
-
-class Block(nn.Module):
-    """Projections as GPT-2's block has them; the output projection is square."""
-
-    def __init__(self, layer: type[nn.Module] = Conv1D) -> None:
-        super().__init__()
-        self.c_attn, self.c_proj = layer(48, 16), layer(16, 16)
-        self.mlp = nn.ModuleDict({"c_fc": layer(64, 16), "c_proj": layer(16, 64)})
-        self.head = nn.Linear(16, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.c_attn(x).chunk(3, -1)
-        x = x + self.c_proj((q @ k.mT).softmax(-1) @ v)
-        return self.head(x + self.mlp["c_proj"](self.mlp["c_fc"](x).relu()))
-
 
 NAMES = ("c_attn", "c_proj", "mlp.c_fc", "mlp.c_proj")
 
@@ -232,138 +194,6 @@ def test_a_layer_without_bias_and_conversion_inside_inference_mode() -> None:
     assert layer.weight.grad.shape == (12, 8)
 
 
-class Masked(torch.Tensor):
-    """A tensor subclass."""
-
-
-class Adapter(nn.Module):
-    """As peft's LoRA around a Conv1D."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.fan_in_fan_out, self.base_layer = True, Conv1D(8, 8)
-
-
-def with_weight(make: Callable[[Tensor], object]) -> nn.Module:
-    layer = Conv1D(8, 12)
-    layer._parameters["weight"] = make(layer.weight.detach())
-    return layer
-
-
-def with_attribute(name: str, value: object) -> nn.Module:
-    layer = Conv1D(8, 12)
-    setattr(layer, name, value)
-    return layer
-
-
-def sharing(other: Callable[[nn.Module], nn.Module]) -> nn.Module:
-    layer = Conv1D(8, 8)
-    return nn.ModuleList([layer, other(layer)])
-
-
-def tied_linear(layer: nn.Module) -> nn.Module:
-    linear = nn.Linear(8, 8)
-    linear.weight = layer.weight
-    return linear
-
-
-def hooked(method: str) -> nn.Module:
-    layer = Conv1D(8, 12)
-    getattr(layer.weight, method)(lambda *_: None)
-    return layer
-
-
-def in_inference_mode() -> nn.Module:
-    with torch.inference_mode():
-        return Conv1D(8, 12)
-
-
-class Identity(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return x
-
-
-REFUSED = {
-    "subclass": (lambda: type("FSDPConv1D", (Conv1D,), {})(8, 12), "subclass of Conv1D: pass its own class"),
-    "pruned": (lambda: prune.identity(Conv1D(8, 12), "weight"), "not a Parameter, but computed by a hook"),
-    "subclass_of_tensor": (lambda: with_weight(lambda w: w.as_subclass(Masked)), "its weight is a Masked"),
-    "sharded": (lambda: with_weight(lambda w: nn.Parameter(w[:6])), r"shape \(6, 8\), not \(nx, nf\)=\(12, 8\)"),
-    "inference": (in_inference_mode, "an inference tensor"),
-    "forward": (lambda: with_attribute("forward", len), "forward was replaced on the instance"),
-    "bias": (lambda: with_attribute("bias", nn.Parameter(torch.zeros(12))), "the bias that fits it"),
-    "in_features": (lambda: with_attribute("in_features", 12), "in_features or out_features of its own"),
-    "adapter": (Adapter, "Adapter around it reads its weight"),
-    "hook": (lambda: hooked("register_hook"), "gradient hooks"),
-    "post_hook": (lambda: hooked("register_post_accumulate_grad_hook"), "gradient hooks"),
-    "tied": (lambda: sharing(tied_linear), r"bad\.0\.weight and bad\.1\.weight share"),
-    "view": (lambda: sharing(lambda layer: nn.ParameterList([layer.weight.detach().view(64)])), r"bad\.1\.0 must keep"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("case", REFUSED)
-def test_what_cannot_be_converted_is_refused_with_the_reason_and_nothing_changes(case: str) -> None:
-    make, message = REFUSED[case]
-    model = nn.ModuleDict({"first": Conv1D(8, 12), "bad": make()})
-    snapshot = Snapshot(model)
-    with pytest.raises(LayerRefused, match=message):
-        conv1d_to_linear(model)
-    snapshot.assert_unchanged()
-    conv1d_to_linear(model["first"])
-    conv1d_to_linear(converted := Conv1D(8, 12))
-    assert linear_to_conv1d(nn.ModuleList([model["first"], converted])) == ("0", "1")
-
-
-def test_parametrised_layers_are_refused_both_ways() -> None:
-    for ready in (False, True):
-        layer = Conv1D(8, 12)
-        if ready:
-            conv1d_to_linear(layer)
-        parametrize.register_parametrization(layer, "weight", Identity())
-        with pytest.raises(LayerRefused, match="remove_parametrizations"):
-            (linear_to_conv1d if ready else conv1d_to_linear)(layer)
-
-
-def test_what_happened_to_a_converted_layer_can_forbid_the_way_back() -> None:
-    wrapped, resized, tied = Conv1D(8, 12), Conv1D(8, 12), Conv1D(8, 8)
-    for layer in (wrapped, resized, tied):
-        conv1d_to_linear(layer)
-    wrapped.__class__ = type("FSDPLinear", (nn.Linear,), {})
-    resized.weight = nn.Parameter(torch.zeros(4, 12))
-    for model, message in (
-        (wrapped, "its class was changed since"),
-        (resized, r"shape \(4, 12\), not \(8, 12\)"),
-        (nn.ModuleList([tied_linear(tied), tied]), "share their values"),
-    ):
-        snapshot = Snapshot(model)
-        with pytest.raises(LayerRefused, match=message):
-            linear_to_conv1d(model)
-        snapshot.assert_unchanged()
-
-
-def test_a_live_graph_is_noticed_and_a_dead_one_is_none() -> None:
-    model = Conv1D(8, 12)
-    loss = model(torch.randn(4, 12)).sum()
-    for _ in range(2):  # asking leaves no trace
-        with pytest.raises(LayerRefused, match=r"\(root\).*a graph still holds its weight.*del loss"):
-            conv1d_to_linear(model)
-    del loss
-    conv1d_to_linear(model)
-    loss = model(torch.randn(4, 12)).sum()
-    with pytest.raises(LayerRefused, match="DistributedDataParallel"):
-        linear_to_conv1d(model)
-    loss.backward()
-    assert model.weight.grad.shape == (8, 12)
-
-
-def test_a_backward_that_saved_a_frozen_weight_raises_rather_than_using_the_transpose() -> None:
-    model = Conv1D(8, 8)
-    model.weight.requires_grad_(False)
-    y = model(torch.randn(4, 8, requires_grad=True))
-    conv1d_to_linear(model)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        y.sum().backward()
-
-
 def test_running_out_of_memory_half_way_turns_the_first_ones_back(monkeypatch: pytest.MonkeyPatch) -> None:
     model = Block()
     snapshot, real, calls = Snapshot(model), Tensor.contiguous, []
@@ -391,27 +221,3 @@ def test_an_old_state_dict_does_not_load_into_a_converted_model_but_does_after_g
         model.load_state_dict(old)
     linear_to_conv1d(model)
     model.load_state_dict(old)
-
-
-def test_nothing_to_convert_is_an_error() -> None:
-    model = nn.Sequential(nn.Linear(8, 8), OwnConv1D(8, 8), nn.Conv1d(8, 8, 1))
-    snapshot = Snapshot(model)
-    with pytest.raises(NoLayerMatched, match=r"model=Sequential has no Conv1D of transformers, so.*classes="):
-        conv1d_to_linear(model)
-    with pytest.raises(NoLayerMatched, match="and none of classes"):
-        conv1d_to_linear(model, nn.Bilinear)
-    with pytest.raises(NoLayerMatched, match="no layer that conv1d_to_linear converted"):
-        linear_to_conv1d(model)
-    snapshot.assert_unchanged()
-
-
-@pytest.mark.parametrize("classes", [None, nn.Linear, "Conv1D", int, [Conv1D(4, 4)]], ids=str)
-def test_what_is_no_class_of_layers_is_refused(classes: object) -> None:
-    with pytest.raises(ConfigError, match="classes="):
-        conv1d_to_linear(Block(), classes)
-
-
-@pytest.mark.parametrize("function", [conv1d_to_linear, linear_to_conv1d])
-def test_what_is_no_module_is_refused(function: Callable[[object], object]) -> None:
-    with pytest.raises(ConfigError, match="model is a list"):
-        function([Conv1D(4, 4)])
