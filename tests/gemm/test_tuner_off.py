@@ -60,7 +60,8 @@ def test_without_tuning_the_shipped_table_serves_before_the_default(make_tuner):
     choice = call(make_tuner(rows=[shipped_row()])[0])
     assert (choice.algorithm, choice.source) == (2, "shipped")
     assert call(make_tuner(rows=[shipped_row(gpu="Another")])[0]) is DEFAULT
-    assert call(make_tuner(rows=[shipped_row(algorithm=77, sparse_algorithm=77)])[0]) is DEFAULT
+    with pytest.warns(RuntimeWarning, match="source 'shipped'.*77 of 6; it is ignored"):
+        assert call(make_tuner(rows=[shipped_row(algorithm=77, sparse_algorithm=77)])[0]) is DEFAULT
 
 
 def test_without_tuning_a_stored_choice_serves_before_both(make_tuner, monkeypatch):

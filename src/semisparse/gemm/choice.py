@@ -1,6 +1,6 @@
 """What was chosen for a problem and why; how that is written to JSON, and checked when it is read back."""
 
-import math
+import sys
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -10,6 +10,7 @@ ALGORITHM_LIMIT = 1024
 """Algorithm ids in a file must lie below this; the engine then checks them against what the library offers."""
 
 _LONGEST_TEXT = 200
+_NAMES = frozenset(map(str, range(ALGORITHM_LIMIT)))
 _FIELDS = {"algorithm", "sparse_algorithm", "sparse_us", "dense_us", "rejected", "note"}
 
 
@@ -77,7 +78,8 @@ def _identifier(value: object, name: str) -> int | None:
 def _time(value: object, name: str) -> float | None:
     if value is None:
         return None
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+    # A limit that is a float, not merely finite: JSON has integers beyond any float, and 10**400 < math.inf.
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value <= sys.float_info.max:
         raise ValueError(f"{name}={value!r} is no time")
     return float(value)
 
@@ -93,7 +95,7 @@ def _rejected(value: object) -> tuple[tuple[int, str], ...]:
         raise ValueError("rejected is no table of algorithms")
     found = []
     for name, reason in value.items():
-        if not (isinstance(name, str) and name.isascii() and name.isdigit() and int(name) < ALGORITHM_LIMIT):
+        if name not in _NAMES:
             raise ValueError(f"rejected has the algorithm {name!r}")
         found.append((int(name), _text(reason, "a reason")))
     return tuple(sorted(found))

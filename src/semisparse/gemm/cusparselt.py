@@ -158,12 +158,8 @@ class Handle:
 
     def algorithms(self, problem: Problem) -> range:
         """Algorithm ids that can be asked for without danger."""
-        limit = ctypes.c_int32()
         with self._explained(f"no algorithms for {problem}"), ExitStack() as owned:
-            selection = self._describe(problem, 0, owned)[1]
-            attribute = (_CONFIG_MAX_ID, ctypes.addressof(limit), ctypes.sizeof(limit))
-            self._lib.matmul_alg_get_attribute(self.handle, selection, *attribute)
-        return range(min(limit.value, ALGORITHMS))
+            return self._offered(self._describe(problem, 0, owned)[1])
 
     @contextmanager
     def matrix(self, rows: int, columns: int, dtype: torch.dtype) -> Iterator[tuple[int, int, int]]:
@@ -188,9 +184,17 @@ class Handle:
 
     def _build(self, problem: Problem, algorithm: int, bias: int) -> Plan:
         lib, plan = self._lib, Plan(problem, bias)
-        chosen = ctypes.c_int32(algorithm)
         with ExitStack() as owned:
             plan.descriptor, selection = self._describe(problem, ctypes.addressof(plan.bias) if bias else 0, owned)
+            # Asked here, where every algorithm passes before its first use: the library itself takes ids that end in an
+            # illegal instruction, and a choice may come from a file, a table or another rank.
+            offered = self._offered(selection)
+            if algorithm not in offered:
+                raise EngineError(
+                    f"algorithm={algorithm!r} is not offered for {problem}; the ids are 0 to {len(offered) - 1}: "
+                    "take one of Engine.algorithms(), or engine='auto'"
+                )
+            chosen = ctypes.c_int32(algorithm)
             attribute = (_CONFIG_ID, ctypes.addressof(chosen), ctypes.sizeof(chosen))
             lib.matmul_alg_set_attribute(self.handle, selection, *attribute)
             plan.address = int(lib.matmul_plan_init(self.handle, plan.descriptor, selection))
@@ -199,6 +203,12 @@ class Handle:
             plan.packed_bytes = int(lib.sp_mma_compressed_size(self.handle, plan.address)[0])
             plan.owned = owned.pop_all()
         return plan
+
+    def _offered(self, selection: int) -> range:
+        limit = ctypes.c_int32()
+        attribute = (_CONFIG_MAX_ID, ctypes.addressof(limit), ctypes.sizeof(limit))
+        self._lib.matmul_alg_get_attribute(self.handle, selection, *attribute)
+        return range(min(limit.value, ALGORITHMS))
 
     def _describe(self, problem: Problem, bias: int, owned: ExitStack) -> tuple[int, int]:
         """Matmul descriptor and algorithm selection. bias: host address of the bias pointer, 0 for none.

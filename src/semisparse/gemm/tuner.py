@@ -137,19 +137,24 @@ class Tuner:
     def load_state(self, state: Mapping[str, Any]) -> int:
         """Adopt choices made elsewhere; they replace this process's own. Returns how many there were.
 
-        A choice serves only where its whole key agrees, so those of another GPU or version do no harm.
+        A choice serves only where its whole key agrees, so those of another GPU or version do no harm. One whose
+        algorithm this process's library does not offer is dropped with a warning when its problem is met, and that
+        problem is tuned anew.
         Raises ConfigError for a damaged state, and adopts nothing of it.
         """
         try:
-            if set(state) != {"schema", "choices"} or state["schema"] != SCHEMA:
-                raise ValueError(f"schema {state.get('schema')!r}, this version reads {SCHEMA}")
+            if set(state) != {"schema", "choices"}:
+                raise ValueError("it must have exactly the fields schema, choices")
+            if type(state["schema"]) is not int or state["schema"] != SCHEMA:
+                raise ValueError(f"schema {state['schema']!r}, this version reads {SCHEMA}")
             entries = [(dict(entry["key"]), from_record(entry["choice"], "shared")) for entry in state["choices"]]
             named = {canonical(key): (key, choice) for key, choice in entries}
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
             raise ConfigError(f"state is no state of a tuner ({error}); make it with Tuner.state()") from error
         with self._lock:
             self._choices.update(named)
             self._known.clear()
+            self._provisional.clear()
         return len(named)
 
     def choices(self) -> Iterable[tuple[dict[str, object], Choice]]:
@@ -158,30 +163,42 @@ class Tuner:
             return list(self._choices.values())
 
     def _stored(self, name: str, key: dict[str, object], problem: Problem, index: int) -> Choice | None:
-        """From this process, else from disk."""
+        """From this process (its own, or from another rank), else from disk; only what the library offers here."""
         with self._lock:
             found = self._choices.get(name)
         if found is not None:
-            return found[1]
+            if self._offered(found[1], problem, index):
+                return found[1]
+            with self._lock:
+                self._choices.pop(name, None)
         if self._cache is None or name in self._absent:
             return None
         choice = self._cache.load(key)
-        if choice is not None and not self._offered(choice, problem, index):
-            warnings.warn(f"a stored choice names an algorithm that {problem} has not; it is ignored", stacklevel=4)
-            choice = None
-        if choice is None:
+        if choice is None or not self._offered(choice, problem, index):
             self._absent.add(name)
             return None
         self._keep(name, key, choice)
         return choice
 
     def _offered(self, choice: Choice, problem: Problem, index: int) -> bool:
+        """Whether the library has what a choice names; warns where it has not."""
         if choice.sparse_algorithm is None:
             return True
         try:
-            return choice.sparse_algorithm in self._engine.algorithms(problem, index)
-        except EngineError:
-            return False
+            offered = self._engine.algorithms(problem, index)
+        except EngineError as error:
+            offered, reason = range(0), f": {one_line(error)}"
+        else:
+            reason = ""
+        if choice.sparse_algorithm in offered:
+            return True
+        warnings.warn(
+            f"a stored choice (source {choice.source!r}) names an algorithm that {problem} has not, "
+            f"{choice.sparse_algorithm} of {len(offered)}; it is ignored{reason}",
+            RuntimeWarning,
+            stacklevel=5,
+        )
+        return False
 
     def _untuned(self, problem: Problem, index: int, key: dict[str, object], off: bool) -> Choice:
         found = shipped.find(self._rows(), key)
@@ -200,10 +217,10 @@ class Tuner:
 
     def _default(self, problem: Problem, index: int) -> Choice:
         try:
-            self._engine.algorithms(problem, index)
+            offered = self._engine.algorithms(problem, index)
         except EngineError as error:
             return _without_engine(one_line(error))
-        return DEFAULT
+        return DEFAULT if DEFAULT.sparse_algorithm in offered else _without_engine("the library offers no algorithm")
 
     def _tune(self, problem: Problem, index: int, operands: Operands) -> Choice:
         self._engine.runtime.wait(index)  # what the caller has queued must not count
