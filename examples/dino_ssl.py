@@ -22,7 +22,7 @@ from typing import Annotated
 import typer
 
 from semisparse import SparseConfig, recipes
-from semisparse.cli.common import Device, DeviceOption, typed_errors
+from semisparse.cli.common import Device, DeviceOption, end_if_diverged, typed_errors
 from semisparse.cli.tables import progress_bar
 from semisparse.config import Engine
 from semisparse.demo import cards
@@ -30,7 +30,16 @@ from semisparse.demo.capture import compiled_blocks
 from semisparse.demo.data import DEBIAN_FASHION_MNIST, load_dataset
 from semisparse.demo.dino import DinoTask
 from semisparse.demo.dino_model import DinoConfig, build_student
-from semisparse.demo.experiment import Experiment, OnProgress, Outcome, Row, run_experiment, train_row, train_settings
+from semisparse.demo.experiment import (
+    Experiment,
+    OnProgress,
+    Outcome,
+    Row,
+    diverged_runs,
+    run_experiment,
+    train_row,
+    train_settings,
+)
 from semisparse.demo.model import ViTConfig
 from semisparse.demo.train_config import TrainConfig, resolve_device
 
@@ -69,15 +78,17 @@ def settings(device: str, small: bool, epochs: int | None) -> tuple[ViTConfig, D
 
 
 def main(
+    context: typer.Context,
     data_dir: Annotated[Path, typer.Option(help="Folder with the four idx files.")] = DEBIAN_FASHION_MNIST,
     out: Annotated[Path, typer.Option(help="Folder for results and card.")] = Path("results-dino"),
-    seeds: Annotated[int, typer.Option(min=1, help="Seeds 0, 1, ... of each row.")] = 3,
+    seeds: Annotated[int, typer.Option(min=1, max=1000, help="Seeds 0, 1, ... of each row.")] = 3,
     row: Annotated[list[str] | None, typer.Option(help="Rows to run, by slug (default: all).")] = None,
     epochs: Annotated[int | None, typer.Option(help="Epochs of each run.")] = None,
     small: Annotated[bool, typer.Option("--small", help="A tiny model, few images, one epoch.")] = False,
     device: DeviceOption = Device.AUTO,
 ) -> None:
-    with typed_errors():
+    kept: list[Path] = []
+    with typed_errors(context, kept):
         model_config, dino, config = settings(device.value, small, epochs)
         on_gpu = config.device.startswith("cuda")
         wrap = compiled_blocks if on_gpu else None
@@ -108,9 +119,11 @@ def main(
             more = task.frozen_scores(config.precision, untrained)
             return Outcome(100 * result.test.accuracy, result, more)
 
-        run_experiment(experiment, experiment.chosen(row or ()), range(seeds), out, train, progress_bar)
+        rows_to_run = experiment.chosen(row or ())
+        paths = run_experiment(experiment, rows_to_run, range(seeds), out, train, progress_bar, keep=kept.append)
         for card in cards.write_cards(out, out):
             typer.echo(card)
+        end_if_diverged(diverged_runs(paths))
 
 
 if __name__ == "__main__":

@@ -20,12 +20,21 @@ from typing import Annotated
 import typer
 
 from semisparse import recipes
-from semisparse.cli.common import Device, DeviceOption, typed_errors
+from semisparse.cli.common import Device, DeviceOption, end_if_diverged, typed_errors
 from semisparse.cli.tables import progress_bar
 from semisparse.config import Engine
 from semisparse.demo import cards
 from semisparse.demo.capture import compiled_blocks
-from semisparse.demo.experiment import Experiment, OnProgress, Outcome, Row, run_experiment, train_row, train_settings
+from semisparse.demo.experiment import (
+    Experiment,
+    OnProgress,
+    Outcome,
+    Row,
+    diverged_runs,
+    run_experiment,
+    train_row,
+    train_settings,
+)
 from semisparse.demo.gpt import GPTConfig, build_gpt
 from semisparse.demo.text import NextByte, bits_per_byte, standard_library
 from semisparse.demo.train_config import TrainConfig, resolve_device
@@ -63,15 +72,17 @@ def settings(device: str, small: bool, epochs: int | None) -> tuple[GPTConfig, T
 
 
 def main(
+    context: typer.Context,
     data_dir: Annotated[Path | None, typer.Option(help="A standard library (default: this interpreter's).")] = None,
     out: Annotated[Path, typer.Option(help="Folder for results and card.")] = Path("results-gpt"),
-    seeds: Annotated[int, typer.Option(min=1, help="Seeds 0, 1, ... of each row.")] = 2,
+    seeds: Annotated[int, typer.Option(min=1, max=1000, help="Seeds 0, 1, ... of each row.")] = 2,
     row: Annotated[list[str] | None, typer.Option(help="Rows to run, by slug (default: all).")] = None,
     epochs: Annotated[int | None, typer.Option(help="Epochs of each run.")] = None,
     small: Annotated[bool, typer.Option("--small", help="A tiny model for one epoch.")] = False,
     device: DeviceOption = Device.AUTO,
 ) -> None:
-    with typed_errors():
+    kept: list[Path] = []
+    with typed_errors(context, kept):
         model_config, config = settings(device.value, small, epochs)
         on_gpu = config.device.startswith("cuda")
         corpus = standard_library(data_dir, config.device)
@@ -97,9 +108,11 @@ def main(
             more = {"parameters": sum(parameter.numel() for parameter in model.parameters())}
             return Outcome(bits_per_byte(result.test.loss), result, more)
 
-        run_experiment(experiment, experiment.chosen(row or ()), range(seeds), out, train, progress_bar)
+        rows_to_run = experiment.chosen(row or ())
+        paths = run_experiment(experiment, rows_to_run, range(seeds), out, train, progress_bar, keep=kept.append)
         for card in cards.write_cards(out, out):
             typer.echo(card)
+        end_if_diverged(diverged_runs(paths))
 
 
 if __name__ == "__main__":

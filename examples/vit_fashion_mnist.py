@@ -23,13 +23,22 @@ from typing import Annotated
 import typer
 
 from semisparse import SparseConfig, recipes
-from semisparse.cli.common import Device, DeviceOption, typed_errors
+from semisparse.cli.common import Device, DeviceOption, end_if_diverged, typed_errors
 from semisparse.cli.tables import progress_bar
 from semisparse.config import Engine, Mask
 from semisparse.demo import cards
 from semisparse.demo.capture import compiled_blocks
 from semisparse.demo.data import DEBIAN_FASHION_MNIST, load_dataset
-from semisparse.demo.experiment import Experiment, OnProgress, Outcome, Row, run_experiment, train_row, train_settings
+from semisparse.demo.experiment import (
+    Experiment,
+    OnProgress,
+    Outcome,
+    Row,
+    diverged_runs,
+    run_experiment,
+    train_row,
+    train_settings,
+)
 from semisparse.demo.model import ViTConfig, build_model
 from semisparse.demo.task import Augmentation, ImageClassification
 from semisparse.demo.train_config import TrainConfig, resolve_device
@@ -80,9 +89,10 @@ def settings(
 
 
 def main(
+    context: typer.Context,
     data_dir: Annotated[Path, typer.Option(help="Folder with the four idx files.")] = DEBIAN_FASHION_MNIST,
     out: Annotated[Path, typer.Option(help="Folder for results and card.")] = Path("results-vit"),
-    seeds: Annotated[int, typer.Option(min=1, help="Seeds 0, 1, ... of each row.")] = 3,
+    seeds: Annotated[int, typer.Option(min=1, max=1000, help="Seeds 0, 1, ... of each row.")] = 3,
     row: Annotated[list[str] | None, typer.Option(help="Rows to run, by slug (default: all).")] = None,
     epochs: Annotated[int | None, typer.Option(help="Epochs of each run.")] = None,
     narrow: Annotated[bool, typer.Option("--narrow", help="A model of width 32 with few weights to spare.")] = False,
@@ -91,7 +101,8 @@ def main(
     small: Annotated[bool, typer.Option("--small", help="A tiny model for one epoch.")] = False,
     device: DeviceOption = Device.AUTO,
 ) -> None:
-    with typed_errors():
+    kept: list[Path] = []
+    with typed_errors(context, kept):
         model_config, config = settings(device.value, small, epochs, narrow, held, long)
         chosen = [name for name, wanted in (("narrow", narrow), ("held", held), ("long", long)) if wanted]
         on_gpu = config.device.startswith("cuda")
@@ -123,9 +134,11 @@ def main(
             )  # fmt: skip
             return Outcome(100 * result.test.accuracy, result, {})
 
-        run_experiment(experiment, experiment.chosen(row or ()), range(seeds), out, train, progress_bar)
+        rows_to_run = experiment.chosen(row or ())
+        paths = run_experiment(experiment, rows_to_run, range(seeds), out, train, progress_bar, keep=kept.append)
         for card in cards.write_cards(out, out):
             typer.echo(card)
+        end_if_diverged(diverged_runs(paths))
 
 
 if __name__ == "__main__":

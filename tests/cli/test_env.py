@@ -60,4 +60,4 @@ def test_the_module_runs_as_a_program() -> None:
     result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert result.returncode == 2
     assert result.stdout == ""
-    assert result.stderr == "error: epochs=0 must be a whole number, 1 or more\n"
+    assert result.stderr == "error: --epochs=0 must be a whole number, 1 or more\n"

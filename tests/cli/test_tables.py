@@ -24,11 +24,13 @@ class Screen(io.StringIO):
 
 
 def test_what_could_not_be_measured_stays_empty() -> None:
-    rows = [TableRow("dense", 98.765, None, 0.01234, 5 * 2**20), TableRow("other", 99.0, 0.235, None, None)]
+    rows = [TableRow("dense", 98.765, None, 0.01234, 5 * 2**20), TableRow("other", 99.0, 0.235, None, None),
+            TableRow("third", None, None, 0.5, None)]  # fmt: skip
     screen = io.StringIO()
     Console(file=screen, width=120).print(results_table(rows))
     cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in screen.getvalue().splitlines() if "│" in line]
-    assert cells == [["dense", "98.77 %", "", "0.0123", "5 MiB"], ["other", "99.00 %", "+0.23 points", "", ""]]
+    assert cells == [["dense", "98.77 %", "", "0.0123", "5 MiB"], ["other", "99.00 %", "+0.23 points", "", ""],
+                     ["third", "diverged", "", "0.5000", ""]]  # fmt: skip
 
 
 @pytest.mark.parametrize(("out", "err"), [(True, True), (True, False), (False, True), (False, False)])

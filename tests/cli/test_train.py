@@ -13,7 +13,7 @@ from tests.cli.shell import TINY, Trained, semisparse
 from tests.demo.toys import write_fashion_mnist
 
 FILES = {"results.json", "curves.png"} | {
-    f"{run}.{ending}" for run in ("dense", "sparse-then-dense", "fully-sparse") for ending in ("json", "safetensors")
+    f"{run}.safetensors" for run in ("dense", "sparse-then-dense", "fully-sparse")
 }
 
 
@@ -85,7 +85,7 @@ def test_results_are_never_overwritten_unasked(trained: Trained) -> None:
     assert outcome.code == 2
     assert outcome.out == ""
     assert re.fullmatch(
-        r"error: out='.*' is not empty; choose another folder or overwrite it with --force\n", outcome.err
+        r"error: --out='.*' is not empty; choose another folder or overwrite it with --force\n", outcome.err
     )
     assert contents(trained.folder) == before
 
@@ -102,16 +102,16 @@ def test_force_replaces_results_and_leaves_other_files_alone(trained: Trained, t
 
 
 REFUSED = {
-    "layers": (["--layers", "mpl"], r"layers='mpl'.*closest names: 'blocks\.0\.mlp\.fc1'"),
-    "layers that stay dense": (["--layers", "head"], r"layers='head'.*no layer of model would change"),
-    "sparse fraction": (["--sparse-fraction", "1"], "sparse_fraction=1.0 must lie between 0 and 1, both excluded"),
-    "epochs": (["--epochs", "0"], "epochs=0 must be a whole number, 1 or more"),
-    "batch size": (["--batch-size", "5000"], "batch_size=5000 exceeds the [0-9]+ training images"),
-    "learning rate": (["--lr", "-1"], "lr=-1.0 must be a positive number"),
-    "seed": (["--seed", "-1"], "seed=-1 must be a whole number, 0 or more"),
-    "data without folder": (["--data", "fashion-mnist"], "needs data_dir"),
-    "folder for digits": (["--data-dir", "somewhere"], "data_dir='somewhere': digits come with scikit-learn"),
-    "device": (["--device", "cuda"], "device='cuda': torch sees 0 CUDA devices; use 'cpu'"),
+    "layers": (["--layers", "mpl"], r"--layers='mpl'.*closest names: 'blocks\.0\.mlp\.fc1'"),
+    "layers that stay dense": (["--layers", "head"], r"--layers='head'.*no layer of model would change"),
+    "sparse fraction": (["--sparse-fraction", "1"], "--sparse-fraction=1.0 must lie between 0 and 1, both excluded"),
+    "epochs": (["--epochs", "0"], "--epochs=0 must be a whole number, 1 or more"),
+    "batch size": (["--batch-size", "5000"], "--batch-size=5000 exceeds the [0-9]+ training images"),
+    "learning rate": (["--lr", "-1"], "--lr=-1.0 must be a positive number"),
+    "seed": (["--seed", "-1"], "--seed=-1 must be a whole number, 0 or more"),
+    "data without folder": (["--data", "fashion-mnist"], "needs --data-dir"),
+    "folder for digits": (["--data-dir", "somewhere"], "--data-dir='somewhere': digits come with scikit-learn"),
+    "device": (["--device", "cuda"], "--device='cuda': torch sees 0 CUDA devices; use 'cpu'"),
 }
 
 

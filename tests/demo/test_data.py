@@ -1,5 +1,7 @@
 import gzip
 import shutil
+import struct
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -138,6 +140,55 @@ def other_labels(folder: Path) -> str:
     return "holds label 77, expected 0 to 9"
 
 
+def header(*sizes: int) -> bytes:
+    return struct.pack(f">I{len(sizes)}I", 0x0800 | len(sizes), *sizes)
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ((2**32 - 1,), "4294967295 bytes, more than the 1073741824"),
+        ((2**32 - 1, 28, 28), "more than the 1073741824"),
+        ((2**32 - 1, 2**32 - 1, 2**32 - 1), "more than the 1073741824"),
+        ((0, 2**32 - 1, 2**32 - 1), "= 0 bytes, no data"),
+        ((2**32 - 1, 0, 2**32 - 1), "= 0 bytes, no data"),
+        ((0, 28, 28), "= 0 bytes, no data"),
+        ((2**30 // 784, 28, 28), "holds 100;"),
+    ],
+)
+def test_an_announcement_costs_no_memory(tmp_path, sizes, message, compressed, monkeypatch):
+    content = header(*sizes) + bytes(100)
+    path = tmp_path / "any name"
+    path.write_bytes(gzip.compress(content) if compressed else content)
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: pytest.fail("allocated"))
+    with pytest.raises(DataError, match=message):
+        read_idx(path, len(sizes))
+
+
+def test_a_gzip_file_is_not_unpacked_beyond_what_it_announces(tmp_path):
+    path = tmp_path / "bomb"
+    path.write_bytes(gzip.compress(header(10, 28, 28) + bytes(1 << 28)))
+    tracemalloc.start()
+    with pytest.raises(DataError, match="= 7840 bytes of data but holds at least"):
+        read_idx(path, 3)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1 << 24
+
+
+def test_images_without_contrast_are_refused():
+    labels = toy_images(96, 0)[1]
+    for value in (3.0, float("nan")):
+        with pytest.raises(DataError, match="toy: all training pixels are equal or not numbers"):
+            make_dataset("toy", (torch.full((96, 8, 8), value), labels), toy_images(40, 1))
+
+
+def test_a_path_that_cannot_be_looked_up_is_named():
+    with pytest.raises(DataError, match=r"data_dir=.* cannot be read: File name too long"):
+        load_dataset("fashion-mnist", Path("x" * 5000))
+
+
 @pytest.mark.parametrize(
     "damage",
     [cut_plain, lengthen, cut_gzip, flip_gzip, cut_header, empty, swap_kinds, remove, mismatch, other_side,
@@ -153,7 +204,7 @@ def test_damaged_or_foreign_files_are_named(folder, damage):
     ("name", "data_dir", "message"),
     [
         ("fashion-mnist", None, "needs data_dir"),
-        ("fashion-mnist", Path("no/such/folder"), "'no/such/folder' is no folder"),
+        ("fashion-mnist", Path("no/such/folder"), "'no/such/folder' is not a folder"),
         ("digits", Path("somewhere"), "leave data_dir out"),
         ("cifar", None, "data='cifar' is not one of 'digits', 'fashion-mnist'"),
     ],

@@ -149,7 +149,7 @@ def test_a_sparse_row_without_a_sparse_step_is_no_result(tmp_path: Path) -> None
     assert run_experiment(experiment(), (DENSE,), [0], tmp_path, lambda *_: dense, silent, say=len)
 
 
-@pytest.mark.parametrize("content", [b"", b"[1]", b"{}", b"\xff\xfe"])
+@pytest.mark.parametrize("content", [b"", b"[1]", b"{}", b"\xff\xfe", b"[" * 100_000, b'{"kind": NaN}'])
 def test_a_file_that_is_no_result_is_left_alone(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "toy.half.seed0.json"
     path.write_bytes(content)

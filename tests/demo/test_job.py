@@ -1,6 +1,7 @@
 """The main job: its output folder, what it checks first, and checkpoints that reproduce its table in a plain model."""
 
 import json
+import os
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from semisparse.demo.results import RunResult
 from semisparse.demo.task import Augmentation, classification_scores
 from semisparse.demo.training import Progress
 from semisparse.errors import CheckpointError, ConfigError, DataError, NoLayerMatched, OutputExists
+from tests.demo.rewriting import described, with_info
 from tests.demo.toys import MODEL, TRAIN, kept_per_group, toy_data, write_fashion_mnist
 
 SETTINGS = Preset(MODEL, TRAIN, Augmentation())
@@ -110,19 +112,34 @@ def test_a_checkpoint_of_other_data_or_another_precision_is_refused(done: Done, 
     with pytest.raises(CheckpointError, match="was trained on 'toy', not on data='digits'"):
         evaluation.evaluate_checkpoint(path, "digits")
     write_fashion_mnist(tmp_path)
-    sidecar = path.with_suffix(".json")
-    description = json.loads(sidecar.read_text())
-    for name, value in {"data": "digits", "precision": "fp8"}.items():
-        description["info"][name] = value
-    for ending in (".safetensors", ".json"):
-        (tmp_path / f"edited{ending}").write_bytes(path.with_suffix(ending).read_bytes())
-    (tmp_path / "edited.json").write_text(json.dumps(description))
+    edited = tmp_path / "edited.safetensors"
+    edited.write_bytes(path.read_bytes())
+    with_info(edited, data="digits", precision="fp8")
     with pytest.raises(CheckpointError, match="precision 'fp8', not one of fp32, bf16, fp16"):
-        evaluation.evaluate_checkpoint(tmp_path / "edited.safetensors", "digits")
+        evaluation.evaluate_checkpoint(edited, "digits")
+    with_info(edited, precision="fp32")
     with pytest.raises(DataError, match="leave data_dir out"):
-        description["info"]["precision"] = "fp32"
-        (tmp_path / "edited.json").write_text(json.dumps(description))
-        evaluation.evaluate_checkpoint(tmp_path / "edited.safetensors", "digits", tmp_path)
+        evaluation.evaluate_checkpoint(edited, "digits", tmp_path)
+    with pytest.raises(CheckpointError, match=r"tells 4 classes apart, data='digits' has 1 x 8 x 8 and 10"):
+        evaluation.evaluate_checkpoint(edited, "digits")
+    with_info(edited, data="fashion-mnist")
+    with pytest.raises(CheckpointError, match=r"takes 1 x 8 x 8 pixels .* data='fashion-mnist' has 1 x 28 x 28"):
+        evaluation.evaluate_checkpoint(edited, "fashion-mnist", tmp_path)
+
+
+@pytest.mark.parametrize(
+    "info",
+    [{"test_accuracy": "0.5"}, {"test_accuracy": [1]}, {"test_accuracy": 10**400}, {"test_accuracy": True},
+     {"test_accuracy": -0.1}, {"precision": ["fp32"]}, {"precision": {}}, {"data": 7}, {"data": "x" * 10**6}],
+    ids=str,
+)  # fmt: skip
+def test_what_a_checkpoint_says_of_its_run_is_checked(done: Done, tmp_path: Path, info: dict) -> None:
+    edited = tmp_path / "edited.safetensors"
+    edited.write_bytes((done.folder / "dense.safetensors").read_bytes())
+    with_info(edited, **{"data": "digits", **info})
+    with pytest.raises(CheckpointError, match=r"edited\.safetensors") as found:
+        evaluation.evaluate_checkpoint(edited, "digits")
+    assert len(str(found.value)) < 600
 
 
 def test_a_folder_with_anything_in_it_is_refused_unless_forced(tmp_path: Path) -> None:
@@ -134,8 +151,83 @@ def test_a_folder_with_anything_in_it_is_refused_unless_forced(tmp_path: Path) -
         job.prepare_output(tmp_path, force=False)
     assert {path.name for path in tmp_path.iterdir()} == {"notes.txt", job.RESULTS_FILE}
     job.prepare_output(tmp_path, force=True)
-    # The old results would describe checkpoints that are about to be replaced.
-    assert {path.name for path in tmp_path.iterdir()} == {"notes.txt"}
+    # Nothing is deleted before there is something to put in its place.
+    assert {path.name for path in tmp_path.iterdir()} == {"notes.txt", job.RESULTS_FILE}
+
+
+@pytest.mark.parametrize("name", job.FILES)
+@pytest.mark.parametrize("kind", ["folder", "pipe"])
+def test_a_name_that_no_file_can_take_is_refused_before_training(tmp_path: Path, name: str, kind: str) -> None:
+    path = tmp_path / name
+    path.mkdir() if kind == "folder" else os.mkfifo(path)
+    with pytest.raises(ConfigError, match=rf"out=.* cannot be written: {name} is there and not a file"):
+        job.prepare_output(tmp_path, force=True)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_link_as_output_folder_is_followed_and_one_to_nothing_refused(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    job.prepare_output(tmp_path / "link", force=False)
+    for name in ("nowhere", "itself"):
+        (tmp_path / name).symlink_to(tmp_path / {"nowhere": "missing", "itself": "itself"}[name])
+        with pytest.raises(OutputExists, match="is a link to nothing"):
+            job.prepare_output(tmp_path / name, force=True)
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "to a file").symlink_to(tmp_path / "file")
+    with pytest.raises(OutputExists, match="is a file, not a folder"):
+        job.prepare_output(tmp_path / "to a file", force=True)
+    with pytest.raises(ConfigError, match="cannot be written: File name too long"):
+        job.prepare_output(tmp_path / ("x" * 300), force=True)
+
+
+def test_links_planted_under_the_names_of_results_are_replaced_and_never_followed(tmp_path: Path) -> None:
+    victim, out = tmp_path / "victim", tmp_path / "out"
+    victim.write_text("mine")
+    out.mkdir()
+    for name in job.FILES:
+        (out / name).symlink_to(victim)
+    job.prepare_output(out, force=True)
+    job.run_job(toy_data(), SETTINGS, out, silent)
+    assert victim.read_text() == "mine"
+    assert {path.name for path in out.iterdir() if not path.is_symlink()} == set(job.FILES)
+
+
+def test_after_each_run_the_results_describe_what_is_there(tmp_path: Path) -> None:
+    seen = []
+
+    @contextmanager
+    def looking(name: str):
+        yield lambda progress: None
+        path = tmp_path / job.RESULTS_FILE
+        seen.append(json.loads(path.read_text()) if path.exists() else None)
+
+    kept: list[Path] = []
+    job.run_job(toy_data(), SETTINGS, tmp_path, looking, keep=kept.append)
+    assert seen[0] is None
+    for count, document in enumerate([*seen[1:], json.loads((tmp_path / job.RESULTS_FILE).read_text())], start=1):
+        assert len(document["runs"]) == len(document["settings"]["checkpoints"]) == count
+        assert document["finished"] is (count == 3)
+        for entry in document["settings"]["checkpoints"].values():
+            assert described(tmp_path / entry["file"])["sha256"] == entry["sha256"]
+    assert {path.name for path in kept} == set(job.FILES) and len(kept) == 9
+
+
+def test_a_run_that_diverges_is_marked_and_written(tmp_path: Path) -> None:
+    results = job.run_job(toy_data(), replace(SETTINGS, train=replace(TRAIN, lr=1e30)), tmp_path, silent)
+    assert all(result.diverged for result in results)
+    document = json.loads((tmp_path / job.RESULTS_FILE).read_text())
+    assert [run["diverged"] for run in document["runs"]] == [True] * 3
+    assert described(tmp_path / "dense.safetensors")["info"]["diverged"] is True
+    assert {path.name for path in tmp_path.iterdir()} == set(job.FILES)
+
+
+def test_a_fraction_that_leaves_one_phase_without_steps_is_refused_before_training(tmp_path: Path) -> None:
+    for fraction, steps in ((1e-9, 0), (1 - 1e-9, 15)):
+        settings = replace(SETTINGS, train=replace(TRAIN, sparse_fraction=fraction))
+        with pytest.raises(ConfigError, match=rf"sparse_fraction=.* of 15 steps is {steps} steps"):
+            job.run_job(toy_data(), settings, tmp_path, silent)
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_empty_folder_or_none_is_ready(tmp_path: Path) -> None:

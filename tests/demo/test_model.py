@@ -73,11 +73,36 @@ def test_weights_depend_on_the_seed_alone_and_leave_the_global_generator_alone()
 
 
 @pytest.mark.parametrize(
-    "changes", [{"width": 0}, {"depth": 1.5}, {"heads": True}, {"image_size": 9}, {"width": 20, "heads": 3}]
+    "changes",
+    [
+        {"width": 10**12},
+        {"depth": 10**9},
+        {"depth": 10**5000},
+        {"heads": 2.0},
+        {"image_size": "28"},
+        {"mlp_ratio": [4]},
+        {"channels": None},
+        {"width": 1 << 24, "depth": 1 << 24},
+        {"width": 0},
+        {"depth": 1.5},
+        {"heads": True},
+        {"image_size": 9},
+        {"width": 20, "heads": 3},
+    ],
 )
 def test_impossible_sizes_are_refused_by_name(changes):
     with pytest.raises(ConfigError, match=next(iter(changes))):
         dataclasses.replace(MODEL, **changes)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [MODEL, preset("digits").model, preset("fashion-mnist").model,
+     ViTConfig(image_size=6, patch_size=2, channels=3, classes=5, width=8, depth=3, heads=2, mlp_ratio=3)],
+)  # fmt: skip
+def test_what_a_model_holds_is_known_without_building_it(config):
+    state = VisionTransformer(config).state_dict()
+    assert (config.parameters, config.tensors) == (sum(tensor.numel() for tensor in state.values()), len(state))
 
 
 @pytest.mark.parametrize("shape", [(2, 8, 8), (2, 1, 8, 4), (2, 3, 8, 8)])

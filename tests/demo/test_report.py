@@ -31,6 +31,31 @@ def test_table_compares_each_run_with_the_first():
     assert rows[2].seconds_per_step is None and rows[2].peak_memory is None
 
 
+def with_losses(train: float = 1.0, validation: float = 1.0, test: float = 0.1, skipped: int = 0) -> RunResult:
+    first, second, third = DENSE.epochs
+    second = replace(second, train_loss=train, validation=Scores(validation, 0.5))
+    return replace(DENSE, epochs=(first, second, third), test=Scores(test, 0.9), skipped_steps=skipped)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_run_diverged_where_a_loss_is_not_finite(value):
+    assert not with_losses().diverged
+    assert all(with_losses(**{name: value}).diverged for name in ("train", "validation", "test"))
+    # A gradient scaler skips steps of such losses until it has found its scale.
+    assert not with_losses(train=value, skipped=1).diverged
+    assert with_losses(validation=value, skipped=1).diverged and with_losses(test=value, skipped=1).diverged
+    last = replace(DENSE.epochs[-1], train_loss=value)
+    assert replace(DENSE, epochs=(*DENSE.epochs[:-1], last), skipped_steps=1).diverged
+
+
+def test_the_table_compares_nothing_with_a_run_that_diverged():
+    broken = with_losses(test=math.nan)
+    rows = report.table_rows([DENSE, broken, MIXED])
+    assert [row.accuracy for row in rows] == [pytest.approx(90), None, pytest.approx(87.5)]
+    assert [row.difference for row in rows] == [None, None, pytest.approx(-2.5)]
+    assert [row.difference for row in report.table_rows([broken, MIXED])] == [None, None]
+
+
 def test_results_document_is_strict_json_with_everything_needed_to_judge_it(tmp_path):
     broken = replace(DENSE, test=Scores(math.nan, 0.1))
     document = report.results_document([broken, MIXED], {"seed": 3})
@@ -41,11 +66,13 @@ def test_results_document_is_strict_json_with_everything_needed_to_judge_it(tmp_
         raise ValueError(constant)
 
     found = json.loads(path.read_text(), parse_constant=refuse)
-    assert set(found) == {"format", "version", "created", "commit", "environment", "settings", "runs"}
-    assert found["format"] == "semisparse-demo-results" and found["version"] == 4 and found["settings"] == {"seed": 3}
+    assert set(found) == {"format", "version", "created", "commit", "environment", "settings", "finished", "runs"}
+    assert found["format"] == "semisparse-demo-results" and found["version"] == 5 and found["settings"] == {"seed": 3}
     assert {"torch", "Python", "GPU", "semisparse"} <= set(found["environment"])
-    keys = {"name", "steps", "skipped_steps", "epochs", "phases", "test", "peak_memory", "seconds_per_step"}
+    keys = {"name", "steps", "skipped_steps", "epochs", "phases", "test", "peak_memory", "seconds_per_step", "diverged"}
     assert [set(entry) for entry in found["runs"]] == [keys, keys]
+    assert [entry["diverged"] for entry in found["runs"]] == [True, False] and found["finished"] is True
+    assert report.results_document([DENSE], {}, finished=False)["finished"] is False
     assert found["runs"][0]["test"] == {"loss": None, "accuracy": 0.1}
     assert found["runs"][1]["epochs"][1] == {
         "step": 20, "train_loss": 1.0, "validation": {"loss": 0.5, "accuracy": 0.6}, "flip_rate": 0.02,
@@ -95,6 +122,7 @@ def test_flip_rates_that_were_not_measured_leave_gaps(tmp_path):
 
 
 def test_plot_of_losses_that_are_not_finite_is_still_written(tmp_path):
-    broken = replace(DENSE, epochs=(EpochRecord(10, math.nan, Scores(math.nan, 0.1)),))
-    report.write_plot(tmp_path / "plot.png", [broken], "diverged")
-    assert imread(tmp_path / "plot.png").size
+    for value in (math.nan, math.inf):
+        broken = replace(DENSE, epochs=(EpochRecord(10, value, Scores(value, 0.1)),))
+        report.write_plot(tmp_path / "plot.png", [broken], "diverged")
+        assert imread(tmp_path / "plot.png").size

@@ -217,6 +217,19 @@ def test_a_batch_larger_than_the_data_is_refused():
     ("changes", "message"),
     [
         ({"epochs": 0}, "epochs=0"),
+        ({"epochs": 10**12}, r"epochs=1000000000000 must be at most 1000000"),
+        ({"epochs": 10**5000}, "epochs=<int that is too long to show> must be at most 1000000"),
+        ({"epochs": math.nan}, "epochs=nan"),
+        ({"seed": 2**64}, "seed=18446744073709551616 must be at most 18446744073709551615"),
+        ({"seed": 0.0}, r"seed=0\.0"),
+        ({"lr": 10**400}, "lr=10+"),
+        ({"weight_decay": math.inf}, "weight_decay=inf must be a number, 0 or more"),
+        ({"clip": math.nan}, "clip=nan"),
+        ({"clip": 10**5000}, "clip=<int"),
+        ({"layers": None}, "layers=None"),
+        ({"layers": ""}, "layers=''"),
+        ({"device": None}, "device=None"),
+        ({"device": ["cpu"]}, "device="),
         ({"epochs": 2.5}, "epochs=2.5"),
         ({"batch_size": True}, "batch_size=True"),
         ({"seed": -1}, "seed=-1"),
@@ -248,6 +261,10 @@ def test_settings_outside_their_range_are_named(changes, message):
 def test_the_middle_run_needs_both_phases(fraction):
     with pytest.raises(ConfigError, match="both excluded"):
         three_runs(fraction)
+
+
+def test_the_largest_seed_trains():
+    train_run(DENSE, MODEL, toy_task(), replace(TRAIN, epochs=1, seed=2**64 - 1))
 
 
 def test_auto_is_a_device_that_is_there():

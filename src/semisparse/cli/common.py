@@ -1,6 +1,7 @@
-"""What the commands share: options, the way errors are shown, and the choice of data."""
+"""What the commands share: options, and the way in which they end when something is wrong."""
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
@@ -9,6 +10,11 @@ from typing import Annotated
 import typer
 
 from semisparse.errors import SemiSparseError
+
+WRONG_INPUT, DIVERGED, INTERRUPTED = 2, 3, 130
+"""Exit codes besides 0; the last is what shells give a command that ctrl-C ended."""
+
+_QUOTED = re.compile(r"""((?<!\w)'(?:[^'\\]|\\.)*'|(?<!\w)"(?:[^"\\]|\\.)*")""")
 
 
 class Data(StrEnum):
@@ -43,11 +49,56 @@ DeviceOption = Annotated[Device, typer.Option(help="Where to compute; auto takes
 
 
 @contextmanager
-def typed_errors() -> Iterator[None]:
-    """Show an error that semisparse raises on purpose as one line on stderr and exit with code 2, without traceback."""
+def typed_errors(context: typer.Context, kept: Sequence[Path] = ()) -> Iterator[None]:
+    """End a command without traceback, with one line on stderr, where its user can tell what happened.
+
+    An error that semisparse raises on purpose ends with WRONG_INPUT and names the command's options instead of Python's
+    arguments. Ctrl-C ends with INTERRUPTED and says what stays: the files in kept, to which the command adds.
+    """
     try:
         yield
     except SemiSparseError as error:
-        message = " ".join(str(error).split())
-        typer.echo(f"error: {message}", err=True)
-        raise typer.Exit(2) from None
+        typer.echo(f"error: {with_flags(' '.join(str(error).split()), context)}", err=True)
+        raise typer.Exit(WRONG_INPUT) from None
+    except KeyboardInterrupt:
+        typer.echo(f"interrupted: {_what_stays(kept)}", err=True)
+        raise typer.Exit(INTERRUPTED) from None
+
+
+def with_flags(message: str, context: typer.Context) -> str:
+    """Message with the options of the command where it names arguments: --batch-size=0 for batch_size=0.
+
+    A name is one where a value follows ("seed=") or where it is no English word ("batch_size"); values in quotes and
+    parts of paths stay as they are.
+    """
+    parts = _QUOTED.split(message)
+    for parameter in context.command.params:
+        flags = [option for option in parameter.opts if option.startswith("--")]
+        if parameter.name is None or not flags:
+            continue
+        follows = r"(?![\w/\\-]|\.\w)" if "_" in parameter.name else "(?==)"
+        name = re.compile(rf"(?<![\w./\\=-]){re.escape(parameter.name)}{follows}")
+        parts[::2] = [name.sub(flags[0], part) for part in parts[::2]]
+    return "".join(parts)
+
+
+def end_if_diverged(names: Sequence[str]) -> None:
+    """End the command with DIVERGED and a line that names the runs whose loss was not finite, where there is one."""
+    if names:
+        typer.echo(
+            f"error: {', '.join(names)} diverged: a loss was not finite, so the scores mean nothing; "
+            "try a lower learning rate or more precision",
+            err=True,
+        )
+        raise typer.Exit(DIVERGED)
+
+
+def _what_stays(kept: Sequence[Path]) -> str:
+    """The files in kept, each once, by folder."""
+    names: dict[Path, dict[str, None]] = {}
+    for path in kept:
+        names.setdefault(path.parent, {})[path.name] = None
+    if not names:
+        return "nothing was written, no file was changed"
+    listed = "; ".join(f"{', '.join(found)} in {folder}" for folder, found in names.items())
+    return f"kept {listed}; no other file was changed"

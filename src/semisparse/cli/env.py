@@ -1,8 +1,17 @@
 """`semisparse env`: versions, and which path each capability takes."""
 
+import typer
 
-def env() -> None:
+from semisparse.cli.common import typed_errors
+
+
+def env(context: typer.Context) -> None:
     """Print GPU, driver and package versions, and which path each capability will take and why."""
+    with typed_errors(context):
+        _print_environment()
+
+
+def _print_environment() -> None:
     from rich.table import Table
 
     from semisparse.cli.tables import console

@@ -1,7 +1,7 @@
 """Entry point of the `semisparse` command. Heavy packages are imported inside the commands, so --help stays quick."""
 
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 if TYPE_CHECKING:
     import typer
@@ -12,31 +12,50 @@ def build_app() -> "typer.Typer":
     import rich  # noqa: F401  (asked for here, so that it is missed before a command has run for minutes)
     import typer
 
+    import semisparse
     from semisparse.cli.env import env
     from semisparse.cli.evaluate import evaluate
     from semisparse.cli.train import train
 
     app = typer.Typer(
-        help="Train with 2:4 sparsity: see what it does to accuracy and speed.",
         no_args_is_help=True,
         add_completion=False,
         pretty_exceptions_enable=False,
     )
+
+    def show_version(wanted: bool) -> None:
+        if wanted:
+            typer.echo(f"semisparse {semisparse.__version__}")
+            raise typer.Exit
+
+    @app.callback()
+    def options(
+        version: Annotated[
+            bool, typer.Option("--version", help="Print the version and exit.", callback=show_version, is_eager=True)
+        ] = False,
+    ) -> None:
+        """Train with 2:4 sparsity: see what it does to accuracy and speed."""
+
     for command in (train, evaluate, env):
         app.command()(command)
     return app
 
 
 def run() -> None:
-    """Run the command line; exit code 2 for wrong input, with one line that says what is wrong."""
+    """Run the command line; exit code 2 for wrong input, with one line that says what is wrong.
+
+    Ctrl-C inside a command is the command's to answer (see typed_errors); here it ends what comes before and after.
+    """
     try:
-        app = build_app()
+        build_app()()
+    except KeyboardInterrupt:
+        print("interrupted: nothing was written, no file was changed", file=sys.stderr)
+        raise SystemExit(130) from None
     except ImportError as error:
         if error.name not in ("typer", "rich"):
             raise
         print(f"error: the semisparse command needs {error.name}: pip install 'semisparse[cli]'", file=sys.stderr)
         raise SystemExit(2) from None
-    app()
 
 
 if __name__ == "__main__":

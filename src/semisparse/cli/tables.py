@@ -27,7 +27,7 @@ def results_table(rows: Sequence[TableRow]) -> Table:
     for row in rows:
         table.add_row(
             row.name,
-            f"{row.accuracy:.2f} %",
+            "diverged" if row.accuracy is None else f"{row.accuracy:.2f} %",
             "" if row.difference is None else f"{row.difference:+.2f} points",
             "" if row.seconds_per_step is None else f"{row.seconds_per_step:.4f}",
             "" if row.peak_memory is None else f"{row.peak_memory / 2**20:.0f} MiB",

@@ -12,11 +12,13 @@ from semisparse.cli.common import (
     Device,
     DeviceOption,
     Precision,
+    end_if_diverged,
     typed_errors,
 )
 
 
 def train(
+    context: typer.Context,
     data: DataOption = Data.DIGITS,
     data_dir: DataDirOption = None,
     epochs: Annotated[int | None, typer.Option(help="Epochs of each run (default: depends on the data).")] = None,
@@ -33,7 +35,8 @@ def train(
     precision: Annotated[Precision, typer.Option(help="fp32, or autocast over fp32 weights.")] = Precision.FP32,
 ) -> None:
     """Train a small ViT dense, sparse then dense, and fully sparse, and compare accuracy, speed and memory."""
-    with typed_errors():
+    kept: list[Path] = []
+    with typed_errors(context, kept):
         from dataclasses import replace
 
         from semisparse.cli.tables import console, progress_bar, results_table
@@ -42,7 +45,6 @@ def train(
         from semisparse.demo.presets import preset
         from semisparse.demo.report import table_rows
         from semisparse.demo.runs import three_runs
-        from semisparse.demo.task import ImageClassification
         from semisparse.demo.train_config import resolve_device
         from semisparse.environment import capabilities
 
@@ -58,19 +60,21 @@ def train(
             device=str(resolve_device(device.value)),
             precision=precision.value,
         )
+        settings = replace(settings, train=config)
         # Everything that can be refused is refused before the output folder is touched and before any training.
         job.check_packages()
         three_runs(sparse_fraction)
         report = job.swap_report(settings.model, layers)
         images = load_dataset(data.value, data_dir, config.device)
-        ImageClassification(images).steps_per_epoch(config.batch_size)
+        job.check_data(images, settings)
         job.prepare_output(out, force=force)
         screen = console()
         screen.print(str(report), soft_wrap=True)
-        results = job.run_job(images, replace(settings, train=config), out, progress_bar)
+        results = job.run_job(images, settings, out, progress_bar, keep=kept.append)
         screen.print(results_table(table_rows(results)))
         sparse_gemm = capabilities(config.device)[-1]
         screen.print("seconds a step: median after warm-up, without data preparation")
         screen.print(f"peak memory: {results[0].peak_memory.kind}")
         screen.print(f"sparse layers computed by: {sparse_gemm.path} ({sparse_gemm.reason})")
         screen.print(f"results, curves and checkpoints: {out}", soft_wrap=True)
+        end_if_diverged([result.name for result in results if result.diverged])

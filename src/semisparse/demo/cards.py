@@ -5,16 +5,12 @@ import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from semisparse.demo.checks import is_number
 from semisparse.demo.curves import curves
-from semisparse.demo.experiment import KIND
 from semisparse.demo.files import write_atomically
-from semisparse.errors import DataError
-
-Result = dict[str, Any]
-_KEYS = {"experiment", "row", "row_title", "order", "seed", "value", "more", "run", "settings", "gpu", "commit",
-         "environment", "title", "metric", "higher_is_better", "command"}  # fmt: skip
+from semisparse.demo.result_files import Result, load_results
+from semisparse.errors import ConfigError, DataError
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,27 +28,6 @@ class RowSummary:
     differences: list[float]
     sparse_products: int
     seconds: dict[str, float]
-
-
-def load_results(folder: Path) -> list[Result]:
-    """The experiments' results in folder, in the order of their file names.
-
-    Raises DataError for a damaged file, and where results of one experiment were made with different settings.
-    """
-    found: list[Result] = []
-    settings: dict[str, Any] = {}
-    for path in sorted(folder.glob("*.seed*.json")):
-        try:
-            content = json.loads(path.read_text())
-        except (OSError, ValueError) as error:
-            raise DataError(f"{path} cannot be read as a result: {error}") from error
-        if isinstance(content, dict) and content.get("kind") == KIND:
-            if missing := _KEYS - content.keys():
-                raise DataError(f"{path} is no whole result: it has no {sorted(missing)[0]!r}")
-            if settings.setdefault(content["experiment"], content["settings"]) != content["settings"]:
-                raise DataError(f"{path} has other settings than its neighbours; keep them in different folders")
-            found.append(content)
-    return found
 
 
 def by_experiment(results: Iterable[Result]) -> dict[str, list[Result]]:
@@ -124,7 +99,8 @@ def table(results: Sequence[Result], baseline: str = "dense") -> str:
 
 def further_figures(results: Sequence[Result]) -> str:
     """What Outcome.more says of each row, as a Markdown table of means; empty where it says nothing."""
-    names = [name for name, value in results[0]["more"].items() if isinstance(value, (int, float))]
+    results = [result for result in results if result["value"] is not None]  # of a run that diverged they mean nothing
+    names = [name for name, value in results[0]["more"].items() if isinstance(value, (int, float))] if results else []
     if not names:
         return ""
     lines = [
@@ -134,7 +110,9 @@ def further_figures(results: Sequence[Result]) -> str:
     for row in summaries(results):
         runs = [result["more"] for result in results if result["row"] == row.slug]
         cells = [
-            spread([run[name] for run in runs if run[name] is not None], 0 if isinstance(runs[0][name], int) else 2)
+            spread(
+                [run[name] for run in runs if is_number(run.get(name))], 0 if isinstance(runs[0].get(name), int) else 2
+            )
             for name in names
         ]
         lines.append(f"| {' | '.join([row.title, *cells])} |")
@@ -216,14 +194,17 @@ def card(results: Sequence[Result], plot: str, more: Sequence[str] = ()) -> str:
 def write_cards(results: Path, out: Path) -> list[Path]:
     """Write out/NAME.md and out/NAME.png for each experiment with results in a folder; returns the paths of the cards.
 
-    Raises DataError when there is no result.
+    Raises DataError when there is no result or a file is not one, ConfigError when out cannot be written.
     """
     groups = by_experiment(load_results(results))
     if not groups:
         raise DataError(f"results={str(results)!r} holds no result of an experiment")
     made = []
     for name, group in groups.items():
-        write_atomically(out / f"{name}.png", curves(group))
-        write_atomically(out / f"{name}.md", card(group, f"{name}.png").encode())
+        try:
+            write_atomically(out / f"{name}.png", curves(group))
+            write_atomically(out / f"{name}.md", card(group, f"{name}.png").encode())
+        except OSError as error:
+            raise ConfigError(f"out={str(out)!r} cannot be written: {error.strerror or error}") from error
         made.append(out / f"{name}.md")
     return made

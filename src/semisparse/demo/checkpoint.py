@@ -1,25 +1,28 @@
-"""Checkpoints of the demo's models: safetensors, and a JSON file beside it with checksum, sizes and origin.
+"""Checkpoints of the demo's models: one safetensors file that holds the tensors and their description.
 
-NAME.safetensors holds the tensors of a plain nn.Linear model; NAME.json says which model they belong to.
+There is no second file beside it. Two files cannot be replaced in one step, so that a process that is killed between
+them leaves neither the old version nor the new one; one file is switched by one rename. The description (version, sizes
+of the model, what else was saved with it) is JSON in the header's metadata, where any safetensors reader finds it, with
+a checksum over itself and all tensors, which safetensors does not have.
 """
 
-import hashlib
-import json
-from dataclasses import asdict, dataclass
+import os
+import stat
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
-from torch import nn
 
+from semisparse.demo.checks import shown
+from semisparse.demo.description import FORMAT, NO_CHECKSUM, checksum, described, difference, model_config, written
 from semisparse.demo.files import write_atomically
-from semisparse.demo.model import VisionTransformer, ViTConfig
-from semisparse.errors import CheckpointError, ConfigError
+from semisparse.demo.model import VisionTransformer
+from semisparse.demo.tensor_file import LARGEST_HEADER, Header, kinds, read_header
+from semisparse.errors import CheckpointError
 from semisparse.swap import semi_sparse_layers
 
-FORMAT = "semisparse-vit"
-VERSION = 1
 SUFFIX = ".safetensors"
 
 
@@ -31,59 +34,71 @@ class Checkpoint:
     info: dict[str, Any]
 
 
-def save(path: Path, model: VisionTransformer, info: dict[str, Any] | None = None) -> None:
-    """Write model to path (ending in .safetensors) and its description beside it, each file in one atomic move.
+def save(path: Path, model: VisionTransformer, info: dict[str, Any] | None = None) -> str:
+    """Write model to path (ending in .safetensors) in one atomic move; returns its checksum.
 
-    info: anything JSON can hold, kept as it is. Raises CheckpointError when the model still has semi-sparse layers,
-    when path has another ending or cannot be written.
+    info: anything JSON can hold, kept as it is. Raises CheckpointError when load would not take the file (the model
+    still has semi-sparse layers, is not a plain fp32 VisionTransformer, info is not JSON or too long), when path has
+    another ending or cannot be written; what was at path then stays.
     """
-    sidecar = _sidecar(path)
+    _check_suffix(path)
     if semi_sparse_layers(model):
         raise CheckpointError(
             f"model still has semi-sparse layers, so {path} would not say which weight it is: densify"
         )
     safetensors = _safetensors()
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    content = safetensors.torch.save(tensors)
-    description = {
-        "format": FORMAT,
-        "version": VERSION,
-        "sha256": hashlib.sha256(content).hexdigest(),
-        "model": asdict(model.config),
-        "info": info or {},
-    }
+    tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in model.state_dict().items()}
+    if wrong := difference(model.config, kinds(tensors)):
+        raise CheckpointError(f"model={type(model).__name__} is not what its config describes, {wrong}")
+    text = written(model.config, {} if info is None else info)
+    found = checksum(text, tensors)
+    content = safetensors.torch.save(tensors, {FORMAT: text.replace(NO_CHECKSUM, found, 1)})
+    if int.from_bytes(content[:8], "little") > LARGEST_HEADER:
+        raise CheckpointError(f"info has {len(text)} bytes as JSON, which makes a header of more than {LARGEST_HEADER}")
     try:
         write_atomically(path, content)
-        write_atomically(sidecar, json.dumps(description, indent=2).encode() + b"\n")
     except OSError as error:
         raise CheckpointError(f"{path} cannot be written: {error.strerror or error}") from error
+    return found
 
 
 def load(path: Path, device: torch.device | str = "cpu") -> Checkpoint:
     """Read a checkpoint into a plain nn.Linear model on device, in eval mode.
 
-    Checks, in this order: both files are there, the description is one of ours and of this version, the checksum, and
-    that names, shapes and dtypes of the tensors are exactly the model's. Raises CheckpointError naming what differs.
+    Checks, in this order: the header is whole and of bounded size, the description is one of ours and of this version,
+    its sizes make a model of exactly the names, shapes and dtypes that the header lists, and the checksum. Only then is
+    memory taken for a model, so a wrong description costs none. Raises CheckpointError naming what differs.
     """
-    sidecar = _sidecar(path)
-    content = _read(path)
-    description = _described(sidecar, _read(sidecar))
-    found = hashlib.sha256(content).hexdigest()
-    if found != description["sha256"]:
-        raise CheckpointError(
-            f"{path} is damaged or was replaced: its sha256 is {found}, {sidecar.name} says {description['sha256']}; "
-            "copy or train it again"
-        )
+    _check_suffix(path)
     safetensors = _safetensors()
     try:
-        with torch.device("meta"):  # a wrong size is then found before memory is taken for it
-            model = VisionTransformer(ViTConfig(**description["model"]))
-        tensors = safetensors.torch.load(content)
-    except (ConfigError, TypeError) as error:
-        raise CheckpointError(f"{sidecar} describes no model that can be built: {error}") from error
+        if not (path.is_dir() or stat.S_ISREG(path.stat().st_mode)):
+            raise CheckpointError(f"{path} is not a regular file; a checkpoint is NAME{SUFFIX}")
+        with path.open("rb") as file:
+            header = _header(path, file)
+            description = described(path, header)
+            config = model_config(path, description["model"])
+            if wrong := difference(config, header.tensors):
+                raise CheckpointError(f"{path} does not fit its description, {wrong}")
+            file.seek(0)
+            tensors = safetensors.torch.load(file.read(header.size))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing; a checkpoint is NAME{SUFFIX}") from None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+    except MemoryError:
+        raise CheckpointError(f"{path} is larger than the memory of this machine allows") from None
     except safetensors.SafetensorError as error:
-        raise CheckpointError(f"{path} is no safetensors file: {error}") from error
-    _check_tensors(path, model, tensors)
+        raise CheckpointError(f"{path} is not a safetensors file: {error}") from error
+    expected = description["sha256"]
+    found = checksum(header.metadata[FORMAT].replace(expected, NO_CHECKSUM, 1), tensors)
+    if found != expected:
+        raise CheckpointError(
+            f"{path} is damaged or was edited: the sha256 of its contents is {found}, it says {shown(expected)}; "
+            "copy or train it again"
+        )
+    with torch.device("meta"):
+        model = VisionTransformer(config)
     model.load_state_dict({name: tensor.clone() for name, tensor in tensors.items()}, strict=True, assign=True)
     return Checkpoint(model.to(device).eval(), description["info"])
 
@@ -96,43 +111,13 @@ def _safetensors() -> ModuleType:
     return safetensors
 
 
-def _sidecar(path: Path) -> Path:
+def _check_suffix(path: Path) -> None:
     if path.suffix != SUFFIX:
         raise CheckpointError(f"checkpoint {str(path)!r} must end in {SUFFIX}")
-    return path.with_suffix(".json")
 
 
-def _read(path: Path) -> bytes:
+def _header(path: Path, file: BinaryIO) -> Header:
     try:
-        return path.read_bytes()
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing; a checkpoint is NAME{SUFFIX} and NAME.json side by side") from None
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
-
-
-def _described(sidecar: Path, content: bytes) -> dict[str, Any]:
-    try:
-        description = json.loads(content)
+        return read_header(file, os.fstat(file.fileno()).st_size)
     except ValueError as error:
-        raise CheckpointError(f"{sidecar} is damaged: it is no JSON ({error})") from error
-    if not isinstance(description, dict) or description.get("format") != FORMAT:
-        raise CheckpointError(f"{sidecar} describes no checkpoint of this kind: 'format' is not {FORMAT!r}")
-    if description.get("version") != VERSION:
-        raise CheckpointError(f"{sidecar} has version {description.get('version')!r}; this release reads {VERSION}")
-    for key, kind in (("sha256", str), ("model", dict), ("info", dict)):
-        if not isinstance(description.get(key), kind):
-            raise CheckpointError(f"{sidecar} is damaged: {key!r} is missing or no {kind.__name__}")
-    return description
-
-
-def _check_tensors(path: Path, model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
-    expected = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in model.state_dict().items()}
-    found = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
-    if found != expected:
-        wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
-        name = wrong[0]
-        raise CheckpointError(
-            f"{path} does not fit its description in {len(wrong)} tensors; first {name!r}: "
-            f"expected {expected.get(name, 'none')}, found {found.get(name, 'none')}"
-        )
+        raise CheckpointError(f"{path} is damaged or not a checkpoint: {error}; copy or train it again") from error

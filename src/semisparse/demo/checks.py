@@ -1,27 +1,46 @@
 """Checks that the demo's frozen settings share. Each raises ConfigError, naming the setting, value and range."""
 
+import math
 from collections.abc import Iterable
+from reprlib import Repr
 from typing import Any
 
 from semisparse.errors import ConfigError
 
+_SHORT = Repr()
+_SHORT.maxlong, _SHORT.maxstring, _SHORT.maxother = 80, 200, 80
+
+
+def shown(value: Any) -> str:
+    """value for a message: its repr, shortened where it is long, a whole number of thousands of digits say."""
+    try:
+        return _SHORT.repr(value)
+    except ValueError:  # more digits than Python writes
+        return f"<{type(value).__name__} that is too long to show>"
+
 
 def is_number(value: Any) -> bool:
-    """Whether value is an int or a float; True and False are none."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    """Whether value is an int or a float, and finite as a float; True and False are none."""
+    try:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:
+        return False
 
 
-def check_counts(settings: Any, names: Iterable[str], least: int = 1) -> None:
-    """The attributes of settings called names are whole numbers, least or more."""
+def check_counts(settings: Any, names: Iterable[str], least: int = 1, most: int | None = None) -> None:
+    """The attributes of settings called names are whole numbers, least or more and at most most."""
     for name in names:
         value = getattr(settings, name)
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ConfigError(f"{name}={value!r} must be a whole number, {least} or more")
+            raise ConfigError(f"{name}={shown(value)} must be a whole number, {least} or more")
+        if most is not None and value > most:
+            raise ConfigError(f"{name}={shown(value)} must be at most {most}")
 
 
 def check_ranges(settings: Any, names: Iterable[str], high: float = 1) -> None:
-    """The attributes of settings called names are numbers from 0 to high; NaN is none."""
+    """The attributes of settings called names are finite numbers from 0 to high."""
     for name in names:
         value = getattr(settings, name)
         if not is_number(value) or not 0 <= value <= high:
-            raise ConfigError(f"{name}={value!r} must lie between 0 and {high}")
+            limits = f"lie between 0 and {high}" if math.isfinite(high) else "be a number, 0 or more"
+            raise ConfigError(f"{name}={shown(value)} must {limits}")

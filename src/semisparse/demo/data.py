@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from semisparse.demo.checks import shown
 from semisparse.demo.idx import find_idx, read_idx
 from semisparse.errors import DataError
 
@@ -19,6 +20,7 @@ DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 """Where Debian's package dataset-fashion-mnist puts the four idx files."""
 
 _FASHION_SIDE = 28
+_FASHION_FILES = [f"{part}-{kind}" for part in ("train", "t10k") for kind in ("images-idx3-ubyte", "labels-idx1-ubyte")]
 # Shares held out: digits 449 test and about 112 validation images of 1797; Fashion-MNIST 5000 of its 60000.
 _DIGITS_TEST = 0.25
 _VALIDATION = 1 / 12
@@ -82,7 +84,8 @@ def make_dataset(
     """A Dataset from pixels (n, side, side) of any range and labels (n,) from 0 on.
 
     A twelfth of each class of train is held out for validation; pixels are normalised by the rest's mean and standard
-    deviation. Raises DataError when pixels and labels differ in number or a split would be empty.
+    deviation. Raises DataError when pixels and labels differ in number, a split would be empty or
+    pixels have no spread.
     """
     for part, (pixels, labels) in (("train", train), ("test", test)):
         if len(pixels) != len(labels):
@@ -92,6 +95,8 @@ def make_dataset(
     if not (len(held_out) and len(rest) and len(test[1])):
         raise DataError(f"{name}: {len(labels)} training and {len(test[1])} test images are too few for three splits")
     std, mean = torch.std_mean(pixels[rest])
+    if not std > 0:
+        raise DataError(f"{name}: all training pixels are equal or not numbers, so there is nothing to learn from")
     digest = hashlib.sha256()
     for tensor in (*train, *test):
         digest.update(tensor.contiguous().numpy().data)
@@ -136,12 +141,16 @@ def _digits(device: torch.device | str) -> Dataset:
 
 
 def _fashion_mnist(folder: Path, device: torch.device | str) -> Dataset:
-    if not folder.is_dir():
-        raise DataError(f"data_dir={str(folder)!r} is no folder; pass the one with Fashion-MNIST's four idx files")
+    try:
+        if not folder.is_dir():
+            raise DataError(
+                f"data_dir={str(folder)!r} is not a folder; pass the one with Fashion-MNIST's four idx files"
+            )
+        files = [find_idx(folder, name) for name in _FASHION_FILES]
+    except OSError as error:
+        raise DataError(f"data_dir={shown(str(folder))} cannot be read: {error.strerror or error}") from error
     parts = []
-    for prefix in ("train", "t10k"):
-        image_file = find_idx(folder, f"{prefix}-images-idx3-ubyte")
-        label_file = find_idx(folder, f"{prefix}-labels-idx1-ubyte")
+    for image_file, label_file in (files[:2], files[2:]):
         images, labels = read_idx(image_file, 3), read_idx(label_file, 1)
         if images.shape[1:] != (_FASHION_SIDE, _FASHION_SIDE):
             raise DataError(

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from semisparse.demo.checks import check_counts, check_ranges
+from semisparse.demo.checks import check_counts, check_ranges, is_number
 from semisparse.demo.model import VisionTransformer, ViTConfig, patches, seeded
 from semisparse.errors import ConfigError, ShapeError
 
@@ -47,11 +47,11 @@ class DinoConfig:
         check_counts(self, ("out_dim", "hidden", "bottleneck", "local_views", "local_size"))
         check_ranges(self, ("teacher_momentum", "center_momentum", "brightness", "contrast", "blur"))
         for name in ("student_temperature", "teacher_temperature"):
-            if not 0 < getattr(self, name) <= 1:
+            if not is_number(getattr(self, name)) or not 0 < getattr(self, name) <= 1:
                 raise ConfigError(f"{name}={getattr(self, name)!r} must be more than 0 and at most 1")
         for name in ("global_scale", "local_scale"):
             pair = getattr(self, name)
-            if len(pair) != 2 or not 0 < pair[0] <= pair[1] <= 1:
+            if len(pair) != 2 or not all(map(is_number, pair)) or not 0 < pair[0] <= pair[1] <= 1:
                 raise ConfigError(f"{name}={pair!r} must be two shares, 0 < first <= second <= 1")
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import cast, get_args
 
 from semisparse.demo.checkpoint import load
+from semisparse.demo.checks import is_number, shown
 from semisparse.demo.data import load_dataset
 from semisparse.demo.results import Scores
 from semisparse.demo.task import ImageClassification
@@ -24,17 +25,27 @@ class Evaluation:
 def evaluate_checkpoint(path: Path, data: str, data_dir: Path | None = None, device: str = "auto") -> Evaluation:
     """Test scores of the checkpoint at path, in the precision that it was trained in.
 
-    Raises CheckpointError when it is damaged or was trained on other data than data, DataError, ConfigError.
+    Raises CheckpointError when it is damaged, was trained on other data than data or takes other images, DataError,
+    ConfigError.
     """
     where = resolve_device(device)
     checkpoint = load(path, where)
     trained_on = checkpoint.info.get("data", data)
     if trained_on != data:
-        raise CheckpointError(f"{path} was trained on {trained_on!r}, not on data={data!r}; choose that data")
+        raise CheckpointError(f"{path} was trained on {shown(trained_on)}, not on data={data!r}; choose that data")
     precision = checkpoint.info.get("precision", "fp32")
     if precision not in get_args(Precision):
-        raise CheckpointError(f"{path} names precision {precision!r}, not one of {', '.join(get_args(Precision))}")
-    task = ImageClassification(load_dataset(data, data_dir, where))
+        raise CheckpointError(f"{path} names precision {shown(precision)}, not one of {', '.join(get_args(Precision))}")
+    recorded = checkpoint.info.get("test_accuracy")
+    if recorded is not None and not (is_number(recorded) and 0 <= recorded <= 1):
+        raise CheckpointError(f"{path} records test_accuracy {shown(recorded)}, which is not a share from 0 to 1")
+    images = load_dataset(data, data_dir, where)
+    sizes, channels, side = checkpoint.model.config, *images.test.images.shape[1:3]
+    if (sizes.channels, sizes.image_size) != (channels, side) or sizes.classes < images.classes:
+        raise CheckpointError(
+            f"{path} takes {sizes.channels} x {sizes.image_size} x {sizes.image_size} pixels and tells {sizes.classes} "
+            f"classes apart, data={data!r} has {channels} x {side} x {side} and {images.classes}; choose other data"
+        )
     with scoring(checkpoint.model, where, cast(Precision, precision)):
-        scores = task.test(checkpoint.model)
-    return Evaluation(scores, checkpoint.info.get("test_accuracy"))
+        scores = ImageClassification(images).test(checkpoint.model)
+    return Evaluation(scores, recorded)

@@ -12,9 +12,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from semisparse.demo.checks import shown
 from semisparse.demo.report import commit, finite, write_results
 from semisparse.demo.results import RunResult
 from semisparse.demo.runs import sparsify_model
+from semisparse.demo.strict_json import read
 from semisparse.demo.task import Forward, Task
 from semisparse.demo.train_config import TrainConfig, adamw
 from semisparse.demo.training import Progress, fit
@@ -81,10 +83,12 @@ def run_experiment(
     progress_for: ProgressFor,
     *,
     say: Callable[[str], None] = print,
+    keep: Callable[[Path], object] = lambda path: None,
 ) -> list[Path]:
     """Train every row with every seed, seed by seed, and write folder/NAME.ROW.seedN.json for each; returns the paths.
 
-    A run whose file is there is skipped, and say is told. progress_for: as run_job's. Raises OutputExists, before any
+    A run whose file is there is skipped, and say is told. progress_for: as run_job's; keep: told of each run's file
+    that is there. A run that diverged is written without a value (see diverged_runs). Raises OutputExists, before any
     training, when a result of this experiment in folder was made with other settings, or a file that is there is none;
     EngineError when a sparse phase was to run on the engine and no product did, or a sparse row had no sparse step
     (nothing is written then); ConfigError when folder cannot be written or rows, seeds or settings do not fit.
@@ -108,6 +112,7 @@ def run_experiment(
         name = f"[{number}/{len(jobs)}] {row.title}, seed {seed}"
         if path in done:
             say(f"{name}: there already, skipped")
+            keep(path)
             continue
         with progress_for(name) as on_progress:
             outcome = train(row, seed, on_progress)
@@ -116,8 +121,14 @@ def run_experiment(
             write_results(path, _document(experiment, row, seed, outcome))
         except OSError as error:
             raise ConfigError(f"out={str(folder)!r} cannot be written: {error.strerror or error}") from error
-        say(f"{name}: {experiment.metric} {outcome.value:.4f}")
+        keep(path)
+        say(f"{name}: " + ("diverged" if outcome.result.diverged else f"{experiment.metric} {outcome.value:.4f}"))
     return [path for _, _, path in jobs]
+
+
+def diverged_runs(paths: Iterable[Path]) -> list[str]:
+    """The names of the files at paths, which run_experiment wrote, whose run diverged."""
+    return [path.name for path in paths if read(path)["value"] is None]
 
 
 def train_row(
@@ -169,7 +180,7 @@ def _document(experiment: Experiment, row: Row, seed: int, outcome: Outcome) -> 
         "metric": experiment.metric,
         "higher_is_better": experiment.higher_is_better,
         "command": experiment.command,
-        "value": outcome.value,
+        "value": None if outcome.result.diverged else outcome.value,
         "more": outcome.more,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": commit(),
@@ -206,14 +217,15 @@ def _check_jobs(experiment: Experiment, rows: tuple[Row, ...], jobs: list[tuple[
 def _check_file(path: Path, wanted: dict[str, Any]) -> None:
     """Raise OutputExists unless the file at path is a result in which the values called as in wanted are those."""
     try:
-        found = json.loads(path.read_text())
+        found = read(path)
     except (OSError, ValueError) as error:
         raise OutputExists(f"{path} is there but no result: {error}; move it away or choose another folder") from error
     for key, value in json.loads(json.dumps(wanted)).items():
         other = found.get(key) if isinstance(found, dict) else None
         if other != value:
             raise OutputExists(
-                f"{path} was made with {key}={other!r}, this run has {value!r}; choose another folder or move it away"
+                f"{path} was made with {key}={shown(other)}, this run has {value!r}; choose another folder or move it "
+                "away"
             )
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from semisparse.demo.checks import check_counts
-from semisparse.demo.model import Block, Transformer, seeded
+from semisparse.demo.model import LARGEST_SIZE, Block, Transformer, seeded
 from semisparse.errors import ConfigError, ShapeError
 
 BYTES = 256
@@ -18,8 +18,8 @@ class GPTConfig:
     """Sizes of a GPT. Immutable, checked when it is built.
 
     context: tokens that it sees at most; width: features a token; depth: blocks; heads: attention heads; mlp_ratio:
-    hidden features of the MLP over width. Raises ConfigError for a size that is no positive whole number or does not
-    divide.
+    hidden features of the MLP over width. Raises ConfigError for a size that is not a positive whole number of at most
+    LARGEST_SIZE or does not divide.
     """
 
     context: int = 256
@@ -29,7 +29,7 @@ class GPTConfig:
     mlp_ratio: int = 4
 
     def __post_init__(self) -> None:
-        check_counts(self, (field.name for field in fields(self)))
+        check_counts(self, (field.name for field in fields(self)), most=LARGEST_SIZE)
         if self.width % self.heads:
             raise ConfigError(f"width={self.width} must be a multiple of heads={self.heads}")
 

@@ -13,6 +13,8 @@ from semisparse.errors import DataError
 _GZIP_MAGIC = b"\x1f\x8b"
 _UINT8 = 0x08
 _CHUNK = 1 << 20
+LARGEST = 1 << 30
+"""Bytes of data that a file may announce. EMNIST, the largest of this family, has 0.6 of this."""
 
 
 def find_idx(folder: Path, name: str) -> Path:
@@ -28,15 +30,16 @@ def read_idx(path: Path, dimensions: int) -> Tensor:
 
     Layout: two zero bytes, the type code 8, the number of dimensions, one big-endian 32-bit size each, then the data.
     Whether it is compressed is told from its first bytes, not from its name. Never reads more than the header
-    announces plus one chunk. Raises DataError when the file cannot be read, is no such idx file, is a damaged gzip
-    file, or holds another number of bytes than its header says.
+    announces plus one chunk, nor announcements of more than LARGEST. Raises DataError when the file cannot be read, is
+    no such idx file, is a damaged gzip file, announces no data or too much, or holds another number of bytes than its
+    header says.
     """
     try:
         with path.open("rb") as raw:
             compressed = raw.read(2) == _GZIP_MAGIC
         with gzip.open(path) if compressed else path.open("rb") as file:
             shape = _read_shape(path, file.read(4 + 4 * dimensions), dimensions)
-            expected = math.prod(shape)
+            expected = _announced(path, shape)
             data = bytearray()
             while len(data) <= expected and (chunk := file.read(_CHUNK)):
                 data += chunk
@@ -50,7 +53,16 @@ def read_idx(path: Path, dimensions: int) -> Tensor:
             f"{path} announces {' x '.join(map(str, shape))} = {expected} bytes of data but holds {found}; "
             "fetch it again"
         )
-    return torch.frombuffer(data, dtype=torch.uint8).reshape(shape) if data else torch.empty(shape, dtype=torch.uint8)
+    return torch.frombuffer(data, dtype=torch.uint8).reshape(shape)
+
+
+def _announced(path: Path, shape: tuple[int, ...]) -> int:
+    """The bytes that a header announces, checked before anything is read or allocated for them."""
+    expected = math.prod(shape)
+    if not 0 < expected <= LARGEST:
+        limits = "no data" if expected == 0 else f"more than the {LARGEST} bytes that are read at most"
+        raise DataError(f"{path} announces {' x '.join(map(str, shape))} = {expected} bytes, {limits}; fetch it again")
+    return expected
 
 
 def _read_shape(path: Path, header: bytes, dimensions: int) -> tuple[int, ...]:

@@ -8,10 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from semisparse.demo.checks import check_counts
+from semisparse.demo.checks import check_counts, shown
 from semisparse.errors import ConfigError, ShapeError
 
 Built = TypeVar("Built", bound=nn.Module)
+
+LARGEST_SIZE = 1 << 24
+LARGEST_MODEL = 1 << 50
+"""Bounds of a config: far beyond this demo, but below what overflows in torch."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -20,7 +24,8 @@ class ViTConfig:
 
     image_size, patch_size: side in pixels; channels: of the image; classes: outputs of the head; width: features a
     token; depth: blocks; heads: attention heads; mlp_ratio: hidden features of the MLP over width.
-    Raises ConfigError for a size that is no positive whole number or does not divide.
+    Raises ConfigError for a size that is not a positive whole number of at most LARGEST_SIZE or does not divide, and
+    for more than LARGEST_MODEL parameters.
     """
 
     image_size: int
@@ -33,10 +38,15 @@ class ViTConfig:
     mlp_ratio: int = 4
 
     def __post_init__(self) -> None:
-        check_counts(self, (field.name for field in fields(self)))
+        check_counts(self, (field.name for field in fields(self)), most=LARGEST_SIZE)
         for whole, part in (("image_size", "patch_size"), ("width", "heads")):
             if getattr(self, whole) % getattr(self, part):
                 raise ConfigError(f"{whole}={getattr(self, whole)} must be a multiple of {part}={getattr(self, part)}")
+        if self.parameters > LARGEST_MODEL:
+            raise ConfigError(
+                f"width={self.width} and the other sizes make {shown(self.parameters)} parameters, more than "
+                f"{LARGEST_MODEL}; choose smaller sizes"
+            )
 
     @property
     def tokens(self) -> int:
@@ -47,6 +57,21 @@ class ViTConfig:
     def patch_features(self) -> int:
         """Values in one patch."""
         return self.channels * self.patch_size**2
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers a VisionTransformer of these sizes holds; worked out without building one."""
+        width, hidden = self.width, self.mlp_ratio * self.width
+        attention = (width + 1) * 3 * width + (width + 1) * width
+        mlp = (width + 1) * hidden + (hidden + 1) * width
+        norm = 2 * width
+        outer = (self.patch_features + 1) * width + self.tokens * width + norm + (width + 1) * self.classes
+        return self.depth * (attention + mlp + 2 * norm) + outer
+
+    @property
+    def tensors(self) -> int:
+        """How many tensors its state_dict holds."""
+        return 12 * self.depth + 7
 
 
 class Attention(nn.Module):

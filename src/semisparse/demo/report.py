@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 FORMAT = "semisparse-demo-results"
-VERSION = 4
+VERSION = 5
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 """Okabe and Ito's, told apart by people with any common colour vision."""
@@ -29,10 +29,14 @@ LINES = ("-", "--", "-.", ":")
 
 @dataclass(frozen=True, slots=True)
 class TableRow:
-    """One line of the table. accuracy: test, in percent; difference: to the first row, in points, None for itself."""
+    """One line of the table.
+
+    accuracy: test, in percent, None for a run that diverged; difference: to the first row, in points, None for itself
+    and where either run diverged.
+    """
 
     name: str
-    accuracy: float
+    accuracy: float | None
     difference: float | None
     seconds_per_step: float | None
     peak_memory: int | None
@@ -40,23 +44,27 @@ class TableRow:
 
 def table_rows(results: Sequence[RunResult]) -> list[TableRow]:
     """One row a run; the first run is the one that the others are compared with."""
-    first = 100 * results[0].test.accuracy
+    accuracies = [None if result.diverged else 100 * result.test.accuracy for result in results]
+    first = accuracies[0]
     return [
         TableRow(
             name=result.name,
-            accuracy=100 * result.test.accuracy,
-            difference=None if index == 0 else 100 * result.test.accuracy - first,
+            accuracy=accuracy,
+            difference=None if index == 0 or accuracy is None or first is None else accuracy - first,
             seconds_per_step=result.seconds_per_step,
             peak_memory=result.peak_memory.bytes,
         )
-        for index, result in enumerate(results)
+        for index, (result, accuracy) in enumerate(zip(results, accuracies, strict=True))
     ]
 
 
-def results_document(results: Sequence[RunResult], settings: dict[str, Any]) -> dict[str, Any]:
+def results_document(
+    results: Sequence[RunResult], settings: dict[str, Any], *, finished: bool = True
+) -> dict[str, Any]:
     """Everything about the runs as plain JSON values. settings: what the caller wants kept beside them.
 
-    Numbers that are not finite become null, which JSON has no other word for.
+    finished: whether these are all runs of the job. Each run says whether it diverged (see RunResult). Numbers that are
+    not finite become null, which JSON has no other word for.
     """
     document = {
         "format": FORMAT,
@@ -65,7 +73,11 @@ def results_document(results: Sequence[RunResult], settings: dict[str, Any]) -> 
         "commit": commit(),
         "environment": environment().facts,
         "settings": settings,
-        "runs": [{**asdict(result), "seconds_per_step": result.seconds_per_step} for result in results],
+        "finished": finished,
+        "runs": [
+            {**asdict(result), "seconds_per_step": result.seconds_per_step, "diverged": result.diverged}
+            for result in results
+        ],
     }
     return finite(document)
 
@@ -115,7 +127,7 @@ def write_plot(path: Path, results: Sequence[RunResult], title: str) -> None:
         for axes in (loss_axes, flip_axes, accuracy_axes):
             _shade(axes, result, style["color"])
     loss_axes.set(title="training loss", xlabel="optimizer steps", ylabel="mean over the epoch")
-    if any(record.train_loss > 0 for result in results for record in result.epochs):
+    if any(0 < record.train_loss < math.inf for result in results for record in result.epochs):
         loss_axes.set_yscale("log")
     flip_axes.set(title="flip rate of the masks", xlabel="optimizer steps", ylabel="share of entries, one step")
     accuracy_axes.set(title="validation accuracy", xlabel="optimizer steps", ylabel="percent")

@@ -1,5 +1,6 @@
 """What one training run leaves behind: curves, phases, scores and costs."""
 
+import math
 from dataclasses import dataclass
 
 from semisparse.schedule import Kind
@@ -74,3 +75,14 @@ class RunResult:
         timed = [(phase.end - phase.start, phase.seconds_per_step) for phase in self.phases]
         known = [(steps, seconds) for steps, seconds in timed if seconds is not None]
         return sum(steps * seconds for steps, seconds in known) / sum(steps for steps, _ in known) if known else None
+
+    @property
+    def diverged(self) -> bool:
+        """Whether a loss was not finite, so that the scores mean nothing.
+
+        Where a gradient scaler skipped steps, which it does for such losses while it looks for a scale, only the last
+        epoch's training loss counts.
+        """
+        counted = self.epochs[-1:] if self.skipped_steps else self.epochs
+        losses = [self.test.loss, *(record.validation.loss for record in self.epochs)]
+        return not all(map(math.isfinite, (*losses, *(record.train_loss for record in counted))))

@@ -14,7 +14,7 @@ from semisparse.demo.train_config import TrainConfig, resolve_device
 from semisparse.demo.training import Progress, fit
 from semisparse.errors import ConfigError, NoLayerMatched
 from semisparse.report import SwapReport
-from semisparse.schedule import SparseSchedule
+from semisparse.schedule import SparseSchedule, share_of
 from semisparse.swap import densify, sparsify
 
 EXCLUDE = ("patch_embed", "head")
@@ -55,6 +55,16 @@ def three_runs(sparse_fraction: float) -> tuple[RunPlan, ...]:
         RunPlan(f"sparse then dense ({100 * sparse_fraction:g} %)", "sparse-then-dense", sparse_fraction),
         RunPlan("fully sparse", "fully-sparse", 1.0),
     )
+
+
+def check_phases(sparse_fraction: float, steps: int) -> None:
+    """Raise ConfigError where the middle one of three_runs would, in whole steps, be one of the other two."""
+    sparse = share_of(steps, sparse_fraction, "sparse_fraction")
+    if not 0 < sparse < steps:
+        raise ConfigError(
+            f"sparse_fraction={sparse_fraction!r} of {steps} steps is {sparse} steps, so that one of both phases would "
+            "have none; train longer or choose another fraction"
+        )
 
 
 def sparsify_model(model: nn.Module, layers: str, sparse: SparseConfig | None = None) -> SwapReport:

@@ -46,7 +46,9 @@ def standard_library(folder: Path | None = None, device: torch.device | str = "c
     parts: dict[str, list[bytes]] = {"train": [], "validation": [], "test": []}
     digest = hashlib.sha256()
     try:
-        paths = sorted(path for path in root.rglob("*.py") if not _LEFT_OUT & set(path.relative_to(root).parts))
+        paths = sorted(
+            path for path in root.rglob("*.py") if path.is_file() and not _LEFT_OUT & set(path.relative_to(root).parts)
+        )
         for path in paths:
             name, content = path.relative_to(root).as_posix(), path.read_bytes() + b"\0"
             digest.update(name.encode() + b"\0" + content)

@@ -7,10 +7,13 @@ from typing import Literal, get_args
 import torch
 from torch import nn
 
-from semisparse.demo.checks import check_counts, check_ranges, is_number
+from semisparse.demo.checks import check_counts, check_ranges, is_number, shown
 from semisparse.errors import ConfigError
 
 Precision = Literal["fp32", "bf16", "fp16"]
+MOST_EPOCHS = 1_000_000
+LARGEST_SEED = 2**64 - 1
+"""What torch's generators take."""
 _AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -18,12 +21,13 @@ _AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 class TrainConfig:
     """Settings of a run. Immutable, checked when it is built.
 
-    epochs; batch_size: samples a step; lr: peak learning rate; warmup_fraction: share of the steps over which it rises
-    from 0; hold_fraction: share of the steps over which it then stays, before a cosine to 0; weight_decay: of tensors
-    with 2 or more dimensions; betas: Adam's; clip: largest norm of all gradients together, 0 for any; sparse_fraction:
-    share of the steps that are sparse, from the start; layers: which linear layers are sparse, as sparsify's select;
-    seed: of initial weights, data order and augmentation; device: "auto", "cpu", "cuda" or "cuda:<i>"; precision:
-    "fp32", or autocast to "bf16" or "fp16" (the latter with gradient scaling) over fp32 weights.
+    epochs: at most MOST_EPOCHS; batch_size: samples a step; lr: peak learning rate; warmup_fraction: share of the steps
+    over which it rises from 0; hold_fraction: share of the steps over which it then stays, before a cosine to 0;
+    weight_decay: of tensors with 2 or more dimensions; betas: Adam's; clip: largest norm of all gradients together, 0
+    for any; sparse_fraction: share of the steps that are sparse, from the start; layers: which linear layers are
+    sparse, as sparsify's select; seed: of initial weights, data order and augmentation, at most LARGEST_SEED; device:
+    "auto", "cpu", "cuda" or "cuda:<i>"; precision: "fp32", or autocast to "bf16" or "fp16" (the latter with gradient
+    scaling) over fp32 weights.
     Raises ConfigError, naming the setting.
     """
 
@@ -42,16 +46,19 @@ class TrainConfig:
     precision: Precision = "fp32"
 
     def __post_init__(self) -> None:
-        check_counts(self, ("epochs", "batch_size"))
-        check_counts(self, ("seed",), least=0)
+        check_counts(self, ("epochs",), most=MOST_EPOCHS)
+        check_counts(self, ("batch_size",))
+        check_counts(self, ("seed",), least=0, most=LARGEST_SEED)
         check_ranges(self, ("warmup_fraction", "sparse_fraction"))
         check_ranges(self, ("hold_fraction",), high=1 - self.warmup_fraction)
         check_ranges(self, ("weight_decay", "clip"), high=math.inf)
         pair = self.betas if isinstance(self.betas, (tuple, list)) else ()
         if len(pair) != 2 or not all(is_number(beta) and 0 <= beta < 1 for beta in pair):
-            raise ConfigError(f"betas={self.betas!r} must be two numbers, 0 or more and less than 1")
-        if not is_number(self.lr) or not 0 < self.lr < math.inf:
-            raise ConfigError(f"lr={self.lr!r} must be a positive number")
+            raise ConfigError(f"betas={shown(self.betas)} must be two numbers, 0 or more and less than 1")
+        if not is_number(self.lr) or self.lr <= 0:
+            raise ConfigError(f"lr={shown(self.lr)} must be a positive number")
+        if not isinstance(self.layers, str) or not self.layers:  # the empty text is part of every name
+            raise ConfigError(f"layers={shown(self.layers)} must be part of a layer's name, or a glob; '*' is all")
         if self.precision not in get_args(Precision):
             choices = ", ".join(map(repr, get_args(Precision)))
             raise ConfigError(f"precision={self.precision!r} is not one of {choices}")
@@ -64,8 +71,8 @@ def resolve_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-    except RuntimeError as error:
-        raise ConfigError(f"device={name!r} is no device; use 'auto', 'cpu' or 'cuda'") from error
+    except (RuntimeError, TypeError) as error:
+        raise ConfigError(f"device={shown(name)} is not a device; use 'auto', 'cpu' or 'cuda'") from error
     if device.type not in ("cpu", "cuda"):
         raise ConfigError(f"device={name!r} is not supported; use 'auto', 'cpu' or 'cuda'")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
