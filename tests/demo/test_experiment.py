@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import tempfile
 from contextlib import contextmanager
 from dataclasses import replace
@@ -16,6 +17,7 @@ from semisparse.demo.experiment import (
     Experiment,
     Outcome,
     Row,
+    diverged_runs,
     run_experiment,
     train_row,
     train_settings,
@@ -94,6 +96,32 @@ def test_a_run_that_was_cut_off_leaves_the_finished_ones_and_continues(tmp_path:
     rest = Trainer()
     run_experiment(experiment(), (DENSE, HALF), range(2), tmp_path, rest, silent, say=len)
     assert rest.calls == [("half", 1)]
+
+
+def test_what_is_kept_is_told_as_soon_as_it_is_there(tmp_path: Path) -> None:
+    kept: list[Path] = []
+    with pytest.raises(RuntimeError, match="power cut"):
+        run_experiment(
+            experiment(), (DENSE, HALF), range(2), tmp_path, Trainer(fail_at=3), silent, say=len, keep=kept.append
+        )
+    assert len(kept) == 3 and set(kept) == set(tmp_path.iterdir())
+    again: list[Path] = []
+    paths = run_experiment(
+        experiment(), (DENSE, HALF), range(2), tmp_path, Trainer(), silent, say=len, keep=again.append
+    )
+    assert again == paths
+
+
+def test_a_run_that_diverged_has_no_value_and_is_named(tmp_path: Path) -> None:
+    def train(row: Row, seed: int, on_progress) -> Outcome:
+        one = outcome(91.0)
+        return replace(one, result=replace(one.result, test=Scores(math.nan, 0.9))) if seed else one
+
+    said: list[str] = []
+    paths = run_experiment(experiment(), (HALF,), range(2), tmp_path, train, silent, say=said.append)
+    assert [json.loads(path.read_text())["value"] for path in paths] == [91.0, None]
+    assert said[1].endswith("seed 1: diverged")
+    assert diverged_runs(paths) == ["toy.half.seed1.json"]
 
 
 @pytest.mark.parametrize(

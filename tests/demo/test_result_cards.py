@@ -9,7 +9,7 @@ from matplotlib.image import imread
 
 from semisparse.demo import cards
 from semisparse.demo.experiment import KIND
-from semisparse.errors import DataError
+from semisparse.errors import ConfigError, DataError
 
 
 def result(row: str, seed: int, value: float | None, *, order: int, flips: bool = True, **changes) -> dict:
@@ -118,6 +118,56 @@ def test_different_settings_make_no_common_card(tmp_path: Path) -> None:
     (tmp_path / "b.seed0.json").write_text(json.dumps(incomplete))
     with pytest.raises(DataError, match="has no 'gpu'"):
         cards.write_cards(tmp_path, tmp_path)
+
+
+WRONG = {
+    "experiment": [["x"], 7, "", "../escaped", "a/b", "/tmp/x", ".hidden", "x" * 300], "row": [1, None, ["x"]],
+    "order": ["0", -1, True, 10**30], "seed": ["0", 1.5, 10**4000], "value": ["91", [1], True],
+    "more": [[], {"a": [1]}], "run": [None, [], {}, {"phases": {}, "epochs": []}, {"phases": [1], "epochs": []},
+    {"phases": [{}], "epochs": []}, {"phases": [], "epochs": [{"step": 1}]}], "gpu": [None], "commit": [5],
+    "environment": [{}, {"torch": 2, "triton": "", "cuSPARSELt": ""}], "higher_is_better": ["yes"], "title": [{}],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name in WRONG for value in WRONG[name]],
+                         ids=lambda value: repr(value)[:20] if not isinstance(value, int) else "number")  # fmt: skip
+def test_a_result_with_a_value_of_another_type_is_refused_by_name(tmp_path: Path, name: str, value: object) -> None:
+    (tmp_path / "a.seed0.json").write_text(json.dumps(result("dense", 0, 1.0, order=0) | {name: value}))
+    with pytest.raises(DataError, match=rf"a\.seed0\.json is not a (whole )?result: .*'{name}") as found:
+        cards.write_cards(tmp_path, tmp_path)
+    assert len(str(found.value)) < 600 and [path.name for path in tmp_path.iterdir()] == ["a.seed0.json"]
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [("[" * 100_000, "nested too deeply"), ('{"kind": NaN}', "NaN"), ('{"a": 1, "a": 2}', "twice"),
+     ('{"a": 1e999}', "too large"), ('{"a": ' + "9" * 5000 + "}", "digits"), ("", "Expecting value")],
+    ids=["deep", "nan", "twice", "infinite", "long", "empty"],
+)  # fmt: skip
+def test_a_file_that_is_not_plain_json_is_refused_with_the_reason(tmp_path: Path, text: str, reason: str) -> None:
+    (tmp_path / "a.seed0.json").write_text(text)
+    with pytest.raises(DataError, match=rf"a\.seed0\.json cannot be read as a result: .*{reason}"):
+        cards.load_results(tmp_path)
+
+
+def test_results_of_unequal_length_make_no_common_card(tmp_path: Path) -> None:
+    short = result("late", 0, 1.0, order=2)
+    short["run"]["epochs"].pop()
+    for name, one in (("a", result("dense", 0, 1.0, order=0)), ("b", short)):
+        (tmp_path / f"{name}.seed0.json").write_text(json.dumps(one))
+    with pytest.raises(DataError, match=r"b\.seed0\.json has another number of epochs"):
+        cards.write_cards(tmp_path, tmp_path)
+
+
+def test_a_folder_that_cannot_take_the_card_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.seed0.json").write_text(json.dumps(result("dense", 0, 1.0, order=0)))
+    with pytest.raises(ConfigError, match=r"out=.* cannot be written: No such file"):
+        cards.write_cards(tmp_path, tmp_path / "missing")
+
+
+def test_figures_of_a_diverged_run_are_in_no_mean() -> None:
+    both = [result("late", 0, 91.0, order=2), result("late", 1, None, order=2, more={"other_figure": 1e9, "count": 9})]
+    assert "| row late | 92.00 | 7 |" in cards.further_figures(both)
 
 
 def test_no_result_and_a_damaged_one_are_named(tmp_path: Path) -> None:

@@ -77,11 +77,30 @@ def test_an_example_runs_skips_what_is_there_and_makes_its_card(name, images, li
     assert other.returncode == 2 and "was made with" in other.stderr
 
 
+@pytest.mark.slow
+def test_an_example_whose_run_diverges_says_so_at_its_end(images: Path, tmp_path: Path, monkeypatch) -> None:
+    code = (
+        "import dataclasses, runpy, sys, typer; sys.argv = sys.argv[1:]\n"
+        "main = runpy.run_path(sys.argv[0])['main']; settings = main.__globals__['settings']\n"
+        "def hot(*args):\n"
+        "    model, train = settings(*args)\n"
+        "    return model, dataclasses.replace(train, lr=1e30, clip=0.0)\n"
+        "main.__globals__['settings'] = hot; typer.run(main)"
+    )
+    options = ["--small", "--device", "cpu", "--data-dir", images, "--out", tmp_path, "--seeds", "1", "--row", "dense"]
+    command = [sys.executable, "-c", code, EXAMPLES["vit_fashion_mnist"], *options]
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=False, timeout=600)
+    assert done.returncode == 3, done.stderr
+    assert "vit-fashion-mnist.dense.seed0.json diverged" in done.stderr
+    (card,) = tmp_path.glob("*.md")
+    assert "0 diverged" in card.read_text()
+
+
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_wrong_data_and_rows_are_named(name: str, images: Path, library: Path, tmp_path: Path) -> None:
     missing = run(name, "--data-dir", str(tmp_path / "nothing"), "--out", str(tmp_path / "out"))
-    assert missing.returncode == 2 and "data_dir=" in missing.stderr and "Traceback" not in missing.stderr
+    assert missing.returncode == 2 and "--data-dir=" in missing.stderr and "Traceback" not in missing.stderr
     data = library if name == "gpt_stdlib" else images
     unknown = run(name, "--data-dir", str(data), "--out", str(tmp_path / "out"), "--row", "third")
-    assert unknown.returncode == 2 and "row='third'" in unknown.stderr
+    assert unknown.returncode == 2 and "--row='third'" in unknown.stderr
     assert not (tmp_path / "out").exists()

@@ -1,7 +1,8 @@
 """`semisparse train`: the main job."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -15,6 +16,9 @@ from semisparse.cli.common import (
     end_if_diverged,
     typed_errors,
 )
+
+if TYPE_CHECKING:
+    from semisparse.demo.results import RunResult
 
 
 def train(
@@ -39,14 +43,12 @@ def train(
     with typed_errors(context, kept):
         from dataclasses import replace
 
-        from semisparse.cli.tables import console, progress_bar, results_table
+        from semisparse.cli.tables import console, progress_bar
         from semisparse.demo import job
         from semisparse.demo.data import load_dataset
         from semisparse.demo.presets import preset
-        from semisparse.demo.report import table_rows
         from semisparse.demo.runs import three_runs
         from semisparse.demo.train_config import resolve_device
-        from semisparse.environment import capabilities
 
         settings = preset(data.value)
         config = replace(
@@ -68,13 +70,21 @@ def train(
         images = load_dataset(data.value, data_dir, config.device)
         job.check_data(images, settings)
         job.prepare_output(out, force=force)
-        screen = console()
-        screen.print(str(report), soft_wrap=True)
+        console().print(str(report), soft_wrap=True)
         results = job.run_job(images, settings, out, progress_bar, keep=kept.append)
-        screen.print(results_table(table_rows(results)))
-        sparse_gemm = capabilities(config.device)[-1]
-        screen.print("seconds a step: median after warm-up, without data preparation")
-        screen.print(f"peak memory: {results[0].peak_memory.kind}")
-        screen.print(f"sparse layers computed by: {sparse_gemm.path} ({sparse_gemm.reason})")
-        screen.print(f"results, curves and checkpoints: {out}", soft_wrap=True)
+        _print_results(results, config.device, out)
         end_if_diverged([result.name for result in results if result.diverged])
+
+
+def _print_results(results: "Sequence[RunResult]", device: str, out: Path) -> None:
+    from semisparse.cli.tables import console, results_table
+    from semisparse.demo.report import table_rows
+    from semisparse.environment import capabilities
+
+    screen = console()
+    sparse_gemm = capabilities(device)[-1]
+    screen.print(results_table(table_rows(results)))
+    screen.print("seconds a step: median after warm-up, without data preparation")
+    screen.print(f"peak memory: {results[0].peak_memory.kind}")
+    screen.print(f"sparse layers computed by: {sparse_gemm.path} ({sparse_gemm.reason})")
+    screen.print(f"results, curves and checkpoints: {out}", soft_wrap=True)
