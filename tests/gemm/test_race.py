@@ -159,10 +159,23 @@ def test_one_that_is_right_is_looked_for_beyond_the_limit():
 
 def test_a_noisy_finalist_is_judged_by_its_median():
     class Noisy(MadeUp):
+        """Two of the five batches in which algorithm 0 meets the other one are disturbed."""
+
         def time(self, algorithm, repeats):
             measured = super().time(algorithm, repeats)
-            disturbed = algorithm == 0 and repeats > 1 and len(self.timed) % 4 == 0
-            return measured * (50 if disturbed else 1)
+            batches = [entry for entry in self.timed if entry[0] == 0 and entry[1] > 1]
+            return measured * (50 if algorithm == 0 and repeats > 1 and len(batches) in (3, 5) else 1)
 
     choice = Noisy({0: 100.0, 1: 110.0}).run()
     assert (choice.algorithm, choice.sparse_us) == (0, 100.0)
+
+
+@pytest.mark.parametrize(
+    ("once", "screen", "final"), [(1.0, 30, 100), (100.0, 20, 100), (500.0, 4, 20), (5_000.0, 3, 3), (20_000.0, 3, 3)]
+)
+def test_a_batch_lasts_long_enough_to_be_measured_and_no_longer(once, screen, final):
+    """2 and 10 ms, but 3 to 30 and 3 to 100 calls."""
+    trial = MadeUp({0: once})
+    trial.run()
+    assert trial.timed[:3] == [(0, 1), (0, 1), (0, screen)]
+    assert trial.timed[3:5] == [(0, 1), (0, final)]

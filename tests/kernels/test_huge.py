@@ -141,17 +141,50 @@ def test_tiles_whose_lines_lie_further_apart_than_32_bits_reach_are_chosen(turne
     assert torch.equal(codes, masks.to_codes(masks.transposable(given.contiguous())).to(torch.int16))
 
 
-def test_a_matrix_of_more_than_two_to_the_31_entries_is_unpacked_and_gets_its_bias_up_to_its_last_row():
+def test_a_matrix_of_more_than_two_to_the_31_entries_gets_its_bias_up_to_its_last_row():
     rows, columns = 2**20 + 16, 4096
     matrix, added = untouched((rows, columns), torch.float16), torch.randn(columns).half()
     with only_programs((65_537 * 8 - 1, 0)):
         bias.launch(matrix, added)
     assert torch.equal(matrix[-1, -512:], added[-512:])
+
+
+def test_a_matrix_of_more_than_two_to_the_31_groups_is_unpacked_up_to_its_last_row():
+    rows, columns = 2**21 + 16, 4096
     packed, out = untouched((packed_bytes(rows, columns),), torch.uint8), untouched((rows, columns), torch.float16)
-    values = packed[: rows * columns].view(torch.float16)
-    values[-128:] = torch.arange(1, 129).half()  # the last row's last 64 groups
-    with only_programs((65_537 * 16 - 1, 0)):
+    last = torch.randn(16, columns).half()
+    pruned = packing.pack(last, masks.row(last))
+    written, values = SM90_16BIT.encode(pruned), rows * columns
+    packed[values - 16 * columns : values] = written[: 16 * columns]
+    behind = values + SM90_16BIT.metadata_bytes(rows - 16, columns)
+    packed[behind : behind + written.numel() - 16 * columns] = written[16 * columns :]
+    with only_programs((131_073 * 16 - 1, 0)):
         unpack.launch(packed, out, bits=BITS)
-    # All metadata are zero, which names index 0 twice: a group's values meet in its first entry, bit by bit.
-    pairs = values[-128:].view(torch.int16).view(64, 2)
-    assert torch.equal(out[-1, -256:].view(torch.int16).view(64, 4)[:, 0], pairs[:, 0] | pairs[:, 1])
+    assert torch.equal(out[-16:, -256:], packing.unpack(pruned)[:, -256:])
+
+
+def test_a_matrix_of_more_than_two_to_the_31_words_is_packed_up_to_its_last_row():
+    rows, columns = 2**21 + 64, 4096
+    matrix = untouched((rows, columns), BF16)
+    packed, packed_t = (untouched((packed_bytes(*size),), torch.uint8) for size in ((rows, columns), (columns, rows)))
+    matrix[-64:] = torch.randn(64, columns).to(BF16)
+    codes = untouched((rows // 4, columns // 4), torch.int16)
+    mask = masks.transposable(matrix[-64:])
+    codes[-16:] = masks.to_codes(mask).to(torch.int16)
+    for mode, given in (("transposable", None), ("codes", codes)):
+        with only_programs((63, 32_768)):
+            prune_pack.launch(
+                matrix, packed, packed_t, dtype=BF16, bits=BITS, padding=SM90_16BIT.padding, mode=mode, codes=given
+            )
+        part = slice(columns - 64, columns)
+        expected = packing.pack(matrix[-64:, part], mask[:, part])
+        found = packed[: rows * columns].view(BF16).view(rows, columns // 2)[-64:, -32:]
+        assert torch.equal(found, expected.values)
+        turned = packing.pack(matrix[-64:, part].mT, mask[:, part].mT)
+        assert torch.equal(packed_t[: rows * columns].view(BF16).view(columns, rows // 2)[-64:, -32:], turned.values)
+        for buffer, lines, other in ((packed, expected, columns), (packed_t, turned, rows)):
+            # The last two blocks of the metadata, whichever way the matrix lies: 64 lines x 8 groups each.
+            begin = rows * columns + SM90_16BIT.metadata_bytes(rows * columns // other, other) - 512
+            assert torch.equal(buffer[begin : begin + 512], SM90_16BIT.encode(lines)[lines.values.nbytes :])
+            buffer[begin : begin + 512] = 0
+        found.zero_()
