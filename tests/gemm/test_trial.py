@@ -63,6 +63,20 @@ def test_an_algorithm_that_is_wrong_now_and_then_is_found():
     assert trial.fault(2) == "wrong: differs from the dense product in run 3"
 
 
+def test_an_algorithm_that_writes_nothing_now_and_then_is_not_judged_by_what_it_wrote_before():
+    trial, library, _ = make_trial(PRODUCTS[1])
+    multiply, runs = library.matmul, itertools.count()
+    library.matmul = lambda *arguments: multiply(*arguments) if next(runs) != 1 else None
+    assert trial.fault(2) == "wrong: differs from the dense product in run 2"
+
+
+@pytest.mark.parametrize("tile", range(8))
+def test_a_wrong_tile_of_128_rows_is_found_wherever_it_lies(tile):
+    trial, library, _ = make_trial(problems.grad_input(16, 16, 1024, BF16))
+    library.faults[2] = lambda out: out[128 * tile : 128 * (tile + 1)].zero_()
+    assert trial.fault(2) == "wrong: differs from the dense product in run 1"
+
+
 def test_an_algorithm_that_sums_in_another_order_each_time_is_found():
     """Right on integers, where every order gives the same sum; other last bits on real numbers."""
     trial, library, _ = make_trial(PRODUCTS[1])

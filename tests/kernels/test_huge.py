@@ -5,6 +5,7 @@ import torch
 
 from semisparse.gemm.layout import SM90_16BIT, packed_bytes
 from semisparse.kernels import bias, grid, prune_pack, tile_codes, unpack
+from semisparse.kernels.arguments import HOPPER_BLOCK
 from semisparse.reference import masks, packing
 from tests.kernels import test_bias, test_prune_pack, test_unpack
 from tests.kernels.programs import only_programs, untouched
@@ -40,10 +41,8 @@ def test_a_flat_grid_unpacks_the_same(shape):
 
 
 @pytest.mark.usefixtures("flat")
-@pytest.mark.parametrize("shape", [(144, 96), (128, 192)], ids=str)
-def test_a_flat_grid_packs_the_same(shape):
-    for source in (torch.float32, BF16):
-        test_prune_pack.test_transposable_is_the_reference_byte_for_byte(source, shape)
+def test_a_flat_grid_packs_the_same():
+    test_prune_pack.test_transposable_is_the_reference_byte_for_byte(BF16, (80, 144))
 
 
 @pytest.mark.usefixtures("flat")
@@ -164,27 +163,54 @@ def test_a_matrix_of_more_than_two_to_the_31_groups_is_unpacked_up_to_its_last_r
 
 
 def test_a_matrix_of_more_than_two_to_the_31_words_is_packed_up_to_its_last_row():
-    rows, columns = 2**21 + 64, 4096
+    rows, columns = 2**21 + 2**17, 4096  # the transpose's last program begins 2^31 words of 4 bytes behind its first
     matrix = untouched((rows, columns), BF16)
     packed, packed_t = (untouched((packed_bytes(*size),), torch.uint8) for size in ((rows, columns), (columns, rows)))
-    matrix[-64:] = torch.randn(64, columns).to(BF16)
-    codes = untouched((rows // 4, columns // 4), torch.int16)
-    mask = masks.transposable(matrix[-64:])
-    codes[-16:] = masks.to_codes(mask).to(torch.int16)
-    for mode, given in (("transposable", None), ("codes", codes)):
-        with only_programs((63, 32_768)):
-            prune_pack.launch(
-                matrix, packed, packed_t, dtype=BF16, bits=BITS, padding=SM90_16BIT.padding, mode=mode, codes=given
-            )
-        part = slice(columns - 64, columns)
-        expected = packing.pack(matrix[-64:, part], mask[:, part])
-        found = packed[: rows * columns].view(BF16).view(rows, columns // 2)[-64:, -32:]
-        assert torch.equal(found, expected.values)
-        turned = packing.pack(matrix[-64:, part].mT, mask[:, part].mT)
-        assert torch.equal(packed_t[: rows * columns].view(BF16).view(columns, rows // 2)[-64:, -32:], turned.values)
-        for buffer, lines, other in ((packed, expected, columns), (packed_t, turned, rows)):
-            # The last two blocks of the metadata, whichever way the matrix lies: 64 lines x 8 groups each.
-            begin = rows * columns + SM90_16BIT.metadata_bytes(rows * columns // other, other) - 512
-            assert torch.equal(buffer[begin : begin + 512], SM90_16BIT.encode(lines)[lines.values.nbytes :])
-            buffer[begin : begin + 512] = 0
-        found.zero_()
+    part = matrix[-64:, -64:]
+    part.copy_(torch.randn(64, 64))
+    with only_programs((63, rows // 64 - 1)):
+        prune_pack.launch(matrix, packed, packed_t, dtype=BF16, bits=BITS, padding=SM90_16BIT.padding)
+    mask = masks.transposable(part)
+    last_block(packed, rows, columns, packing.pack(part, mask))
+    last_block(packed_t, columns, rows, packing.pack(part.mT, mask.mT))
+
+
+def last_block(packed, rows, columns, expected):
+    """The last 64 rows and columns of a packed matrix: values, and the last two blocks of metadata."""
+    assert torch.equal(packed[: rows * columns].view(BF16).view(rows, columns // 2)[-64:, -32:], expected.values)
+    end = rows * columns + SM90_16BIT.metadata_bytes(rows, columns)
+    assert torch.equal(packed[end - 512 : end], SM90_16BIT.encode(expected)[expected.values.nbytes :])
+
+
+def test_more_than_two_to_the_31_codes_are_followed_up_to_the_last():
+    rows, columns = 2**19 + 64, 2**16
+    matrix, codes = untouched((rows, columns), BF16), untouched((rows // 4, columns // 4), torch.int16)
+    packed = untouched((packed_bytes(rows, columns),), torch.uint8)
+    part = matrix[-64:, -64:]
+    part.copy_(torch.randn(64, 64))
+    mask = masks.transposable(torch.randn(64, 64))
+    codes[-16:, -16:] = masks.to_codes(mask).to(torch.int16)
+    with only_programs((1023, 8192)):
+        prune_pack.launch(
+            matrix, packed, None, dtype=BF16, bits=BITS, padding=SM90_16BIT.padding, mode="codes", codes=codes
+        )
+    last_block(packed, rows, columns, packing.pack(part, mask))
+
+
+def test_metadata_of_the_transpose_further_apart_than_32_bits_reach():
+    rows, columns = (
+        2**30 + 2**26,
+        128,
+    )  # a program of Hopper's block writes two rows of metadata blocks of the transpose
+    matrix = untouched((rows, columns), BF16)
+    packed, packed_t = (untouched((packed_bytes(*size),), torch.uint8) for size in ((rows, columns), (columns, rows)))
+    part = matrix[:64]
+    part.copy_(torch.randn(64, columns))
+    with only_programs((0, 0)):
+        prune_pack.launch(
+            matrix, packed, packed_t, dtype=BF16, bits=BITS, padding=SM90_16BIT.padding, block=HOPPER_BLOCK
+        )
+    expected = SM90_16BIT.encode(packing.pack(part.mT, masks.transposable(part).mT))[64 * columns :].view(2, 512)
+    for lines in range(2):
+        begin = rows * columns + SM90_16BIT.metadata_bytes(64 * lines, rows)
+        assert torch.equal(packed_t[begin : begin + 512], expected[lines])

@@ -186,8 +186,9 @@ def _prepare(
     blocks = [triton.cdiv(size // GROUP, groups) for size in (columns, rows_padded)]
     height, width = 4 * block.tile_rows, 8 * block.pairs
     even = rows == rows_padded and not (columns % width or rows % height)
-    # How far a program's last row lies behind its first, in the matrix and in both results.
-    span = max(height * stride, height * columns // 4, width * rows_padded // 4)
+    # How far a program's last row lies behind its first, read and written. The lines of the transpose can only lie that
+    # far apart where there are so many rows that the grid is flat anyway.
+    span = height * max(stride, columns // 4)
     grid, wide = grid_of(rows_padded, columns, height, width, flat=span >= INT32_END)
     constants = (*(_TYPES[dtype] for dtype in types), MODES.index(mode), transposed, bits, repeated(padding))
     return Launcher(
