@@ -44,6 +44,7 @@ def multiply(problem, choice, mode="auto", known=True):
         unpack=lambda packed: simulated.unpack(packed, problem.rows, problem.reduction, problem.dtype),
     )  # fmt: skip
     assert torch.equal(out, exact(problem, a, b, bias))
+    assert engine.products == len(library.products)
     return followed, library, chooser
 
 

@@ -115,6 +115,25 @@ def test_an_operand_that_does_not_fit_is_an_error_and_never_read(name, how):
     run(engine, PRODUCTS["forward with bias"])  # nothing wrong was left behind
 
 
+class Elsewhere(torch.Tensor):
+    """A tensor that says it is on another device than the CPU, which is index -1 here."""
+
+    device = torch.device("cuda", 5)
+
+    def get_device(self):
+        return 5
+
+
+@pytest.mark.parametrize("name", ["packed", "b", "bias"])
+def test_an_operand_on_another_device_is_an_error_and_never_read(name):
+    engine, library, _ = make_engine()
+    given = spoiled("bias", "long") | {"bias": operands(PRODUCTS["forward with bias"])[3]}
+    given[name] = given[name].as_subclass(Elsewhere)
+    with pytest.raises(TensorError, match=rf"^{name} is on cuda:5, out on cpu; move both to one device"):
+        engine.matmul(PRODUCTS["forward with bias"], 0, **given)
+    assert library.products == []
+
+
 def test_bytes_behind_a_packed_matrix_are_allowed_and_change_nothing():
     engine, _, _ = make_engine()
     problem = PRODUCTS["forward with bias"]
@@ -188,11 +207,24 @@ def test_a_plan_that_cannot_be_freed_is_warned_of_and_the_product_stands():
 
 
 def test_compress_checks_the_pattern_unless_told_not_to():
-    engine, _, _ = make_engine()
+    engine, library, _ = make_engine()
+    compress, given = library.sp_mma_compress2, []
+    library.sp_mma_compress2 = lambda *arguments: given.append(arguments)
     dense = torch.ones(16, 16, dtype=BF16)
-    with pytest.raises(ShapeError, match="more than 2 of 4"):
+    with pytest.raises(ShapeError, match=r"dense \(16, 16\) keeps more than 2 of 4 in a group: prune it first"):
         engine.compress(dense)
+    assert given == []
+    engine.compress(dense, check=False)
+    assert len(given) == 1
+    library.sp_mma_compress2 = compress
     assert engine.compress(two_of_four(16, 16, BF16)).dtype == torch.uint8
+
+
+@pytest.mark.usefixtures("poison")
+def test_bytes_that_the_compressor_leaves_out_are_zero():
+    engine, library, _ = make_engine()
+    library.sp_mma_compress2 = lambda *arguments: None
+    assert bool((engine.compress(two_of_four(16, 16, BF16)) == 0).all())
 
 
 @pytest.mark.parametrize(
