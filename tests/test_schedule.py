@@ -30,7 +30,7 @@ def kinds(schedule: SparseSchedule, steps: int) -> str:
     """The kind of each of the next steps, as the layers themselves have it: s or d."""
     seen = ""
     for _ in range(steps):
-        first, second = (layer.sparse_enabled for layer in schedule._layers)
+        first, second = (layer.sparse_enabled for layer in schedule._layers.by_name.values())
         assert first == second == (schedule.phase == "sparse")
         seen += schedule.phase[0]
         assert schedule.step() is True

@@ -3,8 +3,12 @@
 Importing this package does nothing but define names: no CUDA call, no environment read, no patching.
 """
 
+from semisparse import recipes
+from semisparse._check import CheckReport, check
 from semisparse.config import SparseConfig
-from semisparse.errors import SemiSparseError
+from semisparse.conv1d import conv1d_to_linear, linear_to_conv1d
+from semisparse.errors import SemiSparseError, TokenMixingWarning
+from semisparse.flops import register_flop_formulas
 from semisparse.metrics import MaskMetrics, mask_statistics
 from semisparse.nn import SemiSparseActivationLinear, SemiSparseLinear, register_linear, reuse_packed
 from semisparse.ops import sac_save_ops
@@ -20,6 +24,7 @@ from semisparse.swap import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "CheckReport",
     "MaskMetrics",
     "Phase",
     "SemiSparseActivationLinear",
@@ -28,8 +33,14 @@ __all__ = [
     "SparseConfig",
     "SparseSchedule",
     "SwapReport",
+    "TokenMixingWarning",
+    "check",
+    "conv1d_to_linear",
     "densify",
+    "linear_to_conv1d",
     "mask_statistics",
+    "recipes",
+    "register_flop_formulas",
     "register_linear",
     "reuse_packed",
     "sac_save_ops",

@@ -18,7 +18,8 @@ class SparseConfig:
         "weight": W (N x K). Forward and input gradient use the pruned weight; the weight gradient goes to the dense
         master weight unchanged (straight-through estimator).
         "activation": x (M x K), pruned by 4x4 tiles over (tokens, features), so that the forward product and the
-        weight gradient both have a 2:4 operand; the gradient of x passes straight through.
+        weight gradient both have a 2:4 operand; the gradient of x passes straight through. A tile spans 4 tokens, so
+        the output of one token depends on its neighbours, later ones included: not for causal models.
     mask: how the kept entries are chosen, always by magnitude.
         "transposable": the best of the 90 4x4 tiles that are 2:4 along both axes (arXiv 2102.08124); exact.
         "row": the 2 largest of each 4 along K. It keeps more magnitude, but is 2:4 along K only, so the input
@@ -28,8 +29,9 @@ class SparseConfig:
         "greedy", "signed_greedy": for comparison only, and slow. The greedy 4x4 mask by magnitude and by signed value,
         which is what torchao.sparsity.training did by default. Weight operand only.
     engine: what multiplies.
-        "auto": sparse tensor cores where they can run and measured faster than a masked dense product, packing
-        included; masked dense everywhere else, with the same mask.
+        "auto": sparse tensor cores where they can run and the product alone measured faster than the masked dense one;
+        masked dense everywhere else, with the same mask. Packing is on neither side of that comparison: the operand is
+        packed either way, and where dense wins a step packs it once and unpacks it for each product.
         "cusparselt": always cuSPARSELt; a forward that cannot use it raises EngineError.
         "dense": always a masked dense product.
 

@@ -32,6 +32,14 @@ class ScheduleError(SemiSparseError, ValueError):
     """The phases of a schedule do not fit, or a saved schedule does not belong to this one."""
 
 
+class ExportError(SemiSparseError, RuntimeError):
+    """A sparse layer meets an exporter that would lose its gradients or does not know its ops."""
+
+
+class RankMismatch(SemiSparseError, RuntimeError):
+    """The ranks of a data-parallel group hold different layers, settings or held masks."""
+
+
 class DataError(SemiSparseError, ValueError):
     """A data file or data folder is missing, damaged or of another kind."""
 
@@ -46,3 +54,10 @@ class EngineError(SemiSparseError, RuntimeError):
 
 class OutputExists(SemiSparseError, RuntimeError):
     """An output folder already holds results and overwriting was not asked for."""
+
+
+class TokenMixingWarning(UserWarning):
+    """A layer with a pruned activation was built: what it computes of one token depends on its neighbours.
+
+    Given once per process; silence it with warnings.filterwarnings("ignore", category=semisparse.TokenMixingWarning).
+    """

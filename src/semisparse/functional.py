@@ -9,17 +9,27 @@ estimator): with W~ the pruned weight and x~ the pruned input,
 Under autocast the operand is pruned from its stored dtype (an fp32 master weight, say) and rounded to the autocast
 dtype in the same pass; gradients come back in the parameter's dtype.
 
-There are two routes with the same masks. *Masked dense* prunes and calls F.linear: any device, dtype and size. *Packed*
-is for fp16 and bf16 on CUDA with N and K multiples of 16: the operand is packed once for both directions and multiplied
-by the packed_* ops, whose engine may still choose a dense product inside the op.
+There are two routes with the same masks. *Masked dense* prunes and calls F.linear: any device, dtype and size, and
+every torch.func transform. *Packed* is for fp16 and bf16 on CUDA with N and K multiples of 16: the operand is packed
+once for both directions and multiplied by the packed_* ops, whose engine may still choose a dense product inside.
 """
+
+from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from semisparse import ops
-from semisparse.autograd import PackedLinear, PackedTokensLinear, PruneTokens, PruneWeight
+from semisparse.autograd import (
+    PackedLinear,
+    PackedTokensLinear,
+    PruneTokens,
+    PruneWeight,
+    TransformedPruneTokens,
+    TransformedPruneWeight,
+)
 from semisparse.errors import ConfigError, EngineError, ShapeError, TensorError
 from semisparse.gemm.problem import DTYPES as PACKED_DTYPES
 from semisparse.gemm.problem import SPARSE_MULTIPLE
@@ -28,7 +38,7 @@ from semisparse.reference.masks import FLOAT_DTYPES
 
 
 def semi_sparse_linear(
-    x: Tensor,
+    input: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
     *,
@@ -39,47 +49,102 @@ def semi_sparse_linear(
 ) -> Tensor:
     """y = x W~^T + b with W~ the weight pruned to 2:4 by magnitude at this call. Returns (..., N).
 
-    x: (..., K), weight: (N, K) with N and K multiples of 4, bias: (N,) or None; any strides, fp64, fp32, fp16 or bf16,
-    all of one dtype unless autocast is on. mask, engine: as in SparseConfig. frozen: what a recipe holds fixed: int16
-    tile codes (N/4 x K/4) of the transposable mask to use instead of choosing one (that they are transposable is not
-    checked), or, for mask "soft", its scale (one fp32). packed: the result of ops.pack for this weight, mask, frozen
-    and compute dtype, when it is to be used again. The mask is exact; products err as PyTorch's own in the compute
-    dtype do. Raises ShapeError, TensorError, and ConfigError for mask "soft" without its scale.
+    input: (..., K), or a jagged nested tensor of such rows; weight: (N, K) with N and K multiples of 4; bias: (N,) or
+    None; any strides, fp64, fp32, fp16 or bf16, all of one dtype unless autocast is on. mask, engine: as in
+    SparseConfig. frozen: what a recipe holds fixed: int16 tile codes (N/4 x K/4) of the transposable mask, used instead
+    of choosing one (that they are transposable is not checked), or, for mask "soft", its scale (one fp32). packed: the
+    result of ops.pack for this weight, mask, frozen and compute dtype, when it is to be used again. The mask is exact;
+    products err as PyTorch's own in the compute dtype do. Raises ShapeError, TensorError, and ConfigError for mask
+    "soft" without its scale.
     """
+    if input.is_nested:
+        again = partial(semi_sparse_linear, mask=mask, frozen=frozen, engine=engine, packed=packed)
+        return _in_rows(input, lambda rows: again(rows, weight, bias))
     mask = frozen_mask(mask, frozen)
-    check_operands(x, weight, bias)
-    dtype = compute_dtype(x, weight)
-    if not packs(weight, dtype, engine):
-        pruned: Tensor = PruneWeight.apply(weight, dtype, mask, frozen)
-        return F.linear(x, pruned, bias)
+    check_operands(input, weight, bias)
+    dtype = compute_dtype(input, weight)
+    if (transformed := _transformed(engine)) or not packs(weight, dtype, engine):
+        prune = TransformedPruneWeight if transformed else PruneWeight
+        pruned: Tensor = prune.apply(weight, dtype, mask, frozen)
+        return F.linear(input, pruned, bias)
     forward, transposed = ops.pack(weight.detach(), dtype, mask, frozen) if packed is None else packed
-    tokens, bias = _in(dtype, _tokens(x)), None if bias is None else _in(dtype, bias)
+    tokens, bias = _distinct(_in(dtype, _tokens(input))), None if bias is None else _in(dtype, bias)
     y: Tensor = PackedLinear.apply(tokens, weight, bias, forward, transposed, mask, engine)
-    return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
+    return y if input.dim() == 2 else y.view(*input.shape[:-1], weight.shape[0])
 
 
 def semi_sparse_activation_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, engine: str = "auto"
+    input: Tensor, weight: Tensor, bias: Tensor | None = None, *, engine: str = "auto"
 ) -> Tensor:
     """y = x~ W^T + b with x~ the input pruned by 4x4 tiles over (tokens, features). Returns (..., N).
 
-    Leading dimensions of x are flattened to tokens in order; a token count that is no multiple of 4 counts zero rows.
-    Shapes, dtypes, engine, exactness and errors as semi_sparse_linear. The gradient of x passes straight through.
+    Leading dimensions of input are flattened to tokens in order; a token count that is no multiple of 4 counts zero
+    rows. Shapes, dtypes, engine, exactness and errors as semi_sparse_linear. The gradient of the input passes straight
+    through. What is kept of a token depends on the other tokens of its tile.
     """
-    check_operands(x, weight, bias)
-    dtype = compute_dtype(x, weight)
-    tokens = _tokens(x)
-    if not packs(weight, dtype, engine):
-        pruned: Tensor = PruneTokens.apply(tokens, dtype)
-        return F.linear(pruned.view(x.shape), weight, bias)
+    if input.is_nested:
+        return _in_rows(input, lambda rows: semi_sparse_activation_linear(rows, weight, bias, engine=engine))
+    check_operands(input, weight, bias)
+    dtype = compute_dtype(input, weight)
+    tokens = _tokens(input)
+    if (transformed := _transformed(engine)) or not packs(weight, dtype, engine):
+        prune = TransformedPruneTokens if transformed else PruneTokens
+        pruned: Tensor = prune.apply(tokens, dtype)
+        return F.linear(pruned.view(input.shape), weight, bias)
     packed, packed_t = ops.pack_tokens(tokens.detach(), dtype)
     weight, bias = _in(dtype, weight), None if bias is None else _in(dtype, bias)
     # The engine adds no bias along these rows, so the op passes over y again. A compiler fuses that into what follows.
     compiling = torch.compiler.is_compiling()
     inside = None if compiling else bias
-    y: Tensor = PackedTokensLinear.apply(tokens, weight, inside, packed, packed_t, engine)
+    y: Tensor = PackedTokensLinear.apply(_distinct(tokens), weight, inside, packed, packed_t, engine)
     y = y + bias if compiling and bias is not None else y
-    return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
+    return y if input.dim() == 2 else y.view(*input.shape[:-1], weight.shape[0])
+
+
+def _distinct(tokens: Tensor) -> Tensor:
+    """tokens, in compiled code as a tensor of its own, for the case that it is the weight, too.
+
+    torch.compile of torch 2.11 gives a tensor that an autograd.Function takes twice the gradient of one place only
+    (relative error 0.66 on an H100). As a view it is another tensor, and the compiler drops the view again.
+    """
+    return tokens.view_as(tokens) if torch.compiler.is_compiling() else tokens
+
+
+def _transformed(engine: str) -> bool:
+    """Whether vmap or forward mode is at work, for which the packed ops have no rules.
+
+    Raises EngineError for engine="cusparselt", which asked for those.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    if torch._C._functorch.maybe_current_level() is not None:
+        kinds = torch._C._functorch.TransformType
+        levels = torch._C._functorch.get_interpreter_stack() or ()
+        found = any(level.key() in (kinds.Vmap, kinds.Jvp) for level in levels)
+    else:
+        found = torch.autograd.forward_ad._current_level >= 0
+    if found and engine == "cusparselt":
+        raise EngineError(
+            "engine='cusparselt' cannot run inside vmap or forward-mode derivatives: use engine='auto', which computes "
+            "masked dense there"
+        )
+    return found
+
+
+def _in_rows(nested: Tensor, call: Callable[[Tensor], Tensor]) -> Tensor:
+    """call on all rows of a jagged nested tensor (B, ragged, K), given back in the same raggedness."""
+    if nested.layout is not torch.jagged or nested._ragged_idx != 1 or nested.lengths() is not None:  # type: ignore[attr-defined]
+        raise TensorError(
+            "input is a nested tensor of another kind than (batch, ragged, features) in the jagged layout without "
+            "holes: build it with torch.nested.nested_tensor(..., layout=torch.jagged)"
+        )
+    values = call(nested.values())
+    return torch.nested.nested_tensor_from_jagged(
+        values,
+        nested.offsets(),  # type: ignore[attr-defined]
+        min_seqlen=nested._maybe_min_seqlen,  # type: ignore[attr-defined]
+        max_seqlen=nested._maybe_max_seqlen,  # type: ignore[attr-defined]
+    )
 
 
 def frozen_mask(mask: str, frozen: Tensor | None) -> str:
@@ -108,14 +173,30 @@ def packs(weight: Tensor, dtype: torch.dtype, engine: str) -> bool:
 
     Raises EngineError, with the reason, where engine="cusparselt" asks for a route that is not there.
     """
-    sizes_fit = not (weight.shape[0] % SPARSE_MULTIPLE or weight.shape[1] % SPARSE_MULTIPLE)
-    possible = weight.is_cuda and dtype in PACKED_DTYPES and sizes_fit
+    possible = weight.is_cuda and dtype in PACKED_DTYPES and _sizes_fit(weight)
     if engine == "cusparselt" and not possible:
         raise EngineError(
             f"engine='cusparselt' needs a CUDA weight in fp16 or bf16 with N and K multiples of {SPARSE_MULTIPLE}; "
             f"it is {tuple(weight.shape)} on {weight.device}, computed in {dtype}: use engine='auto' or torch.autocast"
         )
     return possible and engine != "dense"
+
+
+def why_masked_dense(weight: Tensor, dtype: torch.dtype, engine: str) -> str:
+    """Why packs() says no, in words; empty where it says yes."""
+    if engine == "dense":
+        return "engine='dense' asks for it"
+    if not weight.is_cuda:
+        return f"the weight is on {weight.device}, and sparse products need CUDA"
+    if dtype not in PACKED_DTYPES:
+        return f"computed in {dtype}, and sparse products need fp16 or bf16: use torch.autocast"
+    if not _sizes_fit(weight):
+        return f"N x K = {' x '.join(map(str, weight.shape))}, and sparse products need multiples of {SPARSE_MULTIPLE}"
+    return ""
+
+
+def _sizes_fit(weight: Tensor) -> bool:
+    return not (weight.shape[0] % SPARSE_MULTIPLE or weight.shape[1] % SPARSE_MULTIPLE)
 
 
 def compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
@@ -131,19 +212,19 @@ def autocast_enabled(device: torch.device) -> bool:
     return device.type != "meta" and torch.is_autocast_enabled(device.type)
 
 
-def check_operands(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+def check_operands(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     """Raise ShapeError or TensorError, naming the operand, unless the three operands fit together."""
     if weight.dim() != 2 or weight.shape[0] % GROUP or weight.shape[1] % GROUP:
         raise ShapeError(
             f"weight has shape {tuple(weight.shape)}; it must be (N, K), both multiples of {GROUP}: "
             "keep this layer dense or pad it"
         )
-    if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
-        raise ShapeError(f"x has shape {tuple(x.shape)}; its last size must be in_features={weight.shape[1]}")
+    if input.dim() == 0 or input.shape[-1] != weight.shape[1]:
+        raise ShapeError(f"input has shape {tuple(input.shape)}; its last size must be in_features={weight.shape[1]}")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ShapeError(f"bias has shape {tuple(bias.shape)}; it must be ({weight.shape[0]},)")
-    autocast = autocast_enabled(x.device)
-    for name, tensor in (("weight", weight), ("x", x), ("bias", bias)):
+    autocast = autocast_enabled(input.device)
+    for name, tensor in (("weight", weight), ("input", input), ("bias", bias)):
         if tensor is None:
             continue
         if tensor.device != weight.device:

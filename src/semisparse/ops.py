@@ -9,13 +9,15 @@ the dispatcher and its way back into Python cost host time at every call of an e
 Packed buffers are uint8, in the engine's format (gemm/layout.py). On the CPU the reference packs, into the sm90 layout.
 """
 
+from collections.abc import Callable
 from functools import cache
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from semisparse import cpu_ops
+from semisparse import calls, cpu_ops
 from semisparse.gemm.layout import packed_bytes
 from semisparse.gemm.problem import SPARSE_MULTIPLE, pad
 from semisparse.pattern import GROUP
@@ -152,16 +154,28 @@ def _cuda() -> ModuleType:
     return cuda_ops
 
 
+def _noted(name: str, implementation: Callable[..., Any]) -> Callable[..., Any]:
+    """implementation, noting the weight that ops of a weight are given; see calls.py."""
+    if name not in ("prune", "pack"):
+        return implementation
+
+    def call(matrix: Tensor, *args: Any) -> Any:
+        calls.note(matrix)
+        return implementation(matrix, *args)
+
+    return call
+
+
 _ANY_DEVICE = ("tile_codes", "prune", "prune_tokens")
 _FASTER_ON_CUDA = ("tile_codes", "prune")
 _PACKED = ("pack", "pack_tokens", "unpack", "packed_linear", "packed_tokens_linear", "packed_tokens_grad_weight")
 for _name in _ANY_DEVICE:
-    _LIBRARY.impl(_name, getattr(cpu_ops, _name), "CompositeExplicitAutograd")
+    _LIBRARY.impl(_name, _noted(_name, getattr(cpu_ops, _name)), "CompositeExplicitAutograd")
 for _name in _PACKED:
-    _LIBRARY.impl(_name, getattr(cpu_ops, _name), "CPU")
-    _LIBRARY.impl(_name, lambda *args, _name=_name: getattr(_cuda(), _name)(*args), "CUDA")
+    _LIBRARY.impl(_name, _noted(_name, getattr(cpu_ops, _name)), "CPU")
+    _LIBRARY.impl(_name, _noted(_name, lambda *args, _name=_name: getattr(_cuda(), _name)(*args)), "CUDA")
 for _name in _FASTER_ON_CUDA:
-    _LIBRARY.impl(_name, lambda *args, _name=_name: getattr(_cuda(), _name)(*args), "CUDA")
+    _LIBRARY.impl(_name, _noted(_name, lambda *args, _name=_name: getattr(_cuda(), _name)(*args)), "CUDA")
 # No gradient at all, rather than torch's default of a warning and a wrong one; autograd.py differentiates.
 for _name in (*_ANY_DEVICE, *_PACKED):
     _LIBRARY.impl(_name, torch.library.fallthrough_kernel, "Autograd")

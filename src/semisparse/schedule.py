@@ -1,5 +1,6 @@
 """When to be sparse: phases counted in applied optimizer steps."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Self, get_args
@@ -7,9 +8,11 @@ from typing import Any, Literal, Self, get_args
 import torch
 from torch import nn
 
-from semisparse.errors import NoLayerMatched, ScheduleError
+from semisparse.applied import StepEvidence
+from semisparse.errors import ScheduleError
 from semisparse.nn import SemiSparseBase
-from semisparse.swap import semi_sparse_layers
+from semisparse.ranks import Group, agree, attempt, digest
+from semisparse.scheduled import ScheduledLayers
 
 Kind = Literal["sparse", "dense"]
 
@@ -35,11 +38,34 @@ class SparseSchedule:
     layers: no second swap, no change of parameters. In a dense phase the mask is simply not applied. After the last
     phase its kind stays. Under torch.compile a switch costs one recompilation.
 
+    The first step(), and each step that ends a phase, also looks whether the layers are still what they were, and
+    whether somebody made copies of them; see step().
+
     model: a model that already holds semi-sparse layers. phases: in order. total_steps: if given, the phases must add
-    up to it. Raises NoLayerMatched when model has no semi-sparse layer, ScheduleError when the phases do not fit.
+    up to it. process_group: ranks that hold the same layers and compare them now (the data-parallel group); None for
+    all ranks, where torch.distributed is initialised; False to compare nothing. Raises NoLayerMatched when model has no
+    semi-sparse layer, ScheduleError when the phases do not fit, RankMismatch on all ranks when they differ.
     """
 
-    def __init__(self, model: nn.Module, phases: Sequence[Phase], *, total_steps: int | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        phases: Sequence[Phase],
+        *,
+        total_steps: int | None = None,
+        process_group: Group = None,
+    ) -> None:
+        self._group = process_group
+
+        def prepare() -> int:
+            self._prepare(model, phases, total_steps)
+            return self._digest()
+
+        agree(attempt(prepare), process_group)
+        self._begin()
+
+    def _prepare(self, model: nn.Module, phases: Sequence[Phase], total_steps: int | None) -> None:
+        """Everything that can fail, before the first change of the model."""
         self._phases = tuple(phases)
         for phase in self._phases:
             if not isinstance(phase, Phase):
@@ -49,24 +75,42 @@ class SparseSchedule:
             raise ScheduleError(f"phases={self._phases} hold no step; give at least one phase with steps > 0")
         if total_steps is not None and steps != total_steps:
             raise ScheduleError(f"phases hold {steps} steps, but total_steps={total_steps}; make them add up")
-        self._layers: tuple[SemiSparseBase, ...] = tuple(semi_sparse_layers(model).values())
-        if not self._layers:
-            raise NoLayerMatched(
-                f"model={type(model).__name__} has no semi-sparse layer to schedule; call sparsify first"
-            )
+        self._layers = ScheduledLayers(model)
         self._applied_steps = 0
-        self._last_scale: float | None = None
+        self._checked_once = self._was_sparse = False
+
+    def _begin(self) -> None:
+        """Take the layers over."""
+        self._layers.claim()
+        self._watch()
         self._apply()
 
+    def _watch(self) -> None:
+        self._evidence = StepEvidence(self._layers.model, [layer.weight for layer in self._layers.by_name.values()])
+
+    def _digest(self) -> int:
+        """What must be the same on all ranks."""
+        layers = self._layers.by_name.items()
+        return digest([(name, layer.sparse_config, tuple(layer.weight.shape)) for name, layer in layers], {})
+
     @classmethod
-    def sparse_then_dense(cls, model: nn.Module, total_steps: int, sparse_fraction: float = 0.7) -> Self:
+    def sparse_then_dense(
+        cls, model: nn.Module, total_steps: int, sparse_fraction: float = 0.7, *, process_group: Group = None
+    ) -> Self:
         """Sparse for the first round(total_steps * sparse_fraction) steps, dense for the rest."""
         sparse = share_of(total_steps, sparse_fraction, "sparse_fraction")
-        return cls(model, [Phase("sparse", sparse), Phase("dense", total_steps - sparse)])
+        phases = [Phase("sparse", sparse), Phase("dense", total_steps - sparse)]
+        return cls(model, phases, process_group=process_group)
 
     @classmethod
     def dense_sparse_dense(
-        cls, model: nn.Module, total_steps: int, dense_start_fraction: float, sparse_fraction: float
+        cls,
+        model: nn.Module,
+        total_steps: int,
+        dense_start_fraction: float,
+        sparse_fraction: float,
+        *,
+        process_group: Group = None,
     ) -> Self:
         """Dense for dense_start_fraction of total_steps, sparse for sparse_fraction, dense for the rest.
 
@@ -80,7 +124,7 @@ class SparseSchedule:
             )
         end = round(total_steps * (dense_start_fraction + sparse_fraction))
         phases = [Phase("dense", start), Phase("sparse", end - start), Phase("dense", total_steps - end)]
-        return cls(model, phases)
+        return cls(model, phases, process_group=process_group)
 
     @property
     def phases(self) -> tuple[Phase, ...]:
@@ -95,47 +139,92 @@ class SparseSchedule:
     @property
     def phase(self) -> Kind:
         """The kind of the phase that the next forward runs in."""
-        end = 0
-        for phase in self._phases:
-            end += phase.steps
-            if self._applied_steps < end:
-                return phase.kind
-        return next(phase.kind for phase in reversed(self._phases) if phase.steps)
+        return self._kind_at(self._applied_steps)
 
-    def step(self, scaler: torch.amp.GradScaler | None = None) -> bool:
+    def step(self, scaler: torch.amp.GradScaler | None = None, *, skipped: bool | None = None) -> bool:
         """Count one optimizer step and switch the layers when a phase ends. Returns whether the step counted.
 
-        scaler: the GradScaler, after its update(), of this optimizer alone: one shared with others also goes down for
-        their overflows, and the step of this one would not count. A scale that went down since the last call means that
-        the optimizer step was skipped; it is then not counted. (Optimizer step hooks cannot be used for this: those of
-        a fused optimizer fire for skipped steps too.) Reading the scale synchronises with the device. Raises
-        ScheduleError for a scaler that is none.
+        It counts when an optimizer of the model really stepped since the last call. So it may be called for every
+        micro-batch: only those that ended in a step count. Where no torch optimizer was ever seen stepping, a call
+        counts, unless gradients are there and the weights have not changed.
+        scaler: the GradScaler, after its update(). A step that it skipped does not count, whatever its policy (see
+        StepEvidence). Asking synchronises with the device. skipped: for hosts that say it themselves (accelerate's
+        optimizer.step_was_skipped, say); True never counts.
+
+        The first call, and each one that ends a phase, raises ScheduleError, counting nothing, where layers were
+        replaced or made dense, or got a computed weight. The first call in a sparse phase raises it, too, where a layer
+        was not called but trained all the same. Copies that no schedule follows are followed, with a warning.
+        Raises ScheduleError for a scaler that is none, or for both arguments.
         """
-        if scaler is not None and not isinstance(scaler, torch.amp.GradScaler):
-            raise ScheduleError(
-                f"step({scaler!r}): the argument is a torch.amp.GradScaler; leave it out where there is none"
-            )
-        if scaler is not None and self._was_skipped(scaler):
+        _check_arguments(scaler, skipped)
+        self._check_layers()
+        if not self._evidence.was_applied(scaler, skipped):
             return False
         self._advance()
         return True
+
+    def follow(self, copy: nn.Module) -> None:
+        """Switch the layers of copy along from now on: of an average of the weights (AveragedModel, ModelEma), say.
+
+        They take over the phase at once, and masks or scales that a recipe holds. copy: made after the swap, perhaps
+        inside a wrapper. Kept weakly. Raises NoLayerMatched when it has no layer of this schedule.
+        """
+        self._share(self._layers.follow(copy))
+        self._apply()
+
+    def unfollow(self, copy: nn.Module) -> None:
+        """Leave the layers of copy (a snapshot, a fixed teacher) in the phase that they are in."""
+        self._layers.unfollow(copy)
+
+    def resume_at(self, applied_steps: int) -> None:
+        """Continue after that many applied steps, for hosts that keep only a number. Raises ScheduleError."""
+        if isinstance(applied_steps, bool) or not isinstance(applied_steps, int) or applied_steps < 0:
+            raise ScheduleError(f"applied_steps={applied_steps!r} must be a whole number, 0 or more")
+        self._applied_steps = applied_steps
+        self._apply()
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers and strings: the counter, the phases and the last scale seen."""
         return {
             "applied_steps": self._applied_steps,
             "phases": [asdict(phase) for phase in self._phases],
-            "last_scale": self._last_scale,
+            "last_scale": self._evidence.last_scale,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where state was saved, also in mid-phase. Raises ScheduleError, changing nothing, on a misfit."""
-        self._applied_steps, self._last_scale = checked_state(state, self._phases)
+        self._applied_steps, self._evidence.last_scale = checked_state(state, self._phases)
         self._apply()
 
     def __repr__(self) -> str:
         plan = " -> ".join(f"{phase.steps} {phase.kind}" for phase in self._phases)
-        return f"{type(self).__name__}({plan}; {self._applied_steps} applied, now {self.phase})"
+        copies = f"; {self._layers.followers} layers of copies follow" if self._layers.followers else ""
+        return f"{type(self).__name__}({plan}; {self._applied_steps} applied, now {self.phase}{copies})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: with their model, in the same phase, watching the optimizers that move it."""
+        return {**self.__dict__, "_evidence": self._evidence.last_scale, "_group": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._watch()
+        self._evidence.last_scale = state["_evidence"]
+
+    def _check_layers(self) -> None:
+        """Once at first, and whenever the coming step ends a phase."""
+        first = not self._checked_once
+        if first or self._kind_at(self._applied_steps + 1) != self.phase:
+            self._layers.check_present()
+            self._share(self._layers.adopt_copies())
+        self._layers.check_called(self._evidence, self._group)
+        self._checked_once = True
+
+    def _share(self, pairs: list[tuple[SemiSparseBase, SemiSparseBase]]) -> None:
+        """Give what a recipe holds on our layers to the copies that follow them."""
+        for ours, theirs in pairs:
+            frozen = ours.__dict__.get("_frozen")
+            if frozen is not None and "_frozen" in theirs.__dict__:
+                theirs._frozen = frozen
 
     def _advance(self) -> None:
         self._applied_steps += 1
@@ -143,21 +232,30 @@ class SparseSchedule:
 
     def _apply(self) -> None:
         sparse = self.phase == "sparse"
-        for layer in self._layers:
-            layer.sparse_enabled = sparse
+        if sparse and self._layers.awaits_calls and not self._was_sparse:
+            self._evidence.watch_gradients(True)
+        self._was_sparse = sparse
+        self._layers.switch(sparse)
 
-    def _was_skipped(self, scaler: torch.amp.GradScaler) -> bool:
-        state = scaler.state_dict()
-        if not state:  # a disabled scaler never skips
-            return False
-        scale = state["scale"]
-        if self._last_scale is None:
-            # First sight: an applied step left a count behind, unless it made the scale grow.
-            skipped = state["_growth_tracker"] == 0 and scale < scaler._init_scale
-        else:
-            skipped = scale < self._last_scale
-        self._last_scale = scale
-        return bool(skipped)
+    def _kind_at(self, applied: int) -> Kind:
+        end = 0
+        for phase in self._phases:
+            end += phase.steps
+            if applied < end:
+                return phase.kind
+        return next(phase.kind for phase in reversed(self._phases) if phase.steps)
+
+
+def _check_arguments(scaler: object, skipped: object) -> None:
+    if scaler is not None and not isinstance(scaler, torch.amp.GradScaler):
+        raise ScheduleError(
+            f"step({scaler!r}): the argument is a torch.amp.GradScaler; leave it out where there is none, or say "
+            "step(skipped=...) where the host only tells whether it skipped"
+        )
+    if skipped is not None and not isinstance(skipped, bool):
+        raise ScheduleError(f"skipped={skipped!r} must be True, False or None")
+    if scaler is not None and skipped is not None:
+        raise ScheduleError(f"step(scaler, skipped={skipped}): give one of the two")
 
 
 def share_of(total_steps: int, fraction: float, name: str) -> int:
@@ -183,6 +281,8 @@ def checked_state(state: Any, phases: tuple[Phase, ...]) -> tuple[int, float | N
         )
     if isinstance(applied, bool) or not isinstance(applied, int) or applied < 0:
         raise ScheduleError(f"state['applied_steps']={applied!r} must be a whole number, 0 or more")
-    if scale is not None and (isinstance(scale, bool) or not isinstance(scale, (int, float))):
-        raise ScheduleError(f"state['last_scale']={scale!r} must be a number or None")
+    if scale is not None and (
+        isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 <= scale < math.inf
+    ):
+        raise ScheduleError(f"state['last_scale']={scale!r} must be a finite number, 0 or more, or None")
     return applied, scale

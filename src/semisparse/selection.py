@@ -12,17 +12,28 @@ from semisparse.errors import ConfigError
 
 Selector = str | re.Pattern[str] | Callable[[str, nn.Module], bool]
 
-# Path segments that torch's own wrappers insert into a name.
-_WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+"""Path segments that torch's own wrappers insert into a name."""
+
+# Wrappers that hold the model as their attribute "module", by class name: torch's, timm's, DeepSpeed's.
+_MODULE_HOLDERS = frozenset({
+    "DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "AveragedModel", "ModelEma", "ModelEmaV2",
+    "ModelEmaV3", "DeepSpeedEngine",
+})  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
 class FoundLayer:
-    """A linear layer of a model: its name, the module, and the module that holds it (None for the root)."""
+    """A linear layer of a model: its name, the module, and the modules above it, the one that holds it first."""
 
     name: str
     layer: nn.Linear
-    parent: nn.Module | None
+    above: tuple[nn.Module, ...]
+
+    @property
+    def parent(self) -> nn.Module | None:
+        """The module that holds the layer; None for the root."""
+        return self.above[0] if self.above else None
 
 
 def linear_layers(model: nn.Module) -> list[FoundLayer]:
@@ -31,14 +42,34 @@ def linear_layers(model: nn.Module) -> list[FoundLayer]:
     found = []
     for name, module in modules.items():
         if isinstance(module, nn.Linear):
-            parent = modules[name.rpartition(".")[0]] if name else None
-            found.append(FoundLayer(name, module, parent))
+            parts = name.split(".") if name else []
+            above = tuple(modules[".".join(parts[:depth])] for depth in reversed(range(len(parts))))
+            found.append(FoundLayer(name, module, above))
     return found
 
 
 def clean_name(name: str) -> str:
     """name without the segments that torch.compile, FSDP1 and checkpoint wrappers insert."""
-    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
+
+
+def plain_names(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules of model, each once, by names in which no wrapper shows: neither torch's own segments nor "module".
+
+    So a model has the same names bare, compiled, under DistributedDataParallel and in an averaged copy.
+    """
+    modules = dict(model.named_modules())
+    named = {}
+    for name, module in modules.items():
+        parts = name.split(".") if name else []
+        kept = [part for depth, part in enumerate(parts)
+                if not (part == "module" and _holds_module(modules[".".join(parts[:depth])]))]  # fmt: skip
+        named[clean_name(".".join(kept))] = module
+    return named
+
+
+def _holds_module(wrapper: nn.Module) -> bool:
+    return any(cls.__name__ in _MODULE_HOLDERS for cls in type(wrapper).__mro__)
 
 
 def as_selectors(value: Selector | Iterable[Selector] | None, argument: str) -> tuple[Selector, ...]:

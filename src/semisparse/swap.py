@@ -4,18 +4,30 @@ Every check runs before the first change, so a call that raises leaves the model
 """
 
 from collections.abc import Callable, Iterable, Mapping
+from typing import Literal, get_args
 
-import torch
 from torch import nn
 
-from semisparse.bypass import bypass_reason
+from semisparse.candidates import Candidates, check_module
 from semisparse.config import SparseConfig
 from semisparse.errors import ConfigError, LayerRefused, NoLayerMatched
-from semisparse.gemm.problem import SPARSE_MULTIPLE
+from semisparse.masked_weights import MaskedWeights
 from semisparse.nn import SemiSparseActivationLinear, SemiSparseBase, SemiSparseLinear
-from semisparse.nn.base import refusal
+from semisparse.outside import share_outside_linear
 from semisparse.report import SKIPPED, SWAPPED, LayerRow, SwapReport
-from semisparse.selection import FoundLayer, Selector, as_selectors, clean_name, closest, linear_layers, matches
+from semisparse.roles import embeddings_of, role_of
+from semisparse.selection import (
+    FoundLayer,
+    Selector,
+    as_selectors,
+    clean_name,
+    closest,
+    linear_layers,
+    matches,
+    plain_names,
+)
+
+Weights = Literal["dense", "masked"]
 
 _LAYER_CLASSES: dict[str, type[SemiSparseBase]] = {
     "weight": SemiSparseLinear,
@@ -33,7 +45,10 @@ def sparsify(
 
     config: settings of all swapped layers; default SparseConfig().
     select, exclude: one or several of: a substring of the layer's name, a glob over the whole name, a compiled regular
-    expression (searched), or a callable (name, module) -> bool. select=None means every linear layer.
+    expression (searched), or a callable (name, module) -> bool. select=None means every linear layer but those whose
+    role or name says output head, patch embedding or adapter (roles.py); the report names them, and select takes them.
+    A layer whose weight the source of a module above it reads without ever calling the layer is refused, with the line;
+    where it also calls the layer, the report says 'verify'.
     Parameters, hooks, training flag, dtype and device stay; optimizers built before stay valid. Swap before AC,
     torch.compile and FSDP wrapping.
     Raises NoLayerMatched when a selector matches nothing or no layer would change (the message lists the reasons),
@@ -42,7 +57,8 @@ def sparsify(
     config = SparseConfig() if config is None else config
     if not isinstance(config, SparseConfig):
         raise ConfigError(f"config={config!r} must be a SparseConfig")
-    layers = _linears_of(model)
+    candidates = Candidates(model)
+    layers = candidates.layers
     selected = as_selectors(select, "select")
     excluded = as_selectors(exclude, "exclude")
     if select is not None and not selected:
@@ -56,15 +72,23 @@ def sparsify(
         if not any(matches(selector, found) for found in layers)
     )
     kept_dense = {id(found.layer) for found in layers if any(matches(selector, found) for selector in excluded)}
+    roles = {} if selected else _roles(model, layers)
 
     def reason(found: FoundLayer) -> str | None:
         if selected and not any(matches(selector, found) for selector in selected):
-            return "not selected"
+            return _left("not selected", candidates.refusal(found))
         if id(found.layer) in kept_dense:  # a tied layer is excluded by any of its names
             return "excluded"
-        return _refusal(found)
+        return candidates.refusal(found) or roles.get(id(found.layer))
 
-    return _swap(layers, reason, lambda found: config, remarks)
+    outside = str(share_outside_linear(model))
+    return _swap(candidates, reason, lambda found: config, (*remarks, *([outside] if outside else [])))
+
+
+def _roles(model: nn.Module, layers: list[FoundLayer]) -> dict[int, str]:
+    """Layer id -> why it is left dense by default; a tied layer by any of its names."""
+    embeddings = embeddings_of(model)
+    return {id(found.layer): text for found in layers if (text := role_of(found, embeddings)) is not None}
 
 
 def swap_linear_with_semi_sparse_linear(
@@ -81,52 +105,55 @@ def swap_linear_with_semi_sparse_linear(
     if not config:
         raise NoLayerMatched("config is empty, so nothing would change; name at least one nn.Linear")
     settings = {name: _as_config(name, value) for name, value in config.items()}
-    layers = _linears_of(model)
+    candidates = Candidates(model)
+    layers = candidates.layers
     by_name = {alias: found for found in layers for alias in (found.name, clean_name(found.name))}
     wanted: dict[int, SparseConfig] = {}
     for name, setting in settings.items():
         if name not in by_name:
             raise _nothing_named(name, layers, "config")
         layer = by_name[name].layer
-        reason = next((text for found in layers if found.layer is layer and (text := _refusal(found))), None)
+        reason = candidates.refusal(by_name[name])
         if reason is not None:
             raise LayerRefused(f"config names {name!r}, which must stay dense: {reason}")
         if wanted.setdefault(id(layer), setting) != setting:
             other = next(other for other in settings if by_name[other].layer is layer)
             raise ConfigError(f"config: {other!r} and {name!r} are the same layer; give both the same setting")
     return _swap(
-        layers,
-        lambda found: None if id(found.layer) in wanted else _refusal(found) or "not named",
+        candidates,
+        lambda found: None if id(found.layer) in wanted else _left("not named", candidates.refusal(found)),
         lambda found: wanted[id(found.layer)],
     )
 
 
-def densify(model: nn.Module, weights: str = "dense") -> SwapReport:
+def densify(model: nn.Module, weights: Weights = "dense") -> SwapReport:
     """Turn every semi-sparse layer of model back into the dense class it came from, in place.
 
     weights: "dense" keeps the master weight (train sparse, finish dense); "masked" writes the pruned weight into the
     same Parameter, so that the dense layer computes what the sparse one did. Layers with a pruned activation keep their
     weight either way; the report says so. Raises NoLayerMatched when there is no semi-sparse layer, LayerRefused
-    when one is wrapped or (for "masked") its weight is sharded, ConfigError for another value of weights.
+    when one is wrapped or, for "masked", when its weight is sharded, computed by a hook, or read by anybody else in
+    model (a tied embedding, an excluded layer, a layer with other settings): the pruned weight would change that one.
+    Raises ConfigError for another value of weights. The model is then unchanged.
     """
-    if weights not in ("dense", "masked"):
-        raise ConfigError(f"weights={weights!r} is not one of 'dense', 'masked'")
-    _check_module(model)
+    if weights not in get_args(Weights):
+        raise ConfigError(f"weights={weights!r} is not one of {', '.join(map(repr, get_args(Weights)))}")
+    check_module(model)
     layers = [found for found in linear_layers(model) if isinstance(found.layer, SemiSparseBase)]
     if not layers:
         raise NoLayerMatched(f"model={type(model).__name__} has no semi-sparse layer, so nothing would change")
     for found in layers:
-        _check_can_densify(found, masked=weights == "masked")
+        assert isinstance(found.layer, SemiSparseBase)
+        if (reason := found.layer.bound_sparse()) is not None:
+            raise LayerRefused(f"{found.name or '(root)'} has type {type(found.layer).__name__}: {reason}")
+    masked = MaskedWeights(model, layers) if weights == "masked" else None
+    if masked is not None:
+        masked.write()
     rows: dict[int, LayerRow] = {}
     for found in layers:
         layer = found.layer
         if isinstance(layer, SemiSparseBase):  # a tied layer is dense again at its second name
-            note = "dense weight kept" if weights == "dense" else "pruned weight written"
-            if weights == "masked" and layer.config.operand == "activation":
-                note = "activation operand: no weight was pruned, dense weight kept"
-            elif weights == "masked":
-                with torch.no_grad():
-                    layer.weight.copy_(layer.pruned_weight())
+            note = "dense weight kept" if masked is None else masked.note(layer)
             SemiSparseBase.to_dense(layer)
             rows[id(layer)] = LayerRow(found.name, layer.out_features, layer.in_features, SWAPPED, note)
     return SwapReport(tuple(rows.values()))
@@ -140,8 +167,8 @@ def swap_semi_sparse_linear_with_linear(model: nn.Module, current_name: str = ""
 
 
 def semi_sparse_layers(model: nn.Module) -> dict[str, SemiSparseBase]:
-    """The semi-sparse layers of model by name, each once, names without wrapper prefixes."""
-    return {clean_name(name): module for name, module in model.named_modules() if isinstance(module, SemiSparseBase)}
+    """The semi-sparse layers of model by name, each once, names without the segments that wrappers insert."""
+    return {name: module for name, module in plain_names(model).items() if isinstance(module, SemiSparseBase)}
 
 
 def layers_with_masks(model: nn.Module) -> dict[str, SemiSparseLinear]:
@@ -149,61 +176,39 @@ def layers_with_masks(model: nn.Module) -> dict[str, SemiSparseLinear]:
     return {name: layer for name, layer in semi_sparse_layers(model).items() if isinstance(layer, SemiSparseLinear)}
 
 
+def _left(why: str, refusal: str | None) -> str:
+    """Why a layer that nobody asked for stays dense, and whether it could be asked for."""
+    return why if refusal is None else f"{why}, and could not be swapped: {refusal}"
+
+
 def _swap(
-    layers: list[FoundLayer],
+    candidates: Candidates,
     reason: Callable[[FoundLayer], str | None],
     setting: Callable[[FoundLayer], SparseConfig],
     remarks: tuple[str, ...] = (),
 ) -> SwapReport:
     """Swap the layers without a reason not to. A tied layer is swapped when any of its names asks for it."""
+    layers = candidates.layers
     reasons = [reason(found) for found in layers]
-    refused = {id(found.layer): text for found in layers if (text := _refusal(found)) is not None}
     chosen = {id(f.layer): f for f, text in zip(reversed(layers), reversed(reasons), strict=True) if text is None}
-    for layer_id in refused.keys() & chosen.keys():
-        del chosen[layer_id]  # one of a tied layer's homes bypasses it
     if not chosen:
-        listing = "; ".join(f"{found.name or '(root)'}: {refused.get(id(found.layer)) or text}"
-                            for found, text in zip(layers, reasons, strict=True))  # fmt: skip
+        listing = "; ".join(f"{found.name or '(root)'}: {text}" for found, text in zip(layers, reasons, strict=True))
         raise NoLayerMatched(f"no layer of model would change. {listing}")
+    for found in chosen.values():
+        _LAYER_CLASSES[setting(found).operand]._announce()  # a warning that is an error comes before the first change
     rows = []
     for found, text in zip(layers, reasons, strict=True):
         first = chosen.get(id(found.layer))
         size = found.layer.out_features, found.layer.in_features
         if first is None:
-            rows.append(LayerRow(found.name, *size, SKIPPED, refused.get(id(found.layer)) or text or ""))
+            rows.append(LayerRow(found.name, *size, SKIPPED, text or ""))
         elif first is not found:
             rows.append(LayerRow(found.name, *size, SKIPPED, f"the same layer as {first.name}, swapped there"))
         else:
             config = setting(found)
             _LAYER_CLASSES[config.operand].from_dense(found.layer, config)
-            rows.append(LayerRow(found.name, *size, SWAPPED, _note(found.layer)))
+            rows.append(LayerRow(found.name, *size, SWAPPED, candidates.note(found)))
     return SwapReport(tuple(rows), remarks)
-
-
-def _note(layer: nn.Linear) -> str:
-    """What to know about a layer although it is swapped; mostly nothing."""
-    if layer.in_features % SPARSE_MULTIPLE or layer.out_features % SPARSE_MULTIPLE:
-        return f"always masked dense: sparse products need N and K in multiples of {SPARSE_MULTIPLE}"
-    return ""
-
-
-def _check_module(model: nn.Module) -> None:
-    if not isinstance(model, nn.Module):
-        raise ConfigError(f"model is a {type(model).__name__}; pass a torch.nn.Module")
-
-
-def _linears_of(model: nn.Module) -> list[FoundLayer]:
-    _check_module(model)
-    layers = linear_layers(model)
-    if not layers:
-        raise NoLayerMatched(f"model={type(model).__name__} contains no nn.Linear, so nothing would change")
-    return layers
-
-
-def _refusal(found: FoundLayer) -> str | None:
-    if isinstance(found.layer, SemiSparseBase):
-        return "already semi-sparse: densify it first"
-    return bypass_reason(found.parent, found.name.rpartition(".")[2]) or refusal(found.layer)
 
 
 def _as_config(name: str, value: object) -> SparseConfig:
@@ -211,7 +216,7 @@ def _as_config(name: str, value: object) -> SparseConfig:
         return value
     for layer_class in _LAYER_CLASSES.values():
         if value is layer_class:
-            return layer_class.config
+            return layer_class.sparse_config
     raise ConfigError(
         f"config[{name!r}]={value!r} must be SemiSparseLinear, SemiSparseActivationLinear or a SparseConfig"
     )
@@ -222,17 +227,3 @@ def _nothing_named(selector: Selector, layers: list[FoundLayer], argument: str) 
     near = closest(selector, names) if isinstance(selector, str) else names[:3]
     hint = ", ".join(repr(name) for name in near)
     return NoLayerMatched(f"{argument}: {selector!r} matches no nn.Linear of model; closest names: {hint}")
-
-
-def _check_can_densify(found: FoundLayer, *, masked: bool) -> None:
-    layer = found.layer
-    if "operand" not in vars(type(layer)):
-        raise LayerRefused(
-            f"{found.name or '(root)'} has type {type(layer).__name__}, a wrapper around a semi-sparse layer: unwrap "
-            "it first, or end with a dense phase of a SparseSchedule, which needs no swap"
-        )
-    if masked and hasattr(layer.weight, "full_tensor"):
-        raise LayerRefused(
-            f"{found.name or '(root)'}: weights='masked' needs the whole weight, but it is a sharded DTensor: save a "
-            "full state_dict and densify the unsharded model"
-        )

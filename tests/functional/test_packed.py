@@ -6,7 +6,6 @@ import torch
 import semisparse
 from semisparse import SemiSparseActivationLinear, SemiSparseLinear, SparseConfig, functional, ops
 from semisparse.errors import EngineError
-from semisparse.nn import reuse
 from semisparse.testing import assert_bit_equal, small_integers
 from tests.functional.counting import CountOps
 
@@ -23,7 +22,6 @@ def packed_on_cpu(monkeypatch):
         return dtype in (torch.float16, torch.bfloat16) and engine != "dense"
 
     monkeypatch.setattr(functional, "packs", packs)
-    monkeypatch.setattr(reuse, "packs", packs)
 
 
 def layer_of(operand, mask="transposable", engine="auto", dtype=torch.bfloat16):

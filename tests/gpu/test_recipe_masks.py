@@ -105,7 +105,7 @@ def layer_of(setting, weight, bias, engine="cusparselt"):
 
 def pruned_by(layer, dtype):
     """The layer's weight as the reference prunes it, computed in dtype."""
-    weight, mask = layer.weight.detach(), layer.config.mask
+    weight, mask = layer.weight.detach(), layer.sparse_config.mask
     if mask == "soft":
         return linear.soft_threshold(weight.to(dtype), layer._frozen)
     if layer._frozen is not None:

@@ -27,7 +27,7 @@ def fresh_compiler() -> Iterator[None]:
 
 def network(layer_class: type) -> nn.Sequential:
     model = nn.Sequential(nn.Linear(K, 32), nn.ReLU(), nn.Linear(32, N))
-    sparsify(model, layer_class.config)
+    sparsify(model, layer_class.sparse_config)
     return model
 
 

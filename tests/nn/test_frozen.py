@@ -47,7 +47,7 @@ def layer_of(setting: str, seed: int = 1) -> SemiSparseLinear:
 
 def pruned_by(layer: SemiSparseLinear) -> Tensor:
     """The weight as the layer must use it, by the reference."""
-    weight, mask = layer.weight.detach(), layer.config.mask
+    weight, mask = layer.weight.detach(), layer.sparse_config.mask
     if mask == "soft":
         return linear.soft_threshold(weight, layer._frozen)
     kept = masks.greedy(weight, signed=mask == "signed_greedy")

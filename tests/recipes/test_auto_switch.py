@@ -121,8 +121,7 @@ def test_a_step_that_the_optimizer_did_not_make_is_noticed_and_not_counted() -> 
     run = Watched((0.0, 1.0), 60, eps=1e-30)
     run.step(0)
     state = run.schedule.state_dict()
-    with pytest.raises(ScheduleError, match=r"without an optimizer step since the last one.*pass the GradScaler"):
-        run.schedule.step()
+    assert run.schedule.step() is False
     assert run.schedule.state_dict()["applied_steps"] == state["applied_steps"] == 1
     assert torch.equal(run.schedule.state_dict()["changes"], state["changes"])
     run.step(1)

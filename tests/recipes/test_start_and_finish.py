@@ -69,7 +69,7 @@ BAD_STARTS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "mask": ({"recipe": s_ste(), "config": SparseConfig()}, ConfigError,
              "0 was swapped with .*mask='transposable'.* recipe s_ste has .*mask='soft'.*: sparsify with recipe"),
     "engine": ({"config": SparseConfig(engine="dense")}, ConfigError, "0 was swapped with .*engine='dense'"),
-    "no optimizer": ({"optimizer": lambda m: object()}, ConfigError, "optimizer=object is no torch.optim.Optimizer"),
+    "no optimizer": ({"optimizer": lambda m: object()}, ConfigError, "optimizer=object is not a torch.optim.Optimizer"),
     "not all weights": ({"optimizer": lambda m: torch.optim.AdamW(m[0].parameters())}, ConfigError,
                         r"optimizer does not hold 2\.weight; build it with all"),
     "adamw for step": ({"recipe": step(), "optimizer": lambda m: torch.optim.AdamW(m.parameters())}, ConfigError,

@@ -25,8 +25,8 @@ def test_each_name_gets_its_class_or_config_and_no_other_layer_changes() -> None
     assert type(model.get_submodule(FC1)) is SemiSparseLinear
     assert type(model.get_submodule(FC2)) is SemiSparseActivationLinear
     assert type(model.get_submodule(PROJ)) is SemiSparseLinear
-    assert model.get_submodule(PROJ).config == SparseConfig(mask="row")
-    assert model.get_submodule(FC1).config == SparseConfig()
+    assert model.get_submodule(PROJ).sparse_config == SparseConfig(mask="row")
+    assert model.get_submodule(FC1).sparse_config == SparseConfig()
     assert {row.reason for row in report if row.status == "skipped" and row.name != "head"} == {"not named"}
     assert "multiples of 4" in report.skipped["head"]
     swap_semi_sparse_linear_with_linear(model)

@@ -67,7 +67,7 @@ REFUSED = {
     "torch_prune": (pruned_by_torch, "0", "computed by a hook"),
     "out_features": (lambda: nn.Sequential(nn.Linear(8, 10)), "0", "in_features=8 and out_features=10"),
     "in_features": (lambda: nn.Sequential(nn.Linear(6, 8)), "0", "in_features=6 and out_features=8"),
-    "lazy": (lambda: nn.Sequential(nn.LazyLinear(8)), "0", "LazyLinear is a subclass"),
+    "lazy": (lambda: nn.Sequential(nn.LazyLinear(8)), "0", "it is lazy, without sizes yet"),
     "subclass": (lambda: nn.Sequential(type("Mine", (nn.Linear,), {})(8, 8)), "0", "Mine is a subclass"),
     "attention": (lambda: nn.ModuleDict({"attn": nn.MultiheadAttention(8, 2)}), "attn.out_proj", "MultiheadAttention"),
     "encoder_linear1": (lambda: nn.TransformerEncoderLayer(8, 2, 16), "linear1", "TransformerEncoderLayer's fast path"),

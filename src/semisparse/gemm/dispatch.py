@@ -1,6 +1,7 @@
 """One call for one product: the sparse engine with the algorithm that was chosen, or masked dense where that won."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 from torch import Tensor
@@ -14,6 +15,20 @@ from semisparse.gemm.trial import MEMORY, Operands
 from semisparse.gemm.tuner import Tuner, tuner
 
 Mode = Literal["auto", "cusparselt", "dense"]
+Observer = Callable[[Problem, int | None, Choice | None], None]
+"""Called after each product with its problem, the algorithm that ran (None: masked dense) and the choice followed."""
+
+_observers: list[Observer] = []
+
+
+@contextmanager
+def observed(observer: Observer) -> Iterator[None]:
+    """Tell observer of every product that is started inside the block, on any thread."""
+    _observers.append(observer)
+    try:
+        yield
+    finally:
+        _observers.remove(observer)
 
 
 def multiply(
@@ -41,6 +56,7 @@ def multiply(
     """
     if mode == "dense":
         dense.product(problem, unpack(packed), b, out, bias)
+        _tell(problem, None, None)
         return None
     if mode not in ("auto", "cusparselt"):
         raise ConfigError(f"mode={mode!r} is not one of 'auto', 'cusparselt', 'dense'")
@@ -64,4 +80,10 @@ def multiply(
     else:
         reasons = "; ".join(f"{number}: {reason}" for number, reason in choice.rejected) or choice.note
         raise EngineError(f"no sparse algorithm is right for {problem} ({reasons}); use engine='auto' or 'dense'")
+    _tell(problem, algorithm, choice)
     return choice
+
+
+def _tell(problem: Problem, algorithm: int | None, choice: Choice | None) -> None:
+    for observer in _observers:
+        observer(problem, algorithm, choice)

@@ -1,31 +1,50 @@
 """The layer with a 2:4 input."""
 
+import warnings
 from typing import ClassVar
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from semisparse import functional
 from semisparse.config import Operand, SparseConfig
+from semisparse.errors import TokenMixingWarning
 from semisparse.nn.base import SemiSparseBase
+
+_TOKEN_MIXING = (
+    "a layer with a pruned activation computes a token from a tile of 4 neighbouring tokens: in a causal model a token "
+    "then depends on later ones, and in evaluation on what else is in the batch. Prune the weight there "
+    "(operand='weight'), or finish dense. Said once per process; silence it with "
+    "warnings.filterwarnings('ignore', category=semisparse.TokenMixingWarning)"
+)
+_warned = False
 
 
 class SemiSparseActivationLinear(SemiSparseBase):
     """nn.Linear whose input is pruned by 4x4 tiles over (tokens, features), so it is 2:4 along both.
 
     Forward product and weight gradient then each have a 2:4 operand; the input gradient is dense and passes straight
-    through the pruning. x: (..., K), tokens are the leading sizes flattened in order, any number of them (a last
-    partial tile counts zero rows). weight: (N, K); N and K multiples of 4. Dtypes as SemiSparseLinear.
+    through the pruning. input: (..., K), tokens are the leading sizes flattened in order, any number of them (a last
+    partial tile counts zero rows); jagged nested tensors too. weight: (N, K); N and K multiples of 4. Dtypes as
+    SemiSparseLinear.
+
+    Which entries of a token are kept depends on the other tokens of its tile. In a causal model its output therefore
+    depends on up to 3 later tokens, and in evaluation on the batch that it is part of: use the weight operand there.
+    Building the first such layer of a process gives a TokenMixingWarning.
     """
 
     operand: ClassVar[Operand] = "activation"
-    config: SparseConfig = SparseConfig(operand="activation")
+    sparse_config: SparseConfig = SparseConfig(operand="activation")
 
-    def forward(self, x: Tensor) -> Tensor:
-        """y = x~ W^T + b; plain F.linear while sparse_enabled is False. Raises ShapeError, TensorError."""
-        if not self.sparse_enabled:
-            return F.linear(x, self.weight, self.bias)
-        return functional.semi_sparse_activation_linear(x, self.weight, self.bias, engine=self.config.engine)
+    @classmethod
+    def _announce(cls) -> None:
+        super()._announce()
+        global _warned
+        if not _warned:
+            _warned = True
+            warnings.warn(_TOKEN_MIXING, TokenMixingWarning, stacklevel=3)
+
+    def _sparse_forward(self, input: Tensor) -> Tensor:
+        return functional.semi_sparse_activation_linear(input, self.weight, self.bias, engine=self.sparse_config.engine)
 
     def pruned_weight(self) -> Tensor:
         """The weight itself, detached: this layer never prunes its weight."""

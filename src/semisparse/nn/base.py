@@ -1,63 +1,43 @@
 """What both semi-sparse layers share: turning an nn.Linear into one and back, in place."""
 
-from typing import ClassVar, Self
+from typing import Any, ClassVar, NoReturn, Self, SupportsIndex
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
+from torch.fx import Proxy
 
 from semisparse.config import Operand, SparseConfig
-from semisparse.errors import ConfigError, LayerRefused, ShapeError
+from semisparse.errors import ConfigError, ExportError, LayerRefused, ShapeError
+from semisparse.flops import register_flop_formulas
+from semisparse.nn.copies import Origin
+from semisparse.nn.refusals import refusal
+from semisparse.nn.registry import rebuild, swapped_class
 from semisparse.pattern import GROUP
 
-_PLAIN_LINEARS: set[type[nn.Linear]] = {nn.Linear}
-
-
-def register_linear(cls: type[nn.Linear]) -> type[nn.Linear]:
-    """Allow layers whose type is exactly cls to be swapped; usable as a class decorator.
-
-    By registering you state that cls.forward computes F.linear(x, self.weight, self.bias) and nothing else, because a
-    swapped layer replaces it. Swapping back restores cls. Raises ConfigError when cls is no subclass of nn.Linear.
-    """
-    if not (isinstance(cls, type) and issubclass(cls, nn.Linear)) or issubclass(cls, SemiSparseBase):
-        raise ConfigError(f"cls={cls!r} must be a dense subclass of torch.nn.Linear")
-    _PLAIN_LINEARS.add(cls)
-    return cls
-
-
-def refusal(layer: nn.Linear) -> str | None:
-    """Why this layer cannot be made semi-sparse, or None when it can. Looks at the layer alone, not its parent."""
-    if parametrize.is_parametrized(layer):
-        return "it is parametrised: call torch.nn.utils.parametrize.remove_parametrizations first"
-    if "weight" not in layer._parameters:
-        return "its weight is computed by a hook (weight_norm, spectral_norm or pruning): remove that first"
-    if type(layer) not in _PLAIN_LINEARS:
-        return (
-            f"its type {type(layer).__name__} is a subclass of nn.Linear: if its forward is plain F.linear, "
-            "call semisparse.register_linear on it; swap before wrapping with FSDP"
-        )
-    if layer.in_features % GROUP or layer.out_features % GROUP:
-        return (
-            f"in_features={layer.in_features} and out_features={layer.out_features} must both be multiples of {GROUP}"
-        )
-    return None
+# What a layer holds for the moment, and a copy of it must not.
+_TRANSIENT = ("_packed", "_called")
+_ORIGIN = "_copied_from"
 
 
 class SemiSparseBase(nn.Linear):
     """nn.Linear that knows a SparseConfig and can be dense or sparse; subclasses add the sparse forward.
 
     Parameters, their names and shapes are nn.Linear's, there are no buffers, and state_dict keys are the same.
-    config: the layer's SparseConfig (read-only by convention).
+    sparse_config: the layer's SparseConfig (read-only by convention).
     sparse_enabled: False while a schedule is in a dense phase; the layer is then exactly nn.Linear. train() and eval()
     never change it.
+    A subclass of your own must set operand again in its body; without that, to_dense takes it for a wrapper.
     Raises ShapeError when in_features or out_features is no multiple of 4, ConfigError for another operand's config.
     """
 
     operand: ClassVar[Operand]
     # Class attributes are the defaults, so that a swapped layer needs no __init__ and old pickles keep loading.
-    config: SparseConfig
+    sparse_config: SparseConfig
     sparse_enabled: bool = True
-    _dense_class: type[nn.Linear] = nn.Linear
+    _dense_class: ClassVar[type[nn.Linear]] = nn.Linear
+    # Whether an eager sparse forward ran since the swap. Written there, never read there.
+    _called: bool = False
 
     def __init__(
         self,
@@ -76,13 +56,34 @@ class SemiSparseBase(nn.Linear):
             )
         super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
         self._set_config(config)
+        self._announce()
+
+    def forward(self, input: Tensor) -> Tensor:
+        """The linear layer with one operand pruned; plain F.linear while sparse_enabled is False.
+
+        Raises ShapeError, TensorError; ExportError in torch.export of a layer in training, whose weight would get no
+        gradient. torch.fx records one call of the layer.
+        """
+        if isinstance(input, Proxy):
+            return self._traced(input)
+        if not self.sparse_enabled:
+            return F.linear(input, self.weight, self.bias)
+        if not torch.compiler.is_compiling():
+            self.__dict__["_called"] = True
+        elif torch.compiler.is_exporting():
+            self._check_export()
+        return self._sparse_forward(input)
+
+    def _sparse_forward(self, input: Tensor) -> Tensor:
+        raise NotImplementedError
 
     @classmethod
     def from_dense(cls, linear: nn.Linear, config: SparseConfig | None = None) -> Self:
         """Turn linear into a semi-sparse layer in place and return it: same object, same Parameters, same hooks.
 
-        Works on any device (meta too) and dtype; reads no data. Raises LayerRefused with the reason when the layer
-        cannot be 2:4, ConfigError when config is for the other operand.
+        Works on any device (meta too) and dtype; reads no data. A layer of a registered subclass stays an instance of
+        it. Raises LayerRefused with the reason when the layer cannot be 2:4, ConfigError when config is for the other
+        operand.
         """
         if not isinstance(linear, nn.Linear):
             raise LayerRefused(f"linear is a {type(linear).__name__}; from_dense takes an nn.Linear")
@@ -90,11 +91,10 @@ class SemiSparseBase(nn.Linear):
         if reason is not None:
             raise LayerRefused(f"linear={linear} stays dense: {reason}")
         cls._checked(config)
-        dense_class = type(linear)
-        linear.__class__ = cls  # keeps outside references, hooks and optimizer state valid
+        swapped = swapped_class(cls, type(linear))
+        cls._announce()
+        linear.__class__ = swapped  # keeps outside references, hooks and optimizer state valid
         layer: Self = linear  # type: ignore[assignment]
-        if dense_class is not nn.Linear:
-            layer._dense_class = dense_class
         layer._set_config(config)
         return layer
 
@@ -103,31 +103,97 @@ class SemiSparseBase(nn.Linear):
         """Turn a semi-sparse layer back into the dense class it came from, in place, and return it.
 
         The weight is the dense master weight, unchanged; semisparse.densify can write the pruned weight instead.
-        Raises LayerRefused when layer is not a semi-sparse layer or has been wrapped (by FSDP, say) since.
+        Raises LayerRefused when layer is not a semi-sparse layer, has been wrapped (by FSDP, say) since, or has a
+        forward of its own that still calls the sparse one.
         """
         if not isinstance(layer, SemiSparseBase):
             raise LayerRefused(f"layer is a {type(layer).__name__}; to_dense takes a semi-sparse layer")
-        if "operand" not in vars(type(layer)):  # only the two layer classes themselves define it
-            raise LayerRefused(
-                f"layer has type {type(layer).__name__}, which wraps a semi-sparse layer: unwrap it first, or end "
-                "with a dense phase of a SparseSchedule, which needs no swap"
-            )
+        reason = layer.bound_sparse()
+        if reason is not None:
+            raise LayerRefused(f"layer has type {type(layer).__name__}: {reason}")
         dense_class = layer._dense_class
-        for name in ("config", "sparse_enabled", "_dense_class", "_frozen"):
+        for name in ("sparse_config", "sparse_enabled", "_frozen", *_TRANSIENT):
             layer.__dict__.pop(name, None)
         layer.__class__ = dense_class  # type: ignore[assignment]
         return layer
+
+    def bound_sparse(self) -> str | None:
+        """Why this layer cannot be made dense in place now, or None when it can."""
+        if "operand" not in vars(type(self)):  # the layer classes themselves define it, wrappers' subclasses do not
+            return (
+                "it is a wrapper around a semi-sparse layer: unwrap it first, or end with a dense phase of a "
+                "SparseSchedule, which needs no swap"
+            )
+        if "forward" in vars(self):
+            return (
+                "its forward was replaced on the instance (as accelerate's hooks do) and would go on calling the "
+                "sparse one: remove those hooks first"
+            )
+        return None
 
     def pruned_weight(self) -> Tensor:
         """The weight (N x K, detached, its own dtype) as the sparse forward uses it."""
         raise NotImplementedError
 
     def extra_repr(self) -> str:
-        """nn.Linear's fields, then the mask and whether it is applied."""
+        """The dense class's fields, then the mask and whether it is applied."""
         state = "on" if self.sparse_enabled else "off (dense phase)"
-        config = self.config
+        config = self.sparse_config
         settings = f"operand={config.operand}, mask={config.mask}, engine={config.engine}"
         return f"{super().extra_repr()}, {settings}, sparse={state}"
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = {name: value for name, value in self.__dict__.items() if name not in _TRANSIENT}
+        return {**state, _ORIGIN: Origin(self)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        origin = state.get(_ORIGIN)
+        super().__setstate__({name: value for name, value in state.items() if name != _ORIGIN})
+        if isinstance(origin, Origin):
+            origin.note(self)
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
+        base = vars(type(self)).get("_swapped_base")
+        if base is None:
+            return super().__reduce_ex__(protocol)
+        return rebuild, (base, self._dense_class), self.__getstate__()
+
+    def _replicate_for_data_parallel(self) -> Self:
+        replica: Self = super()._replicate_for_data_parallel()
+        for name in _TRANSIENT:
+            replica.__dict__.pop(name, None)
+        return replica
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        raise ExportError(
+            f"torch.jit.script cannot compile the semi-sparse layer {self}: call semisparse.densify(model) first "
+            "(weights='masked' keeps what the sparse layers compute), or use torch.jit.trace"
+        )
+
+    def _traced(self, input: Proxy) -> Any:
+        """One call_module node, as torch.fx records for torch's own layers."""
+        path = getattr(input.tracer, "path_of_module", None)
+        if path is None:
+            raise ExportError(
+                f"this tracer knows no modules, so it cannot record a call of {self}: call semisparse.densify first"
+            )
+        return input.tracer.create_proxy("call_module", path(self), (input,), {})
+
+    def _check_export(self) -> None:
+        if torch.onnx.is_in_onnx_export():
+            raise ExportError(
+                "ONNX has no operator for pruning: call semisparse.densify(model, weights='masked') before the export"
+            )
+        if self.training and self.weight.requires_grad:
+            raise ExportError(
+                "torch.export of a sparse layer in training: the exported graph would give its weight no gradient. "
+                "Call model.eval() to export for inference, or semisparse.densify(model) first"
+            )
+
+    @classmethod
+    def _announce(cls) -> None:
+        """What comes before the first layer of a class is built: FLOP formulas for the ops, warnings of subclasses."""
+        register_flop_formulas()
 
     @classmethod
     def _checked(cls, config: SparseConfig | None) -> SparseConfig | None:
@@ -139,4 +205,4 @@ class SemiSparseBase(nn.Linear):
 
     def _set_config(self, config: SparseConfig | None) -> None:
         if self._checked(config) is not None:
-            self.config = config  # type: ignore[assignment]
+            self.sparse_config = config  # type: ignore[assignment]

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from semisparse.errors import ConfigError
 from semisparse.nn import SemiSparseLinear
-from semisparse.recipes.layers import check_optimizer, check_whole, layers_by_weight, refuse_closure
+from semisparse.recipes.layers import check_optimizer, check_whole, layers_by_weight, refuse_closure, unwrapped
 
 
 class MaskedDecay:
@@ -28,9 +28,9 @@ class MaskedDecay:
     The term is computed in the dtype of the weight (N x K), in fp32 or wider where gradients are still scaled, and
     added in place, in the gradient's. The mask is exact.
 
-    model: holds SemiSparseLinear layers. optimizer: must hold the weights of all of them. decay: the strength, 0 or
-    more; the papers' values lie between 6e-6 and 2e-4, by model and optimizer. It is not multiplied by the learning
-    rate here; the optimizer does that, as with every gradient.
+    model: holds SemiSparseLinear layers. optimizer: must hold the weights of all of them that train; a wrapper of one
+    will do. decay: the strength, 0 or more; the papers' values lie between 6e-6 and 2e-4, by model and optimizer. It is
+    not multiplied by the learning rate here; the optimizer does that, as with every gradient.
     Raises NoLayerMatched, ConfigError, LayerRefused for a sharded or meta weight; ConfigError from
     optimizer.step(closure), whose gradients do not exist yet when the hook runs.
     """
@@ -40,6 +40,7 @@ class MaskedDecay:
             raise ConfigError(f"decay={decay!r} must be a number, 0 or more")
         self.decay = decay
         self._layers = layers_by_weight(model)
+        optimizer = unwrapped(optimizer)
         check_optimizer(optimizer, self._layers)
         check_whole(self._layers)
         self._hook = optimizer.register_step_pre_hook(self._before_step)

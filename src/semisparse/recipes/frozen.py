@@ -47,8 +47,14 @@ class Frozen:
             if layer.__dict__.get("_frozen") is tensor:
                 del layer._frozen
 
-    def advance(self, sparse: bool) -> None:
-        """One optimizer step was applied; sparse: whether the next forward is."""
+    @property
+    def tensors(self) -> Mapping[str, Tensor]:
+        """What is held, by layer."""
+        return self._tensors
+
+    def advance(self, sparse: bool) -> bool:
+        """One optimizer step was applied; sparse: whether the next forward is. Returns whether tensors changed."""
+        return False
 
     @torch.no_grad()
     def _refresh(self) -> None:
@@ -70,6 +76,11 @@ class Frozen:
                 raise ScheduleError(
                     f"state[{self.key!r}][{name!r}] must be {tensor.dtype} of shape {tuple(tensor.shape)}; "
                     "it was saved for another model"
+                )
+            if other.layout is not torch.strided or other.is_meta or type(other) not in (Tensor, torch.nn.Parameter):
+                raise ScheduleError(
+                    f"state[{self.key!r}][{name!r}] must be an ordinary dense tensor with data, as state_dict() gives; "
+                    f"it is a {type(other).__name__} of layout {other.layout} on {other.device}"
                 )
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -102,15 +113,17 @@ class FrozenMasks(Frozen):
     def _look(self, weight: Tensor) -> Tensor:
         return ops.tile_codes(weight, "transposable")
 
-    def advance(self, sparse: bool) -> None:
+    def advance(self, sparse: bool) -> bool:
         """Count the step and refresh when the masks are old enough, or when a sparse phase begins."""
         begins, self._sparse = sparse and not self._sparse, sparse
         if not sparse:
-            return
+            return False
         self._age += 1
-        if begins or self._age >= self._every:
-            self._refresh()
-            self._age = 0
+        if not begins and self._age < self._every:
+            return False
+        self._refresh()
+        self._age = 0
+        return True
 
     def state_dict(self) -> dict[str, Any]:
         """Masks as tile codes, and the steps for which they have been held."""

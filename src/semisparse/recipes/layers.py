@@ -20,18 +20,39 @@ def layers_by_weight(model: nn.Module) -> dict[str, SemiSparseLinear]:
     return dict(found.values())
 
 
+def unwrapped(optimizer: Any) -> Any:
+    """The torch optimizer that really steps: optimizer itself, or the one inside a wrapper such as accelerate's.
+
+    A wrapper is what lacks an optimizer's own hooks and holds exactly one optimizer, however deep, as an attribute.
+    Raises ConfigError where there is none or more than one.
+    """
+    while not _has_hooks(optimizer):
+        inside = {id(value): value for value in _attributes(optimizer) if isinstance(value, torch.optim.Optimizer)}
+        if len(inside) != 1:
+            raise ConfigError(
+                f"optimizer={type(optimizer).__name__} is not a torch.optim.Optimizer with step hooks and wraps "
+                f"{len(inside)} of them: pass the one that steps, or a subclass"
+            )
+        optimizer = next(iter(inside.values()))
+    return optimizer
+
+
+def _has_hooks(optimizer: Any) -> bool:
+    return isinstance(optimizer, torch.optim.Optimizer) and "_optimizer_step_pre_hooks" in vars(optimizer)
+
+
+def _attributes(wrapper: Any) -> list[Any]:
+    return list(getattr(wrapper, "__dict__", {}).values())
+
+
 def check_optimizer(optimizer: torch.optim.Optimizer, layers: dict[str, SemiSparseLinear]) -> None:
-    """Raise ConfigError unless optimizer is a torch optimizer that holds the weights of all layers."""
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise ConfigError(
-            f"optimizer={type(optimizer).__name__} is no torch.optim.Optimizer, so it has no step hook: pass the one "
-            "that it wraps, or a subclass"
-        )
+    """Raise ConfigError unless optimizer holds the weights of all layers that train; frozen ones need none."""
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     for name, layer in layers.items():
-        if id(layer.weight) not in held:
+        if layer.weight.requires_grad and id(layer.weight) not in held:
             raise ConfigError(
-                f"optimizer does not hold {name}.weight; build it with all weights of the semi-sparse layers"
+                f"optimizer does not hold {name}.weight; build it with all weights of the semi-sparse layers that "
+                "train, or freeze this one (requires_grad_(False))"
             )
 
 

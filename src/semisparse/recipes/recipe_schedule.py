@@ -8,10 +8,11 @@ from torch import nn
 
 from semisparse.errors import ConfigError, ScheduleError
 from semisparse.nn import SemiSparseLinear
+from semisparse.ranks import Group, agree, attempt, digest
 from semisparse.recipes.auto_switch import AutoSwitch
 from semisparse.recipes.decay import MaskedDecay
 from semisparse.recipes.frozen import Frozen, FrozenMasks, FrozenScales
-from semisparse.recipes.layers import check_optimizer, check_whole, layers_by_weight
+from semisparse.recipes.layers import check_optimizer, check_whole, layers_by_weight, unwrapped
 from semisparse.recipes.recipe import Recipe
 from semisparse.recipes.step_adamw import StepAdamW
 from semisparse.schedule import Phase, SparseSchedule, checked_state, share_of
@@ -41,27 +42,52 @@ class RecipeSchedule(SparseSchedule):
     phases: with AutoSwitch those planned for the latest switch, until it has come.
     """
 
-    def __init__(self, recipe: Recipe, model: nn.Module, optimizer: torch.optim.Optimizer, total_steps: int) -> None:
-        if not isinstance(recipe, Recipe):
-            raise ConfigError(f"recipe={recipe!r} must be a Recipe, such as semisparse.recipes.dinov2()")
-        layers = layers_by_weight(model)
-        _check(recipe, model, optimizer, layers)
+    def __init__(
+        self,
+        recipe: Recipe,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        total_steps: int,
+        *,
+        process_group: Group = None,
+    ) -> None:
+        self._group = process_group
+
+        def prepare() -> int:
+            self._prepare_recipe(recipe, model, optimizer, total_steps)
+            return self._digest()
+
         # Everything that can fail comes before the first change of the model or the optimizer.
-        phases = _phases(recipe, total_steps)
-        self._recipe, self._total, self._optimizer = recipe, total_steps, optimizer
-        self._frozen = _frozen(recipe, model, phases)
-        self._switch = _switch(recipe, optimizer, layers, phases)
-        self._finished = False
-        super().__init__(model, phases)
-        self._decay = MaskedDecay(model, optimizer, recipe.decay) if recipe.decay else None
+        agree(attempt(prepare), process_group)
+        self._begin()
+        self._decay = MaskedDecay(model, self._optimizer, recipe.decay) if recipe.decay else None
         if self._switch is not None:
             self._switch.attach()
         if self._decay is not None or self._switch is not None:
-            _HOOKED[optimizer] = recipe.name
+            _HOOKED[self._optimizer] = recipe.name
         for layer in layers_with_masks(model).values():  # what an earlier recipe may have left
             layer.__dict__.pop("_frozen", None)
         if self._frozen is not None:
             self._frozen.attach()
+
+    def _prepare_recipe(
+        self, recipe: Recipe, model: nn.Module, optimizer: torch.optim.Optimizer, total_steps: int
+    ) -> None:
+        if not isinstance(recipe, Recipe):
+            raise ConfigError(f"recipe={recipe!r} must be a Recipe, such as semisparse.recipes.dinov2()")
+        layers = layers_by_weight(model)
+        inner = unwrapped(optimizer)
+        _check(recipe, model, inner, layers)
+        phases = _phases(recipe, total_steps)
+        self._recipe, self._total, self._optimizer = recipe, total_steps, inner
+        self._frozen = _frozen(recipe, model, phases)
+        self._switch = _switch(recipe, inner, layers, phases)
+        self._finished = False
+        self._prepare(model, phases, None)
+
+    def _digest(self) -> int:
+        tensors = {} if self._frozen is None else self._frozen.tensors
+        return digest((super()._digest(), self._recipe.describe(), self._total), tensors)
 
     @classmethod
     def sparse_then_dense(cls, *args: Any, **kwargs: Any) -> NoReturn:
@@ -78,16 +104,28 @@ class RecipeSchedule(SparseSchedule):
         """The recipe that was started."""
         return self._recipe
 
-    def _advance(self) -> None:
+    def _check_layers(self) -> None:
         self._check_running()
+        super()._check_layers()
+
+    def _advance(self) -> None:
         if self._switch is not None:
             self._switch.check_seen()
         super()._advance()
         if self._switch is not None and self._switch.count(self._applied_steps):
             self._phases = _dense_then_sparse(self._applied_steps, self._total)
             self._apply()
-        if self._frozen is not None:
-            self._frozen.advance(self.phase == "sparse")
+        if self._frozen is not None and self._frozen.advance(self.phase == "sparse"):
+            agree(self._digest(), self._group)
+
+    def resume_at(self, applied_steps: int) -> None:
+        """As SparseSchedule.resume_at, for recipes whose only state is the counter. Raises ScheduleError for others."""
+        self._check_running()
+        if self._frozen is not None or self._switch is not None:
+            raise ScheduleError(
+                f"the recipe {self._recipe.name} holds more than a counter: save state_dict() and load it instead"
+            )
+        super().resume_at(applied_steps)
 
     def finish(self) -> None:
         """Take hooks off the optimizer and frozen masks or scales off the layers; for a model that trains on without.
@@ -136,7 +174,7 @@ class RecipeSchedule(SparseSchedule):
         if self._switch is not None and state["switched_at"] is not None:
             phases = _dense_then_sparse(state["switched_at"], self._total)
         counted = checked_state(state, phases)
-        self._phases, (self._applied_steps, self._last_scale) = phases, counted
+        self._phases, (self._applied_steps, self._evidence.last_scale) = phases, counted
         for part in parts:
             part.load_state_dict(state)
         self._apply()
@@ -158,10 +196,10 @@ def _check(
     """Raise unless recipe can start with this model and this optimizer."""
     check_optimizer(optimizer, layers)
     for name, layer in layers_with_masks(model).items():
-        if layer.config != recipe.config:
+        if layer.sparse_config != recipe.config:
             raise ConfigError(
-                f"{name} was swapped with {layer.config}, but the recipe {recipe.name} has {recipe.config}: sparsify "
-                "with recipe.config"
+                f"{name} was swapped with {layer.sparse_config}, but the recipe {recipe.name} has {recipe.config}: "
+                "sparsify with recipe.config"
             )
     if recipe.dense_range is not None and not isinstance(optimizer, StepAdamW):
         raise ConfigError(
@@ -196,7 +234,10 @@ def _switch(
     if recipe.dense_range is None or not isinstance(optimizer, StepAdamW):
         return None
     low, total = recipe.dense_range[0], sum(phase.steps for phase in phases)
-    return AutoSwitch(optimizer, [layer.weight for layer in layers.values()], (round(low * total), phases[0].steps))
+    weights = [layer.weight for layer in layers.values() if layer.weight.requires_grad]
+    if not weights:
+        raise ConfigError(f"the recipe {recipe.name} watches weights that train, but all sparse weights are frozen")
+    return AutoSwitch(optimizer, weights, (round(low * total), phases[0].steps))
 
 
 def _phases(recipe: Recipe, total_steps: int) -> tuple[Phase, ...]:

@@ -1,0 +1,192 @@
+"""What really runs: one forward and backward pass with hooks, and a row per swapped layer."""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from semisparse import functional
+from semisparse.errors import ConfigError, NoLayerMatched
+from semisparse.gemm.choice import Choice
+from semisparse.gemm.dispatch import observed
+from semisparse.gemm.problem import Problem
+from semisparse.nn import SemiSparseBase
+from semisparse.swap import semi_sparse_layers
+from semisparse.unchanged import unchanged
+
+
+@dataclass(frozen=True, slots=True)
+class CheckRow:
+    """One swapped layer. calls: of its forward. products: how they ran, "" where nothing ran.
+
+    gradient: whether its weight got one; None where the weight is frozen. problem: what is wrong, or "".
+    """
+
+    name: str
+    calls: int
+    forward: str
+    backward: str
+    gradient: bool | None
+    problem: str
+
+
+@dataclass(frozen=True, slots=True)
+class CheckReport:
+    """The rows of one check, in the model's order. print() shows a table."""
+
+    rows: tuple[CheckRow, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether every layer was called and got its gradient."""
+        return not self.problems
+
+    @property
+    def problems(self) -> dict[str, str]:
+        """Name -> what is wrong, for the layers that have a problem."""
+        return {row.name: row.problem for row in self.rows if row.problem}
+
+    def __iter__(self) -> Iterator[CheckRow]:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __str__(self) -> str:
+        gradients = {True: "arrived", False: "none", None: "frozen"}
+        header = ("layer", "calls", "gradient", "forward", "backward", "problem")
+        body = [
+            (
+                row.name or "(root)",
+                str(row.calls),
+                gradients[row.gradient],
+                row.forward,
+                "the same" if row.backward == row.forward else row.backward,
+                row.problem,
+            )
+            for row in self.rows
+        ]
+        widths = [max(len(line[column]) for line in (header, *body)) for column in range(len(header))]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+                 for line in (header, *body)]  # fmt: skip
+        good = len(self.rows) - len(self.problems)
+        return "\n".join([*lines, f"{good} of {len(self.rows)} semi-sparse layers do what they say"])
+
+
+def check(model: nn.Module, *inputs: Any, loss: Callable[[Any], Tensor] | None = None, **keywords: Any) -> CheckReport:
+    """Run model(*inputs, **keywords) and its backward pass once, and report what each semi-sparse layer did.
+
+    Per layer: whether it was called at all (if somebody reads its weight instead, it multiplies dense), how it
+    multiplied (kernel and algorithm, or masked dense and why) and whether its weight got a gradient. loss: the model's
+    output -> a scalar; without it, the sum of all floating-point tensors in the output. Runs in the mode that is set
+    (train or eval, autocast), compiled modules eagerly. Parameters, buffers, gradients, random number generators and
+    training flags are as before afterwards; that needs memory for one copy of the model. Under DistributedDataParallel
+    call it on every rank.
+    Raises NoLayerMatched without a semi-sparse layer, ConfigError where there is nothing to differentiate, and what the
+    model raises.
+    """
+    layers = semi_sparse_layers(model)
+    if not layers:
+        raise NoLayerMatched(f"model={type(model).__name__} has no semi-sparse layer to check; call sparsify first")
+    probe = _Probe(layers)
+    with unchanged(model, (inputs, keywords)), probe.watching(), torch.enable_grad():
+        output = model(*inputs, **keywords)
+        _scalar(output, loss).backward()
+        gradients = {name: layer.weight.grad is not None for name, layer in layers.items()}
+    return CheckReport(tuple(probe.row(name, gradients[name]) for name in layers))
+
+
+def _scalar(output: Any, loss: Callable[[Any], Tensor] | None) -> Tensor:
+    if loss is not None:
+        value = loss(output)
+        if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
+            raise ConfigError(f"loss returned {value!r}; it must return one number that depends on the parameters")
+        return value
+    leaves = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.requires_grad]
+    if not leaves:
+        raise ConfigError(
+            f"model returned {type(output).__name__} without a tensor that depends on a trainable parameter: pass "
+            "loss=, or let some parameter train"
+        )
+    return torch.stack([leaf.float().sum() for leaf in leaves]).sum()
+
+
+class _Probe:
+    """Hooks on layers, and what they have seen."""
+
+    def __init__(self, layers: dict[str, SemiSparseBase]) -> None:
+        self._layers = layers
+        self._calls: dict[str, int] = defaultdict(int)
+        self._routes: dict[str, str] = {}
+        self._products: dict[tuple[str, str], list[str]] = defaultdict(list)
+        self._now: tuple[str, str] | None = None
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Put the hooks on, and take them off."""
+        with ExitStack() as stack:
+            for name, layer in self._layers.items():
+                for handle in self._hooks(name, layer):
+                    stack.callback(handle.remove)
+            stack.enter_context(observed(self._saw))
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+            yield
+
+    def _hooks(self, name: str, layer: SemiSparseBase) -> Iterator[Any]:
+        def before(module: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+            self._calls[name] += 1
+            self._now = (name, "forward")
+            operand = args[0] if args else keywords.get("input")
+            self._routes[name] = _route(layer, operand)
+
+        def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            self._now = None
+            if isinstance(output, Tensor) and output.requires_grad:
+                output.register_hook(before_backward)  # runs just before the layer's own backward function
+
+        def before_backward(gradient: Tensor) -> None:
+            self._now = (name, "backward")
+
+        yield layer.register_forward_pre_hook(before, with_kwargs=True)
+        yield layer.register_forward_hook(after, always_call=True)
+
+    def _saw(self, problem: Problem, algorithm: int | None, choice: Choice | None) -> None:
+        if self._now is not None:
+            ran = "masked dense" if algorithm is None else f"cuSPARSELt algorithm {algorithm}"
+            why = f" ({choice.source})" if choice is not None else ""
+            self._products[self._now].append(ran + why)
+
+    def row(self, name: str, gradient: bool) -> CheckRow:
+        """What is known of a layer."""
+        layer = self._layers[name]
+        trains = layer.weight.requires_grad
+        problem = ""
+        if not self._calls[name]:
+            problem = "never called: somebody reads its weight instead" if gradient else "never called"
+        elif trains and not gradient:
+            problem = "its weight got no gradient"
+        backward = ", ".join(dict.fromkeys(self._products[name, "backward"]))
+        return CheckRow(
+            name,
+            self._calls[name],
+            ", ".join(dict.fromkeys(self._products[name, "forward"])) or self._routes.get(name, ""),
+            backward or ("" if not self._calls[name] else self._routes.get(name, "")),
+            gradient if trains else None,
+            problem,
+        )
+
+
+def _route(layer: SemiSparseBase, operand: Any) -> str:
+    """How the layer computes where no product of an engine is seen."""
+    if not layer.sparse_enabled:
+        return "dense (dense phase)"
+    if not isinstance(operand, Tensor):
+        return "unknown"
+    dtype, engine = functional.compute_dtype(operand, layer.weight), layer.sparse_config.engine
+    reason = functional.why_masked_dense(layer.weight, dtype, engine)
+    return f"masked dense: {reason}" if reason else "packed"

@@ -1,0 +1,72 @@
+"""Writing pruned weights into the Parameters themselves, where nobody but the pruned layers reads them."""
+
+import torch
+from torch import Tensor, nn
+
+from semisparse.errors import LayerRefused
+from semisparse.nn import SemiSparseBase, SemiSparseLinear
+from semisparse.nn.refusals import weight_refusal
+from semisparse.selection import FoundLayer
+from semisparse.sharing import holders, share_memory
+
+
+class MaskedWeights:
+    """What densify(weights="masked") writes: one pruned weight for each Parameter, whoever shares it.
+
+    layers: semi-sparse layers of model. Raises LayerRefused where a weight is sharded, computed by a hook, or read by
+    anybody in model who does not prune it in just this way. Nothing is changed before write().
+    """
+
+    def __init__(self, model: nn.Module, layers: list[FoundLayer]) -> None:
+        pruned = {id(f.layer): f for f in layers if isinstance(f.layer, SemiSparseLinear)}
+        everybody = list(holders(model)) if pruned else []
+        self._values: dict[int, tuple[Tensor, Tensor]] = {}
+        for found in pruned.values():
+            layer = found.layer
+            assert isinstance(layer, SemiSparseLinear)
+            name = found.name or "(root)"
+            _check_weight(name, layer)
+            for other_name, owner, tensor in everybody:
+                if share_memory(tensor, layer.weight) and not _prunes_alike(layer, owner, tensor):
+                    raise LayerRefused(
+                        f"{name}: weights='masked' would write the pruned weight into memory that {other_name} reads, "
+                        "too. Give the layer its own weight first (layer.weight = "
+                        "nn.Parameter(layer.weight.detach().clone())), or use weights='dense'"
+                    )
+            if id(layer.weight) not in self._values:
+                self._values[id(layer.weight)] = (layer.weight, layer.pruned_weight())
+
+    @torch.no_grad()
+    def write(self) -> None:
+        """Write them."""
+        for weight, value in self._values.values():
+            weight.copy_(value)
+
+    @staticmethod
+    def note(layer: SemiSparseBase) -> str:
+        """What was done with the layer's weight, for the report."""
+        if isinstance(layer, SemiSparseLinear):
+            return "pruned weight written"
+        return "activation operand: no weight was pruned, dense weight kept"
+
+
+def _prunes_alike(layer: SemiSparseLinear, owner: nn.Module, tensor: Tensor) -> bool:
+    """Whether owner is a layer for which the pruned weight of layer is its own pruned weight."""
+    if owner is layer:
+        return tensor is layer.weight
+    return (
+        isinstance(owner, SemiSparseLinear)
+        and tensor is owner.weight is layer.weight
+        and owner.sparse_config == layer.sparse_config
+        and owner._frozen is layer._frozen
+    )
+
+
+def _check_weight(name: str, layer: SemiSparseLinear) -> None:
+    if reason := weight_refusal(layer):
+        raise LayerRefused(f"{name}: weights='masked' cannot write a pruned weight: {reason}")
+    if hasattr(layer.weight, "full_tensor"):
+        raise LayerRefused(
+            f"{name}: weights='masked' needs the whole weight, but it is a sharded DTensor: save a "
+            "full state_dict and densify the unsharded model"
+        )

@@ -1,0 +1,111 @@
+"""Who owns packed weights: what each was packed for, where its buffers live, and when it may be used.
+
+A packing belongs to one weight as it was at one moment, and to one compute dtype. It stays with its layer: copies,
+pickles and state_dicts are without it.
+"""
+
+import warnings
+from typing import NamedTuple, Protocol
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from semisparse import functional, ops
+from semisparse.config import SparseConfig
+
+
+class PackedWeight(NamedTuple):
+    """The buffers of ops.pack, and what they hold: the weight's identity, its version and that of a frozen mask."""
+
+    forward: Tensor
+    transposed: Tensor
+    dtype: torch.dtype
+    source: tuple[int, int, int]
+
+    def __deepcopy__(self, memo: object) -> None:
+        """Nothing: a copy of a layer packs its own weight. (Parametrised modules copy their dict, not their state.)"""
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        return type(None), ()
+
+
+class PackingLayer(Protocol):
+    """What a layer with packed weights has."""
+
+    weight: Tensor
+    sparse_config: SparseConfig
+    _frozen: Tensor | None
+    _packed: PackedWeight | None
+
+
+# Buffers outlive a block, so that a compiled or captured step finds them at the same address in the next block. They
+# are kept outside the modules, one pair for each compute dtype.
+_BUFFERS: WeakKeyDictionary[PackingLayer, dict[torch.dtype, PackedWeight]] = WeakKeyDictionary()
+
+
+def packed_now(layer: PackingLayer) -> PackedWeight | None:
+    """The layer's weight as it is now, packed for the dtype that a forward would compute in now; None if never packed.
+
+    A packing that is in use already and still right is returned as it is. Else the layer's buffers are written, unless
+    an outer block is using them. Buffers are ordinary tensors also under inference_mode, so that a later training step
+    can use them. Raises what ops.pack and functional.packs raise.
+    """
+    dtype = functional.compute_dtype(layer.weight, layer.weight)
+    if not functional.packs(layer.weight, dtype, layer.sparse_config.engine):
+        return None
+    outer = layer._packed
+    if outer is not None and outer.dtype is dtype and outer.source == _source(layer):
+        return outer
+    mask = functional.frozen_mask(layer.sparse_config.mask, layer._frozen)
+    with torch.inference_mode(False), torch.no_grad():
+        buffers = ops.pack(layer.weight.detach(), dtype, mask, layer._frozen)
+        fresh = PackedWeight(*buffers, dtype, _source(layer))
+        kept = _BUFFERS.setdefault(layer, {}).get(dtype)
+        if kept is None or not _same_place(kept, fresh):
+            _BUFFERS[layer][dtype] = fresh
+            return fresh
+        if outer is not None and outer.forward is kept.forward:
+            return fresh
+        kept.forward.copy_(fresh.forward)
+        kept.transposed.copy_(fresh.transposed)
+    return PackedWeight(kept.forward, kept.transposed, dtype, fresh.source)
+
+
+def usable(layer: PackingLayer, x: Tensor) -> tuple[Tensor, Tensor] | None:
+    """The buffers for this forward, or None, with a warning, where they hold another dtype or an older weight.
+
+    In compiled code only the dtype is looked at: versions cannot be read there.
+    """
+    packed = layer._packed
+    if packed is None:
+        return None
+    dtype = functional.compute_dtype(x, layer.weight)
+    if packed.dtype is dtype and (torch.compiler.is_compiling() or packed.source == _source(layer)):
+        return packed.forward, packed.transposed
+    if not torch.compiler.is_compiling():
+        _warn(packed, dtype)
+    return None
+
+
+def _warn(packed: PackedWeight, dtype: torch.dtype) -> None:
+    reason = (
+        f"was entered computing in {packed.dtype}, but this forward computes in {dtype}: enter torch.autocast first"
+        if packed.dtype is not dtype
+        else "was entered with another weight or mask than this forward has: change weights outside the block"
+    )
+    warnings.warn(f"reuse_packed {reason}. The weight is packed again at this forward.", stacklevel=5)
+
+
+def _source(layer: PackingLayer) -> tuple[int, int, int]:
+    frozen = layer._frozen
+    return id(layer.weight), _version(layer.weight), -1 if frozen is None else _version(frozen)
+
+
+def _version(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version
+
+
+def _same_place(kept: PackedWeight, fresh: PackedWeight) -> bool:
+    pairs = ((kept.forward, fresh.forward), (kept.transposed, fresh.transposed))
+    return all(a.shape == b.shape and a.device == b.device for a, b in pairs)

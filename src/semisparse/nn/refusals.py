@@ -1,0 +1,61 @@
+"""Why a single layer cannot be made semi-sparse, or can no longer be one. Looks at the layer alone, not around it."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from semisparse.nn.registry import OWN_ATTRIBUTES, is_registered
+from semisparse.pattern import GROUP
+from semisparse.reference.masks import FLOAT_DTYPES
+
+
+def refusal(layer: nn.Linear) -> str | None:
+    """Why this layer cannot be made semi-sparse, or None when it can."""
+    if isinstance(layer, nn.modules.lazy.LazyModuleMixin):
+        return "it is lazy, without sizes yet: run one forward first, then swap"
+    reason = weight_refusal(layer)
+    if reason is not None:
+        return reason
+    if not is_registered(type(layer)):
+        return (
+            f"its type {type(layer).__name__} is a subclass of nn.Linear: if its forward is plain F.linear, "
+            "call semisparse.register_linear on it; swap before wrapping with FSDP"
+        )
+    if "forward" in vars(layer):
+        return (
+            "its forward was replaced on the instance (as accelerate's hooks do), so the swapped forward would never "
+            "run: swap before hooks are added, or remove them first"
+        )
+    if taken := sorted(name for name in OWN_ATTRIBUTES if name in vars(layer)):
+        return f"it has attributes that semi-sparse layers use themselves: rename {', '.join(taken)}"
+    if layer.in_features % GROUP or layer.out_features % GROUP:
+        return (
+            f"in_features={layer.in_features} and out_features={layer.out_features} must both be multiples of {GROUP}"
+        )
+    return None
+
+
+def weight_refusal(layer: nn.Linear) -> str | None:
+    """Why the layer's weight as it is held now cannot be pruned, or None; also asked of layers swapped before."""
+    if parametrize.is_parametrized(layer):
+        return "it is parametrised: call torch.nn.utils.parametrize.remove_parametrizations first"
+    if "weight" not in layer._parameters:
+        return "its weight is computed by a hook (weight_norm, spectral_norm or pruning): remove that first"
+    weight = layer.weight
+    if not _is_plain(weight):
+        return (
+            f"its weight is a {type(weight).__name__}, a tensor subclass with products of its own (quantised, say): "
+            "swap before converting, or leave this layer to the other library"
+        )
+    if weight.dtype not in FLOAT_DTYPES:
+        return f"its weight has dtype {weight.dtype}; use float64, float32, float16 or bfloat16"
+    return None
+
+
+def _is_plain(weight: Tensor) -> bool:
+    """A Parameter, a sharded one (inside a forward FSDP shows the whole weight), or a fake of one."""
+    return (
+        type(weight) in (nn.Parameter, Tensor)
+        or hasattr(weight, "full_tensor")
+        or isinstance(weight, torch._subclasses.FakeTensor)
+    )

@@ -1,0 +1,75 @@
+"""Which classes of linear layers may be swapped, and the semi-sparse class that each becomes."""
+
+import types
+from typing import Any
+
+from torch import nn
+
+from semisparse.errors import ConfigError
+
+_PLAIN_LINEARS: set[type[nn.Linear]] = {nn.Linear}
+_SWAPPED: dict[tuple[type[nn.Linear], type[nn.Linear]], type[Any]] = {}
+OWN_ATTRIBUTES = ("operand", "sparse_config", "sparse_enabled", "_packed", "_frozen", "_called", "_sparse_forward")
+"""Names that a semi-sparse layer uses for itself, beside nn.Linear's."""
+
+
+def register_linear(cls: type[nn.Linear]) -> type[nn.Linear]:
+    """Allow layers whose type is exactly cls to be swapped; usable as a class decorator.
+
+    By registering you state that cls.forward computes F.linear(x, self.weight, self.bias) and nothing else, because a
+    swapped layer replaces it. A swapped layer is still an instance of cls, with its methods and attributes; swapping
+    back restores cls. Raises ConfigError when cls is not a subclass of nn.Linear that can be one, or is lazy.
+    """
+    if not (isinstance(cls, type) and issubclass(cls, nn.Linear)) or hasattr(cls, "_sparse_forward"):
+        raise ConfigError(f"cls={cls!r} must be a dense subclass of torch.nn.Linear")
+    if issubclass(cls, nn.modules.lazy.LazyModuleMixin):
+        raise ConfigError(
+            f"cls={cls.__name__} is lazy: its layers become another class at their first forward; register that one, "
+            "and swap after a forward"
+        )
+    if taken := sorted(name for name in OWN_ATTRIBUTES if hasattr(cls, name)):
+        raise ConfigError(f"cls={cls.__name__} has {taken}, which semi-sparse layers use themselves; rename them")
+    _PLAIN_LINEARS.add(cls)
+    return cls
+
+
+def is_registered(cls: type[nn.Linear]) -> bool:
+    """Whether layers of exactly this class may be swapped."""
+    return cls in _PLAIN_LINEARS
+
+
+def swapped_class(base: type[nn.Linear], dense_class: type[nn.Linear]) -> type[Any]:
+    """The class of a swapped layer: base for nn.Linear, and one that is both for a registered subclass.
+
+    base: a semi-sparse layer class. Raises ConfigError where Python cannot make that class.
+    """
+    if dense_class is nn.Linear:
+        return base
+    if (base, dense_class) not in _SWAPPED:
+        _SWAPPED[base, dense_class] = _combined(base, dense_class)
+    return _SWAPPED[base, dense_class]
+
+
+def _combined(base: type[nn.Linear], dense_class: type[nn.Linear]) -> type[Any]:
+    def body(namespace: dict[str, Any]) -> None:
+        namespace |= {
+            "__module__": dense_class.__module__,
+            "__qualname__": prefix + dense_class.__qualname__,
+            "__doc__": f"{base.__name__} made of {dense_class.__name__}.",
+            "operand": base.operand,  # type: ignore[attr-defined]
+            "_dense_class": dense_class,
+            "_swapped_base": base,
+        }
+
+    prefix = base.__name__.removesuffix("Linear")
+    try:
+        return types.new_class(prefix + dense_class.__name__, (base, dense_class), exec_body=body)
+    except TypeError as error:
+        raise ConfigError(f"{dense_class.__name__} cannot be combined with {base.__name__}: {error}") from error
+
+
+def rebuild(base: type[nn.Linear], dense_class: type[nn.Linear]) -> nn.Linear:
+    """An empty layer of swapped_class(base, dense_class), for copy and pickle, which cannot name such a class."""
+    cls = swapped_class(base, dense_class)
+    layer: nn.Linear = nn.Linear.__new__(cls)
+    return layer

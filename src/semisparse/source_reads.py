@@ -1,0 +1,230 @@
+"""Reading a module's source for places that use a child's weight themselves instead of calling the child.
+
+A swapped child that is never called multiplies dense, without a word. What a class does with `self.<child>` is in its
+source: its own methods and those of its bases, as Python would resolve them, constructors and initialisers left out.
+Aliases across methods, lists and helper functions cannot be seen this way; a schedule's first step and semisparse.check
+look at those.
+"""
+
+import ast
+import functools
+import inspect
+import re
+import textwrap
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+Path = tuple[str, ...]
+
+# Methods that set a model up, save it or show it; what they read of a weight is not computing with it.
+_SETTING_UP = re.compile(r"^_*(init|reset|tie|load|save|setup|extra_repr|repr|str|new|setstate|getstate|post_init)")
+_FACTS = frozenset({
+    "dtype", "device", "shape", "size", "dim", "ndim", "numel", "nelement", "stride", "is_cuda", "is_meta", "is_cpu",
+    "requires_grad", "requires_grad_", "element_size", "itemsize", "nbytes", "layout", "data_ptr", "grad", "is_leaf",
+    "is_floating_point", "is_contiguous", "register_hook", "__class__",
+})  # fmt: skip
+_ASKING = frozenset({"isinstance", "hasattr", "getattr", "id", "type", "len"})
+
+
+@dataclass(slots=True)
+class Uses:
+    """What one class does with the modules below it. reads: path -> place; calls: paths called or handed on."""
+
+    reads: dict[Path, str] = field(default_factory=dict)
+    calls: set[Path] = field(default_factory=set)
+
+
+def uses_of(module: nn.Module, known: dict[type, Uses]) -> Uses:
+    """The uses of the module's class, and of a forward that was set on the instance.
+
+    known: what was found of each class in this call of the library; not longer, since methods can be replaced.
+    """
+    cls, own = type(module), vars(module).get("forward")
+    if cls not in known:
+        known[cls] = Uses()
+        for function in _methods(cls):
+            _look(function, known[cls])
+    if own is None:
+        return known[cls]
+    both = Uses(dict(known[cls].reads), set(known[cls].calls))
+    for function in _functions(own):
+        _look(function, both)
+    return both
+
+
+def _methods(cls: type) -> Iterator[Callable[..., Any]]:
+    """The functions that Python would run for this class: the first of each name, and what it reaches by super()."""
+    going_on: dict[str, bool] = {}
+    for base in cls.__mro__:
+        if base in (nn.Module, object):
+            continue
+        for name, value in vars(base).items():
+            if _SETTING_UP.match(name) or not going_on.get(name, True):
+                continue
+            functions = list(_functions(value))
+            if functions:
+                going_on[name] = any("super(" in (_source(function) or "super(") for function in functions)
+                yield from functions
+
+
+def _functions(value: Any) -> Iterator[Callable[..., Any]]:
+    """The plain functions inside a method, property, partial or decorator."""
+    if isinstance(value, (staticmethod, classmethod)):
+        value = value.__func__
+    if isinstance(value, property):
+        for part in (value.fget, value.fset):
+            yield from _functions(part)
+        return
+    if isinstance(value, functools.partial):
+        value = value.func
+    if isinstance(value, functools.partialmethod):
+        value = value.func
+    value = getattr(value, "__func__", value)
+    if not inspect.isfunction(value):
+        return
+    value = inspect.unwrap(value)
+    yield value
+    for cell in value.__closure__ or ():  # a decorator without functools.wraps holds the method it wraps
+        try:
+            inner = cell.cell_contents
+        except ValueError:
+            continue
+        if inspect.isfunction(inner) and inner is not value:
+            yield inspect.unwrap(inner)
+
+
+@functools.lru_cache(4096)
+def _source(function: Callable[..., Any]) -> str | None:
+    try:
+        return textwrap.dedent(inspect.getsource(function))
+    except (OSError, TypeError):
+        return None
+
+
+def _look(function: Callable[..., Any], uses: Uses) -> None:
+    text = _source(function)
+    if text is None or not re.search(r"\w", text):
+        return
+    try:
+        tree = ast.parse(text)
+    except SyntaxError:  # a lambda inside an expression, say
+        return
+    line = function.__code__.co_firstlineno
+    _Reader(uses, f"{function.__module__}.{function.__qualname__}", line).read(tree)
+
+
+class _Reader:
+    """One walk over one method."""
+
+    def __init__(self, uses: Uses, name: str, first_line: int) -> None:
+        self._uses, self._name, self._first_line = uses, name, first_line
+        self._names: dict[str, Path | None] = {}
+
+    def read(self, tree: ast.Module) -> None:
+        """Note what the function in tree reads and calls."""
+        parents = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
+        first = next((node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.Lambda,
+                                                                            ast.AsyncFunctionDef))), None)  # fmt: skip
+        if first is None:
+            return
+        arguments = [*first.args.posonlyargs, *first.args.args]
+        if arguments:
+            self._names[arguments[0].arg] = ()
+        self._note_aliases(tree)
+        for node in ast.walk(tree):
+            self._note(node, parents)
+
+    def _note_aliases(self, tree: ast.Module) -> None:
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.Assign) or len(node.targets) != 1:
+                continue
+            target, value = node.targets[0], node.value
+            if isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple) and len(target.elts) == len(value.elts):
+                pairs = list(zip(target.elts, value.elts, strict=True))
+            else:
+                pairs = [(target, value)]
+            for one, other in pairs:
+                if isinstance(one, ast.Name):
+                    path = self._path(other)
+                    known = self._names.get(one.id, path)
+                    self._names[one.id] = path if known == path else None
+
+    def _note(self, node: ast.AST, parents: dict[ast.AST, ast.AST]) -> None:
+        weight_of = self._weight_of(node)
+        if weight_of:
+            if not _harmless(node, parents):
+                line = self._first_line + node.lineno - 1  # type: ignore[attr-defined]
+                self._uses.reads.setdefault(weight_of, f"{self._name}, line {line}")
+            return
+        path = self._path(node) if isinstance(node, (ast.Attribute, ast.Subscript, ast.Name, ast.Call)) else None
+        if not path:
+            return
+        parent = parents.get(node)
+        called = isinstance(parent, ast.Call) and parent.func is node
+        by_name = isinstance(parent, ast.Attribute) and parent.attr in ("forward", "__call__")
+        if called or by_name or self._is_handed_on(node, parent):
+            self._uses.calls.add(path)
+
+    def _is_handed_on(self, node: ast.AST, parent: ast.AST | None) -> bool:
+        """Whether the module itself goes somewhere that may call it: an argument, a list, a loop."""
+        if not isinstance(getattr(node, "ctx", ast.Load()), ast.Load) or isinstance(node, ast.Name):
+            return isinstance(node, ast.Name) and isinstance(parent, (ast.Call, ast.For, ast.List, ast.Tuple))
+        if isinstance(parent, ast.Call):
+            return not (isinstance(parent.func, ast.Name) and parent.func.id in _ASKING)
+        if isinstance(parent, ast.If):
+            return parent.test is not node
+        return not isinstance(parent, (ast.Attribute, ast.Subscript, ast.Compare, ast.Assign, ast.Expr, ast.UnaryOp))
+
+    def _weight_of(self, node: ast.AST) -> Path | None:
+        """The path whose weight this expression reads, or None."""
+        if isinstance(node, ast.Attribute) and node.attr == "weight" and isinstance(node.ctx, ast.Load):
+            return self._path(node.value)
+        if _is_getattr(node) and node.args[1].value == "weight":  # type: ignore[attr-defined]
+            return self._path(node.args[0])  # type: ignore[attr-defined]
+        return None
+
+    def _path(self, node: ast.AST) -> Path | None:
+        """Attribute names and constant indices from self to what node stands for; None for anything else."""
+        if isinstance(node, ast.Name):
+            return self._names.get(node.id)
+        if isinstance(node, ast.Attribute):
+            base, step = self._path(node.value), node.attr
+        elif isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant):
+            base, step = self._path(node.value), str(node.slice.value)
+        elif _is_getattr(node):
+            base, step = self._path(node.args[0]), str(node.args[1].value)  # type: ignore[attr-defined]
+        else:
+            return None
+        return None if base is None else (*base, step)
+
+
+def _is_getattr(node: ast.AST) -> bool:
+    return (
+        isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Name)
+        and node.func.id == "getattr"
+        and len(node.args) >= 2
+        and isinstance(node.args[1], ast.Constant)
+    )
+
+
+def _harmless(node: ast.AST, parents: dict[ast.AST, ast.AST]) -> bool:
+    """Whether a read of a weight only asks what it is (dtype, device, shape, identity), sets it up or ties it."""
+    parent = parents.get(node)
+    while isinstance(parent, ast.Attribute) and parent.attr in ("data", "T", "mT"):
+        node, parent = parent, parents.get(parent)
+    if isinstance(parent, ast.Attribute):
+        return parent.attr in _FACTS or parent.attr.endswith("_")  # in-place methods write, they do not compute
+    if isinstance(parent, ast.Compare):
+        return all(isinstance(operator, (ast.Is, ast.IsNot)) for operator in parent.ops)
+    if isinstance(parent, ast.Call):
+        called = parent.func
+        if isinstance(called, ast.Name):
+            return called.id in _ASKING
+        return isinstance(called, ast.Attribute) and "init" in ast.unparse(called.value).split(".")
+    if isinstance(parent, ast.Assign):
+        return all(isinstance(target, ast.Attribute) and target.attr == "weight" for target in parent.targets)
+    return False

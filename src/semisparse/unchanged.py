@@ -1,0 +1,81 @@
+"""Running a model once without leaving a trace in it."""
+
+import random
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
+
+from semisparse import calls
+from semisparse.nn import SemiSparseBase
+
+
+@contextmanager
+def unchanged(model: nn.Module, inputs: Any) -> Iterator[None]:
+    """Put back, after the block, what a forward and backward pass inside it may have changed.
+
+    That is: parameters and buffers (the tensors and their values), gradients of parameters and of inputs, training
+    flags, and the random number generators of Python, NumPy (if it is loaded) and torch on all devices. Inside the
+    block all gradients start as None. Needs memory for one copy of parameters and buffers. inputs: any nest of tensors.
+    """
+    modules = list(model.modules())
+    flags = [module.training for module in modules]
+    tables: list[tuple[dict[str, Any], dict[str, Any]]] = [
+        (table, dict(table)) for module in modules for table in (module._parameters, module._buffers)
+    ]
+    tensors = {id(tensor): tensor for _, held in tables for tensor in held.values() if tensor is not None}
+    values = {key: tensor.detach().clone() for key, tensor in tensors.items()}
+    leaves = [leaf for leaf in torch.utils._pytree.tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.is_leaf]
+    gradients = [(leaf, leaf.grad) for leaf in (*tensors.values(), *leaves)]
+    called = [(layer, layer._called) for layer in modules if isinstance(layer, SemiSparseBase)]
+    generators = _generator_states()
+    for leaf, _ in gradients:
+        leaf.grad = None
+    try:
+        with calls.unnoticed():
+            yield
+    finally:
+        for module, flag in zip(modules, flags, strict=True):
+            module.training = flag
+        for table, held in tables:
+            table.clear()
+            table.update(held)
+        for key, tensor in tensors.items():
+            _restore(tensor, values[key])
+        for leaf, gradient in gradients:
+            leaf.grad = gradient
+        for layer, was_called in called:
+            if not was_called:
+                layer.__dict__.pop("_called", None)
+        _restore_generators(generators)
+
+
+def _restore(tensor: Tensor, value: Tensor) -> None:
+    """Write value back where it differs; the version counter stays, so that saved graphs and packings hold."""
+    if tensor.is_meta or torch.equal(tensor.detach(), value):
+        return
+    with torch.no_grad(), _unsafe_preserve_version_counter(tensor):
+        tensor.copy_(value)
+
+
+def _generator_states() -> dict[str, Any]:
+    states: dict[str, Any] = {"python": random.getstate(), "cpu": torch.get_rng_state()}
+    if torch.cuda.is_initialized():
+        states["cuda"] = torch.cuda.get_rng_state_all()
+    numpy = sys.modules.get("numpy")
+    if numpy is not None:
+        states["numpy"] = numpy.random.get_state()
+    return states
+
+
+def _restore_generators(states: dict[str, Any]) -> None:
+    random.setstate(states["python"])
+    torch.set_rng_state(states["cpu"])
+    if "cuda" in states:
+        torch.cuda.set_rng_state_all(states["cuda"])
+    if "numpy" in states:
+        sys.modules["numpy"].random.set_state(states["numpy"])
