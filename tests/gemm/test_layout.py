@@ -57,6 +57,14 @@ def mixed(buffer, matrix):
     return torch.cat([buffer[:size], nibbles[0::2] | nibbles[1::2] << 4])
 
 
+def crossed(buffer, matrix):
+    """Two nibbles changed places: every address bit alone says one thing, some addresses together another."""
+    size = matrix.numel()
+    nibbles = torch.stack([buffer[size:] & 15, buffer[size:] >> 4], 1).flatten()
+    nibbles[[3, 5]] = nibbles[[5, 3]]
+    return torch.cat([buffer[:size], nibbles[0::2] | nibbles[1::2] << 4])
+
+
 def bitmap(buffer, matrix):
     """Another code: a 4-bit mask of what is kept."""
     size = matrix.numel()
@@ -74,6 +82,7 @@ def longer(buffer, matrix):
     [
         (rotated, "address"),
         (mixed, "depends on 2 bits"),
+        (crossed, "no linear function"),
         (bitmap, "not 4 bits a group: first kept index"),
         (longer, "bytes of metadata"),
     ],
@@ -84,9 +93,12 @@ def test_what_is_no_permutation_is_refused_with_the_reason(change, reason):
     assert reason in found.reason
 
 
-def test_a_layout_that_holds_at_the_probe_only_is_refused():
+@pytest.mark.parametrize("shape", [(192, 160), (48, 80), (16, 16), (80, 336)], ids=str)
+def test_a_layout_that_does_not_hold_at_every_size_is_refused(shape):
+    """Whole blocks or not, more rows of blocks than one or not."""
+
     def change(buffer, matrix):
-        if matrix.shape == (256, 256):
+        if matrix.shape != shape:
             return buffer
         flipped = buffer.clone()
         flipped[matrix.numel()] ^= 1

@@ -39,3 +39,12 @@ def test_bad_arguments_are_named():
         unpack.launch(packed[:-1], out, bits=SM90_16BIT.bits)
     with pytest.raises(TensorError, match=r"torch\.float32"):
         unpack.launch(packed, out.float(), bits=SM90_16BIT.bits)
+    with pytest.raises(ShapeError, match="out is 16 x 24; its columns must be a multiple of 16"):
+        unpack.launch(packed, out[:, :24].contiguous(), bits=SM90_16BIT.bits)
+
+
+def test_a_matrix_of_one_row_is_unpacked():
+    matrix = torch.randn(1, 64, device=DEVICE).half()
+    packed, out = packing.pack(matrix, masks.row(matrix)), torch.empty_like(matrix)
+    unpack.launch(SM90_16BIT.encode(packed), out, bits=SM90_16BIT.bits)
+    assert torch.equal(out, packing.unpack(packed))

@@ -1,0 +1,103 @@
+"""The CUDA side on the simulated library: padding of tokens, alignment, biases, and packing without a kernel."""
+
+import pytest
+import torch
+
+from semisparse import cuda_ops
+from semisparse.gemm import dispatch
+from semisparse.gemm.formats import PackedFormat
+from semisparse.gemm.layout import SM90_16BIT, packed_bytes
+from semisparse.gemm.tuner import Tuner
+from semisparse.reference import masks
+from semisparse.testing import assert_bit_equal, small_integers
+from tests.gemm.simulated import make_engine
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="here the CPU plays the device")
+TOKENS = [0, 1, 7, 8, 13, 16, 40]
+DTYPE = torch.bfloat16
+
+
+@pytest.fixture(autouse=True)
+def library(monkeypatch):
+    monkeypatch.setenv("SEMISPARSE_TUNE", "0")
+    engine, library, _ = make_engine()
+    tuner = Tuner(engine, None, rows=tuple)
+    # The library's own format: its compressor writes it, and only its products read it.
+    monkeypatch.setattr(cuda_ops, "packed_format", lambda index, dtype: PackedFormat("compressor", None, "simulated"))
+    monkeypatch.setattr(cuda_ops, "engine", lambda: engine)
+    monkeypatch.setattr(dispatch, "engine", lambda: engine)
+    monkeypatch.setattr(dispatch, "tuner", lambda: tuner)
+    return library
+
+
+def integers(*shape):
+    return small_integers(shape, seed=sum(shape), dtype=DTYPE)
+
+
+def shifted(tensor):
+    """The same values at an address that is no multiple of 16."""
+    memory = torch.empty(tensor.numel() + 1, dtype=tensor.dtype)
+    view = memory[1:].view(tensor.shape)
+    view.copy_(tensor)
+    assert not tensor.numel() or view.data_ptr() % 16
+    return view
+
+
+def pruned(matrix):
+    return torch.where(masks.transposable(matrix), matrix, 0)
+
+
+def pruned_tokens(x, rows):
+    return pruned(torch.nn.functional.pad(x, (0, 0, 0, rows - x.shape[0])))
+
+
+@pytest.mark.parametrize("mode", ["cusparselt", "dense"])
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_a_packed_weight_multiplies_any_number_of_tokens(library, tokens, mode):
+    x, weight, bias = integers(tokens, 48), integers(32, 48), integers(32)
+    packed, packed_t = cuda_ops.pack(weight, DTYPE, "transposable")
+    assert (packed.numel(), packed_t.numel()) == (packed_bytes(32, 48), packed_bytes(48, 32))
+    for given in (x, shifted(x), x.mT.contiguous().mT):
+        for added in (None, bias, shifted(bias)):
+            y = cuda_ops.packed_linear(given, packed, added, 32, mode)
+            exact = given.double() @ pruned(weight).double().mT + (0 if added is None else bias.double())
+            assert_bit_equal(y + 0.0, exact.to(DTYPE) + 0.0)
+    grad = integers(tokens, 32)
+    exact = grad.double() @ pruned(weight).double()
+    assert_bit_equal(cuda_ops.packed_linear(grad, packed_t, None, 48, mode) + 0.0, exact.to(DTYPE) + 0.0)
+    assert bool(library.products) == bool(tokens)  # dense: only to read the library's format
+
+
+@pytest.mark.parametrize("mode", ["cusparselt", "dense"])
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_packed_tokens_multiply_and_give_the_weight_gradient(tokens, mode):
+    x, weight, bias, grad = integers(tokens, 48), integers(32, 48), integers(32), integers(tokens, 32)
+    rows = -(-tokens // 16) * 16
+    packed, packed_t = cuda_ops.pack_tokens(x, DTYPE)
+    kept = pruned_tokens(x, rows)[:tokens].double()
+    for added in (None, bias):
+        for given in (weight, shifted(weight)):
+            y = cuda_ops.packed_tokens_linear(packed, given, added, tokens, mode)
+            exact = kept @ weight.double().mT + (0 if added is None else bias.double())
+            assert_bit_equal(y + 0.0, exact.to(DTYPE) + 0.0)
+    for given in (grad, shifted(grad)):
+        dw = cuda_ops.packed_tokens_grad_weight(packed_t, given, 48, mode)
+        assert_bit_equal(dw + 0.0, (grad.double().mT @ kept).to(DTYPE) + 0.0)
+
+
+def test_what_only_the_engine_can_read_is_unpacked_by_it():
+    weight = integers(32, 48)
+    packed, packed_t = cuda_ops.pack(weight, DTYPE, "transposable")
+    assert_bit_equal(cuda_ops.unpack(packed, 32, 48, DTYPE) + 0.0, pruned(weight) + 0.0)
+    assert_bit_equal(cuda_ops.unpack(packed_t, 48, 32, DTYPE) + 0.0, pruned(weight).mT.contiguous() + 0.0)
+
+
+@pytest.mark.parametrize("layout", [SM90_16BIT, None])
+def test_without_an_engine_the_reference_packs_into_a_buffer_of_the_promised_size(monkeypatch, layout):
+    monkeypatch.setattr(cuda_ops, "packed_format", lambda index, dtype: PackedFormat("reference", layout, "simulated"))
+    weight = integers(48, 80)
+    for buffer, shape in zip(cuda_ops.pack(weight, DTYPE, "transposable"), ((48, 80), (80, 48)), strict=True):
+        assert buffer.numel() == packed_bytes(*shape)
+        if layout is not None:
+            expected = pruned(weight) if shape == (48, 80) else pruned(weight).mT.contiguous()
+            assert_bit_equal(cuda_ops.unpack(buffer, *shape, DTYPE), expected)
