@@ -59,7 +59,7 @@ def test_the_version_is_printed() -> None:
 
 HUGE = {
     "--seed": [2**64, -1, 10**30], "--epochs": [0, -1, 10**12, 10**400], "--batch-size": [0, -5, 10**18, 10**400],
-    "--lr": ["nan", "inf", "-inf", 0, -1, "1e400"], "--sparse-fraction": ["nan", "inf", -1, 0, 1, 2, "1e-300"],
+    "--lr": ["nan", "inf", "-inf", 0, -1, "1e400", "1e308"], "--sparse-fraction": ["nan", "inf", -1, 0, 1, 2, "1e-300"],
     "--layers": ["", "[", "*.nothing", "x" * 5000],
 }  # fmt: skip
 
@@ -192,3 +192,15 @@ def test_names_that_are_too_long_are_named_by_their_flag(options: tuple[str, ...
     outcome = semisparse("train", *TINY, "--out", tmp_path / "out", *options)
     assert outcome.code == 2
     assert re.fullmatch(rf"error: {options[-2]}='x.*: File name too long\n", outcome.err)
+
+
+def test_an_output_that_takes_no_more_text_has_no_traceback_and_says_what_stays(tmp_path: Path) -> None:
+    command = [*PROGRAM, "train", *TINY, "--out", tmp_path / "out"]
+    with Path("/dev/full").open("w") as full:
+        ended = subprocess.run(
+            [str(word) for word in command], stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert ended.returncode == 1
+    assert ended.stderr == (
+        "error: the output cannot be written: No space left on device; nothing was written, no file was changed\n"
+    )

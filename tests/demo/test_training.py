@@ -223,7 +223,10 @@ def test_a_batch_larger_than_the_data_is_refused():
         ({"seed": 2**64}, "seed=18446744073709551616 must be at most 18446744073709551615"),
         ({"seed": 0.0}, r"seed=0\.0"),
         ({"lr": 10**400}, "lr=10+"),
-        ({"weight_decay": math.inf}, "weight_decay=inf must be a number, 0 or more"),
+        ({"lr": 1e308}, r"lr=1e\+308 must be a positive number, at most 1e\+30"),
+        ({"weight_decay": math.inf}, "weight_decay=inf must lie between 0 and"),
+        ({"weight_decay": 1e300}, "weight_decay="),
+        ({"clip": math.inf}, "clip=inf must be a number, 0 or more"),
         ({"clip": math.nan}, "clip=nan"),
         ({"clip": 10**5000}, "clip=<int"),
         ({"layers": None}, "layers=None"),
@@ -263,8 +266,12 @@ def test_the_middle_run_needs_both_phases(fraction):
         three_runs(fraction)
 
 
-def test_the_largest_seed_trains():
-    train_run(DENSE, MODEL, toy_task(), replace(TRAIN, epochs=1, seed=2**64 - 1))
+@pytest.mark.parametrize(
+    "changes", [{"seed": 2**64 - 1}, {"lr": 1e30}, {"lr": 1e30, "weight_decay": 1e6}, {"lr": 1e30, "clip": 1e300}]
+)
+def test_the_largest_settings_train_and_end(changes):
+    run = train_run(FULLY_SPARSE, MODEL, toy_task(), replace(TRAIN, epochs=1, **changes))
+    assert run.result.diverged is ("lr" in changes)
 
 
 def test_auto_is_a_device_that_is_there():

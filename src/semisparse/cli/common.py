@@ -1,5 +1,6 @@
 """What the commands share: options, and the way in which they end when something is wrong."""
 
+import errno
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -53,13 +54,19 @@ def typed_errors(context: typer.Context, kept: Sequence[Path] = ()) -> Iterator[
     """End a command without traceback, with one line on stderr, where its user can tell what happened.
 
     An error that semisparse raises on purpose ends with WRONG_INPUT and names the command's options instead of Python's
-    arguments. Ctrl-C ends with INTERRUPTED and says what stays: the files in kept, to which the command adds.
+    arguments. Ctrl-C ends with INTERRUPTED and says what stays: the files in kept, to which the command adds; so does
+    an output that takes no more text, with code 1.
     """
     try:
         yield
     except SemiSparseError as error:
         typer.echo(f"error: {with_flags(' '.join(str(error).split()), context)}", err=True)
         raise typer.Exit(WRONG_INPUT) from None
+    except OSError as error:
+        if error.errno != errno.ENOSPC or error.filename is not None:
+            raise  # an error of a file that nobody foresaw, or a closed pipe, which typer ends by itself
+        typer.echo(f"error: the output cannot be written: {error.strerror}; {_what_stays(kept)}", err=True)
+        raise typer.Exit(1) from None
     except KeyboardInterrupt:
         typer.echo(f"interrupted: {_what_stays(kept)}", err=True)
         raise typer.Exit(INTERRUPTED) from None

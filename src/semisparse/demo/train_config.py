@@ -14,6 +14,8 @@ Precision = Literal["fp32", "bf16", "fp16"]
 MOST_EPOCHS = 1_000_000
 LARGEST_SEED = 2**64 - 1
 """What torch's generators take."""
+LARGEST_LR, LARGEST_DECAY = 1e30, 1e6
+"""Beyond these an optimizer's factors, lr * weight_decay say, overflow fp32 and torch raises instead of diverging."""
 _AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -51,12 +53,13 @@ class TrainConfig:
         check_counts(self, ("seed",), least=0, most=LARGEST_SEED)
         check_ranges(self, ("warmup_fraction", "sparse_fraction"))
         check_ranges(self, ("hold_fraction",), high=1 - self.warmup_fraction)
-        check_ranges(self, ("weight_decay", "clip"), high=math.inf)
+        check_ranges(self, ("clip",), high=math.inf)
+        check_ranges(self, ("weight_decay",), high=LARGEST_DECAY)
         pair = self.betas if isinstance(self.betas, (tuple, list)) else ()
         if len(pair) != 2 or not all(is_number(beta) and 0 <= beta < 1 for beta in pair):
             raise ConfigError(f"betas={shown(self.betas)} must be two numbers, 0 or more and less than 1")
-        if not is_number(self.lr) or self.lr <= 0:
-            raise ConfigError(f"lr={shown(self.lr)} must be a positive number")
+        if not is_number(self.lr) or not 0 < self.lr <= LARGEST_LR:
+            raise ConfigError(f"lr={shown(self.lr)} must be a positive number, at most {LARGEST_LR:g}")
         if not isinstance(self.layers, str) or not self.layers:  # the empty text is part of every name
             raise ConfigError(f"layers={shown(self.layers)} must be part of a layer's name, or a glob; '*' is all")
         if self.precision not in get_args(Precision):
