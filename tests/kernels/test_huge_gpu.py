@@ -7,6 +7,7 @@ first rows, those around the limit, the last.
 import pytest
 import torch
 
+from semisparse.gemm import layout
 from semisparse.gemm.layout import SM90_16BIT, packed_bytes
 from semisparse.kernels import bias, prune_pack, tile_codes, unpack
 from semisparse.reference import masks, packing
@@ -18,8 +19,9 @@ BITS = SM90_16BIT.bits
 
 @pytest.fixture(autouse=True)
 def memory():
-    """The GPU may be shared with other workers, so nothing stays in PyTorch's cache."""
+    """The GPU may be shared with other workers, so nothing stays in a cache, PyTorch's or the layout's."""
     yield
+    layout._addresses.cache_clear()
     torch.cuda.empty_cache()
 
 
