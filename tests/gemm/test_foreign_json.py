@@ -1,6 +1,8 @@
 """Choices are read from files and from other ranks: whatever JSON can hold, nothing but our own errors comes of it."""
 
+import io
 import json
+import os
 import warnings
 
 import pytest
@@ -8,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from semisparse.errors import ConfigError
+from semisparse.gemm import tuning_cache
 from semisparse.gemm.choice import Choice, from_record
 from semisparse.gemm.tuning_cache import TuningCache
 from tests.gemm.test_tuning_cache import CHOICE, KEY, ignored, stored
@@ -62,6 +65,20 @@ def test_a_file_with_such_a_value_anywhere_is_ignored(tmp_path, odd, place):
 
 
 ODD_VALUES = [HUGE, -HUGE, 10**5000, float("inf"), float("nan"), -1, True, [], "17\n"]
+
+
+def test_a_file_of_any_size_costs_no_more_memory_than_the_largest_that_is_believed(tmp_path, monkeypatch):
+    cache, sizes = TuningCache(tmp_path / "semisparse"), []
+    os.truncate(stored(cache), 2**30)
+
+    class Counting(io.FileIO):
+        def read(self, size=-1):
+            sizes.append(size)
+            return super().read(min(size, 2**20))
+
+    monkeypatch.setattr(tuning_cache, "open", lambda descriptor, mode: Counting(descriptor, "r"), raising=False)
+    ignored(cache, f"more than {tuning_cache.LARGEST_FILE} bytes")
+    assert set(sizes) == {tuning_cache.LARGEST_FILE + 1}
 
 
 @pytest.mark.parametrize("place", CHOICE.to_record())
