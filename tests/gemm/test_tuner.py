@@ -9,9 +9,11 @@ import pytest
 import torch
 
 from semisparse.gemm import problem as problems
+from semisparse.gemm import race
 from semisparse.gemm.choice import Choice
 from semisparse.gemm.trial import Operands
 from semisparse.gemm.tuner import tuner
+from tests.gemm import simulated
 from tests.gemm.simulated import SimulatedLibrary, operands
 from tests.gemm.tuning import FORWARD, call
 
@@ -198,3 +200,50 @@ def test_the_default_tuner_touches_nothing_until_used(monkeypatch, tmp_path):
     made = tuner()
     assert made is tuner()
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("dtype", "first"), [(BF16, [17, 20, 12, 0, 15, 14, 1]), (torch.float16, [6, 5, 27, 1, 28, 7, 13])]
+)
+def test_the_likely_algorithms_are_tried_first_since_not_all_may_be_reached(
+    make_tuner, timed, monkeypatch, dtype, first
+):
+    monkeypatch.setattr(simulated, "ALGORITHMS", 30)
+    order = []
+
+    class Noting(timed):
+        def time(self, algorithm, repeats):
+            order.append(algorithm)
+            return super().time(algorithm, repeats)
+
+    call(make_tuner(cached=False, make_trial=Noting)[0], problems.grad_input(24, 32, 48, dtype))
+    tried = list(dict.fromkeys(number for number in order if number is not None))
+    assert tried[:7] == first
+    assert tried[7:] == [number for number in range(30) if number not in first]
+
+
+def test_what_the_caller_has_queued_and_the_preparation_do_not_count(make_tuner, timed, monkeypatch):
+    """The first is waited for before the clock starts, the second comes out of the time that a problem may take."""
+    happened, now, given = [], [100.0], []
+
+    class Slow(timed):
+        def __init__(self, *arguments):
+            happened.append("trial")
+            now[0] += 0.375
+            super().__init__(*arguments)
+
+    class Noted(race.Race):
+        def __init__(self, trial, clock, seconds):
+            given.append(seconds)
+            super().__init__(trial, clock, seconds)
+
+    def clock():
+        happened.append("clock")
+        return now[0]
+
+    monkeypatch.setattr("semisparse.gemm.tuner.Race", Noted)
+    tuner, _, runtime = make_tuner(cached=False, make_trial=Slow, clock=clock, seconds=0.5)
+    runtime.wait = lambda index: happened.append(f"wait {index}")
+    call(tuner)
+    assert happened[:3] == ["wait -1", "clock", "trial"]
+    assert given == [0.125]

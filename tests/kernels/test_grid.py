@@ -75,3 +75,37 @@ def test_an_empty_matrix_needs_no_program():
     assert grid_of(0, 64, 16, 512) == ((1, 0, 1), False)
     out = torch.empty(0, 64, dtype=torch.float16)
     bias.launch(out, torch.ones(64, dtype=torch.float16))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "wide"),
+    [
+        ((64, 64, 4096, 1024), False),
+        ((64, 64, 4096, 2**25 - 1), False),
+        ((64, 64, 4096, 2**25), True),  # 64 rows of 2^25 words
+        ((64, 64, 2**27 - 64, 0), False),
+        ((64, 64, 2**27, 0), True),  # as many words in 64 packed rows; a row that is expanded has stride 0
+        ((4_194_240, 4_194_240, 64, 16), False),
+        ((4_194_241, 4_194_256, 64, 16), True),
+    ],
+    ids=str,
+)
+def test_64_bits_are_taken_where_a_program_needs_them_and_nowhere_else(sizes, wide):
+    types = (BF16, BF16)
+    launcher = prune_pack._prepare(sizes, types, "row", False, SM90_16BIT.bits, 0, DEFAULT_BLOCK, False)
+    names = prune_pack.prune_pack.arg_names
+    assert launcher._constants[names.index("WIDE") - len(names)] is wide
+    assert launcher._options["maxnreg"] == (None if wide else DEFAULT_BLOCK.registers)
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 6), (9, 0), (10, 0), (12, 0)])
+def test_only_16_bit_matrices_on_hopper_get_its_block(monkeypatch, capability):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    prune_pack.best_block.cache_clear()
+    try:
+        for dtype in (torch.float32, torch.float16, BF16):
+            hopper = capability == (9, 0) and dtype != torch.float32
+            assert prune_pack.best_block(dtype, 0) is (HOPPER_BLOCK if hopper else DEFAULT_BLOCK)
+            assert prune_pack.best_block(dtype, -1) is DEFAULT_BLOCK
+    finally:
+        prune_pack.best_block.cache_clear()
