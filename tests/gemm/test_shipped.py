@@ -41,3 +41,14 @@ def test_the_first_row_that_applies_is_taken(make_tuner):
     for name in ("rows", "reduction", "columns"):
         assert shipped.find(shipped.parse(table([shipped_row(**{name: [key[name] + 1, 10**6]})])), key) is None
         assert shipped.find(shipped.parse(table([shipped_row(**{name: [key[name], key[name]]})])), key)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ['[]', '{"schema": 2, "rows": []}', '{"schema": true, "rows": []}', '{"schema": 1}', '{"schema": 1, "rows": {}}',
+     '{"schema": 1, "rows": "ab"}', '{"schema": 1, "rows": [], "more": 1}'],
+)  # fmt: skip
+def test_a_table_of_another_shape_is_refused(text):
+    assert shipped.parse('{"schema": 1, "rows": []}') == ()
+    with pytest.raises(ValueError, match="the table must be"):
+        shipped.parse(text)

@@ -30,7 +30,8 @@ _CHOSEN = ("algorithm", "sparse_algorithm")
 def parse(text: str) -> tuple[dict[str, Any], ...]:
     """The rows of a table, each with its Choice under "choice". Raises ValueError that names the row and the field."""
     table = json.loads(text)
-    if not isinstance(table, dict) or set(table) != {"schema", "rows"} or table["schema"] != SCHEMA:
+    whole = isinstance(table, dict) and set(table) == {"schema", "rows"} and isinstance(table["rows"], list)
+    if not whole or type(table["schema"]) is not int or table["schema"] != SCHEMA:
         raise ValueError(f"the table must be {{'schema': {SCHEMA}, 'rows': [...]}}")
     return tuple(_checked(row, number) for number, row in enumerate(table["rows"]))
 

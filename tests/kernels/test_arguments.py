@@ -1,0 +1,98 @@
+"""What the pack kernel cannot take is refused by name; what was compiled for a dtype serves that dtype only."""
+
+import pytest
+import torch
+
+from semisparse.errors import ConfigError, ShapeError, TensorError
+from semisparse.gemm.layout import SM90_16BIT
+from semisparse.kernels import bias, prune_pack, tile_codes
+from semisparse.kernels.arguments import DEFAULT_BLOCK, Block, check_buffer, check_choice, check_sizes
+
+BF16, FP16 = torch.bfloat16, torch.float16
+BITS = SM90_16BIT.bits
+
+
+def sizes(rows=32, rows_padded=32, columns=32, types=(BF16, BF16), mode="row", transposed=False, block=DEFAULT_BLOCK):
+    check_sizes(rows, rows_padded, columns, types, mode, transposed, BITS, block)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"rows": 33}, ShapeError, "matrix is 33 x 32, padded to 32 rows"),
+        ({"rows_padded": 40}, ShapeError, "padded to 40 rows; both must be multiples of 16"),
+        ({"columns": 40}, ShapeError, "matrix is 32 x 40"),
+        ({"types": (torch.float64, BF16)}, TensorError, "matrix is torch.float64"),
+        ({"types": (BF16, torch.float32)}, TensorError, "packed as torch.float32"),
+        ({"transposed": True}, ConfigError, "mode='row' keeps 2:4 along the columns only: pass packed_t=None"),
+        ({"transposed": True, "mode": "soft"}, ConfigError, "mode='soft' keeps 2:4 along the columns only"),
+        ({"block": Block(tile_rows=8, pairs=8)}, ConfigError, "whole metadata blocks of 64 rows x 8 groups"),
+        ({"block": Block(tile_rows=16, pairs=4)}, ConfigError, "whole metadata blocks of 64 rows x 8 groups"),
+        ({"block": Block(tile_rows=20, pairs=8)}, ConfigError, "whole metadata blocks of 64 rows x 8 groups"),
+    ],
+)
+def test_sizes_that_do_not_fit(change, error, message):
+    sizes()
+    with pytest.raises(error) as caught:
+        sizes(**change)
+    assert message in str(caught.value)
+
+
+def test_a_block_must_hold_whole_metadata_blocks_along_both_axes_of_both_results():
+    """Blocks of 4 rows x 32 groups: 64 rows x 16 groups hold no whole one, though 64 rows are 16 times 4."""
+    with pytest.raises(ConfigError, match="whole metadata blocks of 4 rows x 32 groups"):
+        check_sizes(32, 32, 32, (BF16, BF16), "row", False, (0, 1, 32, 33, 34, 35, 36), DEFAULT_BLOCK)
+
+
+@pytest.mark.parametrize(
+    ("codes", "error", "message"),
+    [
+        (None, TensorError, "needs codes, contiguous int16"),
+        (torch.zeros(8, 16, dtype=torch.int32), TensorError, "contiguous int16"),
+        (torch.zeros(16, 8, dtype=torch.int16).mT, TensorError, "contiguous int16"),
+        (torch.zeros(16, 8, dtype=torch.int16), ShapeError, "codes has shape (16, 8); it must be (8, 16)"),
+    ],
+)
+def test_codes_that_do_not_fit(codes, error, message):
+    check_choice("codes", torch.zeros(8, 16, dtype=torch.int16), None, 32, 64)
+    with pytest.raises(error) as caught:
+        check_choice("codes", codes, None, 32, 64)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("scale", [None, torch.ones(2), torch.ones(1, dtype=torch.float64)])
+def test_a_scale_that_does_not_fit(scale):
+    check_choice("soft", None, torch.ones(()), 32, 64)
+    with pytest.raises(TensorError, match="mode='soft' needs scale, one float32 element"):
+        check_choice("soft", None, scale, 32, 64)
+
+
+def test_a_buffer_needs_whole_blocks_to_the_last_byte():
+    needed = 48 * 80 + 64 * 24 // 2
+    check_buffer("packed", torch.empty(needed, dtype=torch.uint8), 48, 80, BITS)
+    with pytest.raises(ShapeError, match=f"packed has {needed - 1} bytes; a 48 x 80 matrix needs {needed}"):
+        check_buffer("packed", torch.empty(needed - 1, dtype=torch.uint8), 48, 80, BITS)
+    for wrong in (torch.empty(needed, dtype=torch.int8), torch.empty(2 * needed, dtype=torch.uint8)[::2]):
+        with pytest.raises(TensorError, match="contiguous uint8"):
+            check_buffer("packed", wrong, 48, 80, BITS)
+
+
+def test_a_kernel_that_was_compiled_for_a_dtype_never_serves_another():
+    """The interpreter compiles nothing, so on the CPU only the key of the launcher can show it."""
+    assert bias._prepare(16, 16, BF16) is not bias._prepare(16, 16, FP16)
+    codes = [tile_codes._prepare(4, 4, 16, 1, "row", dtype) for dtype in (torch.float32, BF16, FP16)]
+    assert len({id(launcher) for launcher in codes}) == 3
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="CPU tensors need the interpreter")
+def test_each_launch_asks_for_the_launcher_of_its_dtype(monkeypatch):
+    asked = []
+    for kernel in (bias, tile_codes, prune_pack):
+        monkeypatch.setattr(kernel, "_prepare", lambda *key, **more: asked.append(key) or (lambda *_: None))
+    for dtype in (BF16, FP16):
+        matrix = torch.zeros(64, 64, dtype=dtype)
+        bias.launch(matrix, matrix[0])
+        tile_codes.launch(matrix, torch.zeros(16, 16, dtype=torch.int16), mode="row")
+        packed = torch.zeros(64 * 72, dtype=torch.uint8)
+        prune_pack.launch(matrix, packed, None, dtype=BF16, bits=BITS, padding=14, mode="row")
+    assert len(set(map(repr, asked))) == 6
