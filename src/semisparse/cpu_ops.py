@@ -1,7 +1,8 @@
 """What the ops do without a GPU: the reference packs, into the sm90 layout, and products are masked dense."""
 
 from collections.abc import Callable, Iterable
-from functools import partial
+from functools import partial, wraps
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +21,23 @@ _MASKS: dict[str, Callable[[Tensor], Tensor]] = {
     "greedy": reference_masks.greedy,
     "signed_greedy": partial(reference_masks.greedy, signed=True),
 }
+
+
+def _without_autocast(op: Callable[..., Any]) -> Callable[..., Any]:
+    """op with autocast off for what it computes inside: dtypes are arguments here, and torch.cat under the other 16-bit
+    autocast raises."""
+
+    @wraps(op)
+    def call(matrix: Tensor, *args: Any) -> Any:
+        device = matrix.device.type
+        if device == "meta" or not torch.is_autocast_enabled(device):
+            return op(matrix, *args)
+        with torch.autocast(device, enabled=False):
+            return op(matrix, *args)
+
+    return call
+
+
 ROW_WISE = frozenset({"row", "soft"})
 """Masks that are 2:4 along the columns only, so that no transpose is packed."""
 
@@ -57,6 +75,7 @@ def check_frozen(matrix: Tensor, mask: str, frozen: Tensor | None) -> Tensor:
     return frozen
 
 
+@_without_autocast
 def tile_codes(matrix: Tensor, mask: str) -> Tensor:
     """ops.tile_codes."""
     if mask == "transposable":
@@ -66,6 +85,7 @@ def tile_codes(matrix: Tensor, mask: str) -> Tensor:
     return reference_masks.to_codes(_MASKS[mask](matrix)).to(torch.int16)
 
 
+@_without_autocast
 def prune(matrix: Tensor, dtype: torch.dtype, mask: str, frozen: Tensor | None = None) -> Tensor:
     """ops.prune; the specification itself is plain PyTorch, so this serves every device."""
     matrix = matrix.detach()  # the op has no gradient of its own, and autograd must not find where()'s
@@ -76,6 +96,7 @@ def prune(matrix: Tensor, dtype: torch.dtype, mask: str, frozen: Tensor | None =
     return reference_linear.prune(matrix, choose(matrix, mask, frozen)).to(dtype).contiguous()
 
 
+@_without_autocast
 def prune_tokens(x: Tensor, dtype: torch.dtype) -> Tensor:
     """ops.prune_tokens; serves every device."""
     return reference_linear.prune_tokens(x.detach()).to(dtype).contiguous()
@@ -86,6 +107,7 @@ def _encoded(matrix: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.nn.functional.pad(written, (0, packed_bytes(*matrix.shape) - written.numel()))
 
 
+@_without_autocast
 def pack(matrix: Tensor, dtype: torch.dtype, mask: str, frozen: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """ops.pack."""
     if mask == "soft":
@@ -97,28 +119,33 @@ def pack(matrix: Tensor, dtype: torch.dtype, mask: str, frozen: Tensor | None = 
     return _encoded(matrix, kept, dtype), _encoded(matrix.mT, kept.mT, dtype)
 
 
+@_without_autocast
 def pack_tokens(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """ops.pack_tokens."""
     rows = pad(x.shape[0], SPARSE_MULTIPLE)
     return pack(torch.nn.functional.pad(x, (0, 0, 0, rows - x.shape[0])), dtype, "transposable")
 
 
+@_without_autocast
 def unpack(packed: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     """ops.unpack."""
     return reference_packing.unpack(SM90_16BIT.decode(packed, rows, columns, dtype))
 
 
+@_without_autocast
 def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, engine: str) -> Tensor:
     """ops.packed_linear, masked dense."""
     return torch.nn.functional.linear(x, unpack(packed, out_features, x.shape[1], x.dtype), bias)
 
 
+@_without_autocast
 def packed_tokens_linear(packed: Tensor, weight: Tensor, bias: Tensor | None, tokens: int, engine: str) -> Tensor:
     """ops.packed_tokens_linear, masked dense."""
     x = unpack(packed, pad(tokens, SPARSE_MULTIPLE), weight.shape[1], weight.dtype)[:tokens]
     return torch.nn.functional.linear(x, weight, bias)
 
 
+@_without_autocast
 def packed_tokens_grad_weight(packed_t: Tensor, grad_output: Tensor, in_features: int, engine: str) -> Tensor:
     """ops.packed_tokens_grad_weight, masked dense."""
     tokens = grad_output.shape[0]

@@ -39,7 +39,7 @@ class MaskMetrics:
     def __init__(self, model: nn.Module, interval: int = DEFAULT_INTERVAL) -> None:
         if isinstance(interval, bool) or not isinstance(interval, int) or interval < 2:
             raise ConfigError(f"interval={interval!r} must be a whole number of steps, 2 or more")
-        self._layers = _weight_layers(model)
+        self._model, self._layers = model, _weight_layers(model)
         self._interval, self._steps = interval, 0
         self._before: dict[str, Tensor] = {}
         self._measured: dict[str, Tensor] = {}
@@ -53,10 +53,15 @@ class MaskMetrics:
 
     @torch.no_grad()
     def update(self) -> bool:
-        """Count one optimizer step; returns whether it was measured. Layers that were made dense drop out."""
+        """Count one optimizer step; returns whether it was measured. Layers that were made dense drop out.
+
+        Raises ConfigError, naming them, where a layer to be measured is no longer in the model: something replaced it.
+        """
         self._drop_dense_layers()
         self._steps += 1
         turn = self._steps % self._interval
+        if turn in (0, self._interval - 1):
+            self._check_present()
         if turn == self._interval - 1:
             self._before = {name: layer.chosen_mask() for name, layer in self._layers.items()}
         if turn or not self._layers:
@@ -89,6 +94,15 @@ class MaskMetrics:
         enabled = sum(layer.sparse_enabled for layer in self._layers.values()) / max(1, len(self._layers))
         ratios = {} if reference is None else self._ratios(values, reference)
         return {FLIP_RATE: mean, "phase": enabled, **values, **ratios}
+
+    def _check_present(self) -> None:
+        inside = {id(module) for module in self._model.modules()}
+        for name, layer in self._layers.items():
+            if id(layer) not in inside:
+                raise ConfigError(
+                    f"{name or '(root)'} is measured, but no longer in the model: something (a conversion to float8 or "
+                    "QAT, say) replaced it. Convert before sparsify, and build MaskMetrics afterwards"
+                )
 
     def _drop_dense_layers(self) -> None:
         self._layers = {name: layer for name, layer in self._layers.items() if isinstance(layer, SemiSparseLinear)}

@@ -165,11 +165,14 @@ class _Reader:
         parent = parents.get(node)
         called = isinstance(parent, ast.Call) and parent.func is node
         by_name = isinstance(parent, ast.Attribute) and parent.attr in ("forward", "__call__")
-        if called or by_name or self._is_handed_on(node, parent):
+        if called or by_name or self._is_handed_on(node, parents):
             self._uses.calls.add(path)
 
-    def _is_handed_on(self, node: ast.AST, parent: ast.AST | None) -> bool:
+    def _is_handed_on(self, node: ast.AST, parents: dict[ast.AST, ast.AST]) -> bool:
         """Whether the module itself goes somewhere that may call it: an argument, a list, a loop."""
+        parent = parents.get(node)
+        if isinstance(parent, ast.Tuple) and isinstance(parents.get(parent), ast.Assign):
+            return False  # names for it, which are followed
         if not isinstance(getattr(node, "ctx", ast.Load()), ast.Load) or isinstance(node, ast.Name):
             return isinstance(node, ast.Name) and isinstance(parent, (ast.Call, ast.For, ast.List, ast.Tuple))
         if isinstance(parent, ast.Call):

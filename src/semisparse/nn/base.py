@@ -64,11 +64,12 @@ class SemiSparseBase(nn.Linear):
         Raises ShapeError, TensorError; ExportError in torch.export of a layer in training, whose weight would get no
         gradient. torch.fx records one call of the layer.
         """
-        if isinstance(input, Proxy):
+        compiling = torch.compiler.is_compiling()
+        if not compiling and isinstance(input, Proxy):
             return self._traced(input)
         if not self.sparse_enabled:
             return F.linear(input, self.weight, self.bias)
-        if not torch.compiler.is_compiling():
+        if not compiling:
             self.__dict__["_called"] = True
         elif torch.compiler.is_exporting():
             self._check_export()
