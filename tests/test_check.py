@@ -1,0 +1,201 @@
+"""semisparse.check: what really ran, and nothing changed by looking."""
+
+import copy
+import random
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import semisparse
+from semisparse import SparseConfig, SparseSchedule, check, functional, sparsify
+from semisparse.errors import ConfigError, NoLayerMatched, ShapeError
+
+
+class Model(nn.Module):
+    """One layer of each kind of use, buffers that move, and randomness."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.called, self.bypassed = nn.Linear(16, 16), nn.Linear(16, 16)
+        self.unused, self.cut, self.frozen = nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 16)
+        self.frozen.requires_grad_(False)
+        self.hidden = [self.bypassed]
+        self.norm, self.dropout = nn.BatchNorm1d(16), nn.Dropout(0.5)
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        self.seen = self.seen + 1  # another tensor
+        x = self.called(self.called(x)) + random.random() + np.random.random()
+        x = F.linear(x, self.hidden[0].weight) + self.cut(x).detach()
+        return {"out": self.dropout(self.norm(self.frozen(x))), "count": torch.tensor(3)}
+
+
+def model() -> Model:
+    torch.manual_seed(0)
+    net = Model()
+    sparsify(net)
+    return net
+
+
+X = torch.randn(8, 16, generator=torch.Generator().manual_seed(1))
+
+
+def test_each_row_says_what_the_layer_did() -> None:
+    report = check(model(), X)
+    rows = {row.name: row for row in report}
+    assert {name: row.calls for name, row in rows.items()} == {
+        "called": 2, "bypassed": 0, "unused": 0, "cut": 1, "frozen": 1,
+    }  # fmt: skip
+    assert report.problems == {
+        "bypassed": "never called: somebody reads its weight instead",
+        "unused": "never called",
+        "cut": "its weight got no gradient",
+    }
+    assert not report.ok
+    assert rows["called"].forward == "masked dense: the weight is on cpu, and sparse products need CUDA"
+    assert (rows["called"].gradient, rows["frozen"].gradient, rows["cut"].gradient) == (True, None, False)
+    text = str(report)
+    assert text.splitlines()[-1] == "2 of 5 semi-sparse layers do what they say"
+    assert all(name in text for name in rows)
+
+
+def state(net: nn.Module) -> list:
+    return [
+        [(name, id(value), value._version) for name, value in net.named_parameters()],
+        [(name, id(value)) for name, value in net.named_buffers()],
+        [module.training for module in net.modules()],
+        [None if p.grad is None else id(p.grad) for p in net.parameters()],
+        random.getstate(),
+        str(np.random.get_state()),
+        torch.get_rng_state().tolist(),
+        [getattr(module, "_called", None) for module in net.modules()],
+    ]
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize("gradients", [True, False])
+def test_everything_is_as_before(mode: str, gradients: bool) -> None:
+    net = getattr(model(), mode)()
+    x = X.clone().requires_grad_()
+    if gradients:
+        net(x)["out"].sum().backward()
+    before, values, grad = state(net), copy.deepcopy(net.state_dict()), x.grad
+    check(net, x)
+    assert state(net) == before
+    assert all(torch.equal(value, net.state_dict()[name]) for name, value in values.items())
+    assert x.grad is grad
+
+
+def test_everything_is_as_before_after_an_error() -> None:
+    net = model()
+    before = state(net)
+    with pytest.raises(ShapeError):
+        check(net, torch.randn(8, 3))
+    assert state(net) == before
+    assert not net.called._forward_hooks
+    assert not net.called._forward_pre_hooks
+
+
+def test_a_forward_that_writes_into_parameters_is_undone() -> None:
+    class Writes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.book = nn.Linear(16, 16), nn.Parameter(torch.zeros(4), requires_grad=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.book.data += 1
+            self.layer.weight.data *= 1.5
+            return self.layer(x)
+
+    net = Writes()
+    sparsify(net)
+    values = copy.deepcopy(net.state_dict())
+    check(net, X)
+    assert all(torch.equal(value, net.state_dict()[name]) for name, value in values.items())
+
+
+def test_the_packed_route_and_a_dense_phase(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16)).bfloat16()
+    sparsify(net, SparseConfig(engine="dense"), select="0")
+    sparsify(net, select="1")
+    net[1].sparse_enabled = False
+    assert [row.forward for row in check(net, X.bfloat16())] == [
+        "masked dense: engine='dense' asks for it",
+        "dense (dense phase)",
+    ]
+    net[1].sparse_enabled = True
+    monkeypatch.setattr(functional, "packs", lambda weight, dtype, engine: engine != "dense")
+    monkeypatch.setattr(functional, "why_masked_dense", lambda weight, dtype, engine: "")
+    assert check(net, X.bfloat16()).rows[1].forward == "packed"
+
+
+def test_products_are_told_to_the_layer_that_ran_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU the ops tell dispatch's observers; here a substitute of the op does."""
+    from semisparse import ops
+    from semisparse.gemm import dispatch, problem
+    from semisparse.gemm.choice import Choice
+
+    net = nn.Sequential(nn.Linear(16, 32), nn.Linear(32, 16)).bfloat16()
+    sparsify(net)
+    monkeypatch.setattr(functional, "packs", lambda weight, dtype, engine: True)
+    real = ops.packed_linear
+
+    def product(x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, engine: str) -> Tensor:
+        asked = problem.forward(x.shape[0], out_features, x.shape[1], x.dtype, bias is not None)
+        dispatch._tell(asked, out_features, Choice(out_features, out_features, 1.0, 2.0, "tuned"))
+        return real(x, packed, bias, out_features, engine)
+
+    monkeypatch.setattr(ops, "packed_linear", product)
+    rows = check(net, X.bfloat16().requires_grad_()).rows
+    assert [(row.forward, row.backward) for row in rows] == [
+        ("cuSPARSELt algorithm 32 (tuned)", "cuSPARSELt algorithm 16 (tuned)"),
+        ("cuSPARSELt algorithm 16 (tuned)", "cuSPARSELt algorithm 32 (tuned)"),
+    ]
+    assert not dispatch._observers
+
+
+def test_outputs_of_any_shape_and_a_loss() -> None:
+    net = nn.Sequential(nn.Linear(16, 16))
+    sparsify(net)
+    assert check(net, X, loss=lambda y: y.square().mean()).ok
+    for wrong in (lambda y: y, lambda y: 3.0, lambda y: y.detach().sum()):
+        with pytest.raises(ConfigError, match="loss returned"):
+            check(net, X, loss=wrong)
+    with pytest.raises(ConfigError, match="without a tensor that depends on a trainable parameter"):
+        check(net.requires_grad_(False), X)
+    with torch.no_grad():
+        assert check(net.requires_grad_(True), X).ok
+    with pytest.raises(NoLayerMatched, match="no semi-sparse layer to check"):
+        check(nn.Linear(16, 16), X)
+
+
+def test_keywords_and_compiled_models() -> None:
+    class Keywords(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(16, 16)
+
+        def forward(self, *, x: Tensor) -> tuple[Tensor, ...]:
+            return (self.layer(input=x),)
+
+    net = Keywords()
+    sparsify(net)
+    assert check(net, x=X).ok
+    compiled = torch.compile(net, backend="aot_eager")
+    compiled(x=X)
+    assert check(compiled, x=X).ok
+
+
+def test_a_check_is_no_call_of_the_training() -> None:
+    net = model()
+    schedule = SparseSchedule.sparse_then_dense(net, 4)
+    check(net, X)
+    assert not net.called._called
+    assert not any(schedule._layers._watch.saw(layer.weight) for layer in (net.called, net.cut))
+
+
+def test_the_name_is_public() -> None:
+    assert semisparse.check is check
