@@ -96,3 +96,14 @@ def test_each_launch_asks_for_the_launcher_of_its_dtype(monkeypatch):
         packed = torch.zeros(64 * 72, dtype=torch.uint8)
         prune_pack.launch(matrix, packed, None, dtype=BF16, bits=BITS, padding=14, mode="row")
     assert len(set(map(repr, asked))) == 6
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="CPU tensors need the interpreter")
+@pytest.mark.parametrize("columns", [96, 100, 104])
+def test_rows_that_are_not_16_byte_aligned_are_copied_first(monkeypatch, columns):
+    """A GPU reads 16 bytes at once; the interpreter would not mind."""
+    asked = []
+    monkeypatch.setattr(prune_pack, "_prepare", lambda sizes, *_, **more: asked.append(sizes) or (lambda *_: None))
+    matrix, packed = torch.zeros(64, columns, dtype=BF16)[:, :96], torch.zeros(64 * 96 * 9 // 8, dtype=torch.uint8)
+    prune_pack.launch(matrix, packed, None, dtype=BF16, bits=BITS, padding=14, mode="row")
+    assert asked == [(64, 64, 96, 26 if columns == 104 else 24)]

@@ -67,6 +67,14 @@ def test_ties_follow_the_reference(source):
         expect(pack(matrix, torch.float16, mode)[0], matrix, chosen, torch.float16)
 
 
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_values_half_way_between_two_are_rounded_to_even(dtype):
+    step = torch.finfo(dtype).eps / 2
+    matrix = 1 + step * torch.arange(64 * 64, device=DEVICE).view(64, 64).remainder(97)
+    matrix[::2] *= -1
+    expect(pack(matrix, dtype, "row")[0], matrix, masks.row(matrix), dtype)
+
+
 @pytest.mark.parametrize("source", DTYPES, ids=str)
 def test_nan_infinity_and_negative_zero(source):
     matrix = torch.randn(64, 64, device=DEVICE).to(source)
