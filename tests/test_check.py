@@ -90,10 +90,10 @@ def test_everything_is_as_before(mode: str, gradients: bool) -> None:
 
 
 def test_everything_is_as_before_after_an_error() -> None:
-    net = model()
+    net, wrong = model(), torch.randn(8, 3)
     before = state(net)
     with pytest.raises(ShapeError):
-        check(net, torch.randn(8, 3))
+        check(net, wrong)
     assert state(net) == before
     assert not net.called._forward_hooks
     assert not net.called._forward_pre_hooks

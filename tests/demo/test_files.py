@@ -46,13 +46,19 @@ def overwrite_for_ever():
     while True:
         for seed, model in enumerate(models):
             checkpoint.save(path, model, {"seed": seed})
+            os.write(told, b".")
 
 draw, seen = random.Random(0), set()
 for _ in range(200):
+    heard, told = os.pipe()
     child = in_child(overwrite_for_ever)
-    time.sleep(draw.uniform(0, 0.02))
+    for _ in range(draw.randrange(4)):  # whole saves, so that the kills spread over both versions on a busy machine too
+        os.read(heard, 1)
+    time.sleep(draw.uniform(0, 0.004))
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
+    os.close(heard)
+    os.close(told)
     seen.add(check())
 assert seen == {0, 1}, seen
 

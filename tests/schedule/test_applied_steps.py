@@ -1,4 +1,4 @@
-"""Which calls of step() count: what an optimizer did decides, for any scaler policy, host and number of micro-batches."""
+"""Which calls of step() count: what an optimizer did decides, for any scaler policy, host and count of micro-batches."""
 
 import math
 
@@ -195,7 +195,7 @@ def test_a_compiled_optimizer_counts() -> None:
                                        {"scaler": torch.amp.GradScaler("cpu"), "skipped": False}])  # fmt: skip
 def test_wrong_arguments_are_named(arguments: dict) -> None:
     schedule = SparseSchedule.sparse_then_dense(net(), 4)
-    with pytest.raises(ScheduleError, match="skipped=|GradScaler"):
+    with pytest.raises(ScheduleError, match=r"skipped=|GradScaler"):
         schedule.step(**arguments)
     assert schedule.applied_steps == 0
 
