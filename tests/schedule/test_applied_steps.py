@@ -1,4 +1,4 @@
-"""Which calls of step() count: what an optimizer did decides, for any scaler policy, host and count of micro-batches."""
+"""Which calls of step() count: what an optimizer did decides, for any scaler policy and count of micro-batches."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Layers whose weight a module above reads itself: found in the source, refused or marked; harmless reads left alone."""
+"""Layers whose weight a module above reads itself: found in the source, refused or marked; others left alone."""
 
 import functools
 from pathlib import Path
