@@ -154,6 +154,16 @@ def test_ctrl_c_in_other_commands(command, monkeypatch: pytest.MonkeyPatch) -> N
     assert outcome.err == "interrupted: nothing was written, no file was changed\n"
 
 
+def test_ctrl_c_inside_an_import_ends_with_the_same_code() -> None:
+    code = (
+        "import sys, semisparse.environment as where; from semisparse.cli.main import run\n"
+        "where.environment = lambda: exec('raise KeyboardInterrupt'); sys.argv = ['semisparse', 'env']; run()"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert ended.returncode == 130, ended.stderr
+    assert ended.stderr == "interrupted: nothing was written, no file was changed\n"
+
+
 def test_ctrl_c_before_any_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def pressed() -> None:
         raise KeyboardInterrupt

@@ -68,6 +68,9 @@ def typed_errors(context: typer.Context, kept: Sequence[Path] = ()) -> Iterator[
         typer.echo(f"error: the output cannot be written: {error.strerror}; {_what_stays(kept)}", err=True)
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
+        # Where ctrl-C met text that exec ran (dataclasses of an import do), CPython would at its exit still kill itself
+        # by the signal; the next exec takes that back, and the exit code is ours.
+        exec("")
         typer.echo(f"interrupted: {_what_stays(kept)}", err=True)
         raise typer.Exit(INTERRUPTED) from None
 
