@@ -154,12 +154,14 @@ def test_ctrl_c_in_other_commands(command, monkeypatch: pytest.MonkeyPatch) -> N
     assert outcome.err == "interrupted: nothing was written, no file was changed\n"
 
 
-def test_ctrl_c_inside_an_import_ends_with_the_same_code() -> None:
-    code = (
+def test_ctrl_c_inside_an_import_ends_with_the_same_code(tmp_path: Path) -> None:
+    (tmp_path / "as_module.py").write_text(
         "import sys, semisparse.environment as where; from semisparse.cli.main import run\n"
         "where.environment = lambda: exec('raise KeyboardInterrupt'); sys.argv = ['semisparse', 'env']; run()"
     )
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    # Only with -m does CPython look at how the last exec ended.
+    command = [sys.executable, "-m", "as_module"]
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert ended.returncode == 130, ended.stderr
     assert ended.stderr == "interrupted: nothing was written, no file was changed\n"
 
