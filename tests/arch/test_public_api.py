@@ -9,6 +9,7 @@ import semisparse.testing
 from semisparse import errors
 
 PUBLIC = {
+    "CheckReport",
     "MaskMetrics",
     "Phase",
     "SemiSparseActivationLinear",
@@ -17,8 +18,14 @@ PUBLIC = {
     "SparseConfig",
     "SparseSchedule",
     "SwapReport",
+    "TokenMixingWarning",
+    "check",
+    "conv1d_to_linear",
     "densify",
+    "linear_to_conv1d",
     "mask_statistics",
+    "recipes",
+    "register_flop_formulas",
     "register_linear",
     "reuse_packed",
     "sac_save_ops",
@@ -31,13 +38,16 @@ ERRORS = {
     "ConfigError",
     "DataError",
     "EngineError",
+    "ExportError",
     "LayerRefused",
     "NoLayerMatched",
     "OutputExists",
+    "RankMismatch",
     "ScheduleError",
     "SemiSparseError",
     "ShapeError",
     "TensorError",
+    "TokenMixingWarning",
 }
 TESTING = {
     "DTYPES",
