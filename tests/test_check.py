@@ -197,5 +197,26 @@ def test_a_check_is_no_call_of_the_training() -> None:
     assert not any(schedule._layers._watch.saw(layer.weight) for layer in (net.called, net.cut))
 
 
+def test_optimizers_in_backward_do_not_step() -> None:
+    net = nn.Sequential(nn.Linear(16, 16))
+    sparsify(net)
+    optimizers = {p: torch.optim.AdamW([p]) for p in net.parameters()}
+
+    def step(parameter: Tensor) -> None:
+        optimizers[parameter].step()
+        optimizers[parameter].zero_grad()
+
+    for parameter in net.parameters():
+        parameter.register_post_accumulate_grad_hook(step)
+    schedule = SparseSchedule.sparse_then_dense(net, 4)
+    net(X).sum().backward()
+    assert schedule.step()
+    assert check(net, X).ok
+    assert optimizers[net[0].weight].state[net[0].weight]["step"] == 1
+    assert not schedule.step()
+    net(X).sum().backward()
+    assert optimizers[net[0].weight].state[net[0].weight]["step"] == 2
+
+
 def test_the_name_is_public() -> None:
     assert semisparse.check is check

@@ -1,33 +1,19 @@
 """Whether the optimizer step was applied: what a schedule can see of the steps of a model's optimizers."""
 
-from collections.abc import Iterable
+import warnings
+from collections.abc import Callable, Sequence
 from typing import Any
-from weakref import WeakKeyDictionary, finalize
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from semisparse import calls
 
-class _Record:
-    """What the hook has seen since the last look. Plain attributes, so that torch.compile can trace a write to one."""
-
-    def __init__(self, model: nn.Module, weights: tuple[Tensor, ...]) -> None:
-        self.model, self.weights = model, weights
-        self.fired = False
-        self.overflows: list[Tensor] = []
-        self.trained: set[int] = set()
-        self.watches_gradients = False
-        self.ours: WeakKeyDictionary[torch.optim.Optimizer, bool] = WeakKeyDictionary()
-
-    def holds_ours(self, optimizer: torch.optim.Optimizer) -> bool:
-        """Whether optimizer moves a parameter of the model; asked of each optimizer once."""
-        known = self.ours.get(optimizer)
-        if known is None:
-            ids = {id(parameter) for parameter in self.model.parameters()}
-            known = any(id(parameter) in ids for group in optimizer.param_groups for parameter in group["params"])
-            self.ours[optimizer] = known
-        return known
+_SAMPLE = 64
+_UNCOUNTED = 64
+"""Calls in a row that did not count, with no optimizer in sight, after which a schedule says so."""
 
 
 class StepEvidence:
@@ -36,67 +22,112 @@ class StepEvidence:
     Three sources, the first that knows decides. (1) A step hook of all torch optimizers: of an optimizer that is not
     fused, GradScaler leaves a skipped step out, so that the hook does not fire; around a fused one it sets
     optimizer.found_inf, which the hook reads. Both hold for any policy of the scale. (2) Where no hook ever fired (an
-    optimizer that is not torch's): whether a weight was written to. (3) Where weights cannot be asked (shards): a scale
-    that went down.
+    optimizer that is not torch's, or one that moves copies of the weights): whether weights were written to, by their
+    versions and a sample of their values. (3) Where weights cannot be asked (shards): a scale that went down.
+
+    weights: gives the weights as the layers hold them now.
     """
 
-    def __init__(self, model: nn.Module, weights: Iterable[Tensor]) -> None:
-        record = self._record = _Record(model, tuple(weights))
-        self._ever_fired = False
-        self._versions = self._versions_now()
+    def __init__(self, model: nn.Module, weights: Callable[[], Sequence[Tensor]]) -> None:
+        self.model, self._weights = model, weights
         self.last_scale: float | None = None
-
-        def fired(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if torch.compiler.is_compiling():  # a compiled step; only the write can be traced
-                record.fired = True
-                return
-            if not record.holds_ours(optimizer):
-                return
-            record.fired = True
-            found_inf = getattr(optimizer, "found_inf", None)
-            if isinstance(found_inf, Tensor):
-                record.overflows.append(found_inf)
-            if record.watches_gradients:
-                record.trained |= {id(weight) for weight in record.weights if _has_gradient(weight)}
-
-        finalize(self, register_optimizer_step_post_hook(fired).remove)
+        self._fired = self._ever_fired = self._watches_gradients = False
+        self._overflows: list[Tensor] = []
+        self._trained: set[int] = set()
+        self._ours: WeakKeyDictionary[torch.optim.Optimizer, bool] = WeakKeyDictionary()
+        self._uncounted = 0
+        self._before = self._look()
+        _listeners.add(self)
+        _hook_once()
 
     def was_applied(self, scaler: torch.amp.GradScaler | None, skipped: bool | None) -> bool:
         """Whether a step was applied since the last call. Waits for the device where a scaler is at work.
 
         scaler, skipped: what the caller was given by its host, None where nothing.
         """
-        fired, overflows = self._record.fired, self._record.overflows
-        self._record.fired, self._record.overflows = False, []
+        _hear_compiled()
+        fired, overflows = self._fired, self._overflows
+        self._fired, self._overflows = False, []
         self._ever_fired = self._ever_fired or fired
-        before, self._versions = self._versions, self._versions_now()
         scale_fell = self._scale_fell(scaler)
         if skipped:
+            self._before = self._before if self._ever_fired else self._look()
             return False
         if fired:
             return not any(bool(found.item()) for found in overflows)
         if self._ever_fired:
             return False
-        if before is not None and self._versions is not None and before != self._versions:
+        changed = self._changed()
+        applied = self._without_hooks(scaler, scale_fell, changed)
+        self._uncounted = 0 if applied else self._uncounted + 1
+        if self._uncounted == _UNCOUNTED:
+            warnings.warn(
+                f"schedule.step() was called {_UNCOUNTED} times without an optimizer step of this model in sight, so "
+                "nothing was counted: step the optimizer that holds its parameters, or say schedule.resume_at(n)",
+                stacklevel=4,
+            )
+        return applied
+
+    def _without_hooks(self, scaler: torch.amp.GradScaler | None, scale_fell: bool, changed: bool | None) -> bool:
+        if changed:
             return not scale_fell  # a state that was loaded writes into weights, too
         if scaler is not None and scaler.is_enabled():
-            return self._versions is None and not scale_fell
+            return changed is None and not scale_fell
         # No optimizer was ever seen. Gradients that nobody has used yet: a micro-batch of an unfinished step.
-        return all(weight.grad is None for weight in self._record.weights) or self._versions is None
+        return changed is None or all(weight.grad is None for weight in self._weights())
+
+    def saw_a_step(self) -> bool:
+        """Whether any optimizer step of the model was seen so far."""
+        return self._ever_fired
 
     def trained(self, weight: Tensor) -> bool:
         """Whether an optimizer step met a gradient of weight, or one is there now."""
-        return id(weight) in self._record.trained or _has_gradient(weight)
+        return id(weight) in self._trained or _has_gradient(weight)
 
     def watch_gradients(self, watch: bool) -> None:
         """Whether steps note which weights have gradients, which waits for the device; forgets what was noted."""
-        self._record.watches_gradients, self._record.trained = watch, set()
+        self._watches_gradients, self._trained = watch, set()
 
-    def _versions_now(self) -> tuple[int, ...] | None:
-        """A number for each weight that every write into it raises; None where a weight has none of its own."""
-        if any(hasattr(weight, "full_tensor") or weight.is_inference() for weight in self._record.weights):
+    def hear_compiled(self) -> None:
+        """An optimizer stepped in compiled code; of which model cannot be told there."""
+        self._fired = True
+
+    def hear(self, optimizer: torch.optim.Optimizer) -> None:
+        """An optimizer, of whatever model, has stepped or would have without an overflow."""
+        if not self._holds_ours(optimizer):
+            return
+        self._fired = True
+        found_inf = getattr(optimizer, "found_inf", None)
+        if isinstance(found_inf, Tensor):
+            self._overflows.append(found_inf)
+        if self._watches_gradients:
+            self._trained |= {id(weight) for weight in self._weights() if _has_gradient(weight)}
+
+    def _holds_ours(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether optimizer moves a parameter of the model; asked of each optimizer once."""
+        known = self._ours.get(optimizer)
+        if known is None:
+            ids = {id(parameter) for parameter in self.model.parameters()}
+            known = any(id(parameter) in ids for group in optimizer.param_groups for parameter in group["params"])
+            self._ours[optimizer] = known
+        return known
+
+    def _changed(self) -> bool | None:
+        """Whether a weight was written to since the last call; None where it cannot be told."""
+        before, self._before = self._before, self._look()
+        if before is None or self._before is None:
             return None
-        return tuple(weight._version for weight in self._record.weights)
+        return before[0] != self._before[0] or any(
+            not torch.equal(old, new) for old, new in zip(before[1], self._before[1], strict=True)
+        )
+
+    def _look(self) -> tuple[list[tuple[int, int]], list[Tensor]] | None:
+        """Versions of the weights, and some of their values; None where a weight has none of its own."""
+        weights = self._weights()
+        if any(hasattr(w, "full_tensor") or w.is_inference() or w.is_meta or w.numel() == 0 for w in weights):
+            return None
+        samples = [w.detach().reshape(-1)[:: max(1, w.numel() // _SAMPLE)].clone() for w in weights]
+        return [(id(weight), weight._version) for weight in weights], samples
 
     def _scale_fell(self, scaler: torch.amp.GradScaler | None) -> bool:
         if scaler is None or not scaler.is_enabled():
@@ -110,6 +141,39 @@ class StepEvidence:
             fell = scale < self.last_scale
         self.last_scale = scale
         return bool(fell)
+
+
+class _CompiledSteps:
+    """Whether a compiled optimizer step ran. A plain attribute, because only a write to one can be traced."""
+
+    fired = False
+
+
+# One hook for the whole process, from the first schedule on: hooks must not come and go while torch runs them.
+_listeners: WeakSet[StepEvidence] = WeakSet()
+_compiled = _CompiledSteps()
+_hooked: list[Any] = []
+
+
+def _hook_once() -> None:
+    if not _hooked:
+        _hooked.append(register_optimizer_step_post_hook(_after_step))
+
+
+def _hear_compiled() -> None:
+    if _compiled.fired:
+        _compiled.fired = False
+        for listener in list(_listeners):
+            listener.hear_compiled()
+
+
+def _after_step(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    if torch.compiler.is_compiling():
+        _compiled.fired = True
+        return
+    if not calls.paused():
+        for listener in list(_listeners):
+            listener.hear(optimizer)
 
 
 def _has_gradient(weight: Tensor) -> bool:

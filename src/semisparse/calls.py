@@ -1,7 +1,8 @@
-"""Which weights reached an op: evidence that a layer was called, also from inside compiled code.
+"""Which layers were called: evidence from the ops, also from inside compiled code.
 
 The flag that a layer sets in eager forward is not set under torch.compile: a write there would cost host time at every
-call and break strict export and checkpointed regions. The ops run in Python either way and see the weight itself.
+call and break strict export and checkpointed regions. The ops run in Python either way. Those that prune a weight see
+it; those that prune tokens are counted and compared with eager calls, so that calls from compiled code show as more.
 """
 
 from collections.abc import Iterator
@@ -12,12 +13,13 @@ from torch import Tensor
 
 
 class Watch:
-    """The addresses of the matrices that ops have read while this object lived."""
+    """What ops have read while this object lived."""
 
-    __slots__ = ("__weakref__", "_seen")
+    __slots__ = ("__weakref__", "_eager_calls", "_seen", "_token_ops")
 
     def __init__(self) -> None:
         self._seen: set[int] = set()
+        self._token_ops = self._eager_calls = 0
         _watches.add(self)
 
     def saw(self, matrix: Tensor) -> bool:
@@ -27,18 +29,28 @@ class Watch:
         except RuntimeError:  # no storage: a fake or a wrapper
             return False
 
+    @property
+    def tokens_unexplained(self) -> bool:
+        """Whether tokens were pruned that no eager call of a layer explains: in compiled code, then."""
+        return self._token_ops > self._eager_calls
+
     def _note(self, address: int) -> None:
         self._seen.add(address)
+
+    def _note_tokens(self, ops: int, calls: int) -> None:
+        self._token_ops += ops
+        self._eager_calls += calls
 
 
 # Empty but between the start of a schedule and its first sparse step: an address that is remembered for longer could be
 # another tensor's by then.
 _watches: WeakSet[Watch] = WeakSet()
+_paused = False
 
 
 @contextmanager
 def unnoticed() -> Iterator[None]:
-    """Inside the block ops are not noted: their calls are a check's, not the training's."""
+    """Inside the block neither ops nor optimizer steps are noted: they are a check's, not the training's."""
     global _paused
     before, _paused = _paused, True
     try:
@@ -47,12 +59,21 @@ def unnoticed() -> Iterator[None]:
         _paused = before
 
 
-_paused = False
+def paused() -> bool:
+    """Whether a check is running."""
+    return _paused
 
 
 def note(matrix: Tensor) -> None:
-    """Tell those who watch that an op read this matrix."""
+    """Tell those who watch that an op pruned this weight."""
     if _watches and not _paused:
         address = matrix.data_ptr()
         for watch in list(_watches):
             watch._note(address)
+
+
+def note_tokens(*, op: bool) -> None:
+    """Tell those who watch that tokens were pruned by an op, or that an eager call of a layer is about to."""
+    if _watches and not _paused:
+        for watch in list(_watches):
+            watch._note_tokens(op, not op)

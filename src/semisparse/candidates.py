@@ -7,6 +7,7 @@ from semisparse.errors import ConfigError, NoLayerMatched
 from semisparse.gemm.problem import SPARSE_MULTIPLE
 from semisparse.nn import SemiSparseBase
 from semisparse.nn.refusals import refusal
+from semisparse.outside import share_outside_linear
 from semisparse.selection import FoundLayer, linear_layers
 from semisparse.source_reads import Uses
 
@@ -21,7 +22,9 @@ class Candidates:
         check_module(model)
         self.layers: list[FoundLayer] = linear_layers(model)
         if not self.layers:
-            raise NoLayerMatched(f"model={type(model).__name__} contains no nn.Linear, so nothing would change")
+            nothing = f"model={type(model).__name__} contains no nn.Linear, so nothing would change"
+            outside = str(share_outside_linear(model))
+            raise NoLayerMatched(f"{nothing}. {outside}" if outside else nothing)
         self._refusals: dict[int, str] = {}  # by layer: a tied layer is refused when one of its homes refuses it
         self._verify: dict[int, str] = {}
         known: dict[type, Uses] = {}

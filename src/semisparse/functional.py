@@ -64,6 +64,8 @@ def semi_sparse_linear(
     check_operands(input, weight, bias)
     dtype = compute_dtype(input, weight)
     if (transformed := _transformed(engine)) or not packs(weight, dtype, engine):
+        if transformed and torch.compiler.is_compiling():
+            return F.linear(input, _through(weight, ops.prune(weight.detach(), dtype, mask, frozen)), bias)
         prune = TransformedPruneWeight if transformed else PruneWeight
         pruned: Tensor = prune.apply(weight, dtype, mask, frozen)
         return F.linear(input, pruned, bias)
@@ -88,6 +90,9 @@ def semi_sparse_activation_linear(
     dtype = compute_dtype(input, weight)
     tokens = _tokens(input)
     if (transformed := _transformed(engine)) or not packs(weight, dtype, engine):
+        if transformed and torch.compiler.is_compiling():
+            straight = _through(tokens, ops.prune_tokens(tokens.detach(), dtype))
+            return F.linear(straight.view(input.shape), weight, bias)
         prune = TransformedPruneTokens if transformed else PruneTokens
         pruned: Tensor = prune.apply(tokens, dtype)
         return F.linear(pruned.view(input.shape), weight, bias)
@@ -110,14 +115,35 @@ def _distinct(tokens: Tensor) -> Tensor:
     return tokens.view_as(tokens) if torch.compiler.is_compiling() else tokens
 
 
-def _transformed(engine: str) -> bool:
-    """Whether vmap or forward mode is at work, for which the packed ops have no rules.
+def _through(matrix: Tensor, pruned: Tensor) -> Tensor:
+    """pruned, with the straight-through gradient written as arithmetic that any transform differentiates.
 
-    Raises EngineError for engine="cusparselt", which asked for those.
+    Exact where an entry is finite and kept or dropped as it is; mask "soft" is rounded once more, and a pruned Inf
+    gives NaN.
+    """
+    stored = matrix.to(pruned.dtype)
+    return stored + (pruned - stored.detach())
+
+
+def _in_torch_func() -> bool:
+    """Whether a torch.func transform is at work."""
+    return torch._C._functorch.maybe_current_level() is not None
+
+
+# torch.compile then calls it while it traces, and takes the answer as a constant: what torch.compiler's decorator
+# assume_constant_result does, without its import of the compiler.
+_in_torch_func._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _transformed(engine: str) -> bool:
+    """Whether vmap or forward mode is at work, for which the packed ops have no rules; in compiled code any transform.
+
+    torch.compile ignores the backward of an autograd.Function inside torch.func transforms, and differentiates its
+    forward instead: the gradient would be zero. Raises EngineError for engine="cusparselt", which asked for packed ops.
     """
     if torch.compiler.is_compiling():
-        return False
-    if torch._C._functorch.maybe_current_level() is not None:
+        found = _in_torch_func()
+    elif torch._C._functorch.maybe_current_level() is not None:
         kinds = torch._C._functorch.TransformType
         levels = torch._C._functorch.get_interpreter_stack() or ()
         found = any(level.key() in (kinds.Vmap, kinds.Jvp) for level in levels)
@@ -125,8 +151,8 @@ def _transformed(engine: str) -> bool:
         found = torch.autograd.forward_ad._current_level >= 0
     if found and engine == "cusparselt":
         raise EngineError(
-            "engine='cusparselt' cannot run inside vmap or forward-mode derivatives: use engine='auto', which computes "
-            "masked dense there"
+            "engine='cusparselt' cannot run inside vmap or forward-mode derivatives, nor in compiled torch.func "
+            "transforms: use engine='auto', which computes masked dense there"
         )
     return found
 

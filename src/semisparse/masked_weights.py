@@ -45,6 +45,8 @@ class MaskedWeights:
     @staticmethod
     def note(layer: SemiSparseBase) -> str:
         """What was done with the layer's weight, for the report."""
+        if isinstance(layer, SemiSparseLinear) and not layer.sparse_enabled:
+            return "pruned weight written, although the layer computed with the dense one (dense phase)"
         if isinstance(layer, SemiSparseLinear):
             return "pruned weight written"
         return "activation operand: no weight was pruned, dense weight kept"
@@ -59,12 +61,20 @@ def _prunes_alike(layer: SemiSparseLinear, owner: nn.Module, tensor: Tensor) -> 
         and tensor is owner.weight is layer.weight
         and owner.sparse_config == layer.sparse_config
         and owner._frozen is layer._frozen
+        and owner.sparse_enabled == layer.sparse_enabled
     )
 
 
 def _check_weight(name: str, layer: SemiSparseLinear) -> None:
     if reason := weight_refusal(layer):
         raise LayerRefused(f"{name}: weights='masked' cannot write a pruned weight: {reason}")
+    if layer.weight.is_inference() or any(
+        size > 1 and not stride for size, stride in zip(layer.weight.shape, layer.weight.stride(), strict=True)
+    ):
+        raise LayerRefused(
+            f"{name}: weights='masked' cannot write into its weight, an inference tensor or one whose entries share "
+            "memory: give the layer its own weight first (layer.weight = nn.Parameter(layer.weight.detach().clone()))"
+        )
     if hasattr(layer.weight, "full_tensor"):
         raise LayerRefused(
             f"{name}: weights='masked' needs the whole weight, but it is a sharded DTensor: save a "

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from semisparse.errors import ConfigError, NoLayerMatched
 from semisparse.nn import SemiSparseLinear
+from semisparse.nn.refusals import weight_refusal
 from semisparse.swap import layers_with_masks
 
 FLIP_RATE, FLIP_RATIO, KEPT_MAGNITUDE = "flip_rate", "flip_ratio", "kept_magnitude"
@@ -98,10 +99,13 @@ class MaskMetrics:
     def _check_present(self) -> None:
         inside = {id(module) for module in self._model.modules()}
         for name, layer in self._layers.items():
+            reason = weight_refusal(layer)
             if id(layer) not in inside:
+                reason = "it is no longer in the model: something (a conversion to float8 or QAT, say) replaced it"
+            if reason:
                 raise ConfigError(
-                    f"{name or '(root)'} is measured, but no longer in the model: something (a conversion to float8 or "
-                    "QAT, say) replaced it. Convert before sparsify, and build MaskMetrics afterwards"
+                    f"{name or '(root)'} is measured, but {reason}. Convert before sparsify, and build MaskMetrics "
+                    "afterwards"
                 )
 
     def _drop_dense_layers(self) -> None:

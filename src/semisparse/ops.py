@@ -84,6 +84,7 @@ def pack(matrix: Tensor, dtype: torch.dtype, mask: str, frozen: Tensor | None = 
 def pack_tokens(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """x (M x K, any M, K a multiple of 16) as pack; rows are padded with zeros to a multiple of 16."""
     if _direct(x):
+        calls.note_tokens(op=True)
         return _cuda().pack_tokens(x, dtype)
     return _OPS.pack_tokens.default(x, dtype)
 
@@ -155,12 +156,16 @@ def _cuda() -> ModuleType:
 
 
 def _noted(name: str, implementation: Callable[..., Any]) -> Callable[..., Any]:
-    """implementation, noting the weight that ops of a weight are given; see calls.py."""
-    if name not in ("prune", "pack"):
+    """implementation, noting what it prunes; see calls.py."""
+    if name not in ("prune", "pack", "prune_tokens", "pack_tokens"):
         return implementation
+    tokens = name.endswith("_tokens")
 
     def call(matrix: Tensor, *args: Any) -> Any:
-        calls.note(matrix)
+        if tokens:
+            calls.note_tokens(op=True)
+        else:
+            calls.note(matrix)
         return implementation(matrix, *args)
 
     return call
@@ -226,3 +231,30 @@ def _fake_packed_tokens_grad_weight(packed_t: Tensor, grad_output: Tensor, in_fe
 
 for _name in (*_ANY_DEVICE, *_PACKED):
     torch.library.register_fake(f"semisparse::{_name}", globals()[f"_fake_{_name}"], lib=_LIBRARY)
+
+
+def _vmap_prune(
+    info: Any,
+    in_dims: tuple[int | None, ...],
+    matrix: Tensor,
+    dtype: torch.dtype,
+    mask: str,
+    frozen: Tensor | None = None,
+) -> tuple[Tensor, int]:
+    held_dim = in_dims[3] if len(in_dims) > 3 else None
+    matrices = _members(matrix, in_dims[0], info.batch_size)
+    held = (None,) * info.batch_size if frozen is None else _members(frozen, held_dim, info.batch_size)
+    return torch.stack([prune(one, dtype, mask, codes) for one, codes in zip(matrices, held, strict=True)]), 0
+
+
+def _vmap_prune_tokens(info: Any, in_dims: tuple[int | None, ...], x: Tensor, dtype: torch.dtype) -> tuple[Tensor, int]:
+    return torch.stack([prune_tokens(one, dtype) for one in _members(x, in_dims[0], info.batch_size)]), 0
+
+
+def _members(tensor: Tensor, dim: int | None, size: int) -> tuple[Tensor, ...]:
+    """The members of a batch along dim, or size times the same tensor."""
+    return (tensor,) * size if dim is None else tensor.unbind(dim)
+
+
+for _name in ("prune", "prune_tokens"):
+    torch.library.register_vmap(f"semisparse::{_name}", globals()[f"_vmap_{_name}"], lib=_LIBRARY)

@@ -1,7 +1,7 @@
 """When to be sparse: phases counted in applied optimizer steps."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Self, get_args
 
@@ -55,17 +55,25 @@ class SparseSchedule:
         total_steps: int | None = None,
         process_group: Group = None,
     ) -> None:
-        self._group = process_group
+        self._start(model, lambda: phases, total_steps, process_group)
+
+    def _start(
+        self, model: nn.Module, phases: Callable[[], Sequence[Phase]], total_steps: int | None, group: Group
+    ) -> Self:
+        self._group = group
 
         def prepare() -> int:
-            self._prepare(model, phases, total_steps)
+            self._prepare(model, phases(), total_steps)
             return self._digest()
 
-        agree(attempt(prepare), process_group)
+        agree(attempt(prepare), group)
         self._begin()
+        return self
 
     def _prepare(self, model: nn.Module, phases: Sequence[Phase], total_steps: int | None) -> None:
         """Everything that can fail, before the first change of the model."""
+        if not isinstance(phases, Sequence):
+            raise ScheduleError(f"phases={phases!r} must be a list of Phase, such as [Phase('sparse', 100)]")
         self._phases = tuple(phases)
         for phase in self._phases:
             if not isinstance(phase, Phase):
@@ -86,21 +94,25 @@ class SparseSchedule:
         self._apply()
 
     def _watch(self) -> None:
-        self._evidence = StepEvidence(self._layers.model, [layer.weight for layer in self._layers.by_name.values()])
+        layers = list(self._layers.by_name.values())
+        self._evidence = StepEvidence(self._layers.model, lambda: [layer.weight for layer in layers])
 
     def _digest(self) -> int:
         """What must be the same on all ranks."""
-        layers = self._layers.by_name.items()
-        return digest([(name, layer.sparse_config, tuple(layer.weight.shape)) for name, layer in layers], {})
+        layers = [(name, layer.sparse_config) for name, layer in self._layers.by_name.items()]
+        return digest((self._phases, layers), {})
 
     @classmethod
     def sparse_then_dense(
         cls, model: nn.Module, total_steps: int, sparse_fraction: float = 0.7, *, process_group: Group = None
     ) -> Self:
         """Sparse for the first round(total_steps * sparse_fraction) steps, dense for the rest."""
-        sparse = share_of(total_steps, sparse_fraction, "sparse_fraction")
-        phases = [Phase("sparse", sparse), Phase("dense", total_steps - sparse)]
-        return cls(model, phases, process_group=process_group)
+
+        def phases() -> list[Phase]:
+            sparse = share_of(total_steps, sparse_fraction, "sparse_fraction")
+            return [Phase("sparse", sparse), Phase("dense", total_steps - sparse)]
+
+        return cls.__new__(cls)._start(model, phases, None, process_group)
 
     @classmethod
     def dense_sparse_dense(
@@ -116,15 +128,19 @@ class SparseSchedule:
 
         Each boundary is rounded to a whole step.
         """
-        start = share_of(total_steps, dense_start_fraction, "dense_start_fraction")
-        share_of(total_steps, sparse_fraction, "sparse_fraction")
-        if dense_start_fraction + sparse_fraction > 1:
-            raise ScheduleError(
-                f"dense_start_fraction={dense_start_fraction} and sparse_fraction={sparse_fraction} exceed 1 together"
-            )
-        end = round(total_steps * (dense_start_fraction + sparse_fraction))
-        phases = [Phase("dense", start), Phase("sparse", end - start), Phase("dense", total_steps - end)]
-        return cls(model, phases, process_group=process_group)
+
+        def phases() -> list[Phase]:
+            start = share_of(total_steps, dense_start_fraction, "dense_start_fraction")
+            share_of(total_steps, sparse_fraction, "sparse_fraction")
+            if dense_start_fraction + sparse_fraction > 1:
+                raise ScheduleError(
+                    f"dense_start_fraction={dense_start_fraction} and sparse_fraction={sparse_fraction} exceed 1 "
+                    "together"
+                )
+            end = round(total_steps * (dense_start_fraction + sparse_fraction))
+            return [Phase("dense", start), Phase("sparse", end - start), Phase("dense", total_steps - end)]
+
+        return cls.__new__(cls)._start(model, phases, None, process_group)
 
     @property
     def phases(self) -> tuple[Phase, ...]:
@@ -152,14 +168,15 @@ class SparseSchedule:
         optimizer.step_was_skipped, say); True never counts.
 
         The first call, and each one that ends a phase, raises ScheduleError, counting nothing, where layers were
-        replaced or made dense, or got a computed weight. The first call in a sparse phase raises it, too, where a layer
-        was not called but trained all the same. Copies that no schedule follows are followed, with a warning.
+        replaced or made dense, or got a computed weight. The first applied step of a sparse phase raises it, too, where
+        a layer was not called but trained all the same. Copies that no schedule follows are followed, with a warning.
         Raises ScheduleError for a scaler that is none, or for both arguments.
         """
         _check_arguments(scaler, skipped)
         self._check_layers()
         if not self._evidence.was_applied(scaler, skipped):
             return False
+        self._layers.check_called(self._evidence, self._group)
         self._advance()
         return True
 
@@ -203,7 +220,8 @@ class SparseSchedule:
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles: with their model, in the same phase, watching the optimizers that move it."""
-        return {**self.__dict__, "_evidence": self._evidence.last_scale, "_group": None}
+        group = None if self._group is not False else False  # a group of processes does not travel
+        return {**self.__dict__, "_evidence": self._evidence.last_scale, "_group": group}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -212,18 +230,27 @@ class SparseSchedule:
 
     def _check_layers(self) -> None:
         """Once at first, and whenever the coming step ends a phase."""
-        first = not self._checked_once
-        if first or self._kind_at(self._applied_steps + 1) != self.phase:
+
+        def look() -> int:
             self._layers.check_present()
-            self._share(self._layers.adopt_copies())
-        self._layers.check_called(self._evidence, self._group)
+            self._adopt()
+            return 0
+
+        if not self._checked_once:
+            agree(attempt(look), self._group)  # every rank comes here, so that none waits for one that raises
+        elif self._kind_at(self._applied_steps + 1) != self.phase:
+            look()
         self._checked_once = True
+
+    def _adopt(self) -> None:
+        """Take copies along that nobody follows."""
+        self._share(self._layers.adopt_copies())
 
     def _share(self, pairs: list[tuple[SemiSparseBase, SemiSparseBase]]) -> None:
         """Give what a recipe holds on our layers to the copies that follow them."""
         for ours, theirs in pairs:
             frozen = ours.__dict__.get("_frozen")
-            if frozen is not None and "_frozen" in theirs.__dict__:
+            if frozen is not None and ours.sparse_config == theirs.sparse_config:
                 theirs._frozen = frozen
 
     def _advance(self) -> None:

@@ -72,7 +72,14 @@ class ScheduledLayers:
             raise NoLayerMatched(
                 f"copy={type(copy).__name__} has no semi-sparse layer that could follow; copy the model after sparsify"
             )
-        pairs = [(ours, layer) for name, layer in theirs.items() if (ours := self._original(name, layer)) is not None]
+        originals = {id(copied): layer for layer in self.by_name.values() for copied in copies_of(layer)}
+        # By name where a copy was loaded from a file, perhaps inside a wrapper of its own.
+        named = {name: self.by_name.get(name) or self.by_name.get(name.partition(".")[2]) for name in theirs}
+        pairs = [
+            (ours, layer)
+            for name, layer in theirs.items()
+            if (ours := originals.get(id(layer)) or named[name]) is not None and ours is not layer
+        ]
         if not pairs:
             raise NoLayerMatched(
                 f"copy={type(copy).__name__} has none of the layers of this schedule; its own are {list(theirs)[:3]}"
@@ -82,18 +89,16 @@ class ScheduledLayers:
             self._followers.add(layer)
         return pairs
 
+    def forget_frozen(self) -> None:
+        """Take what a recipe held off the copies that follow."""
+        for layer in self._followers:
+            layer.__dict__.pop("_frozen", None)
+
     def unfollow(self, copy: nn.Module) -> None:
         """Let the layers of copy be: they keep the phase that they have."""
         for layer in semi_sparse_layers(copy).values():
             self._followers.discard(layer)
             self._left.add(layer)
-
-    def _original(self, name: str, copy: SemiSparseBase) -> SemiSparseBase | None:
-        for layer in self.by_name.values():
-            if any(other is copy for other in copies_of(layer)):
-                return layer
-        # A copy that was loaded from a file, perhaps inside a wrapper of its own.
-        return self.by_name.get(name) or self.by_name.get(name.partition(".")[2])
 
     def adopt_copies(self) -> list[tuple[SemiSparseBase, SemiSparseBase]]:
         """Let copies that no schedule switches follow, with a warning; returns the new pairs (ours, theirs)."""
@@ -130,11 +135,11 @@ class ScheduledLayers:
                 )
 
     def check_called(self, evidence: StepEvidence, group: Group) -> None:
-        """At the first step of the first sparse phase: raise ScheduleError where somebody else trains a layer's weight.
+        """After the first step of the first sparse phase: raise ScheduleError where somebody else trains a weight.
 
         A layer that was not called since the swap, on any rank of group, although others were, and whose weight got a
-        gradient all the same is bypassed. One without a gradient (an expert that no token chose, an unused head) is
-        only warned of.
+        gradient all the same is bypassed; so are all of them if none was called and their weights train. A layer
+        without a gradient (an expert that no token chose, an unused head) is only warned of.
         """
         if self._watch is None:
             return
@@ -144,13 +149,15 @@ class ScheduledLayers:
         idle = _idle(layers, self._watch)
         called = called_anywhere([name not in idle for name in layers], group)
         idle = {name: layer for (name, layer), was in zip(layers.items(), called, strict=True) if not was}
-        anything_trained = any(evidence.trained(layer.weight) for layer in layers.values())
-        bypassed = [n for n, layer in idle.items() if evidence.trained(layer.weight) or not anything_trained]
-        if bypassed:
+        trained = [name for name, layer in idle.items() if evidence.trained(layer.weight)]
+        nothing_known = not evidence.saw_a_step() and not any(evidence.trained(x.weight) for x in layers.values())
+        if not trained and len(idle) == len(layers):
+            return  # neither called nor trained so far, or nothing can be told: look again at the next step
+        if bypassed := trained or (list(idle) if nothing_known else []):
             raise ScheduleError(
-                f"{_listed(bypassed)}: swapped, but not called since, although other layers were: somebody reads the "
-                "weight itself, and it trains dense. Leave these out (sparsify(..., exclude=...)); semisparse.check "
-                "shows what runs"
+                f"{_listed(bypassed)}: swapped, but not called since{_ALTHOUGH if len(idle) < len(layers) else ''}: "
+                "somebody reads the weight itself, and it trains dense. Leave these out (sparsify(..., exclude=...)); "
+                "semisparse.check shows what runs"
             )
         self._watch = None
         evidence.watch_gradients(False)
@@ -162,21 +169,24 @@ class ScheduledLayers:
             )
 
 
+_ALTHOUGH = ", although other layers were"
+
+
 def _idle(layers: dict[str, SemiSparseBase], watch: calls.Watch) -> dict[str, SemiSparseBase]:
-    """The layers that were not called although others were, as far as that can be known."""
-    eager = {name for name, layer in layers.items() if layer._called}
-    # Compiled code sets no flag; there, the ops have seen the weights of layers that prune them.
-    seen = {name for name, layer in layers.items() if name not in eager and watch.saw(layer.weight)}
-    idle = {name: layer for name, layer in layers.items() if name not in eager and name not in seen}
-    if not eager and not seen:
-        return {}
-    if seen:  # so something is compiled, and of a pruned activation or a shard it cannot be told there
-        idle = {
-            name: layer
-            for name, layer in idle.items()
-            if isinstance(layer, SemiSparseLinear) and not hasattr(layer.weight, "full_tensor")
-        }
-    return idle
+    """The layers that were not called, as far as that can be known.
+
+    Eager calls set a flag. In compiled code, ops have seen the weights of layers that prune them; of other layers it
+    cannot be told there: those that prune tokens, where tokens were pruned that no eager call explains, and shards,
+    where any weight was seen only by an op.
+    """
+    idle = {name: layer for name, layer in layers.items() if not layer._called and not watch.saw(layer.weight)}
+    compiled = watch.tokens_unexplained or any(watch.saw(x.weight) for x in layers.values() if not x._called)
+    return {
+        name: layer
+        for name, layer in idle.items()
+        if not (hasattr(layer.weight, "full_tensor") and (compiled or len(idle) == len(layers)))
+        and not (not isinstance(layer, SemiSparseLinear) and watch.tokens_unexplained)
+    }
 
 
 def _listed(names: Iterable[str], most: int = 5) -> str:

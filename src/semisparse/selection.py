@@ -58,13 +58,16 @@ def plain_names(model: nn.Module) -> dict[str, nn.Module]:
 
     So a model has the same names bare, compiled, under DistributedDataParallel and in an averaged copy.
     """
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"model is a {type(model).__name__}; pass a torch.nn.Module")
     modules = dict(model.named_modules())
-    named = {}
+    named: dict[str, nn.Module] = {}
     for name, module in modules.items():
         parts = name.split(".") if name else []
         kept = [part for depth, part in enumerate(parts)
                 if not (part == "module" and _holds_module(modules[".".join(parts[:depth])]))]  # fmt: skip
-        named[clean_name(".".join(kept))] = module
+        plain = clean_name(".".join(kept))
+        named[name if plain in named else plain] = module
     return named
 
 

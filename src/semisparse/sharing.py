@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 
 def holders(model: nn.Module) -> Iterator[tuple[str, nn.Module, Tensor]]:
@@ -26,7 +27,9 @@ def share_memory(a: Tensor, b: Tensor) -> bool:
 
 def _span(tensor: Tensor) -> tuple[int, int] | None:
     """First and last byte address of a strided tensor, or None where it has none (meta, fake, wrapper)."""
-    if tensor.is_meta or tensor.layout is not torch.strided or tensor.numel() == 0:
+    if is_lazy(tensor) or tensor.is_meta or tensor.is_nested or tensor.layout is not torch.strided:
+        return None
+    if tensor.numel() == 0:
         return None
     try:
         start = tensor.data_ptr()

@@ -193,7 +193,7 @@ def _swap(
     chosen = {id(f.layer): f for f, text in zip(reversed(layers), reversed(reasons), strict=True) if text is None}
     if not chosen:
         listing = "; ".join(f"{found.name or '(root)'}: {text}" for found, text in zip(layers, reasons, strict=True))
-        raise NoLayerMatched(f"no layer of model would change. {listing}")
+        raise NoLayerMatched(". ".join([f"no layer of model would change. {listing}", *remarks]))
     for found in chosen.values():
         _LAYER_CLASSES[setting(found).operand]._announce()  # a warning that is an error comes before the first change
     rows = []

@@ -31,10 +31,14 @@ def unchanged(model: nn.Module, inputs: Any) -> Iterator[None]:
     values = {key: tensor.detach().clone() for key, tensor in tensors.items()}
     leaves = [leaf for leaf in torch.utils._pytree.tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.is_leaf]
     gradients = [(leaf, leaf.grad) for leaf in (*tensors.values(), *leaves)]
+    # An optimizer may step in these hooks. The table is autograd's own, so it is emptied rather than replaced.
+    hooks = [(table, dict(table)) for leaf in tensors.values() if (table := leaf._post_accumulate_grad_hooks)]
     called = [(layer, layer._called) for layer in modules if isinstance(layer, SemiSparseBase)]
     generators = _generator_states()
     for leaf, _ in gradients:
         leaf.grad = None
+    for table, _ in hooks:
+        table.clear()
     try:
         with calls.unnoticed():
             yield
@@ -46,6 +50,8 @@ def unchanged(model: nn.Module, inputs: Any) -> Iterator[None]:
             table.update(held)
         for key, tensor in tensors.items():
             _restore(tensor, values[key])
+        for table, theirs in hooks:
+            table.update(theirs)
         for leaf, gradient in gradients:
             leaf.grad = gradient
         for layer, was_called in called:

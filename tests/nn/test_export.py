@@ -91,3 +91,30 @@ def test_onnx_is_told_to_densify(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: True)
     with pytest.raises(ExportError, match=r"ONNX has no operator.*weights='masked'"):
         torch.export.export(net().eval(), (X,))
+
+
+def test_what_an_activation_layer_would_cut_off_is_refused_too() -> None:
+    """A frozen layer that prunes its input has no gradient formula in the graph; layers before it would get none."""
+    model = nn.Sequential(nn.Linear(16, 16), SemiSparseActivationLinear(16, 16), nn.Linear(16, 16))
+    model[1].requires_grad_(False)
+    with pytest.raises(ExportError, match="would lose gradients"):
+        torch.export.export(model, (X,))
+
+
+def test_fx_and_hooks_of_the_layer() -> None:
+    model = net()
+    model[0].register_forward_hook(lambda module, args, output: output * 2)
+    with pytest.raises(ExportError, match="0 has forward hooks"):
+        torch.fx.symbolic_trace(model)
+
+
+def test_fx_of_a_single_layer_names_the_way_out() -> None:
+    with pytest.raises(ExportError, match=r"it is the root.*trace a module that holds the layer"):
+        torch.fx.symbolic_trace(SemiSparseActivationLinear(16, 16))
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_the_older_onnx_exporter_is_told_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: True)
+    with pytest.raises(ExportError, match="ONNX has no operator"):
+        torch.jit.trace(net().eval(), X)

@@ -177,3 +177,34 @@ def test_masked_gradients_of_torch_func_use_the_packed_ops_too(monkeypatch: pyte
     layer = SemiSparseLinear(16, 16, dtype=torch.bfloat16)
     grad(lambda p: functional_call(layer, p, (X.bfloat16(),)).float().sum())(parameters(layer))
     assert seen  # only vmap and forward mode have no rule for them
+
+
+TRANSFORMS = {
+    "grad": lambda call, w, x: grad(lambda w, x: call(w, x).square().sum())(w, x),
+    "jvp": lambda call, w, x: jvp(call, (w, x), (torch.ones_like(w), torch.ones_like(x)))[1],
+    "per sample": lambda call, w, x: vmap(grad(lambda w, x: call(w, x).square().sum()), (None, 0))(w, x[:, None]),
+    "ensemble": lambda call, w, x: vmap(call, (0, None))(torch.stack([w, w + 1]), x),
+    "jacfwd": lambda call, w, x: jacfwd(call, argnums=1)(w, x),
+    "jacrev": lambda call, w, x: torch.func.jacrev(call)(w, x),
+}
+
+
+@CLASSES
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiled_transforms_give_the_gradients_of_eager_ones(layer_class: type, transform: str, backend: str) -> None:
+    """torch.compile ignores an autograd.Function's backward there, and would give zeros without a word."""
+    layer = layer_class(16, 16)
+
+    def call(weight: Tensor, x: Tensor) -> Tensor:
+        return functional_call(layer, {"weight": weight}, (x,))
+
+    def transformed(weight: Tensor, x: Tensor) -> Tensor:
+        return TRANSFORMS[transform](call, weight, x)
+
+    weight = layer.weight.detach()
+    torch._dynamo.reset()
+    ours = torch.compile(transformed, backend=backend)(weight, X)
+    expected = transformed(weight, X)
+    assert expected.any()
+    torch.testing.assert_close(ours, expected)

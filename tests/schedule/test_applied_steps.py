@@ -231,3 +231,36 @@ def test_a_saved_scale_must_be_a_finite_number(scale: object) -> None:
     schedule = SparseSchedule.sparse_then_dense(net(), 4)
     with pytest.raises(ScheduleError, match="last_scale"):
         schedule.load_state_dict({**schedule.state_dict(), "last_scale": scale})
+
+
+def test_weights_that_are_written_by_data_count() -> None:
+    model = net()
+    schedule = SparseSchedule.sparse_then_dense(model, 20)
+    masters = [parameter.detach().clone() for parameter in model.parameters()]
+    opt = torch.optim.AdamW(masters, lr=1e-2)  # holds no parameter of the model
+    for _ in range(3):
+        model.zero_grad()
+        model(torch.randn(4, 16)).sum().backward()
+        for master, parameter in zip(masters, model.parameters(), strict=True):
+            master.grad = parameter.grad
+        opt.step()
+        for master, parameter in zip(masters, model.parameters(), strict=True):
+            parameter.data.copy_(master)
+        assert schedule.step()
+
+
+def test_a_schedule_that_never_sees_a_step_says_so() -> None:
+    model = net()
+    schedule = SparseSchedule.sparse_then_dense(model, 20)
+    model(torch.randn(4, 16)).sum().backward()
+    with pytest.warns(UserWarning, match="64 times without an optimizer step of this model in sight"):
+        assert not any(schedule.step() for _ in range(64))
+
+
+def test_two_schedules_both_hear_a_compiled_step() -> None:
+    models = [net(), net()]
+    opt = torch.optim.SGD([p for model in models for p in model.parameters()], lr=torch.tensor(0.1))
+    schedules = [SparseSchedule.sparse_then_dense(model, 20) for model in models]
+    sum(model(torch.randn(4, 16)).sum() for model in models).backward()
+    torch.compile(opt.step, backend="eager")()
+    assert [schedule.step() for schedule in schedules] == [True, True]

@@ -144,3 +144,45 @@ def test_a_forward_of_hooks_would_go_on_calling_the_sparse_one() -> None:
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in before.items())
     del model[0].forward
     assert len(densify(model)) == 2
+
+
+def test_a_layer_in_a_dense_phase_does_not_prune_alike() -> None:
+    model = pair()
+    model[1].weight = model[0].weight
+    sparsify(model)
+    model[1].sparse_enabled = False
+    with pytest.raises(LayerRefused, match="reads, too"):
+        densify(model, weights="masked")
+
+
+def test_the_row_of_a_layer_in_a_dense_phase_says_that_its_output_changes() -> None:
+    model = pair()
+    sparsify(model)
+    model[1].sparse_enabled = False
+    notes = [row.reason for row in densify(model, weights="masked")]
+    assert notes == ["pruned weight written", "pruned weight written, although the layer computed with the dense one "
+                     "(dense phase)"]  # fmt: skip
+
+
+@pytest.mark.parametrize("how", ["inference", "expanded"])
+def test_weights_that_cannot_be_written_are_found_before_the_first_change(how: str) -> None:
+    model = pair()
+    sparsify(model)
+    if how == "inference":
+        with torch.inference_mode():
+            model[1].weight = nn.Parameter(torch.randn(16, 16), requires_grad=False)
+    else:
+        model[1].weight = nn.Parameter(torch.randn(16).expand(16, 16), requires_grad=False)
+    before = model[0].weight.detach().clone()
+    with pytest.raises(LayerRefused, match="cannot write into its weight"):
+        densify(model, weights="masked")
+    assert_bit_equal(model[0].weight.detach(), before)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_lazy_layers_and_nested_buffers_elsewhere_do_not_matter() -> None:
+    model = pair()
+    model.append(nn.LazyLinear(4))
+    model.register_buffer("ragged", torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]))
+    sparsify(model)
+    assert len(densify(model, weights="masked")) == 2

@@ -3,9 +3,10 @@
 import warnings
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
-from semisparse import functional
+from semisparse import calls, functional
 from semisparse.config import Operand, SparseConfig
 from semisparse.errors import TokenMixingWarning
 from semisparse.nn.base import SemiSparseBase
@@ -40,10 +41,12 @@ class SemiSparseActivationLinear(SemiSparseBase):
         super()._announce()
         global _warned
         if not _warned:
-            _warned = True
             warnings.warn(_TOKEN_MIXING, TokenMixingWarning, stacklevel=3)
+            _warned = True  # not where the warning is an error, so that a second try fails as the first did
 
     def _sparse_forward(self, input: Tensor) -> Tensor:
+        if not torch.compiler.is_compiling():
+            calls.note_tokens(op=False)
         return functional.semi_sparse_activation_linear(input, self.weight, self.bias, engine=self.sparse_config.engine)
 
     def pruned_weight(self) -> Tensor:

@@ -16,7 +16,7 @@ from semisparse.nn.registry import rebuild, swapped_class
 from semisparse.pattern import GROUP
 
 # What a layer holds for the moment, and a copy of it must not.
-_TRANSIENT = ("_packed", "_called")
+_TRANSIENT = ("_packed", "_called", "_stands_for")
 _ORIGIN = "_copied_from"
 
 
@@ -38,6 +38,8 @@ class SemiSparseBase(nn.Linear):
     _dense_class: ClassVar[type[nn.Linear]] = nn.Linear
     # Whether an eager sparse forward ran since the swap. Written there, never read there.
     _called: bool = False
+    # Set on a replica of DataParallel: the layer that it was made of.
+    _stands_for: "SemiSparseBase | None" = None
 
     def __init__(
         self,
@@ -69,10 +71,13 @@ class SemiSparseBase(nn.Linear):
             return self._traced(input)
         if not self.sparse_enabled:
             return F.linear(input, self.weight, self.bias)
-        if not compiling:
-            self.__dict__["_called"] = True
-        elif torch.compiler.is_exporting():
-            self._check_export()
+        if compiling:
+            if torch.compiler.is_exporting():
+                self._check_export(input)
+        else:
+            (self._stands_for or self).__dict__["_called"] = True
+            if torch._C._get_tracing_state() is not None:
+                self._check_onnx()
         return self._sparse_forward(input)
 
     def _sparse_forward(self, input: Tensor) -> Tensor:
@@ -163,32 +168,44 @@ class SemiSparseBase(nn.Linear):
         replica: Self = super()._replicate_for_data_parallel()
         for name in _TRANSIENT:
             replica.__dict__.pop(name, None)
+        replica.__dict__["_stands_for"] = self._stands_for or self  # not as a submodule
         return replica
 
     def __prepare_scriptable__(self) -> NoReturn:
         raise ExportError(
             f"torch.jit.script cannot compile the semi-sparse layer {self}: call semisparse.densify(model) first "
-            "(weights='masked' keeps what the sparse layers compute), or use torch.jit.trace"
+            "(weights='masked' keeps what the sparse layers compute)"
         )
 
     def _traced(self, input: Proxy) -> Any:
         """One call_module node, as torch.fx records for torch's own layers."""
-        path = getattr(input.tracer, "path_of_module", None)
-        if path is None:
+        path_of = getattr(input.tracer, "path_of_module", None)
+        path = "" if path_of is None else path_of(self)
+        if not path:
             raise ExportError(
-                f"this tracer knows no modules, so it cannot record a call of {self}: call semisparse.densify first"
+                f"this tracer cannot name {self} (it is the root, or modules are unknown to it): trace a module that "
+                "holds the layer, or call semisparse.densify first"
             )
-        return input.tracer.create_proxy("call_module", path(self), (input,), {})
+        if self._forward_hooks or self._forward_pre_hooks:
+            raise ExportError(
+                f"{path} has forward hooks, which torch.fx would record beside the layer that runs them again: take "
+                "them off while tracing, or call semisparse.densify first"
+            )
+        return input.tracer.create_proxy("call_module", path, (input,), {})
 
-    def _check_export(self) -> None:
+    def _check_export(self, input: Tensor) -> None:
+        self._check_onnx()
+        if self.training and (self.weight.requires_grad or input.requires_grad):
+            raise ExportError(
+                "torch.export of a sparse layer in training: the exported graph would lose gradients of its weight or "
+                "input. Call model.eval() to export for inference, or semisparse.densify(model) first"
+            )
+
+    @staticmethod
+    def _check_onnx() -> None:
         if torch.onnx.is_in_onnx_export():
             raise ExportError(
                 "ONNX has no operator for pruning: call semisparse.densify(model, weights='masked') before the export"
-            )
-        if self.training and self.weight.requires_grad:
-            raise ExportError(
-                "torch.export of a sparse layer in training: the exported graph would give its weight no gradient. "
-                "Call model.eval() to export for inference, or semisparse.densify(model) first"
             )
 
     @classmethod

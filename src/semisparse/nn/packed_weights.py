@@ -10,18 +10,19 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from semisparse import functional, ops
 from semisparse.config import SparseConfig
 
 
 class PackedWeight(NamedTuple):
-    """The buffers of ops.pack, and what they hold: the weight's identity, its version and that of a frozen mask."""
+    """The buffers of ops.pack, and what they were made of: see _source."""
 
     forward: Tensor
     transposed: Tensor
     dtype: torch.dtype
-    source: tuple[int, int, int]
+    source: tuple[object, ...]
 
     def __deepcopy__(self, memo: object) -> None:
         """Nothing: a copy of a layer packs its own weight. (Parametrised modules copy their dict, not their state.)"""
@@ -39,24 +40,41 @@ class PackingLayer(Protocol):
     _packed: PackedWeight | None
 
 
+# The packings of blocks that are open, innermost last.
+_OPEN: WeakKeyDictionary[PackingLayer, list[PackedWeight]] = WeakKeyDictionary()
 # Buffers outlive a block, so that a compiled or captured step finds them at the same address in the next block. They
 # are kept outside the modules, one pair for each compute dtype.
 _BUFFERS: WeakKeyDictionary[PackingLayer, dict[torch.dtype, PackedWeight]] = WeakKeyDictionary()
 
 
-def packed_now(layer: PackingLayer) -> PackedWeight | None:
-    """The layer's weight as it is now, packed for the dtype that a forward would compute in now; None if never packed.
+def open_block(layer: PackingLayer) -> PackedWeight | None:
+    """Pack the layer's weight as it is now and let its forwards use that; None where a forward would not pack.
 
-    A packing that is in use already and still right is returned as it is. Else the layer's buffers are written, unless
-    an outer block is using them. Buffers are ordinary tensors also under inference_mode, so that a later training step
-    can use them. Raises what ops.pack and functional.packs raise.
+    For the dtype that a forward would compute in now. The layer's buffers are written, unless an outer block is using
+    them. Buffers are ordinary tensors also under inference_mode, so that a later training step can use them. Raises
+    what ops.pack and functional.packs raise.
     """
     dtype = functional.compute_dtype(layer.weight, layer.weight)
     if not functional.packs(layer.weight, dtype, layer.sparse_config.engine):
         return None
-    outer = layer._packed
-    if outer is not None and outer.dtype is dtype and outer.source == _source(layer):
-        return outer
+    packed = _packed(layer, dtype)
+    _OPEN.setdefault(layer, []).append(packed)
+    layer._packed = packed
+    _fused_steps_show()
+    return packed
+
+
+def close_block(layer: PackingLayer, packed: PackedWeight) -> None:
+    """Forget this packing of the layer, in whatever order blocks end."""
+    left = [other for other in _OPEN.get(layer, ()) if other is not packed]
+    if left:
+        _OPEN[layer], layer._packed = left, left[-1]
+    else:
+        _OPEN.pop(layer, None)
+        layer.__dict__.pop("_packed", None)
+
+
+def _packed(layer: PackingLayer, dtype: torch.dtype) -> PackedWeight:
     mask = functional.frozen_mask(layer.sparse_config.mask, layer._frozen)
     with torch.inference_mode(False), torch.no_grad():
         buffers = ops.pack(layer.weight.detach(), dtype, mask, layer._frozen)
@@ -65,7 +83,7 @@ def packed_now(layer: PackingLayer) -> PackedWeight | None:
         if kept is None or not _same_place(kept, fresh):
             _BUFFERS[layer][dtype] = fresh
             return fresh
-        if outer is not None and outer.forward is kept.forward:
+        if any(other.forward is kept.forward for other in _OPEN.get(layer, ())):
             return fresh
         kept.forward.copy_(fresh.forward)
         kept.transposed.copy_(fresh.transposed)
@@ -97,13 +115,33 @@ def _warn(packed: PackedWeight, dtype: torch.dtype) -> None:
     warnings.warn(f"reuse_packed {reason}. The weight is packed again at this forward.", stacklevel=5)
 
 
-def _source(layer: PackingLayer) -> tuple[int, int, int]:
-    frozen = layer._frozen
-    return id(layer.weight), _version(layer.weight), -1 if frozen is None else _version(frozen)
+def _source(layer: PackingLayer) -> tuple[object, ...]:
+    """What a packing depends on: weight, mask and settings, as far as they can be asked. Writes by .data cannot."""
+    return (*_state(layer.weight), *_state(layer._frozen), layer.sparse_config)
 
 
-def _version(tensor: Tensor) -> int:
-    return -1 if tensor.is_inference() else tensor._version
+def _state(tensor: Tensor | None) -> tuple[int, ...]:
+    if tensor is None:
+        return ()
+    return id(tensor), tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version
+
+
+def _fused_steps_show() -> None:
+    """Let the version of weights in open blocks rise in fused optimizer steps, too; torch 2.11 to 2.13 forget it."""
+    if not _hooked:
+        _hooked.append(register_optimizer_step_post_hook(_raise_versions))
+
+
+_hooked: list[object] = []
+
+
+def _raise_versions(optimizer: torch.optim.Optimizer, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+    if torch.compiler.is_compiling() or not _OPEN:
+        return
+    fused = {id(p) for group in optimizer.param_groups if group.get("fused") for p in group["params"]}
+    for layer in list(_OPEN):
+        if id(layer.weight) in fused and not layer.weight.is_inference():
+            torch.autograd.graph.increment_version(layer.weight)
 
 
 def _same_place(kept: PackedWeight, fresh: PackedWeight) -> bool:

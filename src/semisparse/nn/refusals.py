@@ -42,11 +42,18 @@ def weight_refusal(layer: nn.Linear) -> str | None:
     if "weight" not in layer._parameters:
         return "its weight is computed by a hook (weight_norm, spectral_norm or pruning): remove that first"
     weight = layer.weight
+    if weight is None:
+        return "it has no weight"
     if not _is_plain(weight):
         return (
             f"its weight is a {type(weight).__name__}, a tensor subclass with products of its own (quantised, say): "
             "swap before converting, or leave this layer to the other library"
         )
+    if weight.layout is not torch.strided:
+        return f"its weight has the layout {weight.layout}; make it dense first (weight.to_dense())"
+    shape = (layer.out_features, layer.in_features)
+    if weight.numel() and tuple(weight.shape) != shape:  # DeepSpeed's ZeRO-3 leaves an empty one outside of forwards
+        return f"its weight has shape {tuple(weight.shape)}, not {shape}"
     if weight.dtype not in FLOAT_DTYPES:
         return f"its weight has dtype {weight.dtype}; use float64, float32, float16 or bfloat16"
     return None

@@ -5,8 +5,9 @@ from contextlib import contextmanager
 
 from torch import nn
 
+from semisparse.errors import ConfigError
 from semisparse.nn.linear import SemiSparseLinear
-from semisparse.nn.packed_weights import PackedWeight, packed_now
+from semisparse.nn.packed_weights import PackedWeight, close_block, open_block
 
 
 @contextmanager
@@ -17,23 +18,22 @@ def reuse_packed(model: nn.Module) -> Iterator[int]:
     inside, call optimizer.step() outside. Yields the number of layers packed; layers on the masked-dense route (CPU,
     fp32, sizes no multiple of 16) and layers with a pruned activation are not among them and work as always.
     The packing is for the dtype that is computed in on entry, so enter torch.autocast first, where it is used. A
-    forward in another dtype, or with a weight that has changed since, packs again for itself and warns; in compiled
-    code a changed weight is not seen, and the block goes on with the old one. Blocks nest, and a copy made inside a
-    block packs its own weight. Buffers are kept between blocks (9/8 of a weight's 16-bit bytes for both directions and
-    each dtype), allocated outside any CUDA graph. Raises what packing raises, with every layer as it was.
+    forward in another dtype, or with a weight that has changed since, packs again for itself and warns. Not seen, so
+    that the block goes on with the old weight: a change in compiled code, and one by weight.data. Blocks nest and may
+    end in any order, and a copy made inside a block packs its own weight. Buffers are kept between blocks (9/8 of a
+    weight's 16-bit bytes for both directions and each dtype), allocated outside any CUDA graph. Raises ConfigError for
+    what is no module and what packing raises, with every layer as it was.
     """
-    outer: list[tuple[SemiSparseLinear, PackedWeight | None]] = []
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"model is a {type(model).__name__}; pass a torch.nn.Module")
+    opened: list[tuple[SemiSparseLinear, PackedWeight]] = []
     try:
         for layer in model.modules():
             if isinstance(layer, SemiSparseLinear) and layer.sparse_enabled:
-                packed = packed_now(layer)
+                packed = open_block(layer)
                 if packed is not None:
-                    outer.append((layer, layer._packed))
-                    layer._packed = packed
-        yield len(outer)
+                    opened.append((layer, packed))
+        yield len(opened)
     finally:
-        for layer, packed in reversed(outer):
-            if packed is None:
-                layer.__dict__.pop("_packed", None)
-            else:
-                layer._packed = packed
+        for layer, packed in opened:
+            close_block(layer, packed)

@@ -26,8 +26,11 @@ def unwrapped(optimizer: Any) -> Any:
     A wrapper is what lacks an optimizer's own hooks and holds exactly one optimizer, however deep, as an attribute.
     Raises ConfigError where there is none or more than one.
     """
+    seen: set[int] = set()
     while not _has_hooks(optimizer):
-        inside = {id(value): value for value in _attributes(optimizer) if isinstance(value, torch.optim.Optimizer)}
+        seen.add(id(optimizer))
+        values = [value for value in _attributes(optimizer) if isinstance(value, torch.optim.Optimizer)]
+        inside = {id(value): value for value in values if id(value) not in seen}
         if len(inside) != 1:
             raise ConfigError(
                 f"optimizer={type(optimizer).__name__} is not a torch.optim.Optimizer with step hooks and wraps "

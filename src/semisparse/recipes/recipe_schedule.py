@@ -116,6 +116,7 @@ class RecipeSchedule(SparseSchedule):
             self._phases = _dense_then_sparse(self._applied_steps, self._total)
             self._apply()
         if self._frozen is not None and self._frozen.advance(self.phase == "sparse"):
+            self._adopt()
             agree(self._digest(), self._group)
 
     def resume_at(self, applied_steps: int) -> None:
@@ -140,6 +141,7 @@ class RecipeSchedule(SparseSchedule):
         for part in (self._switch, self._frozen):
             if part is not None:
                 part.detach()
+        self._layers.forget_frozen()
         if self._decay is not None:
             self._decay.remove()
         if self._decay is not None or self._switch is not None:
