@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from semisparse.selection import WRAPPERS, FoundLayer
-from semisparse.source_reads import Uses, uses_of
+from semisparse.source_reads import ANY, Uses, uses_of
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
@@ -48,7 +48,7 @@ def _calls(uses: Uses, path: tuple[str, ...], found: FoundLayer) -> bool:
         between = found.above[: len(path) - length]  # from the layer's holder up to the module called
         if not all(isinstance(module, _CONTAINERS) for module in between):
             return False
-        if path[:length] in uses.calls:
+        if path[:length] in uses.calls or (length == 1 and ANY in uses.calls):
             return True
     return False
 

@@ -20,18 +20,30 @@ from torch import nn
 Path = tuple[str, ...]
 
 # Methods that set a model up, save it or show it; what they read of a weight is not computing with it.
-_SETTING_UP = re.compile(r"^_*(init|reset|tie|load|save|setup|extra_repr|repr|str|new|setstate|getstate|post_init)")
+_SETTING_UP = re.compile(
+    r"^_*(init|initiali[sz]e|reset|tie|untie|load|save|setup|extra_repr|repr|str|new|setstate|getstate|post_init)(_|$)"
+)
 _FACTS = frozenset({
     "dtype", "device", "shape", "size", "dim", "ndim", "numel", "nelement", "stride", "is_cuda", "is_meta", "is_cpu",
     "requires_grad", "requires_grad_", "element_size", "itemsize", "nbytes", "layout", "data_ptr", "grad", "is_leaf",
     "is_floating_point", "is_contiguous", "register_hook", "__class__",
 })  # fmt: skip
 _ASKING = frozenset({"isinstance", "hasattr", "getattr", "id", "type", "len"})
+_LIKE = frozenset({
+    "type_as", "to", "view_as", "expand_as", "reshape_as", "zeros_like", "ones_like", "empty_like", "full_like",
+    "rand_like", "randn_like",
+})  # fmt: skip
+# What hands out modules without naming them one by one.
+_SEVERAL = frozenset({
+    "children", "named_children", "modules", "named_modules", "values", "items", "_modules", "get_submodule",
+})  # fmt: skip
+ANY: Path = ("*",)
+"""Stands among the calls of a class that may call any module below it."""
 
 
 @dataclass(slots=True)
 class Uses:
-    """What one class does with the modules below it. reads: path -> place; calls: paths called or handed on."""
+    """What one class does with the modules below it. reads: path -> place; calls: paths called or handed on, or ANY."""
 
     reads: dict[Path, str] = field(default_factory=dict)
     calls: set[Path] = field(default_factory=set)
@@ -45,8 +57,8 @@ def uses_of(module: nn.Module, known: dict[type, Uses]) -> Uses:
     cls, own = type(module), vars(module).get("forward")
     if cls not in known:
         known[cls] = Uses()
-        for function in _methods(cls):
-            _look(function, known[cls])
+        for function, sets_up in _methods(cls):
+            _look(function, known[cls], sets_up)
     if own is None:
         return known[cls]
     both = Uses(dict(known[cls].reads), set(known[cls].calls))
@@ -55,19 +67,25 @@ def uses_of(module: nn.Module, known: dict[type, Uses]) -> Uses:
     return both
 
 
-def _methods(cls: type) -> Iterator[Callable[..., Any]]:
-    """The functions that Python would run for this class: the first of each name, and what it reaches by super()."""
+_ASKS_BASE = re.compile(r"super\(|\.\w+\(self\b")  # super().forward(x), or Base.forward(self, x)
+
+
+def _methods(cls: type) -> Iterator[tuple[Callable[..., Any], bool]]:
+    """The functions that Python would run for this class, and whether each only sets up, saves or shows.
+
+    The first of each name along the bases, and those that it reaches by super() or through a base's name.
+    """
     going_on: dict[str, bool] = {}
     for base in cls.__mro__:
         if base in (nn.Module, object):
             continue
         for name, value in vars(base).items():
-            if _SETTING_UP.match(name) or not going_on.get(name, True):
+            if not going_on.get(name, True):
                 continue
             functions = list(_functions(value))
             if functions:
-                going_on[name] = any("super(" in (_source(function) or "super(") for function in functions)
-                yield from functions
+                going_on[name] = any(_ASKS_BASE.search(_source(function) or "super(") for function in functions)
+                yield from ((function, bool(_SETTING_UP.match(name))) for function in functions)
 
 
 def _functions(value: Any) -> Iterator[Callable[..., Any]]:
@@ -104,7 +122,8 @@ def _source(function: Callable[..., Any]) -> str | None:
         return None
 
 
-def _look(function: Callable[..., Any], uses: Uses) -> None:
+def _look(function: Callable[..., Any], uses: Uses, sets_up: bool = False) -> None:
+    """Note what function does. One that only sets up reads weights harmlessly, but may keep a module in a list."""
     text = _source(function)
     if text is None or not re.search(r"\w", text):
         return
@@ -113,14 +132,18 @@ def _look(function: Callable[..., Any], uses: Uses) -> None:
     except SyntaxError:  # a lambda inside an expression, say
         return
     line = function.__code__.co_firstlineno
-    _Reader(uses, f"{function.__module__}.{function.__qualname__}", line).read(tree)
+    found = Uses()
+    _Reader(found, f"{function.__module__}.{function.__qualname__}", line, sets_up).read(tree)
+    uses.calls |= found.calls
+    if not sets_up:
+        uses.reads.update({path: place for path, place in found.reads.items() if path not in uses.reads})
 
 
 class _Reader:
     """One walk over one method."""
 
-    def __init__(self, uses: Uses, name: str, first_line: int) -> None:
-        self._uses, self._name, self._first_line = uses, name, first_line
+    def __init__(self, uses: Uses, name: str, first_line: int, sets_up: bool) -> None:
+        self._uses, self._name, self._first_line, self._sets_up = uses, name, first_line, sets_up
         self._names: dict[str, Path | None] = {}
 
     def read(self, tree: ast.Module) -> None:
@@ -159,14 +182,43 @@ class _Reader:
                 line = self._first_line + node.lineno - 1  # type: ignore[attr-defined]
                 self._uses.reads.setdefault(weight_of, f"{self._name}, line {line}")
             return
+        if isinstance(node, (ast.Attribute, ast.Subscript, ast.Call)) and not self._sets_up:
+            self._note_several(node)
         path = self._path(node) if isinstance(node, (ast.Attribute, ast.Subscript, ast.Name, ast.Call)) else None
         if not path:
+            return
+        if self._sets_up:
+            if self._is_kept(node, parents):
+                self._uses.calls.add(path)
             return
         parent = parents.get(node)
         called = isinstance(parent, ast.Call) and parent.func is node
         by_name = isinstance(parent, ast.Attribute) and parent.attr in ("forward", "__call__")
         if called or by_name or self._is_handed_on(node, parents):
             self._uses.calls.add(path)
+
+    def _note_several(self, node: ast.Attribute | ast.Subscript | ast.Call) -> None:
+        """Where modules are taken without being named: a varying index, a slice, children(), getattr(self, name)."""
+        varies = isinstance(node, ast.Subscript) and not isinstance(node.slice, ast.Constant)
+        if varies or (isinstance(node, ast.Attribute) and node.attr in _SEVERAL):
+            path = self._path(node.value)  # type: ignore[union-attr]
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "getattr" and node.args:
+            constant = len(node.args) > 1 and isinstance(node.args[1], ast.Constant)
+            path = None if constant else self._path(node.args[0])
+        else:
+            return
+        if path is not None:
+            self._uses.calls.add(path or ANY)
+
+    def _is_kept(self, node: ast.AST, parents: dict[ast.AST, ast.AST]) -> bool:
+        """Whether a constructor keeps the module under a second name: in a list, a dict or another attribute."""
+        if not isinstance(getattr(node, "ctx", ast.Load()), ast.Load):
+            return False
+        parent = parents.get(node)
+        return isinstance(parent, (ast.List, ast.Tuple, ast.Dict, ast.Set)) or (
+            isinstance(parent, ast.Assign)
+            and any(isinstance(t, (ast.Attribute, ast.Subscript)) for t in parent.targets)
+        )
 
     def _is_handed_on(self, node: ast.AST, parents: dict[ast.AST, ast.AST]) -> bool:
         """Whether the module itself goes somewhere that may call it: an argument, a list, a loop."""
@@ -227,7 +279,18 @@ def _harmless(node: ast.AST, parents: dict[ast.AST, ast.AST]) -> bool:
         called = parent.func
         if isinstance(called, ast.Name):
             return called.id in _ASKING
-        return isinstance(called, ast.Attribute) and "init" in ast.unparse(called.value).split(".")
+        is_init = isinstance(called, ast.Attribute) and "init" in ast.unparse(called.value).split(".")
+        return is_init or (isinstance(called, ast.Attribute) and called.attr in _LIKE and node in parent.args)
     if isinstance(parent, ast.Assign):
+        if len(parent.targets) == 1 and isinstance(parent.targets[0], ast.Name):
+            return _name_is_harmless(parent, parent.targets[0].id, parents)
         return all(isinstance(target, ast.Attribute) and target.attr == "weight" for target in parent.targets)
     return False
+
+
+def _name_is_harmless(assigned: ast.Assign, name: str, parents: dict[ast.AST, ast.AST]) -> bool:
+    """Whether every use of a name that stands for a weight is harmless."""
+    uses = [
+        node for node in parents if isinstance(node, ast.Name) and node.id == name and node is not assigned.targets[0]
+    ]
+    return all(isinstance(node.ctx, ast.Load) and _harmless(node, parents) for node in uses)

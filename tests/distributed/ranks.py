@@ -141,6 +141,26 @@ def experts_bypassed(rank: int) -> None:
     train_experts(rank, bypassed=True)
 
 
+def other_phases(rank: int) -> None:
+    SparseSchedule.sparse_then_dense(net(0), 10 if rank else 20)
+
+
+def a_bad_fraction_on_one(rank: int) -> None:
+    SparseSchedule.sparse_then_dense(net(0), 10, 2.0 if rank else 0.5)
+
+
+def replaced_on_one(rank: int) -> None:
+    """One rank raises at its first step, and the other must not wait for it."""
+    model = net(0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    schedule = SparseSchedule.sparse_then_dense(model, 10)
+    if rank:
+        model[0] = nn.Linear(16, 16)
+    model(torch.ones(4, 16)).sum().backward()
+    optimizer.step()
+    schedule.step()
+
+
 MISMATCH, NONE = ("RankMismatch", "RankMismatch"), ("", "")
 SCENARIOS: dict[Callable[[int], None], tuple[str, str]] = {
     held_masks: MISMATCH,
@@ -157,6 +177,9 @@ SCENARIOS: dict[Callable[[int], None], tuple[str, str]] = {
     nothing_compared: NONE,
     a_group_of_one: NONE,
     apart_at_a_refresh: MISMATCH,
+    other_phases: MISMATCH,
+    a_bad_fraction_on_one: ("RankMismatch", "ScheduleError"),
+    replaced_on_one: ("RankMismatch", "ScheduleError"),
     experts_called_elsewhere: NONE,
     experts_bypassed: ("ScheduleError", "ScheduleError"),
 }
