@@ -35,6 +35,7 @@ from semisparse.gemm.problem import DTYPES as PACKED_DTYPES
 from semisparse.gemm.problem import SPARSE_MULTIPLE
 from semisparse.pattern import GROUP
 from semisparse.reference.masks import FLOAT_DTYPES
+from semisparse.tracing import transforming
 
 
 def semi_sparse_linear(
@@ -125,16 +126,6 @@ def _through(matrix: Tensor, pruned: Tensor) -> Tensor:
     return stored + (pruned - stored.detach())
 
 
-def _in_torch_func() -> bool:
-    """Whether a torch.func transform is at work."""
-    return torch._C._functorch.maybe_current_level() is not None
-
-
-# torch.compile then calls it while it traces, and takes the answer as a constant: what torch.compiler's decorator
-# assume_constant_result does, without its import of the compiler.
-_in_torch_func._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
 def _transformed(engine: str) -> bool:
     """Whether vmap or forward mode is at work, for which the packed ops have no rules; in compiled code any transform.
 
@@ -142,7 +133,7 @@ def _transformed(engine: str) -> bool:
     forward instead: the gradient would be zero. Raises EngineError for engine="cusparselt", which asked for packed ops.
     """
     if torch.compiler.is_compiling():
-        found = _in_torch_func()
+        found = transforming()
     elif torch._C._functorch.maybe_current_level() is not None:
         kinds = torch._C._functorch.TransformType
         levels = torch._C._functorch.get_interpreter_stack() or ()

@@ -10,7 +10,7 @@ from tests.arch.source import FILES, NAMES, PACKAGE, imported, module_name
 LEVELS = {
     1: {"errors", "config", "pattern", "reference"},
     2: {"kernels", "gemm"},
-    3: {"calls", "ops", "cpu_ops", "cuda_ops", "flops", "autograd", "functional"},
+    3: {"calls", "tracing", "ops", "cpu_ops", "cuda_ops", "flops", "autograd", "functional"},
     4: {
         "nn",
         "report",

@@ -14,6 +14,7 @@ from semisparse.nn.copies import Origin
 from semisparse.nn.refusals import refusal
 from semisparse.nn.registry import rebuild, swapped_class
 from semisparse.pattern import GROUP
+from semisparse.tracing import exporting
 
 # What a layer holds for the moment, and a copy of it must not.
 _TRANSIENT = ("_packed", "_called", "_stands_for")
@@ -36,7 +37,7 @@ class SemiSparseBase(nn.Linear):
     sparse_config: SparseConfig
     sparse_enabled: bool = True
     _dense_class: ClassVar[type[nn.Linear]] = nn.Linear
-    # Whether an eager sparse forward ran since the swap. Written there, never read there.
+    # Whether an eager forward ran since the swap. Written there, never read there.
     _called: bool = False
     # Set on a replica of DataParallel: the layer that it was made of.
     _stands_for: "SemiSparseBase | None" = None
@@ -67,17 +68,16 @@ class SemiSparseBase(nn.Linear):
         gradient. torch.fx records one call of the layer.
         """
         compiling = torch.compiler.is_compiling()
-        if not compiling and isinstance(input, Proxy):
-            return self._traced(input)
+        if not compiling:
+            if isinstance(input, Proxy):
+                return self._traced(input)
+            (self._stands_for or self).__dict__["_called"] = True
         if not self.sparse_enabled:
             return F.linear(input, self.weight, self.bias)
-        if compiling:
-            if torch.compiler.is_exporting():
-                self._check_export(input)
-        else:
-            (self._stands_for or self).__dict__["_called"] = True
-            if torch._C._get_tracing_state() is not None:
-                self._check_onnx()
+        if compiling and exporting():
+            self._check_export(input)
+        elif not compiling and torch._C._get_tracing_state() is not None:
+            self._check_onnx()
         return self._sparse_forward(input)
 
     def _sparse_forward(self, input: Tensor) -> Tensor:
