@@ -75,16 +75,24 @@ def median_us(call, batches: int = 15, size: int = 200) -> float:
     return statistics.median(times)
 
 
-def test_host_time_of_a_cached_call_is_at_most_25_us(engine):
+@torch.no_grad()
+def test_host_time_of_a_cached_call_is_at_most_one_and_a_half_of_linears(engine):
+    """Relative, because both depend on the host: nn.Linear took 14 us on one machine and 29 us on another."""
     problem = problems.forward(64, 64, 64, BF16, bias=True)
     a, b, out, bias = whole(problem)
     packed = engine.compress(a)
+    linear = torch.nn.Linear(64, 64, device="cuda", dtype=BF16)
     for algorithm in (0, engine.algorithms(problem, 0)[-1]):
-        engine.matmul(problem, algorithm, packed, b, out, bias)
-        measured = median_us(
-            lambda: engine.matmul(problems.forward(64, 64, 64, BF16, True), algorithm, packed, b, out, bias)  # noqa: B023
-        )
-        assert measured <= 25.0, f"{measured:.1f} us"
+
+        def sparse(algorithm=algorithm):
+            engine.matmul(problems.forward(64, 64, 64, BF16, True), algorithm, packed, b, out, bias)
+
+        sparse()
+        linear(b)
+        # Batches in turn, so that a slow minute of the host meets both.
+        pairs = [(median_us(sparse, 1), median_us(lambda: linear(b), 1)) for _ in range(15)]
+        ours, dense = (statistics.median(times) for times in zip(*pairs, strict=True))
+        assert ours <= 1.5 * dense, f"{ours:.1f} us, nn.Linear {dense:.1f} us"
 
 
 def test_a_new_token_count_costs_at_most_a_millisecond(engine):

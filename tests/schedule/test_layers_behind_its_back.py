@@ -386,9 +386,7 @@ def test_a_model_whose_layers_are_all_bypassed_is_stopped(early: bool) -> None:
     if early:
         schedule.step()  # before any forward: nothing to be told yet, and nothing decided
     train(model, optimizer)
-    with pytest.raises(
-        ScheduleError, match=r"layers\.0, layers\.1, layers\.2: swapped, but not called since: "
-    ):
+    with pytest.raises(ScheduleError, match=r"layers\.0, layers\.1, layers\.2: swapped, but not called since: "):
         schedule.step()
 
 
