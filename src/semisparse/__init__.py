@@ -12,8 +12,9 @@ from semisparse.flops import register_flop_formulas
 from semisparse.metrics import MaskMetrics, mask_statistics
 from semisparse.nn import SemiSparseActivationLinear, SemiSparseLinear, register_linear, reuse_packed
 from semisparse.ops import sac_save_ops
+from semisparse.phases import Phase
 from semisparse.report import SwapReport
-from semisparse.schedule import Phase, SparseSchedule
+from semisparse.schedule import SparseSchedule
 from semisparse.swap import (
     densify,
     sparsify,

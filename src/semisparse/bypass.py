@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from semisparse.selection import WRAPPERS, FoundLayer
-from semisparse.source_reads import ANY, Uses, uses_of
+from semisparse.source_reads import uses_of
+from semisparse.source_walk import ANY, Uses
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 

@@ -9,7 +9,7 @@ from semisparse.nn import SemiSparseBase
 from semisparse.nn.refusals import refusal
 from semisparse.outside import share_outside_linear
 from semisparse.selection import FoundLayer, linear_layers
-from semisparse.source_reads import Uses
+from semisparse.source_walk import Uses
 
 
 class Candidates:

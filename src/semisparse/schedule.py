@@ -1,9 +1,8 @@
 """When to be sparse: phases counted in applied optimizer steps."""
 
-import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Literal, Self, get_args
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -11,24 +10,9 @@ from torch import nn
 from semisparse.applied import StepEvidence
 from semisparse.errors import ScheduleError
 from semisparse.nn import SemiSparseBase
+from semisparse.phases import Kind, Phase, checked_state, kind_at, share_of
 from semisparse.ranks import Group, agree, attempt, digest
 from semisparse.scheduled import ScheduledLayers
-
-Kind = Literal["sparse", "dense"]
-
-
-@dataclass(frozen=True, slots=True)
-class Phase:
-    """A stretch of training. kind: "sparse" or "dense"; steps: applied optimizer steps, 0 or more."""
-
-    kind: Kind
-    steps: int
-
-    def __post_init__(self) -> None:
-        if self.kind not in get_args(Kind):
-            raise ScheduleError(f"kind={self.kind!r} is not one of {', '.join(map(repr, get_args(Kind)))}")
-        if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 0:
-            raise ScheduleError(f"steps={self.steps!r} must be a whole number of steps, 0 or more")
 
 
 class SparseSchedule:
@@ -155,7 +139,7 @@ class SparseSchedule:
     @property
     def phase(self) -> Kind:
         """The kind of the phase that the next forward runs in."""
-        return self._kind_at(self._applied_steps)
+        return kind_at(self._phases, self._applied_steps)
 
     def step(self, scaler: torch.amp.GradScaler | None = None, *, skipped: bool | None = None) -> bool:
         """Count one optimizer step and switch the layers when a phase ends. Returns whether the step counted.
@@ -238,7 +222,7 @@ class SparseSchedule:
 
         if not self._checked_once:
             agree(attempt(look), self._group)  # every rank comes here, so that none waits for one that raises
-        elif self._kind_at(self._applied_steps + 1) != self.phase:
+        elif kind_at(self._phases, self._applied_steps + 1) != self.phase:
             look()
         self._checked_once = True
 
@@ -264,14 +248,6 @@ class SparseSchedule:
         self._was_sparse = sparse
         self._layers.switch(sparse)
 
-    def _kind_at(self, applied: int) -> Kind:
-        end = 0
-        for phase in self._phases:
-            end += phase.steps
-            if applied < end:
-                return phase.kind
-        return next(phase.kind for phase in reversed(self._phases) if phase.steps)
-
 
 def _check_arguments(scaler: object, skipped: object) -> None:
     if scaler is not None and not isinstance(scaler, torch.amp.GradScaler):
@@ -283,33 +259,3 @@ def _check_arguments(scaler: object, skipped: object) -> None:
         raise ScheduleError(f"skipped={skipped!r} must be True, False or None")
     if scaler is not None and skipped is not None:
         raise ScheduleError(f"step(scaler, skipped={skipped}): give one of the two")
-
-
-def share_of(total_steps: int, fraction: float, name: str) -> int:
-    """A share of total_steps in whole steps; name: of fraction, for messages. Raises ScheduleError."""
-    if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1:
-        raise ScheduleError(f"total_steps={total_steps!r} must be a whole number of steps, 1 or more")
-    if not isinstance(fraction, (int, float)) or not 0 <= fraction <= 1:  # also refuses NaN
-        raise ScheduleError(f"{name}={fraction!r} must lie between 0 and 1")
-    return round(total_steps * fraction)
-
-
-def checked_state(state: Any, phases: tuple[Phase, ...]) -> tuple[int, float | None]:
-    """The counter and the last scale of a state that was saved with these phases. Raises ScheduleError."""
-    try:
-        saved = tuple(Phase(**phase) for phase in state["phases"])
-        applied, scale = state["applied_steps"], state["last_scale"]
-    except (KeyError, TypeError) as error:
-        given = f"with {sorted(map(str, state))}" if isinstance(state, Mapping) else f"of type {type(state).__name__}"
-        raise ScheduleError(f"state {given} is no saved SparseSchedule: {error!r}") from error
-    if saved != phases:
-        raise ScheduleError(
-            f"state has phases {saved}, this schedule {phases}; build it with the same phases to resume"
-        )
-    if isinstance(applied, bool) or not isinstance(applied, int) or applied < 0:
-        raise ScheduleError(f"state['applied_steps']={applied!r} must be a whole number, 0 or more")
-    if scale is not None and (
-        isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 <= scale < math.inf
-    ):
-        raise ScheduleError(f"state['last_scale']={scale!r} must be a finite number, 0 or more, or None")
-    return applied, scale

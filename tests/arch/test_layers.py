@@ -16,6 +16,7 @@ LEVELS = {
         "report",
         "selection",
         "source_reads",
+        "source_walk",
         "bypass",
         "sharing",
         "roles",
@@ -26,7 +27,19 @@ LEVELS = {
         "swap",
     },
     # "" is the package itself, which collects the public names of the levels up to 5.
-    5: {"_check", "unchanged", "applied", "ranks", "scheduled", "schedule", "recipes", "metrics", "environment", ""},
+    5: {
+        "_check",
+        "unchanged",
+        "applied",
+        "phases",
+        "ranks",
+        "scheduled",
+        "schedule",
+        "recipes",
+        "metrics",
+        "environment",
+        "",
+    },
     6: {"demo", "cli"},
 }
 LEVEL_OF = {name: level for level, names in LEVELS.items() for name in names}

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from semisparse.schedule import Kind
+from semisparse.phases import Kind
 
 
 @dataclass(frozen=True, slots=True)

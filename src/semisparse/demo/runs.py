@@ -13,8 +13,9 @@ from semisparse.demo.task import Forward, Task
 from semisparse.demo.train_config import TrainConfig, resolve_device
 from semisparse.demo.training import Progress, fit
 from semisparse.errors import ConfigError, NoLayerMatched
+from semisparse.phases import share_of
 from semisparse.report import SwapReport
-from semisparse.schedule import SparseSchedule, share_of
+from semisparse.schedule import SparseSchedule
 from semisparse.swap import densify, sparsify
 
 EXCLUDE = ("patch_embed", "head")

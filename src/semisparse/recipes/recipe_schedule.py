@@ -8,6 +8,7 @@ from torch import nn
 
 from semisparse.errors import ConfigError, ScheduleError
 from semisparse.nn import SemiSparseLinear
+from semisparse.phases import Phase, checked_state, share_of
 from semisparse.ranks import Group, agree, attempt, digest
 from semisparse.recipes.auto_switch import AutoSwitch
 from semisparse.recipes.decay import MaskedDecay
@@ -15,7 +16,7 @@ from semisparse.recipes.frozen import Frozen, FrozenMasks, FrozenScales
 from semisparse.recipes.layers import check_optimizer, check_whole, layers_by_weight, unwrapped
 from semisparse.recipes.recipe import Recipe
 from semisparse.recipes.step_adamw import StepAdamW
-from semisparse.schedule import Phase, SparseSchedule, checked_state, share_of
+from semisparse.schedule import SparseSchedule
 from semisparse.swap import layers_with_masks
 
 # Which recipe has its hooks on an optimizer: those of a second one would decay twice, without anybody noticing.

@@ -1,0 +1,188 @@
+"""One walk over one method's source: which weights below self it reads, and which modules it calls or hands on."""
+
+import ast
+from dataclasses import dataclass, field
+
+Path = tuple[str, ...]
+
+_FACTS = frozenset({
+    "dtype", "device", "shape", "size", "dim", "ndim", "numel", "nelement", "stride", "is_cuda", "is_meta", "is_cpu",
+    "requires_grad", "requires_grad_", "element_size", "itemsize", "nbytes", "layout", "data_ptr", "grad", "is_leaf",
+    "is_floating_point", "is_contiguous", "register_hook", "__class__",
+})  # fmt: skip
+_ASKING = frozenset({"isinstance", "hasattr", "getattr", "id", "type", "len"})
+_LIKE = frozenset({
+    "type_as", "to", "view_as", "expand_as", "reshape_as", "zeros_like", "ones_like", "empty_like", "full_like",
+    "rand_like", "randn_like",
+})  # fmt: skip
+# What hands out modules without naming them one by one.
+_SEVERAL = frozenset({
+    "children", "named_children", "modules", "named_modules", "values", "items", "_modules", "get_submodule",
+})  # fmt: skip
+ANY: Path = ("*",)
+"""Stands among the calls of a class that may call any module below it."""
+
+
+@dataclass(slots=True)
+class Uses:
+    """What one class does with the modules below it. reads: path -> place; calls: paths called or handed on, or ANY."""
+
+    reads: dict[Path, str] = field(default_factory=dict)
+    calls: set[Path] = field(default_factory=set)
+
+
+class Reader:
+    """One walk over one method."""
+
+    def __init__(self, uses: Uses, name: str, first_line: int, sets_up: bool) -> None:
+        self._uses, self._name, self._first_line, self._sets_up = uses, name, first_line, sets_up
+        self._names: dict[str, Path | None] = {}
+
+    def read(self, tree: ast.Module) -> None:
+        """Note what the function in tree reads and calls."""
+        parents = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
+        first = next((node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.Lambda,
+                                                                            ast.AsyncFunctionDef))), None)  # fmt: skip
+        if first is None:
+            return
+        arguments = [*first.args.posonlyargs, *first.args.args]
+        if arguments:
+            self._names[arguments[0].arg] = ()
+        self._note_aliases(tree)
+        for node in ast.walk(tree):
+            self._note(node, parents)
+
+    def _note_aliases(self, tree: ast.Module) -> None:
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.Assign) or len(node.targets) != 1:
+                continue
+            target, value = node.targets[0], node.value
+            if isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple) and len(target.elts) == len(value.elts):
+                pairs = list(zip(target.elts, value.elts, strict=True))
+            else:
+                pairs = [(target, value)]
+            for one, other in pairs:
+                if isinstance(one, ast.Name):
+                    path = self._path(other)
+                    known = self._names.get(one.id, path)
+                    self._names[one.id] = path if known == path else None
+
+    def _note(self, node: ast.AST, parents: dict[ast.AST, ast.AST]) -> None:
+        weight_of = self._weight_of(node)
+        if weight_of:
+            if not _harmless(node, parents):
+                line = self._first_line + node.lineno - 1  # type: ignore[attr-defined]
+                self._uses.reads.setdefault(weight_of, f"{self._name}, line {line}")
+            return
+        if isinstance(node, (ast.Attribute, ast.Subscript, ast.Call)) and not self._sets_up:
+            self._note_several(node)
+        path = self._path(node) if isinstance(node, (ast.Attribute, ast.Subscript, ast.Name, ast.Call)) else None
+        if not path:
+            return
+        if self._sets_up:
+            if self._is_kept(node, parents):
+                self._uses.calls.add(path)
+            return
+        parent = parents.get(node)
+        called = isinstance(parent, ast.Call) and parent.func is node
+        by_name = isinstance(parent, ast.Attribute) and parent.attr in ("forward", "__call__")
+        if called or by_name or self._is_handed_on(node, parents):
+            self._uses.calls.add(path)
+
+    def _note_several(self, node: ast.Attribute | ast.Subscript | ast.Call) -> None:
+        """Where modules are taken without being named: a varying index, a slice, children(), getattr(self, name)."""
+        varies = isinstance(node, ast.Subscript) and not isinstance(node.slice, ast.Constant)
+        if varies or (isinstance(node, ast.Attribute) and node.attr in _SEVERAL):
+            path = self._path(node.value)  # type: ignore[union-attr]
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "getattr" and node.args:
+            constant = len(node.args) > 1 and isinstance(node.args[1], ast.Constant)
+            path = None if constant else self._path(node.args[0])
+        else:
+            return
+        if path is not None:
+            self._uses.calls.add(path or ANY)
+
+    def _is_kept(self, node: ast.AST, parents: dict[ast.AST, ast.AST]) -> bool:
+        """Whether a constructor keeps the module under a second name: in a list, a dict or another attribute."""
+        if not isinstance(getattr(node, "ctx", ast.Load()), ast.Load):
+            return False
+        parent = parents.get(node)
+        return isinstance(parent, (ast.List, ast.Tuple, ast.Dict, ast.Set)) or (
+            isinstance(parent, ast.Assign)
+            and any(isinstance(t, (ast.Attribute, ast.Subscript)) for t in parent.targets)
+        )
+
+    def _is_handed_on(self, node: ast.AST, parents: dict[ast.AST, ast.AST]) -> bool:
+        """Whether the module itself goes somewhere that may call it: an argument, a list, a loop."""
+        parent = parents.get(node)
+        if isinstance(parent, ast.Tuple) and isinstance(parents.get(parent), ast.Assign):
+            return False  # names for it, which are followed
+        if not isinstance(getattr(node, "ctx", ast.Load()), ast.Load) or isinstance(node, ast.Name):
+            return isinstance(node, ast.Name) and isinstance(parent, (ast.Call, ast.For, ast.List, ast.Tuple))
+        if isinstance(parent, ast.Call):
+            return not (isinstance(parent.func, ast.Name) and parent.func.id in _ASKING)
+        if isinstance(parent, ast.If):
+            return parent.test is not node
+        return not isinstance(parent, (ast.Attribute, ast.Subscript, ast.Compare, ast.Assign, ast.Expr, ast.UnaryOp))
+
+    def _weight_of(self, node: ast.AST) -> Path | None:
+        """The path whose weight this expression reads, or None."""
+        if isinstance(node, ast.Attribute) and node.attr == "weight" and isinstance(node.ctx, ast.Load):
+            return self._path(node.value)
+        if _is_getattr(node) and node.args[1].value == "weight":  # type: ignore[attr-defined]
+            return self._path(node.args[0])  # type: ignore[attr-defined]
+        return None
+
+    def _path(self, node: ast.AST) -> Path | None:
+        """Attribute names and constant indices from self to what node stands for; None for anything else."""
+        if isinstance(node, ast.Name):
+            return self._names.get(node.id)
+        if isinstance(node, ast.Attribute):
+            base, step = self._path(node.value), node.attr
+        elif isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant):
+            base, step = self._path(node.value), str(node.slice.value)
+        elif _is_getattr(node):
+            base, step = self._path(node.args[0]), str(node.args[1].value)  # type: ignore[attr-defined]
+        else:
+            return None
+        return None if base is None else (*base, step)
+
+
+def _is_getattr(node: ast.AST) -> bool:
+    return (
+        isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Name)
+        and node.func.id == "getattr"
+        and len(node.args) >= 2
+        and isinstance(node.args[1], ast.Constant)
+    )
+
+
+def _harmless(node: ast.AST, parents: dict[ast.AST, ast.AST]) -> bool:
+    """Whether a read of a weight only asks what it is (dtype, device, shape, identity), sets it up or ties it."""
+    parent = parents.get(node)
+    while isinstance(parent, ast.Attribute) and parent.attr in ("data", "T", "mT"):
+        node, parent = parent, parents.get(parent)
+    if isinstance(parent, ast.Attribute):
+        return parent.attr in _FACTS or parent.attr.endswith("_")  # in-place methods write, they do not compute
+    if isinstance(parent, ast.Compare):
+        return all(isinstance(operator, (ast.Is, ast.IsNot)) for operator in parent.ops)
+    if isinstance(parent, ast.Call):
+        called = parent.func
+        if isinstance(called, ast.Name):
+            return called.id in _ASKING
+        is_init = isinstance(called, ast.Attribute) and "init" in ast.unparse(called.value).split(".")
+        return is_init or (isinstance(called, ast.Attribute) and called.attr in _LIKE and node in parent.args)
+    if isinstance(parent, ast.Assign):
+        if len(parent.targets) == 1 and isinstance(parent.targets[0], ast.Name):
+            return _name_is_harmless(parent, parent.targets[0].id, parents)
+        return all(isinstance(target, ast.Attribute) and target.attr == "weight" for target in parent.targets)
+    return False
+
+
+def _name_is_harmless(assigned: ast.Assign, name: str, parents: dict[ast.AST, ast.AST]) -> bool:
+    """Whether every use of a name that stands for a weight is harmless."""
+    uses = [
+        node for node in parents if isinstance(node, ast.Name) and node.id == name and node is not assigned.targets[0]
+    ]
+    return all(isinstance(node.ctx, ast.Load) and _harmless(node, parents) for node in uses)
