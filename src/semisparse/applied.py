@@ -21,9 +21,10 @@ class StepEvidence:
 
     Three sources, the first that knows decides. (1) A step hook of all torch optimizers: of an optimizer that is not
     fused, GradScaler leaves a skipped step out, so that the hook does not fire; around a fused one it sets
-    optimizer.found_inf, which the hook reads. Both hold for any policy of the scale. (2) Where no hook ever fired (an
-    optimizer that is not torch's, or one that moves copies of the weights): whether weights were written to, by their
-    versions and a sample of their values. (3) Where weights cannot be asked (shards): a scale that went down.
+    optimizer.found_inf, which the hook reads. Both hold for any policy of the scale. (2) Where no hook fired (an
+    optimizer that is not torch's, one that moves copies of the weights, or a compiled step): whether weights were
+    written to, by their versions and, until a hook has ever fired, a sample of their values. (3) Where weights cannot
+    be asked (shards): a scale that went down.
 
     weights: gives the weights as the layers hold them now.
     """
@@ -34,8 +35,11 @@ class StepEvidence:
         self._fired = self._ever_fired = self._watches_gradients = False
         self._overflows: list[Tensor] = []
         self._trained: set[int] = set()
-        self._ours: WeakKeyDictionary[torch.optim.Optimizer, bool] = WeakKeyDictionary()
+        self._ours: WeakKeyDictionary[torch.optim.Optimizer, tuple[int, bool]] = WeakKeyDictionary()
+        self._compiled_step = False
         self._uncounted = 0
+        self._any_compiled = False
+        self._versions = self._versions_now()
         self._before = self._look()
         _listeners.add(self)
         _hook_once()
@@ -53,32 +57,40 @@ class StepEvidence:
         if skipped:
             self._before = self._before if self._ever_fired else self._look()
             return False
+        versions, self._versions = self._versions, self._versions_now()
         if fired:
+            self._uncounted = 0
             return not any(bool(found.item()) for found in overflows)
+        scaled = scaler is not None and scaler.is_enabled()
         if self._ever_fired:
-            return False
-        changed = self._changed()
-        applied = self._without_hooks(scaler, scale_fell, changed)
+            # Written to by something else than the optimizer so far. Under a scaler the hook alone decides.
+            applied = not scaled and versions != self._versions
+        else:
+            applied = self._without_hooks(scaled, scale_fell, self._changed())
+        self._compiled_step = False
         self._uncounted = 0 if applied else self._uncounted + 1
         if self._uncounted == _UNCOUNTED:
             warnings.warn(
-                f"schedule.step() was called {_UNCOUNTED} times without an optimizer step of this model in sight, so "
-                "nothing was counted: step the optimizer that holds its parameters, or say schedule.resume_at(n)",
+                f"schedule.step() was called {_UNCOUNTED} times in a row without an optimizer step of this model in "
+                "sight, so nothing was counted: step the optimizer that holds its parameters, or say "
+                "schedule.resume_at(n)",
                 stacklevel=4,
             )
         return applied
 
-    def _without_hooks(self, scaler: torch.amp.GradScaler | None, scale_fell: bool, changed: bool | None) -> bool:
+    def _without_hooks(self, scaled: bool, scale_fell: bool, changed: bool | None) -> bool:
         if changed:
             return not scale_fell  # a state that was loaded writes into weights, too
-        if scaler is not None and scaler.is_enabled():
+        if scaled:
             return changed is None and not scale_fell
+        if self._compiled_step:  # of this model or of another one: where values stay the same, of another
+            return changed is None
         # No optimizer was ever seen. Gradients that nobody has used yet: a micro-batch of an unfinished step.
-        return changed is None or all(weight.grad is None for weight in self._weights())
+        return changed is None or all(parameter.grad is None for parameter in self.model.parameters())
 
     def saw_a_step(self) -> bool:
         """Whether any optimizer step of the model was seen so far."""
-        return self._ever_fired
+        return self._ever_fired or self._any_compiled
 
     def trained(self, weight: Tensor) -> bool:
         """Whether an optimizer step met a gradient of weight, or one is there now."""
@@ -90,7 +102,7 @@ class StepEvidence:
 
     def hear_compiled(self) -> None:
         """An optimizer stepped in compiled code; of which model cannot be told there."""
-        self._fired = True
+        self._compiled_step = self._any_compiled = True
 
     def hear(self, optimizer: torch.optim.Optimizer) -> None:
         """An optimizer, of whatever model, has stepped or would have without an overflow."""
@@ -104,12 +116,13 @@ class StepEvidence:
             self._trained |= {id(weight) for weight in self._weights() if _has_gradient(weight)}
 
     def _holds_ours(self, optimizer: torch.optim.Optimizer) -> bool:
-        """Whether optimizer moves a parameter of the model; asked of each optimizer once."""
-        known = self._ours.get(optimizer)
-        if known is None:
+        """Whether optimizer moves a parameter of the model; asked once for each number of parameters that it holds."""
+        held = sum(len(group["params"]) for group in optimizer.param_groups)
+        count, known = self._ours.get(optimizer, (-1, False))
+        if count != held:
             ids = {id(parameter) for parameter in self.model.parameters()}
             known = any(id(parameter) in ids for group in optimizer.param_groups for parameter in group["params"])
-            self._ours[optimizer] = known
+            self._ours[optimizer] = (held, known)
         return known
 
     def _changed(self) -> bool | None:
@@ -120,6 +133,10 @@ class StepEvidence:
         return before[0] != self._before[0] or any(
             not torch.equal(old, new) for old, new in zip(before[1], self._before[1], strict=True)
         )
+
+    def _versions_now(self) -> list[tuple[int, int]]:
+        """Identity and version of each weight that has one."""
+        return [(id(weight), weight._version) for weight in self._weights() if not weight.is_inference()]
 
     def _look(self) -> tuple[list[tuple[int, int]], list[Tensor]] | None:
         """Versions of the weights, and some of their values; None where a weight has none of its own."""

@@ -5,6 +5,7 @@ call and break strict export and checkpointed regions. The ops run in Python eit
 it; those that prune tokens are counted and compared with eager calls, so that calls from compiled code show as more.
 """
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from weakref import WeakSet
@@ -45,28 +46,27 @@ class Watch:
 # Empty but between the start of a schedule and its first sparse step: an address that is remembered for longer could be
 # another tensor's by then.
 _watches: WeakSet[Watch] = WeakSet()
-_paused = False
+_here = threading.local()  # a check in one thread must not hide the training of another
 
 
 @contextmanager
 def unnoticed() -> Iterator[None]:
     """Inside the block neither ops nor optimizer steps are noted: they are a check's, not the training's."""
-    global _paused
-    before, _paused = _paused, True
+    before, _here.paused = paused(), True
     try:
         yield
     finally:
-        _paused = before
+        _here.paused = before
 
 
 def paused() -> bool:
-    """Whether a check is running."""
-    return _paused
+    """Whether a check is running in this thread."""
+    return getattr(_here, "paused", False)
 
 
 def note(matrix: Tensor) -> None:
     """Tell those who watch that an op pruned this weight."""
-    if _watches and not _paused:
+    if _watches and not paused():
         address = matrix.data_ptr()
         for watch in list(_watches):
             watch._note(address)
@@ -74,6 +74,6 @@ def note(matrix: Tensor) -> None:
 
 def note_tokens(*, op: bool) -> None:
     """Tell those who watch that tokens were pruned by an op, or that an eager call of a layer is about to."""
-    if _watches and not _paused:
+    if _watches and not paused():
         for watch in list(_watches):
             watch._note_tokens(op, not op)

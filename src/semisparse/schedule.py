@@ -144,9 +144,10 @@ class SparseSchedule:
     def step(self, scaler: torch.amp.GradScaler | None = None, *, skipped: bool | None = None) -> bool:
         """Count one optimizer step and switch the layers when a phase ends. Returns whether the step counted.
 
-        It counts when an optimizer of the model really stepped since the last call. So it may be called for every
-        micro-batch: only those that ended in a step count. Where no torch optimizer was ever seen stepping, a call
-        counts, unless gradients are there and the weights have not changed.
+        It counts when an optimizer of the model really stepped since the last call, or its weights were written to. So
+        it may be called for every micro-batch: only those that ended in a step count. Until a step was seen, a call
+        without any gradient in the model counts, too, for loops that a schedule cannot see into: do not call it before
+        training begins.
         scaler: the GradScaler, after its update(). A step that it skipped does not count, whatever its policy (see
         StepEvidence). Asking synchronises with the device. skipped: for hosts that say it themselves (accelerate's
         optimizer.step_was_skipped, say); True never counts.
@@ -176,6 +177,14 @@ class SparseSchedule:
     def unfollow(self, copy: nn.Module) -> None:
         """Leave the layers of copy (a snapshot, a fixed teacher) in the phase that they are in."""
         self._layers.unfollow(copy)
+
+    def trust_calls(self) -> None:
+        """Do not look for layers that train without being called.
+
+        For models with layers in waiting (experts without tokens) whose weights something else reaches: a penalty on
+        all parameters in the loss, or noise added to all gradients.
+        """
+        self._layers.trust_calls()
 
     def resume_at(self, applied_steps: int) -> None:
         """Continue after that many applied steps, for hosts that keep only a number. Raises ScheduleError."""

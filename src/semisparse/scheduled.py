@@ -60,6 +60,10 @@ class ScheduledLayers:
         """Whether calls have not been checked yet."""
         return self._watch is not None
 
+    def trust_calls(self) -> None:
+        """Look no more whether layers were called."""
+        self._watch = None
+
     @property
     def followers(self) -> int:
         """How many layers of copies follow."""
@@ -157,7 +161,8 @@ class ScheduledLayers:
             raise ScheduleError(
                 f"{_listed(bypassed)}: swapped, but not called since{_ALTHOUGH if len(idle) < len(layers) else ''}: "
                 "somebody reads the weight itself, and it trains dense. Leave these out (sparsify(..., exclude=...)); "
-                "semisparse.check shows what runs"
+                "semisparse.check shows what runs. If it is but a penalty or noise that reaches layers in waiting "
+                "(experts without tokens), call schedule.trust_calls()"
             )
         self._watch = None
         evidence.watch_gradients(False)
@@ -179,7 +184,10 @@ def _idle(layers: dict[str, SemiSparseBase], watch: calls.Watch) -> dict[str, Se
     cannot be told there: those that prune tokens, where tokens were pruned that no eager call explains, and shards,
     where any weight was seen only by an op.
     """
-    idle = {name: layer for name, layer in layers.items() if not layer._called and not watch.saw(layer.weight)}
+    called = {id(layer.weight) for layer in layers.values() if layer._called}  # a tied one trains through the other
+    idle = {
+        name: layer for name, layer in layers.items() if id(layer.weight) not in called and not watch.saw(layer.weight)
+    }
     compiled = watch.tokens_unexplained or any(watch.saw(x.weight) for x in layers.values() if not x._called)
     return {
         name: layer

@@ -108,7 +108,9 @@ def _look(function: Callable[..., Any], uses: Uses, sets_up: bool = False) -> No
         return
     line = function.__code__.co_firstlineno
     found = Uses()
-    Reader(found, f"{function.__module__}.{function.__qualname__}", line, sets_up).read(tree)
+    # What a decorator's wrapper calls is a name of its closure, and is read itself (_functions).
+    inner = frozenset(function.__code__.co_freevars)
+    Reader(found, f"{function.__module__}.{function.__qualname__}", line, sets_up, inner).read(tree)
     uses.calls |= found.calls
     if not sets_up:
         uses.reads.update({path: place for path, place in found.reads.items() if path not in uses.reads})

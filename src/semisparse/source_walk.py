@@ -32,11 +32,11 @@ class Uses:
 
 
 class Reader:
-    """One walk over one method."""
+    """One walk over one method. inner: names of its closure, whose functions are read by themselves."""
 
-    def __init__(self, uses: Uses, name: str, first_line: int, sets_up: bool) -> None:
-        self._uses, self._name, self._first_line, self._sets_up = uses, name, first_line, sets_up
-        self._names: dict[str, Path | None] = {}
+    def __init__(self, uses: Uses, name: str, first_line: int, sets_up: bool, inner: frozenset[str]) -> None:
+        self._uses, self._name, self._first_line, self._sets_up, self._inner = uses, name, first_line, sets_up, inner
+        self._names: dict[str, set[Path]] = {}  # what a name stands for; several in branches
 
     def read(self, tree: ast.Module) -> None:
         """Note what the function in tree reads and calls."""
@@ -47,7 +47,7 @@ class Reader:
             return
         arguments = [*first.args.posonlyargs, *first.args.args]
         if arguments:
-            self._names[arguments[0].arg] = ()
+            self._names[arguments[0].arg] = {()}
         self._note_aliases(tree)
         for node in ast.walk(tree):
             self._note(node, parents)
@@ -62,10 +62,8 @@ class Reader:
             else:
                 pairs = [(target, value)]
             for one, other in pairs:
-                if isinstance(one, ast.Name):
-                    path = self._path(other)
-                    known = self._names.get(one.id, path)
-                    self._names[one.id] = path if known == path else None
+                if isinstance(one, ast.Name) and (path := self._path(other)) is not None:
+                    self._names.setdefault(one.id, set()).add(path)
 
     def _note(self, node: ast.AST, parents: dict[ast.AST, ast.AST]) -> None:
         weight_of = self._weight_of(node)
@@ -76,6 +74,8 @@ class Reader:
             return
         if isinstance(node, (ast.Attribute, ast.Subscript, ast.Call)) and not self._sets_up:
             self._note_several(node)
+        if isinstance(node, ast.Name):
+            self._note_name(node, parents)
         path = self._path(node) if isinstance(node, (ast.Attribute, ast.Subscript, ast.Name, ast.Call)) else None
         if not path:
             return
@@ -88,6 +88,22 @@ class Reader:
         by_name = isinstance(parent, ast.Attribute) and parent.attr in ("forward", "__call__")
         if called or by_name or self._is_handed_on(node, parents):
             self._uses.calls.add(path)
+
+    def _note_name(self, node: ast.Name, parents: dict[ast.AST, ast.AST]) -> None:
+        """Where a name that stands for one of several modules is called or handed on, or self itself is."""
+        parent, meant = parents.get(node), self._names.get(node.id, set())
+        if not isinstance(parent, ast.Call) or self._sets_up:
+            return
+        if len(meant) > 1:
+            self._uses.calls |= meant
+        elif meant == {()} and node in parent.args and not self._asks_or_delegates(parent.func):
+            self._uses.calls.add(ANY)
+
+    def _asks_or_delegates(self, function: ast.expr) -> bool:
+        """Whether a call with self only asks about it, or runs a method whose source is read anyway."""
+        if isinstance(function, ast.Name):
+            return function.id in _ASKING or function.id == "super" or function.id in self._inner
+        return isinstance(function, ast.Attribute) and ast.unparse(function.value).rpartition(".")[2][:1].isupper()
 
     def _note_several(self, node: ast.Attribute | ast.Subscript | ast.Call) -> None:
         """Where modules are taken without being named: a varying index, a slice, children(), getattr(self, name)."""
@@ -136,7 +152,8 @@ class Reader:
     def _path(self, node: ast.AST) -> Path | None:
         """Attribute names and constant indices from self to what node stands for; None for anything else."""
         if isinstance(node, ast.Name):
-            return self._names.get(node.id)
+            meant = self._names.get(node.id, set())
+            return next(iter(meant)) if len(meant) == 1 else None
         if isinstance(node, ast.Attribute):
             base, step = self._path(node.value), node.attr
         elif isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant):

@@ -253,7 +253,7 @@ def test_a_schedule_that_never_sees_a_step_says_so() -> None:
     model = net()
     schedule = SparseSchedule.sparse_then_dense(model, 20)
     model(torch.randn(4, 16)).sum().backward()
-    with pytest.warns(UserWarning, match="64 times without an optimizer step of this model in sight"):
+    with pytest.warns(UserWarning, match="64 times in a row without an optimizer step of this model in"):
         assert not any(schedule.step() for _ in range(64))
 
 
@@ -264,3 +264,61 @@ def test_two_schedules_both_hear_a_compiled_step() -> None:
     sum(model(torch.randn(4, 16)).sum() for model in models).backward()
     torch.compile(opt.step, backend="eager")()
     assert [schedule.step() for schedule in schedules] == [True, True]
+
+
+def test_steps_by_hand_after_steps_of_an_optimizer_count() -> None:
+    model = net()
+    schedule, opt = SparseSchedule.sparse_then_dense(model, 200), torch.optim.AdamW(model.parameters())
+    for number in range(8):
+        model.zero_grad()
+        model(torch.randn(4, 16)).square().mean().backward()
+        if number < 3:
+            opt.step()
+        else:
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.sub_(parameter.grad, alpha=0.01)
+        assert schedule.step()
+
+
+def test_an_optimizer_that_gets_the_model_later_counts() -> None:
+    model, other = net(), nn.Linear(4, 4)
+    schedule, opt = SparseSchedule.sparse_then_dense(model, 20), torch.optim.AdamW(other.parameters())
+    opt.step()
+    opt.add_param_group({"params": list(model.parameters())})
+    for _ in range(2):
+        model(torch.randn(4, 16)).sum().backward()
+        opt.step()
+        assert schedule.step()
+        assert not schedule.step()
+
+
+def test_micro_batches_of_a_frozen_sparse_base_count_once_a_step() -> None:
+    base = net().requires_grad_(False)
+    model = nn.Sequential(base, nn.Linear(16, 16))
+    schedule, opt = SparseSchedule.sparse_then_dense(model, 20), torch.optim.AdamW(model[1].parameters())
+    counted = []
+    for batch in range(8):
+        model(torch.randn(4, 16)).square().mean().backward()
+        if batch % 4 == 3:
+            opt.step()
+            opt.zero_grad()
+        counted.append(schedule.step())
+    assert counted == [False, False, False, True] * 2
+
+
+def test_a_compiled_step_of_another_model_does_not_count() -> None:
+    other, model = nn.Linear(16, 16), net()
+    schedule = SparseSchedule.sparse_then_dense(model, 100)
+    theirs, ours = (torch.optim.Adam(m.parameters()) for m in (other, model))
+    step, counted = torch.compile(lambda: theirs.step(), backend="eager"), []
+    for batch in range(8):
+        theirs.zero_grad()
+        other(torch.randn(4, 16)).mean().backward()
+        step()
+        model(torch.randn(4, 16)).square().mean().backward()
+        if batch % 4 == 3:
+            ours.step()
+            ours.zero_grad()
+        counted.append(schedule.step())
+    assert counted == [False, False, False, True] * 2

@@ -272,3 +272,52 @@ def test_a_replica_of_data_parallel_calls_for_its_original() -> None:
     replica(torch.randn(4, 16))
     assert model[0]._called
     assert "_stands_for" not in dict(replica.named_modules())
+
+
+def test_a_penalty_on_an_expert_in_waiting_can_be_trusted() -> None:
+    model = spare()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    schedule = SparseSchedule.sparse_then_dense(model, 4)
+    penalty = sum(parameter.square().sum() for parameter in model.parameters())
+    (model(torch.randn(4, 16)).square().mean() + penalty).backward()
+    optimizer.step()
+    with pytest.raises(ScheduleError, match=r"b: swapped, but not called.*schedule\.trust_calls\(\)"):
+        schedule.step()
+    schedule.trust_calls()
+    optimizer.step()
+    assert schedule.step()
+
+
+@pytest.mark.parametrize("operand", ["weight", "activation"])
+def test_a_tied_layer_trains_through_the_other(operand: str) -> None:
+    model = Spare()
+    model.b.weight = model.a.weight
+    sparsify(model, SparseConfig(operand=operand))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    schedule = SparseSchedule.sparse_then_dense(model, 4)
+    train(model, optimizer)
+    assert schedule.step()
+
+
+def test_a_check_in_another_thread_hides_no_step() -> None:
+    import threading
+
+    from semisparse import calls
+
+    inside, done = threading.Event(), threading.Event()
+
+    def look() -> None:
+        with calls.unnoticed():
+            inside.set()
+            done.wait(10)
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    inside.wait(10)
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    schedule = SparseSchedule.sparse_then_dense(model, 4)
+    train(model, optimizer)
+    assert schedule.step()
+    done.set()
+    thread.join()

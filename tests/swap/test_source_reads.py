@@ -371,3 +371,45 @@ def test_names_for_a_weight_are_followed() -> None:
 @pytest.mark.parametrize("cls", [InitialValue, ByBaseName])
 def test_methods_that_only_sound_like_setting_up_count(cls: type[Holder]) -> None:
     assert "never calls" in sparsify(cls()).skipped["proj"]
+
+
+def outside(module: "Meanings", x: Tensor) -> Tensor:
+    return module.a(x)
+
+
+class Meanings(nn.Module):
+    """`a` is read by a penalty and called in ways that have several meanings, or by somebody who is handed self."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(16, 16), nn.Linear(16, 16)
+        self.flag = True
+
+    def penalty(self) -> Tensor:
+        return self.a.weight.norm()
+
+
+def by_branches(self, x):
+    layer = None
+    if self.flag:
+        layer = self.a
+    return layer(self.b(x))
+
+
+def by_match(self, x):
+    match self.flag:
+        case True:
+            layer = self.a
+        case _:
+            layer = self.b
+    return layer(x) + self.b(x)
+
+
+def by_function(self, x):
+    return outside(self, self.b(x))
+
+
+@pytest.mark.parametrize("forward", [by_branches, by_match, by_function])
+def test_names_with_several_meanings_and_self_handed_on(forward) -> None:
+    report = sparsify(type("Meant", (Meanings,), {"forward": forward})())
+    assert {row.name: row.reason.partition(":")[0] for row in report} == {"a": "verify", "b": ""}
