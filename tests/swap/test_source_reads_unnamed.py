@@ -1,4 +1,4 @@
-"""Layers that are called without being named: by index, slice or child, under several names, or by who is handed self."""
+"""Layers that are called without being named: by index, slice or child, under several names, or by a function."""
 
 import pytest
 import torch
