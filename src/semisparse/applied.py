@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -36,11 +37,9 @@ class StepEvidence:
         self._overflows: list[Tensor] = []
         self._trained: set[int] = set()
         self._ours: WeakKeyDictionary[torch.optim.Optimizer, tuple[int, bool]] = WeakKeyDictionary()
-        self._compiled_step = False
+        self._compiled_step = self._any_compiled = False
         self._uncounted = 0
-        self._any_compiled = False
-        self._versions = self._versions_now()
-        self._before = self._look()
+        self._versions, self._samples = self._versions_now(), self._samples_now()
         _listeners.add(self)
         _hook_once()
 
@@ -54,19 +53,20 @@ class StepEvidence:
         self._fired, self._overflows = False, []
         self._ever_fired = self._ever_fired or fired
         scale_fell = self._scale_fell(scaler)
+        before, self._versions = self._versions, self._versions_now()
+        written = before != self._versions
         if skipped:
-            self._before = self._before if self._ever_fired else self._look()
+            self._samples = self._samples if self._ever_fired else self._samples_now()
             return False
-        versions, self._versions = self._versions, self._versions_now()
         if fired:
             self._uncounted = 0
             return not any(bool(found.item()) for found in overflows)
         scaled = scaler is not None and scaler.is_enabled()
         if self._ever_fired:
             # Written to by something else than the optimizer so far. Under a scaler the hook alone decides.
-            applied = not scaled and versions != self._versions
+            applied = not scaled and written
         else:
-            applied = self._without_hooks(scaled, scale_fell, self._changed())
+            applied = self._without_hooks(scaled, scale_fell, self._changed(written))
         self._compiled_step = False
         self._uncounted = 0 if applied else self._uncounted + 1
         if self._uncounted == _UNCOUNTED:
@@ -125,26 +125,23 @@ class StepEvidence:
             self._ours[optimizer] = (held, known)
         return known
 
-    def _changed(self) -> bool | None:
-        """Whether a weight was written to since the last call; None where it cannot be told."""
-        before, self._before = self._before, self._look()
-        if before is None or self._before is None:
+    def _changed(self, written: bool) -> bool | None:
+        """Whether a weight has another version or other values than at the last call; None where it cannot be told."""
+        before, self._samples = self._samples, self._samples_now()
+        if before is None or self._samples is None:
             return None
-        return before[0] != self._before[0] or any(
-            not torch.equal(old, new) for old, new in zip(before[1], self._before[1], strict=True)
-        )
+        return written or any(not torch.equal(old, new) for old, new in zip(before, self._samples, strict=True))
 
     def _versions_now(self) -> list[tuple[int, int]]:
         """Identity and version of each weight that has one."""
         return [(id(weight), weight._version) for weight in self._weights() if not weight.is_inference()]
 
-    def _look(self) -> tuple[list[tuple[int, int]], list[Tensor]] | None:
-        """Versions of the weights, and some of their values; None where a weight has none of its own."""
+    def _samples_now(self) -> list[Tensor] | None:
+        """Some values of each weight; None where one has none of its own, or no version."""
         weights = self._weights()
         if any(hasattr(w, "full_tensor") or w.is_inference() or w.is_meta or w.numel() == 0 for w in weights):
             return None
-        samples = [w.detach().reshape(-1)[:: max(1, w.numel() // _SAMPLE)].clone() for w in weights]
-        return [(id(weight), weight._version) for weight in weights], samples
+        return [w.detach().reshape(-1)[:: max(1, w.numel() // _SAMPLE)].clone() for w in weights]
 
     def _scale_fell(self, scaler: torch.amp.GradScaler | None) -> bool:
         if scaler is None or not scaler.is_enabled():
@@ -169,12 +166,11 @@ class _CompiledSteps:
 # One hook for the whole process, from the first schedule on: hooks must not come and go while torch runs them.
 _listeners: WeakSet[StepEvidence] = WeakSet()
 _compiled = _CompiledSteps()
-_hooked: list[Any] = []
 
 
+@cache
 def _hook_once() -> None:
-    if not _hooked:
-        _hooked.append(register_optimizer_step_post_hook(_after_step))
+    register_optimizer_step_post_hook(_after_step)
 
 
 def _hear_compiled() -> None:

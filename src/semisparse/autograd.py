@@ -47,11 +47,6 @@ def _signed(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return forward
 
 
-def _batch(tensor: Tensor, dim: int | None, size: int) -> tuple[Tensor, ...]:
-    """The members of a batch along dim, or size times the same tensor."""
-    return (tensor,) * size if dim is None else tensor.unbind(dim)
-
-
 class PruneWeight(torch.autograd.Function):
     """W -> W~ in the compute dtype; the gradient reaches W unchanged, in W's dtype."""
 
@@ -89,31 +84,21 @@ class PruneTokens(torch.autograd.Function):
 class TransformedPruneWeight(PruneWeight):
     """PruneWeight with the rules that vmap and forward mode ask for; torch.compile refuses functions that have them."""
 
+    generate_vmap_rule = True  # from the op's own rule
+
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *others: None) -> Tensor:
         return tangent.to(ctx.compute_dtype)
-
-    @staticmethod
-    def vmap(
-        info: Any, in_dims: tuple[int | None, ...], weight: Tensor, dtype: torch.dtype, mask: str, frozen: Tensor | None
-    ) -> tuple[Tensor, int]:
-        weights = _batch(weight, in_dims[0], info.batch_size)
-        held = (None,) * info.batch_size if frozen is None else _batch(frozen, in_dims[3], info.batch_size)
-        pairs = zip(weights, held, strict=True)
-        return torch.stack([TransformedPruneWeight.apply(one, dtype, mask, codes) for one, codes in pairs]), 0
 
 
 class TransformedPruneTokens(PruneTokens):
     """PruneTokens with the rules that vmap and forward mode ask for."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *others: None) -> Tensor:
         return tangent.to(ctx.compute_dtype)
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], x: Tensor, dtype: torch.dtype) -> tuple[Tensor, int]:
-        members = _batch(x, in_dims[0], info.batch_size)
-        return torch.stack([TransformedPruneTokens.apply(one, dtype) for one in members]), 0
 
 
 class PackedLinear(torch.autograd.Function):

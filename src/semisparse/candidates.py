@@ -3,12 +3,12 @@
 from torch import nn
 
 from semisparse.bypass import bypass_reason, reading_of
-from semisparse.errors import ConfigError, NoLayerMatched
+from semisparse.errors import NoLayerMatched
 from semisparse.gemm.problem import SPARSE_MULTIPLE
 from semisparse.nn import SemiSparseBase
 from semisparse.nn.refusals import refusal
 from semisparse.outside import share_outside_linear
-from semisparse.selection import FoundLayer, linear_layers
+from semisparse.selection import FoundLayer, check_module, linear_layers
 from semisparse.source_walk import Uses
 
 
@@ -62,9 +62,3 @@ class Candidates:
         if isinstance(found.layer, SemiSparseBase):
             return "already semi-sparse: densify it first"
         return bypass_reason(found.parent, found.name.rpartition(".")[2]) or refusal(found.layer)
-
-
-def check_module(model: nn.Module) -> None:
-    """Raise ConfigError unless model is a module."""
-    if not isinstance(model, nn.Module):
-        raise ConfigError(f"model is a {type(model).__name__}; pass a torch.nn.Module")

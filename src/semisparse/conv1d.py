@@ -15,6 +15,7 @@ from torch.nn.utils import parametrize
 
 from semisparse.errors import ConfigError, LayerRefused, NoLayerMatched
 from semisparse.nn import SemiSparseBase
+from semisparse.selection import check_module
 
 _ORIGIN = "_conv1d_class"  # of a converted layer: the class it came from
 _SIZES = ("in_features", "out_features")
@@ -102,8 +103,7 @@ def _as_classes(classes: object) -> tuple[type[nn.Module], ...]:
 
 def _modules_of(model: nn.Module) -> list[tuple[str, nn.Module, nn.Module | None]]:
     """Name, module and parent of every module, tied ones once."""
-    if not isinstance(model, nn.Module):
-        raise ConfigError(f"model is a {type(model).__name__}; pass a torch.nn.Module")
+    check_module(model)
     modules = dict(model.named_modules())
     return [(name, module, modules[name.rpartition(".")[0]] if name else None) for name, module in modules.items()]
 

@@ -7,7 +7,7 @@ from semisparse.errors import LayerRefused
 from semisparse.nn import SemiSparseBase, SemiSparseLinear
 from semisparse.nn.refusals import weight_refusal
 from semisparse.selection import FoundLayer
-from semisparse.sharing import holders, share_memory
+from semisparse.sharing import Holders
 
 
 class MaskedWeights:
@@ -19,15 +19,15 @@ class MaskedWeights:
 
     def __init__(self, model: nn.Module, layers: list[FoundLayer]) -> None:
         pruned = {id(f.layer): f for f in layers if isinstance(f.layer, SemiSparseLinear)}
-        everybody = list(holders(model)) if pruned else []
+        everybody = Holders(model)
         self._values: dict[int, tuple[Tensor, Tensor]] = {}
         for found in pruned.values():
             layer = found.layer
             assert isinstance(layer, SemiSparseLinear)
             name = found.name or "(root)"
             _check_weight(name, layer)
-            for other_name, owner, tensor in everybody:
-                if share_memory(tensor, layer.weight) and not _prunes_alike(layer, owner, tensor):
+            for other_name, owner, tensor in everybody.of(layer.weight):
+                if not _prunes_alike(layer, owner, tensor):
                     raise LayerRefused(
                         f"{name}: weights='masked' would write the pruned weight into memory that {other_name} reads, "
                         "too. Give the layer its own weight first (layer.weight = "

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from semisparse.errors import ConfigError, NoLayerMatched
 from semisparse.nn import SemiSparseLinear
-from semisparse.nn.refusals import weight_refusal
-from semisparse.swap import layers_with_masks
+from semisparse.swap import changed_since, layers_with_masks
 
 FLIP_RATE, FLIP_RATIO, KEPT_MAGNITUDE = "flip_rate", "flip_ratio", "kept_magnitude"
 DEFAULT_INTERVAL = 100
@@ -97,16 +96,10 @@ class MaskMetrics:
         return {FLIP_RATE: mean, "phase": enabled, **values, **ratios}
 
     def _check_present(self) -> None:
-        inside = {id(module) for module in self._model.modules()}
-        for name, layer in self._layers.items():
-            reason = weight_refusal(layer)
-            if id(layer) not in inside:
-                reason = "it is no longer in the model: something (a conversion to float8 or QAT, say) replaced it"
-            if reason:
-                raise ConfigError(
-                    f"{name or '(root)'} is measured, but {reason}. Convert before sparsify, and build MaskMetrics "
-                    "afterwards"
-                )
+        if changed := changed_since(self._model, self._layers):
+            raise ConfigError(
+                f"{changed[0]} is measured, but {changed[1]}. Convert before sparsify, and build MaskMetrics afterwards"
+            )
 
     def _drop_dense_layers(self) -> None:
         self._layers = {name: layer for name, layer in self._layers.items() if isinstance(layer, SemiSparseLinear)}

@@ -8,7 +8,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from semisparse.conv1d import is_conv1d
-from semisparse.errors import ConfigError
+from semisparse.selection import check_module
 
 WORTH_SAYING = 0.05
 _NAMED = 4  # kinds that a sentence names
@@ -73,8 +73,7 @@ def share_outside_linear(model: nn.Module) -> OutsideLinear:
     count, sharded DTensors as the whole, lazy ones not before their first forward. Reads no data.
     Raises ConfigError when model is no nn.Module.
     """
-    if not isinstance(model, nn.Module):
-        raise ConfigError(f"model is a {type(model).__name__}; pass a torch.nn.Module")
+    check_module(model)
     modules = dict(model.named_modules())
     best: dict[int, tuple[int, nn.Parameter, nn.Module, str]] = {}
     for name, module in modules.items():

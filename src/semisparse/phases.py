@@ -43,6 +43,12 @@ def share_of(total_steps: int, fraction: float, name: str) -> int:
     return round(total_steps * fraction)
 
 
+def check_count(name: str, value: object) -> None:
+    """Raise ScheduleError unless value is a number of applied steps; name: of the argument."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ScheduleError(f"{name}={value!r} must be a whole number, 0 or more")
+
+
 def checked_state(state: Any, phases: tuple[Phase, ...]) -> tuple[int, float | None]:
     """The counter and the last scale of a state that was saved with these phases. Raises ScheduleError."""
     try:
@@ -55,8 +61,7 @@ def checked_state(state: Any, phases: tuple[Phase, ...]) -> tuple[int, float | N
         raise ScheduleError(
             f"state has phases {saved}, this schedule {phases}; build it with the same phases to resume"
         )
-    if isinstance(applied, bool) or not isinstance(applied, int) or applied < 0:
-        raise ScheduleError(f"state['applied_steps']={applied!r} must be a whole number, 0 or more")
+    check_count("state['applied_steps']", applied)
     if scale is not None and (
         isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 <= scale < math.inf
     ):

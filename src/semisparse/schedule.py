@@ -10,7 +10,7 @@ from torch import nn
 from semisparse.applied import StepEvidence
 from semisparse.errors import ScheduleError
 from semisparse.nn import SemiSparseBase
-from semisparse.phases import Kind, Phase, checked_state, kind_at, share_of
+from semisparse.phases import Kind, Phase, check_count, checked_state, kind_at, share_of
 from semisparse.ranks import Group, agree, attempt, digest
 from semisparse.scheduled import ScheduledLayers
 
@@ -188,8 +188,7 @@ class SparseSchedule:
 
     def resume_at(self, applied_steps: int) -> None:
         """Continue after that many applied steps, for hosts that keep only a number. Raises ScheduleError."""
-        if isinstance(applied_steps, bool) or not isinstance(applied_steps, int) or applied_steps < 0:
-            raise ScheduleError(f"applied_steps={applied_steps!r} must be a whole number, 0 or more")
+        check_count("applied_steps", applied_steps)
         self._applied_steps = applied_steps
         self._apply()
 

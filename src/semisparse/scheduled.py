@@ -12,9 +12,8 @@ from semisparse.applied import StepEvidence
 from semisparse.errors import NoLayerMatched, ScheduleError
 from semisparse.nn import SemiSparseBase, SemiSparseLinear
 from semisparse.nn.copies import copies_of
-from semisparse.nn.refusals import weight_refusal
 from semisparse.ranks import Group, called_anywhere
-from semisparse.swap import semi_sparse_layers
+from semisparse.swap import changed_since, semi_sparse_layers
 
 # Layers that some schedule switches: none of them is a copy that nobody follows.
 _SCHEDULED: WeakSet[nn.Module] = WeakSet()
@@ -124,19 +123,11 @@ class ScheduledLayers:
 
     def check_present(self) -> None:
         """Raise ScheduleError, naming them, where layers were replaced, made dense or can no longer be pruned."""
-        inside = {id(module) for module in self.model.modules()}
-        for name, layer in self.by_name.items():
-            if id(layer) not in inside:
-                reason = "it is no longer in the model: something (a conversion to float8 or QAT, say) replaced it"
-            elif not isinstance(layer, SemiSparseBase):
-                reason = f"it was made dense and is a {type(layer).__name__} now"
-            else:
-                reason = weight_refusal(layer) or ""
-            if reason:
-                raise ScheduleError(
-                    f"{name or '(root)'} is scheduled, but {reason}. Convert or wrap before sparsify, and start the "
-                    "schedule afterwards"
-                )
+        if changed := changed_since(self.model, self.by_name):
+            raise ScheduleError(
+                f"{changed[0]} is scheduled, but {changed[1]}. Convert or wrap before sparsify, and start the schedule "
+                "afterwards"
+            )
 
     def check_called(self, evidence: StepEvidence, group: Group) -> None:
         """After the first step of the first sparse phase: raise ScheduleError where somebody else trains a weight.
@@ -157,9 +148,10 @@ class ScheduledLayers:
         nothing_known = not evidence.saw_a_step() and not any(evidence.trained(x.weight) for x in layers.values())
         if not trained and len(idle) == len(layers):
             return  # neither called nor trained so far, or nothing can be told: look again at the next step
+        although = ", although other layers were" if len(idle) < len(layers) else ""
         if bypassed := trained or (list(idle) if nothing_known else []):
             raise ScheduleError(
-                f"{_listed(bypassed)}: swapped, but not called since{_ALTHOUGH if len(idle) < len(layers) else ''}: "
+                f"{_listed(bypassed)}: swapped, but not called since{although}: "
                 "somebody reads the weight itself, and it trains dense. Leave these out (sparsify(..., exclude=...)); "
                 "semisparse.check shows what runs. If it is but a penalty or noise that reaches layers in waiting "
                 "(experts without tokens), call schedule.trust_calls()"
@@ -172,9 +164,6 @@ class ScheduledLayers:
                 "not meant (experts without tokens are), semisparse.check shows what runs",
                 stacklevel=4,
             )
-
-
-_ALTHOUGH = ", although other layers were"
 
 
 def _idle(layers: dict[str, SemiSparseBase], watch: calls.Watch) -> dict[str, SemiSparseBase]:

@@ -36,6 +36,12 @@ class FoundLayer:
         return self.above[0] if self.above else None
 
 
+def check_module(model: object) -> None:
+    """Raise ConfigError unless model is a module."""
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"model is a {type(model).__name__}; pass a torch.nn.Module")
+
+
 def linear_layers(model: nn.Module) -> list[FoundLayer]:
     """Every nn.Linear of model (the root too), once per name, so that tied layers appear under each name."""
     modules = dict(model.named_modules(remove_duplicate=False))
@@ -58,8 +64,7 @@ def plain_names(model: nn.Module) -> dict[str, nn.Module]:
 
     So a model has the same names bare, compiled, under DistributedDataParallel and in an averaged copy.
     """
-    if not isinstance(model, nn.Module):
-        raise ConfigError(f"model is a {type(model).__name__}; pass a torch.nn.Module")
+    check_module(model)
     modules = dict(model.named_modules())
     named: dict[str, nn.Module] = {}
     for name, module in modules.items():

@@ -6,13 +6,43 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+Holder = tuple[str, nn.Module, Tensor]
+"""Name of a parameter or buffer, the module that holds it, and itself."""
 
-def holders(model: nn.Module) -> Iterator[tuple[str, nn.Module, Tensor]]:
+
+def holders(model: nn.Module) -> Iterator[Holder]:
     """(name, module, tensor) of every parameter and buffer of model, ties under each of their names."""
     for path, module in model.named_modules():
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is not None:
                 yield f"{path}.{name}" if path else name, module, tensor
+
+
+class Holders:
+    """All parameters and buffers of a model, found by the memory that they lie in. Each is looked at once."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._same: dict[int, list[Holder]] = {}
+        placed: list[tuple[str, int, int, Holder]] = []
+        for holder in holders(model):
+            tensor = holder[2]
+            self._same.setdefault(id(tensor), []).append(holder)
+            if (span := _span(tensor)) is not None:
+                placed.append((str(tensor.device), *span, holder))
+        self._heap: dict[int, list[Holder]] = {}
+        heap: list[Holder] = []
+        device, end = "", 0
+        for where, start, stop, holder in sorted(placed, key=lambda place: place[:2]):
+            if where != device or start >= end:  # overlaps nothing before it
+                heap, device, end = [], where, stop
+            heap.append(holder)
+            end = max(end, stop)
+            self._heap[id(holder[2])] = heap
+
+    def of(self, tensor: Tensor) -> list[Holder]:
+        """Those that hold tensor, one of the model's own, or something that shares memory with it."""
+        near = self._heap.get(id(tensor), self._same.get(id(tensor), []))
+        return [holder for holder in near if share_memory(holder[2], tensor)]
 
 
 def share_memory(a: Tensor, b: Tensor) -> bool:

@@ -100,7 +100,7 @@ def _source(function: Callable[..., Any]) -> str | None:
 def _look(function: Callable[..., Any], uses: Uses, sets_up: bool = False) -> None:
     """Note what function does. One that only sets up reads weights harmlessly, but may keep a module in a list."""
     text = _source(function)
-    if text is None or not re.search(r"\w", text):
+    if text is None:
         return
     try:
         tree = ast.parse(text)

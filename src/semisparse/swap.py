@@ -8,11 +8,12 @@ from typing import Literal, get_args
 
 from torch import nn
 
-from semisparse.candidates import Candidates, check_module
+from semisparse.candidates import Candidates
 from semisparse.config import SparseConfig
 from semisparse.errors import ConfigError, LayerRefused, NoLayerMatched
 from semisparse.masked_weights import MaskedWeights
 from semisparse.nn import SemiSparseActivationLinear, SemiSparseBase, SemiSparseLinear
+from semisparse.nn.refusals import weight_refusal
 from semisparse.outside import share_outside_linear
 from semisparse.report import SKIPPED, SWAPPED, LayerRow, SwapReport
 from semisparse.roles import embeddings_of, role_of
@@ -20,6 +21,7 @@ from semisparse.selection import (
     FoundLayer,
     Selector,
     as_selectors,
+    check_module,
     clean_name,
     closest,
     linear_layers,
@@ -179,6 +181,21 @@ def layers_with_masks(model: nn.Module) -> dict[str, SemiSparseLinear]:
 def _left(why: str, refusal: str | None) -> str:
     """Why a layer that nobody asked for stays dense, and whether it could be asked for."""
     return why if refusal is None else f"{why}, and could not be swapped: {refusal}"
+
+
+def changed_since(model: nn.Module, layers: Mapping[str, nn.Module]) -> tuple[str, str] | None:
+    """The first of once swapped layers that is not what it was, as (name, what became of it); None where all are."""
+    inside = {id(module) for module in model.modules()}
+    for name, layer in layers.items():
+        if id(layer) not in inside:
+            reason = "it is no longer in the model: something (a conversion to float8 or QAT, say) replaced it"
+        elif not isinstance(layer, SemiSparseBase):
+            reason = f"it was made dense and is a {type(layer).__name__} now"
+        else:
+            reason = weight_refusal(layer) or ""
+        if reason:
+            return name or "(root)", reason
+    return None
 
 
 def _swap(

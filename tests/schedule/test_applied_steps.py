@@ -322,3 +322,30 @@ def test_a_compiled_step_of_another_model_does_not_count() -> None:
             ours.zero_grad()
         counted.append(schedule.step())
     assert counted == [False, False, False, True] * 2
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_one_scaler_may_serve_another_optimizer_that_overflows(fused: bool) -> None:
+    model, other = net(), nn.Linear(16, 16)
+    ours, theirs = (torch.optim.AdamW(m.parameters(), fused=fused) for m in (model, other))
+    scaler, schedule = torch.amp.GradScaler("cpu"), SparseSchedule.sparse_then_dense(model, 20)
+    for our_factor, their_factor in ((1.0, math.inf), (math.inf, 1.0), (1.0, 1.0)):
+        ours.zero_grad()
+        theirs.zero_grad()
+        for m, factor in ((model, our_factor), (other, their_factor)):
+            scaler.scale(m(torch.randn(4, 16)).sum() * factor).backward()
+        scaler.step(ours)
+        scaler.step(theirs)
+        scaler.update()
+        assert schedule.step(scaler) is (our_factor == 1.0)
+
+
+def test_a_step_that_the_host_did_not_count_is_not_counted_later() -> None:
+    model = net()
+    opt, schedule = torch.optim.SGD(model.parameters(), lr=0.1), SparseSchedule.sparse_then_dense(model, 20)
+    model(torch.randn(4, 16)).sum().backward()
+    opt.step()
+    assert schedule.step()
+    opt.step()
+    assert not schedule.step(skipped=True)
+    assert not schedule.step()

@@ -5,6 +5,7 @@ pickles and state_dicts are without it.
 """
 
 import warnings
+from functools import cache
 from typing import NamedTuple, Protocol
 from weakref import WeakKeyDictionary
 
@@ -126,13 +127,10 @@ def _state(tensor: Tensor | None) -> tuple[int, ...]:
     return id(tensor), tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version
 
 
+@cache
 def _fused_steps_show() -> None:
     """Let the version of weights in open blocks rise in fused optimizer steps, too; torch 2.11 to 2.13 forget it."""
-    if not _hooked:
-        _hooked.append(register_optimizer_step_post_hook(_raise_versions))
-
-
-_hooked: list[object] = []
+    register_optimizer_step_post_hook(_raise_versions)
 
 
 def _raise_versions(optimizer: torch.optim.Optimizer, args: tuple[object, ...], kwargs: dict[str, object]) -> None:

@@ -5,9 +5,9 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from semisparse.errors import ConfigError
 from semisparse.nn.linear import SemiSparseLinear
 from semisparse.nn.packed_weights import PackedWeight, close_block, open_block
+from semisparse.selection import check_module
 
 
 @contextmanager
@@ -24,8 +24,7 @@ def reuse_packed(model: nn.Module) -> Iterator[int]:
     weight's 16-bit bytes for both directions and each dtype), allocated outside any CUDA graph. Raises ConfigError for
     what is no module and what packing raises, with every layer as it was.
     """
-    if not isinstance(model, nn.Module):
-        raise ConfigError(f"model is a {type(model).__name__}; pass a torch.nn.Module")
+    check_module(model)
     opened: list[tuple[SemiSparseLinear, PackedWeight]] = []
     try:
         for layer in model.modules():

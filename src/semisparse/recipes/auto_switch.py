@@ -69,10 +69,7 @@ class AutoSwitch:
             return
         refuse_closure("AutoSwitch", args, kwargs)
         if self._pending is not None:
-            raise ScheduleError(
-                "optimizer.step() a second time without schedule.step(): call it once after each, and give a "
-                "GradScaler no other optimizer, for whose overflows the schedule would not count"
-            )
+            raise ScheduleError("optimizer.step() a second time without schedule.step(): call it once after each")
         total, entries = torch.zeros_like(self._changes[0]), 0
         for weight in self._weights:
             entries += weight.numel()

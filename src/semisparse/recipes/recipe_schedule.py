@@ -27,11 +27,13 @@ class RecipeSchedule(SparseSchedule):
     """SparseSchedule of a Recipe, which starts with it; stepped, saved and loaded like every schedule.
 
     recipe: its settings. model: layers swapped with recipe.config, on its final device, weights loaded: masks and
-    scales are frozen, and decay is hooked into the optimizer, now. optimizer: any torch optimizer that holds all sparse
-    weights; StepAdamW where recipe.dense_range is given. total_steps: optimizer steps of the whole run.
+    scales are frozen, and decay is hooked into the optimizer, now. optimizer: any torch optimizer that holds the sparse
+    weights that train, or a wrapper of one; StepAdamW where recipe.dense_range is given. total_steps: optimizer steps
+    of the whole run. process_group: as SparseSchedule; held masks and scales are compared, too, now and whenever masks
+    are chosen anew.
     Raises NoLayerMatched, ConfigError when layers or optimizer do not fit or another recipe still has its hooks on the
     optimizer, ScheduleError for total_steps, LayerRefused where a recipe that looks at weights meets a sharded or meta
-    one; nothing is changed then.
+    one, RankMismatch; nothing is changed then.
 
     step() also refreshes what is frozen and looks whether the dense phase should end. A step that the scaler skipped
     changes nothing. It raises ScheduleError after finish(), and where AutoSwitch has seen no optimizer step.
@@ -39,7 +41,8 @@ class RecipeSchedule(SparseSchedule):
     state_dict() holds all of the recipe's state: the counter, frozen masks with their age, frozen scales, what
     AutoSwitch has seen and when it switched. Loading it, with the model's and the optimizer's own states, continues
     bit for bit. Save with torch.save: the state has tensors. The object itself cannot be copied or pickled, as the
-    hooks of an optimizer cannot; a copy of the model keeps masks and scales as they were.
+    hooks of an optimizer cannot. A copy of the model that follows shares masks and scales; others keep them as they
+    were.
     phases: with AutoSwitch those planned for the latest switch, until it has come.
     """
 
