@@ -1,5 +1,6 @@
 """What several test files share: masked-dense layers computed with brute-force masks."""
 
+import io
 from typing import NamedTuple
 
 import numpy as np
@@ -67,3 +68,11 @@ def make_layer(layer_class: type[SemiSparseBase], weight: Tensor, bias: Tensor |
     if bias is not None:
         layer.bias = nn.Parameter(bias.detach().clone())
     return layer
+
+
+def through_a_file(model: nn.Module) -> nn.Module:
+    """What torch.load makes of what torch.save wrote of model."""
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)

@@ -1,7 +1,6 @@
 """What happens to a layer besides training: copying, saving, moving, wrapping, functional calls."""
 
 import copy
-import io
 import pickle
 from functools import partial
 
@@ -14,7 +13,7 @@ from semisparse import SemiSparseActivationLinear, SemiSparseLinear, SparseConfi
 from semisparse.errors import ConfigError, LayerRefused, ShapeError
 from semisparse.nn import SemiSparseBase
 from semisparse.testing import assert_bit_equal
-from tests.support import LAYER_CLASSES, masked_dense
+from tests.support import LAYER_CLASSES, masked_dense, through_a_file
 
 K, N = 16, 12
 CLASSES = pytest.mark.parametrize("layer_class", LAYER_CLASSES, ids=lambda cls: cls.operand)
@@ -28,17 +27,10 @@ def model_of(layer_class: type[SemiSparseBase]) -> nn.Sequential:
     return model
 
 
-def reload(model: nn.Module) -> nn.Module:
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
 COPIES = {
     "deepcopy": copy.deepcopy,
     "pickle": lambda model: pickle.loads(pickle.dumps(model)),
-    "torch_save": reload,
+    "torch_save": through_a_file,
     "deepcopy_through_fp64": lambda model: copy.deepcopy(model).to(torch.float64).to(torch.float32),
 }
 

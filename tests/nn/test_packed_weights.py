@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import io
 import pickle
 
 import pytest
@@ -13,6 +12,7 @@ from torch.nn.utils import parametrize
 from semisparse import SemiSparseLinear, SparseConfig, functional, ops, reuse_packed
 from semisparse.errors import ConfigError, EngineError
 from semisparse.testing import assert_bit_equal
+from tests.support import through_a_file
 
 X = torch.arange(64.0).reshape(4, 16).sub(31).div(16)
 
@@ -29,13 +29,6 @@ def packed_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def model_of(dtype: torch.dtype = torch.bfloat16, layers: int = 1) -> nn.Sequential:
     return nn.Sequential(*(SemiSparseLinear(16, 16, bias=False, dtype=dtype) for _ in range(layers)))
-
-
-def through_a_file(model: nn.Module) -> nn.Module:
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
 
 
 COPIES = {

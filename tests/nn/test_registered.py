@@ -1,7 +1,6 @@
 """Registered subclasses stay what they are while they are sparse: methods, attributes, protocol checks, copies."""
 
 import copy
-import io
 import pickle
 from typing import Protocol, runtime_checkable
 
@@ -13,6 +12,7 @@ from semisparse import SemiSparseActivationLinear, SemiSparseLinear, SparseConfi
 from semisparse.errors import ConfigError, LayerRefused, NoLayerMatched
 from semisparse.nn import registry
 from semisparse.testing import assert_bit_equal
+from tests.support import through_a_file
 
 CONFIGS = pytest.mark.parametrize(
     "config", [SparseConfig(), SparseConfig(operand="activation")], ids=lambda c: c.operand
@@ -90,16 +90,9 @@ def test_back_to_exactly_the_class_that_it_was(config: SparseConfig) -> None:
 COPIES = {
     "deepcopy": copy.deepcopy,
     "pickle": lambda net: pickle.loads(pickle.dumps(net)),
-    "torch.save": lambda net: torch.load(saved(net), weights_only=False),
+    "torch.save": through_a_file,
     "copy": lambda net: nn.Sequential(*(copy.copy(layer) for layer in net)),
 }
-
-
-def saved(net: nn.Module) -> io.BytesIO:
-    file = io.BytesIO()
-    torch.save(net, file)
-    file.seek(0)
-    return file
 
 
 @CONFIGS
