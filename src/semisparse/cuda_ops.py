@@ -13,7 +13,7 @@ from semisparse.gemm.engine import engine
 from semisparse.gemm.formats import PackedFormat, packed_format
 from semisparse.gemm.layout import SM90_16BIT, packed_bytes
 from semisparse.gemm.problem import DENSE_MULTIPLE, SPARSE_MULTIPLE, Problem, pad
-from semisparse.kernels.arguments import MODES
+from semisparse.kernels.launch_checks import MODES
 from semisparse.pattern import GROUP
 from semisparse.reference import masks as reference_masks
 from semisparse.reference import packing as reference_packing

@@ -19,8 +19,8 @@ from triton.compiler import ASTSource
 
 from semisparse.gemm.layout import SM90_16BIT
 from semisparse.kernels import bias, prune_pack, tile_codes, unpack
-from semisparse.kernels.arguments import DEFAULT_BLOCK, HOPPER_BLOCK, MODES
-from semisparse.kernels.metadata import repeated
+from semisparse.kernels.launch_checks import DEFAULT_BLOCK, HOPPER_BLOCK, MODES
+from semisparse.kernels.packed_metadata import repeated
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 BITS = SM90_16BIT.bits

@@ -6,8 +6,8 @@ import torch
 from semisparse.errors import ShapeError
 from semisparse.gemm.layout import SM90_16BIT
 from semisparse.kernels import bias, prune_pack, tile_codes, unpack
-from semisparse.kernels.arguments import DEFAULT_BLOCK, HOPPER_BLOCK
 from semisparse.kernels.grid import LARGEST_SIZE, check_grid, grid_of
+from semisparse.kernels.launch_checks import DEFAULT_BLOCK, HOPPER_BLOCK
 from semisparse.kernels.launcher import Launcher
 
 BF16 = torch.bfloat16

@@ -5,7 +5,7 @@ import torch
 
 from semisparse.gemm.layout import SM90_16BIT, packed_bytes
 from semisparse.kernels import bias, grid, prune_pack, tile_codes, unpack
-from semisparse.kernels.arguments import HOPPER_BLOCK
+from semisparse.kernels.launch_checks import HOPPER_BLOCK
 from semisparse.reference import masks, packing
 from tests.kernels import test_bias, test_prune_pack, test_unpack
 from tests.kernels.programs import only_programs, untouched

@@ -6,7 +6,7 @@ import torch
 from semisparse.errors import ConfigError, ShapeError, TensorError
 from semisparse.gemm.layout import SM90_16BIT, MetadataLayout, packed_bytes
 from semisparse.kernels import prune_pack
-from semisparse.kernels.arguments import Block
+from semisparse.kernels.launch_checks import Block
 from semisparse.reference import masks, packing
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -2,8 +2,9 @@
 
 A program handles a block of tiles that covers whole metadata blocks in both directions, so it alone writes all of
 their bytes, padding included. A thread holds tile *pairs* (4 rows x 8 columns, 16 bytes a row of 16-bit values), which
-makes loads wide and fills a 32-bit word of metadata for each direction. Memory bound by design: the values are moved as
-words (words.py), the best tile costs about 220 operations (tiles.py), metadata takes a few shuffles (metadata.py).
+makes loads wide and fills a 32-bit word of metadata for each direction. Memory bound by design: values move as words
+(packed_values.py), the best tile costs about 220 operations (tile_masks.py), metadata takes a few shuffles
+(packed_metadata.py).
 """
 
 from functools import lru_cache
@@ -13,8 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from semisparse.kernels import tiles, words
-from semisparse.kernels.arguments import (
+from semisparse.kernels import packed_values, tile_masks
+from semisparse.kernels.grid import INT32_END, block_at, grid_of
+from semisparse.kernels.launch_checks import (
     DEFAULT_BLOCK,
     HOPPER_BLOCK,
     MODES,
@@ -24,9 +26,8 @@ from semisparse.kernels.arguments import (
     check_choice,
     check_sizes,
 )
-from semisparse.kernels.grid import INT32_END, block_at, grid_of
 from semisparse.kernels.launcher import Launcher
-from semisparse.kernels.metadata import repeated, store_metadata
+from semisparse.kernels.packed_metadata import repeated, store_metadata
 from semisparse.pattern import GROUP
 
 _TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
@@ -66,34 +67,34 @@ def prune_pack(
         present = inside
         if not EVEN:
             present = inside & (4 * tile_row + i < rows)
-        line = words.load_line(
+        line = packed_values.load_line(
             start + (4 * local_row + i) * stride + WIDTH * local_column, present, IN, OUT, NATIVE, MODE == 3
         )
         scores, values, kept_words = scores + line[0], values + line[1], kept_words + line[2]
     if MODE == 0:
-        choice = tiles.best_tile(scores)
+        choice = tile_masks.best_tile(scores)
     elif MODE == 1:
         at = codes + tile_row.to(tl.int64) * row_words + tile_column
-        choice = tiles.both_codes(tl.load(at, mask=inside, other=tiles.ZERO_TILE))
+        choice = tile_masks.both_codes(tl.load(at, mask=inside, other=tile_masks.ZERO_TILE))
     else:
-        choice = tiles.best_rows(scores)
+        choice = tile_masks.best_rows(scores)
     if MODE == 3:
-        soft = tiles.shrink(values, scores, choice, tl.load(scale))
+        soft = tile_masks.shrink(values, scores, choice, tl.load(scale))
         kept_words = ()
         for k in tl.static_range(8):
-            kept_words = kept_words + (words.pack_word(soft[2 * k], soft[2 * k + 1], OUT, NATIVE),)
+            kept_words = kept_words + (packed_values.pack_word(soft[2 * k], soft[2 * k + 1], OUT, NATIVE),)
 
-    nibbles = tiles.metadata_nibbles(choice)
-    selectors = words.byte_selectors(nibbles)
+    nibbles = tile_masks.metadata_nibbles(choice)
+    selectors = packed_values.byte_selectors(nibbles)
     out = packed.to(tl.pointer_type(tl.int32)) + first_row * row_words + right * (2 * PAIRS)
-    kept = words.kept_in_rows(kept_words, selectors, NATIVE)
+    kept = packed_values.kept_in_rows(kept_words, selectors, NATIVE)
     for i in tl.static_range(4):
         at = out + (4 * local_row + i) * row_words + local_column
         tl.store(at, kept[i], mask=inside)
     if TRANSPOSED:
         out = packed_t.to(tl.pointer_type(tl.int32)) + (right * 8 * PAIRS).to(tl.int64) * row_words_t
         out += down * TILE_ROWS
-        kept = words.kept_in_columns(kept_words, selectors, NATIVE)
+        kept = packed_values.kept_in_columns(kept_words, selectors, NATIVE)
         # The two tiles of a pair lie far apart here. Stored one by one, in the order in which the lanes hold them, a
         # warp fills whole sectors; left to itself, Triton would go through shared memory to make the stores wider.
         for j in tl.static_range(4):

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from semisparse.errors import ConfigError, ShapeError, TensorError
-from semisparse.kernels import tiles, words
+from semisparse.kernels import packed_values, tile_masks
 from semisparse.kernels.launcher import Launcher
 from semisparse.pattern import GROUP
 
@@ -38,16 +38,16 @@ def tile_codes(
         at = line
         for _ in tl.static_range(4):
             value = tl.load(at, mask=inside, other=0.0).to(tl.float32)
-            score = words.score(value, False)
-            scores, keys = scores + (score,), keys + (tiles.rank_key(value, score, MODE == 3),)
+            score = packed_values.score(value, False)
+            scores, keys = scores + (score,), keys + (tile_masks.rank_key(value, score, MODE == 3),)
             at += column_stride  # step by step: three times a stride may need 64 bits where the stride needs 32
         line += row_stride
     if MODE == 0:
-        choice = tiles.best_tile(scores)
+        choice = tile_masks.best_tile(scores)
     elif MODE == 1:
-        choice = tiles.best_rows(scores)
+        choice = tile_masks.best_rows(scores)
     else:
-        choice = tiles.best_greedy(keys)
+        choice = tile_masks.best_greedy(keys)
     tl.store(codes + tile, choice.to(tl.int16), mask=inside)
 
 

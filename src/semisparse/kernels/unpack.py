@@ -8,10 +8,10 @@ import triton.language as tl
 from torch import Tensor
 
 from semisparse.errors import ShapeError, TensorError
-from semisparse.kernels.arguments import check_buffer
 from semisparse.kernels.grid import block_at, grid_of
+from semisparse.kernels.launch_checks import check_buffer
 from semisparse.kernels.launcher import Launcher
-from semisparse.kernels.metadata import block_groups, nibble_address
+from semisparse.kernels.packed_metadata import block_groups, nibble_address
 from semisparse.pattern import GROUP
 
 ROWS, GROUPS = 16, 64

@@ -121,7 +121,7 @@ def _exchange(word, POSITION: tl.constexpr, INDEX_BIT: tl.constexpr, N: tl.const
 
 @triton.jit
 def engine_words(word, BITS: tl.constexpr, TURNED: tl.constexpr, LOG_PAIRS: tl.constexpr, N: tl.constexpr):
-    """Words of tile pairs (1-D, N) turned into words as the engine stores them; line_offsets says where each goes."""
+    """Words of tile pairs (1-D, N) turned into words as the engine stores them; word_offsets says where each goes."""
     for k in tl.static_range(3):
         if _held(BITS, TURNED, True)[k] != k:
             word = _swap(word, k, _held(BITS, TURNED, True)[k])

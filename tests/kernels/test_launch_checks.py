@@ -6,7 +6,7 @@ import torch
 from semisparse.errors import ConfigError, ShapeError, TensorError
 from semisparse.gemm.layout import SM90_16BIT
 from semisparse.kernels import bias, prune_pack, tile_codes
-from semisparse.kernels.arguments import DEFAULT_BLOCK, Block, check_buffer, check_choice, check_sizes
+from semisparse.kernels.launch_checks import DEFAULT_BLOCK, Block, check_buffer, check_choice, check_sizes
 
 BF16, FP16 = torch.bfloat16, torch.float16
 BITS = SM90_16BIT.bits
