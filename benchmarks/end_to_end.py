@@ -11,7 +11,7 @@ from benchmarks.models import CARDS, Card, sparsified
 from benchmarks.timing import interleaved, peak_memory
 from semisparse import SwapReport, ops
 from semisparse.gemm.tuner import tuner
-from semisparse.swap import semi_sparse_layers
+from semisparse.surgery.layers import semi_sparse_layers
 
 
 def benchmark(name: str, rounds: int) -> dict[str, Any]:

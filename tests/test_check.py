@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import semisparse
 from semisparse import SparseConfig, SparseSchedule, check, functional, sparsify
-from semisparse.errors import ConfigError, NoLayerMatched, ShapeError
+from semisparse.errors import ConfigError, NoLayerMatchedError, ShapeError
 
 
 class Model(nn.Module):
@@ -168,7 +168,7 @@ def test_outputs_of_any_shape_and_a_loss() -> None:
         check(net.requires_grad_(False), X)
     with torch.no_grad():
         assert check(net.requires_grad_(True), X).ok
-    with pytest.raises(NoLayerMatched, match="no semi-sparse layer to check"):
+    with pytest.raises(NoLayerMatchedError, match="no semi-sparse layer to check"):
         check(nn.Linear(16, 16), X)
 
 

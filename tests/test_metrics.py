@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from semisparse import MaskMetrics, SemiSparseLinear, SparseConfig, SparseSchedule, densify, mask_statistics, sparsify
-from semisparse.errors import ConfigError, NoLayerMatched
+from semisparse.errors import ConfigError, NoLayerMatchedError
 from semisparse.metrics import log_to_tensorboard, log_to_wandb
 from tests.support import brute_mask
 
@@ -121,7 +121,7 @@ def test_only_layers_with_a_mask_of_their_own_are_followed() -> None:
     sparsify(mixed, SparseConfig(operand="activation"), select=lambda name, layer: name == "1")
     assert set(mask_statistics(mixed)) == {"kept_magnitude/0", "dead_rows/0"}
     for nothing in (nn.Sequential(nn.Linear(8, 8)), mixed[1]):
-        with pytest.raises(NoLayerMatched, match="sparsify"):
+        with pytest.raises(NoLayerMatchedError, match="sparsify"):
             MaskMetrics(nothing)
 
 

@@ -6,16 +6,16 @@ Importing this package does nothing but define names: no CUDA call, no environme
 from semisparse import recipes
 from semisparse._check import CheckReport, check
 from semisparse.config import SparseConfig
-from semisparse.conv1d import conv1d_to_linear, linear_to_conv1d
 from semisparse.errors import SemiSparseError, TokenMixingWarning
 from semisparse.flops import register_flop_formulas
 from semisparse.metrics import MaskMetrics, mask_statistics
 from semisparse.nn import SemiSparseActivationLinear, SemiSparseLinear, register_linear, reuse_packed
 from semisparse.ops import sac_save_ops
-from semisparse.phases import Phase
-from semisparse.report import SwapReport
-from semisparse.schedule import SparseSchedule
-from semisparse.swap import (
+from semisparse.schedule.phases import Phase
+from semisparse.schedule.sparse_schedule import SparseSchedule
+from semisparse.surgery.conv1d import conv1d_to_linear, linear_to_conv1d
+from semisparse.surgery.report import SwapReport
+from semisparse.surgery.swap import (
     densify,
     sparsify,
     swap_linear_with_semi_sparse_linear,

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from semisparse import functional
-from semisparse.errors import ConfigError, NoLayerMatched
+from semisparse.errors import ConfigError, NoLayerMatchedError
 from semisparse.gemm.choice import Choice
 from semisparse.gemm.dispatch import observed
 from semisparse.gemm.problem import Problem
 from semisparse.nn import SemiSparseBase
-from semisparse.swap import semi_sparse_layers
+from semisparse.surgery.layers import semi_sparse_layers
 from semisparse.unchanged import unchanged
 
 
@@ -87,12 +87,14 @@ def check(model: nn.Module, *inputs: Any, loss: Callable[[Any], Tensor] | None =
     (train or eval, autocast), compiled modules eagerly. Parameters, buffers, gradients, random number generators and
     training flags are as before afterwards; that needs memory for one copy of the model. Under DistributedDataParallel
     call it on every rank.
-    Raises NoLayerMatched without a semi-sparse layer, ConfigError where there is nothing to differentiate, and what the
-    model raises.
+    Raises NoLayerMatchedError without a semi-sparse layer, ConfigError where there is nothing to differentiate, and
+    what the model raises.
     """
     layers = semi_sparse_layers(model)
     if not layers:
-        raise NoLayerMatched(f"model={type(model).__name__} has no semi-sparse layer to check; call sparsify first")
+        raise NoLayerMatchedError(
+            f"model={type(model).__name__} has no semi-sparse layer to check; call sparsify first"
+        )
     probe = _Probe(layers)
     with unchanged(model, (inputs, keywords)), probe.watching(), torch.enable_grad():
         output = model(*inputs, **keywords)

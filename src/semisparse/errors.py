@@ -20,11 +20,11 @@ class TensorError(SemiSparseError, ValueError):
     """Tensors of one call disagree in dtype or device, or have a dtype that is not supported."""
 
 
-class NoLayerMatched(SemiSparseError, ValueError):
+class NoLayerMatchedError(SemiSparseError, ValueError):
     """A name or selection matched no layer, or a run would have changed nothing."""
 
 
-class LayerRefused(SemiSparseError, ValueError):
+class LayerRefusedError(SemiSparseError, ValueError):
     """A layer that was asked for by name cannot be made semi-sparse; the message says why."""
 
 
@@ -36,7 +36,7 @@ class ExportError(SemiSparseError, RuntimeError):
     """A sparse layer meets an exporter that would lose its gradients or does not know its ops."""
 
 
-class RankMismatch(SemiSparseError, RuntimeError):
+class RankMismatchError(SemiSparseError, RuntimeError):
     """The ranks of a data-parallel group hold different layers, settings or held masks."""
 
 

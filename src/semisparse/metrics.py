@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from semisparse.errors import ConfigError, NoLayerMatched
+from semisparse.errors import ConfigError, NoLayerMatchedError
 from semisparse.nn import SemiSparseLinear
-from semisparse.swap import changed_since, layers_with_masks
+from semisparse.surgery.layers import changed_since, layers_with_masks
 
 FLIP_RATE, FLIP_RATIO, KEPT_MAGNITUDE = "flip_rate", "flip_ratio", "kept_magnitude"
 DEFAULT_INTERVAL = 100
@@ -33,7 +33,7 @@ class MaskMetrics:
     compare; for mask "soft" the row-wise mask under it.
 
     model: holds SemiSparseLinear layers, in any phase; layers with a pruned activation have no mask of their own and
-    are left out. interval: optimizer steps, 2 or more. Raises NoLayerMatched without such a layer, ConfigError.
+    are left out. interval: optimizer steps, 2 or more. Raises NoLayerMatchedError without such a layer, ConfigError.
     """
 
     def __init__(self, model: nn.Module, interval: int = DEFAULT_INTERVAL) -> None:
@@ -117,7 +117,7 @@ class MaskMetrics:
 def mask_statistics(model: nn.Module) -> dict[str, float]:
     """kept_magnitude and dead_rows of each SemiSparseLinear, of the weights as they are now. Synchronises.
 
-    Names and meanings as MaskMetrics.read. Raises NoLayerMatched when model has no such layer.
+    Names and meanings as MaskMetrics.read. Raises NoLayerMatchedError when model has no such layer.
     """
     found = {}
     for name, layer in _weight_layers(model).items():
@@ -140,7 +140,9 @@ def log_to_wandb(run: Any, values: Mapping[str, float], step: int) -> None:
 def _weight_layers(model: nn.Module) -> dict[str, SemiSparseLinear]:
     layers = layers_with_masks(model)
     if not layers:
-        raise NoLayerMatched(f"model={type(model).__name__} has no SemiSparseLinear to follow; call sparsify first")
+        raise NoLayerMatchedError(
+            f"model={type(model).__name__} has no SemiSparseLinear to follow; call sparsify first"
+        )
     return layers
 
 

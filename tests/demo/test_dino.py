@@ -16,7 +16,7 @@ from semisparse.demo.model import ViTConfig
 from semisparse.demo.probes import knn_votes, linear_probe
 from semisparse.demo.runs import sparsify_model
 from semisparse.demo.train_config import TrainConfig
-from semisparse.errors import ConfigError, NoLayerMatched, ShapeError
+from semisparse.errors import ConfigError, NoLayerMatchedError, ShapeError
 from semisparse.nn import SemiSparseLinear
 from tests.demo.toys import toy_data
 
@@ -152,7 +152,7 @@ def test_only_the_students_mlps_become_sparse_and_its_dense_weights_go_on_to_the
     torch.testing.assert_close(task.teacher.blocks[0].mlp.fc1.weight, 0.75 * before + 0.25)
     with pytest.raises(ConfigError, match="build the task first"):
         DinoTask(task.data, task.student, DINO)
-    with pytest.raises(NoLayerMatched):
+    with pytest.raises(NoLayerMatchedError):
         sparsify_model(build_student(VIT, DINO, 0), "head")
 
 

@@ -17,7 +17,7 @@ from semisparse.demo.presets import Preset
 from semisparse.demo.results import RunResult
 from semisparse.demo.task import Augmentation, classification_scores
 from semisparse.demo.training import Progress
-from semisparse.errors import CheckpointError, ConfigError, DataError, NoLayerMatched, OutputExists
+from semisparse.errors import CheckpointError, ConfigError, DataError, NoLayerMatchedError, OutputExists
 from tests.demo.rewriting import described, with_info
 from tests.demo.toys import MODEL, TRAIN, kept_per_group, toy_data, write_fashion_mnist
 
@@ -260,5 +260,5 @@ def test_a_disk_that_is_full_at_the_end_is_named(tmp_path: Path, monkeypatch: py
 
 def test_the_report_needs_no_weights_and_names_what_matches_nothing() -> None:
     assert list(job.swap_report(MODEL, "mlp").swapped) == SPARSE
-    with pytest.raises(NoLayerMatched, match=r"layers='mpl': .*closest names: 'blocks\.0\.mlp"):
+    with pytest.raises(NoLayerMatchedError, match=r"layers='mpl': .*closest names: 'blocks\.0\.mlp"):
         job.swap_report(MODEL, "mpl")

@@ -13,7 +13,7 @@ from semisparse.demo.runs import RunPlan, sparsify_model, three_runs, train_run
 from semisparse.demo.task import Augmentation, ImageClassification, augment, classification_scores
 from semisparse.demo.train_config import TrainConfig, learning_rate, resolve_device
 from semisparse.demo.training import fit, phase_spans
-from semisparse.errors import ConfigError, NoLayerMatched
+from semisparse.errors import ConfigError, NoLayerMatchedError
 from semisparse.metrics import MaskMetrics
 from tests.demo.toys import MODEL, TRAIN, OverflowingTask, kept_per_group, toy_data
 
@@ -204,7 +204,7 @@ def test_wrap_is_what_trains_while_scores_come_from_the_model():
 
 
 def test_an_unknown_layer_is_refused_with_the_closest_names():
-    with pytest.raises(NoLayerMatched, match=r"'mpl'.*blocks\.0\.mlp"):
+    with pytest.raises(NoLayerMatchedError, match=r"'mpl'.*blocks\.0\.mlp"):
         train_run(DENSE, MODEL, toy_task(), replace(TRAIN, layers="mpl"))
 
 

@@ -161,7 +161,7 @@ def replaced_on_one(rank: int) -> None:
     schedule.step()
 
 
-MISMATCH, NONE = ("RankMismatch", "RankMismatch"), ("", "")
+MISMATCH, NONE = ("RankMismatchError", "RankMismatchError"), ("", "")
 SCENARIOS: dict[Callable[[int], None], tuple[str, str]] = {
     held_masks: MISMATCH,
     scales: MISMATCH,
@@ -170,16 +170,16 @@ SCENARIOS: dict[Callable[[int], None], tuple[str, str]] = {
     other_weights_without_held_masks: NONE,
     other_config: MISMATCH,
     other_layers: MISMATCH,
-    nothing_swapped_on_one: ("RankMismatch", "NoLayerMatched"),
-    nothing_swapped_anywhere: ("NoLayerMatched", "NoLayerMatched"),
-    one_recipe_fails: ("RankMismatch", "ConfigError"),
+    nothing_swapped_on_one: ("RankMismatchError", "NoLayerMatchedError"),
+    nothing_swapped_anywhere: ("NoLayerMatchedError", "NoLayerMatchedError"),
+    one_recipe_fails: ("RankMismatchError", "ConfigError"),
     other_recipe_settings: MISMATCH,
     nothing_compared: NONE,
     a_group_of_one: NONE,
     apart_at_a_refresh: MISMATCH,
     other_phases: MISMATCH,
-    a_bad_fraction_on_one: ("RankMismatch", "ScheduleError"),
-    replaced_on_one: ("RankMismatch", "ScheduleError"),
+    a_bad_fraction_on_one: ("RankMismatchError", "ScheduleError"),
+    replaced_on_one: ("RankMismatchError", "ScheduleError"),
     experts_called_elsewhere: NONE,
     experts_bypassed: ("ScheduleError", "ScheduleError"),
 }

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.multiprocessing
 
-from semisparse.ranks import digest
+from semisparse.schedule.ranks import digest
 from tests.distributed import ranks
 from tests.distributed.ranks import SCENARIOS, WORLD
 from tests.distributed.test_ddp_fsdp import loopback

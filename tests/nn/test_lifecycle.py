@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 from semisparse import SemiSparseActivationLinear, SemiSparseLinear, SparseConfig, densify, sparsify
-from semisparse.errors import ConfigError, LayerRefused, ShapeError
+from semisparse.errors import ConfigError, LayerRefusedError, ShapeError
 from semisparse.nn import SemiSparseBase
 from semisparse.testing import assert_bit_equal
 from tests.support import LAYER_CLASSES, masked_dense, through_a_file
@@ -207,11 +207,11 @@ def test_a_config_of_the_other_operand_is_refused_and_changes_nothing(layer_clas
 @CLASSES
 @pytest.mark.parametrize("wrong", [nn.Conv1d(4, 4, 1), nn.Identity(), None, "linear"], ids=lambda x: type(x).__name__)
 def test_only_linears_can_be_turned_and_only_semi_sparse_layers_turned_back(layer_class: type, wrong: object) -> None:
-    with pytest.raises(LayerRefused, match=type(wrong).__name__):
+    with pytest.raises(LayerRefusedError, match=type(wrong).__name__):
         layer_class.from_dense(wrong)
-    with pytest.raises(LayerRefused, match=type(wrong).__name__):
+    with pytest.raises(LayerRefusedError, match=type(wrong).__name__):
         layer_class.to_dense(wrong)
-    with pytest.raises(LayerRefused, match="Linear"):
+    with pytest.raises(LayerRefusedError, match="Linear"):
         layer_class.to_dense(nn.Linear(4, 4))
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from semisparse import SemiSparseActivationLinear, SemiSparseLinear, SparseConfig, densify, register_linear, sparsify
-from semisparse.errors import ConfigError, LayerRefused, NoLayerMatched
+from semisparse.errors import ConfigError, LayerRefusedError, NoLayerMatchedError
 from semisparse.nn import registry
 from semisparse.testing import assert_bit_equal
 from tests.support import through_a_file
@@ -133,7 +133,9 @@ def test_names_that_both_use_are_refused(attribute: str) -> None:
         register_linear(clash)
     layer = nn.Linear(8, 8)
     layer.__dict__[attribute] = 1
-    with pytest.raises(NoLayerMatched, match=rf"attributes that semi-sparse layers use themselves: rename {attribute}"):
+    with pytest.raises(
+        NoLayerMatchedError, match=rf"attributes that semi-sparse layers use themselves: rename {attribute}"
+    ):
         sparsify(nn.Sequential(layer))
 
 
@@ -161,7 +163,7 @@ def test_lazy_classes_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"LazyLinear is lazy.*after a forward"):
         register_linear(nn.LazyLinear)
     net = nn.Sequential(nn.LazyLinear(8))
-    with pytest.raises(NoLayerMatched, match="it is lazy, without sizes yet: run one forward first"):
+    with pytest.raises(NoLayerMatchedError, match="it is lazy, without sizes yet: run one forward first"):
         sparsify(net)
     net(torch.randn(2, 16))
     assert sparsify(net).swapped == ("0",)
@@ -197,5 +199,5 @@ def test_weights_that_no_forward_takes_are_refused_at_the_swap(kind: str) -> Non
     reason = sparsify(net).skipped["0"]
     said = {"sparse": "layout torch.sparse_csr", "another shape": "shape (16, 8)", "none": "no weight"}
     assert said.get(kind, "tensor subclass" if "subclass" in kind else f"dtype torch.{kind}") in reason
-    with pytest.raises(LayerRefused):
+    with pytest.raises(LayerRefusedError):
         SemiSparseLinear.from_dense(layer)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from semisparse import Phase, SparseConfig, SparseSchedule, sparsify
-from semisparse.errors import ConfigError, NoLayerMatched
+from semisparse.errors import ConfigError, NoLayerMatchedError
 from semisparse.recipes import MaskedDecay
 from tests.support import brute_mask
 
@@ -208,7 +208,7 @@ def test_what_cannot_be_served_is_refused_by_name() -> None:
         MaskedDecay(net, torch.optim.SGD(net[0].parameters(), lr=0.1), DECAY)
     with pytest.raises(ConfigError, match="optimizer=object"):
         MaskedDecay(net, object(), DECAY)
-    with pytest.raises(NoLayerMatched, match="sparsify"):
+    with pytest.raises(NoLayerMatchedError, match="sparsify"):
         MaskedDecay(nn.Linear(4, 4), optimizer, DECAY)
     MaskedDecay(net, optimizer, DECAY)
     with pytest.raises(ConfigError, match="closure"):

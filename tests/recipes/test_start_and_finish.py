@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from semisparse import SparseConfig, densify, sparsify
-from semisparse.errors import ConfigError, LayerRefused, NoLayerMatched, ScheduleError
+from semisparse.errors import ConfigError, LayerRefusedError, NoLayerMatchedError, ScheduleError
 from semisparse.recipes import MaskedDecay, Recipe, RecipeSchedule, StepAdamW, dinov2, fst, s_ste, sr_ste, step
 from semisparse.testing import assert_bit_equal
 from tests.recipes.training import DECAY, RECIPES, SPARSE, Run, assert_same, by_hand, kept, network
@@ -64,8 +64,8 @@ def still_hooked(model: nn.Module) -> torch.optim.Optimizer:
 
 BAD_STARTS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "recipe": ({"recipe": "fst"}, ConfigError, "recipe='fst' must be a Recipe, such as"),
-    "not swapped": ({"config": None}, NoLayerMatched, "model=Sequential has no SemiSparseLinear .*call sparsify"),
-    "only activations": ({"config": SparseConfig(operand="activation")}, NoLayerMatched, "call sparsify"),
+    "not swapped": ({"config": None}, NoLayerMatchedError, "model=Sequential has no SemiSparseLinear .*call sparsify"),
+    "only activations": ({"config": SparseConfig(operand="activation")}, NoLayerMatchedError, "call sparsify"),
     "mask": ({"recipe": s_ste(), "config": SparseConfig()}, ConfigError,
              "0 was swapped with .*mask='transposable'.* recipe s_ste has .*mask='soft'.*: sparsify with recipe"),
     "engine": ({"config": SparseConfig(engine="dense")}, ConfigError, "0 was swapped with .*engine='dense'"),
@@ -84,7 +84,7 @@ BAD_STARTS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "true": ({"total_steps": True, "recipe": step()}, ScheduleError, "total_steps=True must be"),
     "no dense step": ({"recipe": step(dense_range=(0, 0.1)), "total_steps": 4}, ScheduleError,
                       r"total_steps=4: dense_range=\(0\.0, 0\.1\) leaves no dense step"),
-    **{f"meta {name}": ({"recipe": make(), "model": lambda m: m.to("meta")}, LayerRefused,
+    **{f"meta {name}": ({"recipe": make(), "model": lambda m: m.to("meta")}, LayerRefusedError,
                         r"0\.weight is on the meta device; materialise")
        for name, make in (("sr_ste", sr_ste), ("fst", fst), ("s_ste", s_ste), ("step", step))},
 }  # fmt: skip
@@ -119,7 +119,7 @@ def test_a_sharded_weight_is_refused_where_all_of_it_must_be_seen(recipe: Recipe
 
     arguments = started(recipe=recipe, model=shard)()
     before = snapshot(arguments[1], arguments[2])[:2]
-    with pytest.raises(LayerRefused, match=r"2\.weight is a sharded DTensor; .*: use dinov2"):
+    with pytest.raises(LayerRefusedError, match=r"2\.weight is a sharded DTensor; .*: use dinov2"):
         RecipeSchedule(*arguments)
     assert snapshot(arguments[1], arguments[2])[:2] == before
     RecipeSchedule(*started(recipe=dinov2(), model=shard)())

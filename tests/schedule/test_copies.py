@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from semisparse import SparseSchedule, recipes, sparsify
-from semisparse.errors import NoLayerMatched
+from semisparse.errors import NoLayerMatchedError
 from semisparse.recipes import RecipeSchedule
 from tests.schedule.models import net, train
 
@@ -73,11 +73,11 @@ def test_a_copy_with_a_schedule_of_its_own_is_left_alone() -> None:
 
 def test_what_cannot_follow_is_refused() -> None:
     schedule = SparseSchedule.sparse_then_dense(net(), 2)
-    with pytest.raises(NoLayerMatched, match="has no semi-sparse layer that could follow"):
+    with pytest.raises(NoLayerMatchedError, match="has no semi-sparse layer that could follow"):
         schedule.follow(nn.Linear(16, 16))
     other = nn.ModuleDict({"a": nn.Linear(16, 16)})
     sparsify(other)
-    with pytest.raises(NoLayerMatched, match="none of the layers of this schedule"):
+    with pytest.raises(NoLayerMatchedError, match="none of the layers of this schedule"):
         schedule.follow(other)
 
 

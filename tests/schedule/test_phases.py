@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from semisparse import Phase, SparseConfig, SparseSchedule, sparsify
-from semisparse.errors import NoLayerMatched, ScheduleError
+from semisparse.errors import NoLayerMatchedError, ScheduleError
 from semisparse.testing import assert_bit_equal
 
 
@@ -244,7 +244,9 @@ def test_phases_that_do_not_fit_are_refused_and_change_no_layer(case: str) -> No
 
 
 def test_a_model_without_semi_sparse_layers_is_refused() -> None:
-    with pytest.raises(NoLayerMatched, match="model=Linear has no semi-sparse layer to schedule; call sparsify first"):
+    with pytest.raises(
+        NoLayerMatchedError, match="model=Linear has no semi-sparse layer to schedule; call sparsify first"
+    ):
         SparseSchedule(nn.Linear(8, 8), [Phase("sparse", 1)])
 
 

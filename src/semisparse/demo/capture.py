@@ -15,7 +15,7 @@ from semisparse.demo.model import Transformer
 from semisparse.demo.task import Batch, Forward
 from semisparse.errors import ConfigError
 from semisparse.gemm.engine import engine
-from semisparse.phases import Kind
+from semisparse.schedule.phases import Kind
 
 WARM_UP_STEPS = 3
 """Steps of each phase that run without a graph first, which compiles kernels and times algorithms."""

@@ -21,7 +21,7 @@ from semisparse.demo.files import write_atomically
 from semisparse.demo.model import VisionTransformer
 from semisparse.demo.tensor_file import LARGEST_HEADER, Header, kinds, read_header
 from semisparse.errors import CheckpointError
-from semisparse.swap import semi_sparse_layers
+from semisparse.surgery.layers import semi_sparse_layers
 
 SUFFIX = ".safetensors"
 

@@ -25,7 +25,7 @@ from semisparse.demo.task import ImageClassification
 from semisparse.demo.train_config import TrainConfig
 from semisparse.demo.training import Progress
 from semisparse.errors import ConfigError, OutputExists
-from semisparse.report import SwapReport
+from semisparse.surgery.report import SwapReport
 
 RESULTS_FILE = "results.json"
 PLOT_FILE = "curves.png"
@@ -70,7 +70,7 @@ def check_packages() -> None:
 
 
 def swap_report(model: ViTConfig, layers: str) -> SwapReport:
-    """Which layers of the model will be sparse, without building its weights. Raises NoLayerMatched."""
+    """Which layers of the model will be sparse, without building its weights. Raises NoLayerMatchedError."""
     with torch.device("meta"):
         return sparsify_model(VisionTransformer(model), layers)
 

@@ -9,8 +9,8 @@ from torch import nn
 
 from semisparse.demo.results import PeakMemory
 from semisparse.metrics import FLIP_RATE, KEPT_MAGNITUDE, MaskMetrics
-from semisparse.schedule import SparseSchedule
-from semisparse.swap import layers_with_masks
+from semisparse.schedule.sparse_schedule import SparseSchedule
+from semisparse.surgery.layers import layers_with_masks
 
 WARM_UP_STEPS = 10
 """Steps left out at the start of each phase: first allocations, and recompilation where a model is compiled."""

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from semisparse.phases import Kind
+from semisparse.schedule.phases import Kind
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,11 +12,11 @@ from semisparse.demo.results import RunResult
 from semisparse.demo.task import Forward, Task
 from semisparse.demo.train_config import TrainConfig, resolve_device
 from semisparse.demo.training import Progress, fit
-from semisparse.errors import ConfigError, NoLayerMatched
-from semisparse.phases import share_of
-from semisparse.report import SwapReport
-from semisparse.schedule import SparseSchedule
-from semisparse.swap import densify, sparsify
+from semisparse.errors import ConfigError, NoLayerMatchedError
+from semisparse.schedule.phases import share_of
+from semisparse.schedule.sparse_schedule import SparseSchedule
+from semisparse.surgery.report import SwapReport
+from semisparse.surgery.swap import densify, sparsify
 
 EXCLUDE = ("patch_embed", "head")
 """First and last layer stay dense, as is usual in sparse training: they are small and sensitive."""
@@ -69,11 +69,11 @@ def check_phases(sparse_fraction: float, steps: int) -> None:
 
 
 def sparsify_model(model: nn.Module, layers: str, sparse: SparseConfig | None = None) -> SwapReport:
-    """Make the layers that match layers (see sparsify's select) semi-sparse, all but EXCLUDE. Raises NoLayerMatched."""
+    """Make the layers that `layers` selects semi-sparse, except EXCLUDE. Raises NoLayerMatchedError."""
     try:
         return sparsify(model, sparse, select=layers, exclude=EXCLUDE)
-    except NoLayerMatched as error:
-        raise NoLayerMatched(f"layers={layers!r}: {error}") from error
+    except NoLayerMatchedError as error:
+        raise NoLayerMatchedError(f"layers={layers!r}: {error}") from error
 
 
 def train_run(

@@ -15,8 +15,8 @@ from semisparse.demo.task import Batch, Forward, Task
 from semisparse.demo.train_config import Precision, TrainConfig, adamw, autocast, learning_rate, resolve_device
 from semisparse.errors import ConfigError
 from semisparse.gemm.engine import engine
-from semisparse.phases import Kind
-from semisparse.schedule import SparseSchedule
+from semisparse.schedule.phases import Kind
+from semisparse.schedule.sparse_schedule import SparseSchedule
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from semisparse.config import Operand, SparseConfig
-from semisparse.errors import ConfigError, ExportError, LayerRefused, ShapeError
+from semisparse.errors import ConfigError, ExportError, LayerRefusedError, ShapeError
 from semisparse.flops import register_flop_formulas
 from semisparse.nn.copies import Origin
 from semisparse.nn.refusals import refusal
@@ -88,14 +88,14 @@ class SemiSparseBase(nn.Linear):
         """Turn linear into a semi-sparse layer in place and return it: same object, same Parameters, same hooks.
 
         Works on any device (meta too) and dtype; reads no data. A layer of a registered subclass stays an instance of
-        it. Raises LayerRefused with the reason when the layer cannot be 2:4, ConfigError when config is for the other
-        operand.
+        it. Raises LayerRefusedError with the reason when the layer cannot be 2:4, ConfigError when config is for the
+        other operand.
         """
         if not isinstance(linear, nn.Linear):
-            raise LayerRefused(f"linear is a {type(linear).__name__}; from_dense takes an nn.Linear")
+            raise LayerRefusedError(f"linear is a {type(linear).__name__}; from_dense takes an nn.Linear")
         reason = refusal(linear)
         if reason is not None:
-            raise LayerRefused(f"linear={linear} stays dense: {reason}")
+            raise LayerRefusedError(f"linear={linear} stays dense: {reason}")
         cls._checked(config)
         swapped = swapped_class(cls, type(linear))
         cls._announce()
@@ -109,14 +109,14 @@ class SemiSparseBase(nn.Linear):
         """Turn a semi-sparse layer back into the dense class it came from, in place, and return it.
 
         The weight is the dense master weight, unchanged; semisparse.densify can write the pruned weight instead.
-        Raises LayerRefused when layer is not a semi-sparse layer, has been wrapped (by FSDP, say) since, or has a
+        Raises LayerRefusedError when layer is not a semi-sparse layer, has been wrapped (by FSDP, say) since, or has a
         forward of its own that still calls the sparse one.
         """
         if not isinstance(layer, SemiSparseBase):
-            raise LayerRefused(f"layer is a {type(layer).__name__}; to_dense takes a semi-sparse layer")
+            raise LayerRefusedError(f"layer is a {type(layer).__name__}; to_dense takes a semi-sparse layer")
         reason = layer.bound_sparse()
         if reason is not None:
-            raise LayerRefused(f"layer has type {type(layer).__name__}: {reason}")
+            raise LayerRefusedError(f"layer has type {type(layer).__name__}: {reason}")
         dense_class = layer._dense_class
         for name in ("sparse_config", "sparse_enabled", "_frozen", *_TRANSIENT):
             layer.__dict__.pop(name, None)

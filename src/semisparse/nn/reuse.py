@@ -5,9 +5,9 @@ from contextlib import contextmanager
 
 from torch import nn
 
+from semisparse.arguments import check_module
 from semisparse.nn.linear import SemiSparseLinear
 from semisparse.nn.packed_weights import PackedWeight, close_block, open_block
-from semisparse.selection import check_module
 
 
 @contextmanager

@@ -31,7 +31,7 @@ class MaskedDecay:
     model: holds SemiSparseLinear layers. optimizer: must hold the weights of all of them that train; a wrapper of one
     will do. decay: the strength, 0 or more; the papers' values lie between 6e-6 and 2e-4, by model and optimizer. It is
     not multiplied by the learning rate here; the optimizer does that, as with every gradient.
-    Raises NoLayerMatched, ConfigError, LayerRefused for a sharded or meta weight; ConfigError from
+    Raises NoLayerMatchedError, ConfigError, LayerRefusedError for a sharded or meta weight; ConfigError from
     optimizer.step(closure), whose gradients do not exist yet when the hook runs.
     """
 

@@ -15,7 +15,7 @@ from semisparse.pattern import GROUP, KEPT
 from semisparse.recipes.layers import layers_by_weight
 from semisparse.reference.linear import soft_scale
 from semisparse.reference.masks import from_codes
-from semisparse.swap import layers_with_masks
+from semisparse.surgery.layers import layers_with_masks
 
 
 class Frozen:

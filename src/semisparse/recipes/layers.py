@@ -5,18 +5,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from semisparse.errors import ConfigError, LayerRefused, NoLayerMatched
+from semisparse.errors import ConfigError, LayerRefusedError, NoLayerMatchedError
 from semisparse.nn import SemiSparseLinear
-from semisparse.swap import layers_with_masks
+from semisparse.surgery.layers import layers_with_masks
 
 
 def layers_by_weight(model: nn.Module) -> dict[str, SemiSparseLinear]:
-    """The layers by name, one for each weight: two modules may share a Parameter. Raises NoLayerMatched."""
+    """The layers by name, one for each weight: two modules may share a Parameter. Raises NoLayerMatchedError."""
     found: dict[int, tuple[str, SemiSparseLinear]] = {}
     for name, layer in layers_with_masks(model).items():
         found.setdefault(id(layer.weight), (name, layer))
     if not found:
-        raise NoLayerMatched(f"model={type(model).__name__} has no SemiSparseLinear to train; call sparsify first")
+        raise NoLayerMatchedError(f"model={type(model).__name__} has no SemiSparseLinear to train; call sparsify first")
     return dict(found.values())
 
 
@@ -60,12 +60,16 @@ def check_optimizer(optimizer: torch.optim.Optimizer, layers: dict[str, SemiSpar
 
 
 def check_whole(layers: dict[str, SemiSparseLinear]) -> None:
-    """Raise LayerRefused where a weight is sharded or on no device, so that a recipe cannot look at all of it."""
+    """Raise LayerRefusedError where a weight is sharded or on no device, so that a recipe cannot look at all of it."""
     for name, layer in layers.items():
         if layer.weight.is_meta:
-            raise LayerRefused(f"{name}.weight is on the meta device; materialise the model before the recipe starts")
+            raise LayerRefusedError(
+                f"{name}.weight is on the meta device; materialise the model before the recipe starts"
+            )
         if hasattr(layer.weight, "full_tensor"):
-            raise LayerRefused(f"{name}.weight is a sharded DTensor; this recipe must see whole weights: use dinov2")
+            raise LayerRefusedError(
+                f"{name}.weight is a sharded DTensor; this recipe must see whole weights: use dinov2"
+            )
 
 
 def refuse_closure(user: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

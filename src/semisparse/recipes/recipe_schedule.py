@@ -8,16 +8,16 @@ from torch import nn
 
 from semisparse.errors import ConfigError, ScheduleError
 from semisparse.nn import SemiSparseLinear
-from semisparse.phases import Phase, checked_state, share_of
-from semisparse.ranks import Group, agree, attempt, digest
 from semisparse.recipes.auto_switch import AutoSwitch
 from semisparse.recipes.decay import MaskedDecay
 from semisparse.recipes.frozen import Frozen, FrozenMasks, FrozenScales
 from semisparse.recipes.layers import check_optimizer, check_whole, layers_by_weight, unwrapped
 from semisparse.recipes.recipe import Recipe
 from semisparse.recipes.step_adamw import StepAdamW
-from semisparse.schedule import SparseSchedule
-from semisparse.swap import layers_with_masks
+from semisparse.schedule.phases import Phase, checked_state, share_of
+from semisparse.schedule.ranks import Group, agree, attempt, digest
+from semisparse.schedule.sparse_schedule import SparseSchedule
+from semisparse.surgery.layers import layers_with_masks
 
 # Which recipe has its hooks on an optimizer: those of a second one would decay twice, without anybody noticing.
 _HOOKED: WeakKeyDictionary[torch.optim.Optimizer, str] = WeakKeyDictionary()
@@ -31,9 +31,9 @@ class RecipeSchedule(SparseSchedule):
     weights that train, or a wrapper of one; StepAdamW where recipe.dense_range is given. total_steps: optimizer steps
     of the whole run. process_group: as SparseSchedule; held masks and scales are compared, too, now and whenever masks
     are chosen anew.
-    Raises NoLayerMatched, ConfigError when layers or optimizer do not fit or another recipe still has its hooks on the
-    optimizer, ScheduleError for total_steps, LayerRefused where a recipe that looks at weights meets a sharded or meta
-    one, RankMismatch; nothing is changed then.
+    Raises NoLayerMatchedError, ConfigError when layers or optimizer do not fit or another recipe still has its hooks on
+    the optimizer, ScheduleError for total_steps, LayerRefusedError where a recipe that looks at weights meets a sharded
+    or meta one, RankMismatchError; nothing is changed then.
 
     step() also refreshes what is frozen and looks whether the dense phase should end. A step that the scaler skipped
     changes nothing. It raises ScheduleError after finish(), and where AutoSwitch has seen no optimizer step.

@@ -8,8 +8,8 @@ from torch import nn
 
 from semisparse import sparsify
 from semisparse.errors import ConfigError
-from semisparse.outside import OutsideKind, share_outside_linear
-from tests.swap.models import Network
+from semisparse.surgery.coverage import OutsideKind, share_outside_linear
+from tests.surgery.models import Network
 
 
 class Experts(nn.Module):

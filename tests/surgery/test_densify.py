@@ -5,10 +5,10 @@ import torch
 from torch import nn
 
 from semisparse import SemiSparseActivationLinear, SemiSparseLinear, SparseConfig, densify, sparsify
-from semisparse.errors import ConfigError, NoLayerMatched
+from semisparse.errors import ConfigError, NoLayerMatchedError
 from semisparse.testing import assert_bit_equal
 from tests.support import brute_mask
-from tests.swap.models import LINEAR_NAMES, Network, Snapshot
+from tests.surgery.models import LINEAR_NAMES, Network, Snapshot
 
 
 def test_dense_gives_back_the_very_model_that_was_swapped() -> None:
@@ -90,11 +90,11 @@ def test_both_kinds_in_one_model_and_a_dense_phase() -> None:
 
 def test_a_model_without_semi_sparse_layers_is_refused_also_the_second_time() -> None:
     model = Network()
-    with pytest.raises(NoLayerMatched, match="model=Network has no semi-sparse layer"):
+    with pytest.raises(NoLayerMatchedError, match="model=Network has no semi-sparse layer"):
         densify(model)
     sparsify(model)
     densify(model)
-    with pytest.raises(NoLayerMatched):
+    with pytest.raises(NoLayerMatchedError):
         densify(model)
 
 

@@ -8,10 +8,10 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from semisparse import SemiSparseLinear, sparsify, swap_linear_with_semi_sparse_linear
-from semisparse.errors import NoLayerMatched
-from semisparse.selection import clean_name, closest, linear_layers
-from semisparse.swap import semi_sparse_layers
-from tests.swap.models import LINEAR_NAMES, Network
+from semisparse.errors import NoLayerMatchedError
+from semisparse.surgery.layers import semi_sparse_layers
+from semisparse.surgery.selection import clean_name, closest, linear_layers
+from tests.surgery.models import LINEAR_NAMES, Network
 
 SELECTIONS = {
     "substring": ("mlp", [name for name in LINEAR_NAMES if "mlp" in name]),
@@ -50,7 +50,7 @@ def test_exclude_wins_over_select() -> None:
 
 def test_a_glob_covers_the_whole_name_and_is_case_sensitive() -> None:
     for selector in ("fc*", "mlp?fc1", "BLOCKS.*"):
-        with pytest.raises(NoLayerMatched):
+        with pytest.raises(NoLayerMatchedError):
             sparsify(Network(), select=selector)
 
 
@@ -63,7 +63,7 @@ def test_the_callable_sees_every_linear_with_its_name() -> None:
 
 def test_the_example_key_of_torchao_suggests_the_right_name() -> None:
     model = nn.Sequential(nn.Linear(8, 8))
-    with pytest.raises(NoLayerMatched, match=r"'seq\.0' matches no nn\.Linear of model; closest names: '0'"):
+    with pytest.raises(NoLayerMatchedError, match=r"'seq\.0' matches no nn\.Linear of model; closest names: '0'"):
         swap_linear_with_semi_sparse_linear(model, {"seq.0": SemiSparseLinear})
     assert type(model[0]) is nn.Linear
 
@@ -79,7 +79,7 @@ def test_the_closest_names_are_suggested(asked: str, first: str) -> None:
     names = [*LINEAR_NAMES, "head"]
     assert closest(asked, names)[0] == first
     assert len(closest(asked, names)) == 3
-    with pytest.raises(NoLayerMatched) as caught:
+    with pytest.raises(NoLayerMatchedError) as caught:
         swap_linear_with_semi_sparse_linear(Network(), {asked: SemiSparseLinear})
     assert f"closest names: '{first}'" in str(caught.value)
 
@@ -127,6 +127,6 @@ def test_layers_inside_wrappers_answer_to_their_full_names_too(make) -> None:
 def test_a_ddp_like_module_prefix_is_part_of_the_name_and_suggested() -> None:
     wrapper = nn.Module()
     wrapper.module = Network()
-    with pytest.raises(NoLayerMatched, match=r"closest names: 'module\.blocks\.0\.mlp\.fc1'"):
+    with pytest.raises(NoLayerMatchedError, match=r"closest names: 'module\.blocks\.0\.mlp\.fc1'"):
         swap_linear_with_semi_sparse_linear(wrapper, {"blocks.0.mlp.fc1": SemiSparseLinear})
     assert sparsify(wrapper, select="blocks.0.mlp.fc1").swapped == ("module.blocks.0.mlp.fc1",)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from semisparse import sparsify
-from semisparse.errors import NoLayerMatched
+from semisparse.errors import NoLayerMatchedError
 
 
 class Holder(nn.Module):
@@ -283,7 +283,7 @@ def test_a_method_that_was_replaced_is_read_as_it_is_now() -> None:
 
 
 def test_naming_such_a_layer_is_an_error() -> None:
-    with pytest.raises(NoLayerMatched, match=r"proj: .*Plain\.use, line \d+ reads its weight itself"):
+    with pytest.raises(NoLayerMatchedError, match=r"proj: .*Plain\.use, line \d+ reads its weight itself"):
         sparsify(Plain(), select="proj")
 
 

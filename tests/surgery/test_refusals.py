@@ -9,8 +9,8 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
 from semisparse import SemiSparseLinear, densify, sparsify, swap_linear_with_semi_sparse_linear
-from semisparse.errors import LayerRefused, NoLayerMatched
-from tests.swap.models import Snapshot
+from semisparse.errors import LayerRefusedError, NoLayerMatchedError
+from tests.surgery.models import Snapshot
 
 
 class Doubled(nn.Module):
@@ -86,10 +86,10 @@ def test_a_refused_layer_raises_by_name_and_is_skipped_with_the_reason(case: str
     make, name, reason = REFUSED[case]
     model = nn.ModuleDict({"refused": make(), "good": nn.Linear(8, 8)})
     snapshot = Snapshot(model)
-    with pytest.raises(LayerRefused, match=reason):
+    with pytest.raises(LayerRefusedError, match=reason):
         swap_linear_with_semi_sparse_linear(model, {f"refused.{name}": SemiSparseLinear, "good": SemiSparseLinear})
     snapshot.assert_unchanged()
-    with pytest.raises(NoLayerMatched, match=reason):
+    with pytest.raises(NoLayerMatchedError, match=reason):
         sparsify(model, select=f"refused.{name}")
     snapshot.assert_unchanged()
     layer = model.get_submodule(f"refused.{name}")

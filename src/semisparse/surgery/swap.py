@@ -8,25 +8,23 @@ from typing import Literal, get_args
 
 from torch import nn
 
-from semisparse.candidates import Candidates
+from semisparse.arguments import check_module
 from semisparse.config import SparseConfig
-from semisparse.errors import ConfigError, LayerRefused, NoLayerMatched
-from semisparse.masked_weights import MaskedWeights
+from semisparse.errors import ConfigError, LayerRefusedError, NoLayerMatchedError
 from semisparse.nn import SemiSparseActivationLinear, SemiSparseBase, SemiSparseLinear
-from semisparse.nn.refusals import weight_refusal
-from semisparse.outside import share_outside_linear
-from semisparse.report import SKIPPED, SWAPPED, LayerRow, SwapReport
-from semisparse.roles import embeddings_of, role_of
-from semisparse.selection import (
+from semisparse.surgery.candidates import Candidates
+from semisparse.surgery.coverage import share_outside_linear
+from semisparse.surgery.masked_weights import MaskedWeights
+from semisparse.surgery.report import SKIPPED, SWAPPED, LayerRow, SwapReport
+from semisparse.surgery.roles import embeddings_of, role_of
+from semisparse.surgery.selection import (
     FoundLayer,
     Selector,
     as_selectors,
-    check_module,
     clean_name,
     closest,
     linear_layers,
     matches,
-    plain_names,
 )
 
 Weights = Literal["dense", "masked"]
@@ -53,7 +51,7 @@ def sparsify(
     where it also calls the layer, the report says 'verify'.
     Parameters, hooks, training flag, dtype and device stay; optimizers built before stay valid. Swap before AC,
     torch.compile and FSDP wrapping.
-    Raises NoLayerMatched when a selector matches nothing or no layer would change (the message lists the reasons),
+    Raises NoLayerMatchedError when a selector matches nothing or no layer would change (the message lists the reasons),
     ConfigError for a wrong config or selector. The model is then unchanged.
     """
     config = SparseConfig() if config is None else config
@@ -64,7 +62,7 @@ def sparsify(
     selected = as_selectors(select, "select")
     excluded = as_selectors(exclude, "exclude")
     if select is not None and not selected:
-        raise NoLayerMatched("select is empty, so nothing would change; leave it out to select every nn.Linear")
+        raise NoLayerMatchedError("select is empty, so nothing would change; leave it out to select every nn.Linear")
     for selector in selected:
         if not any(matches(selector, found) for found in layers):
             raise _nothing_named(selector, layers, "select")
@@ -99,13 +97,14 @@ def swap_linear_with_semi_sparse_linear(
     """Swap the linear layers named in config: {fully qualified name: layer class or SparseConfig}.
 
     The call of torchao.sparsity.training, whose current_name (an inner recursion argument there) is accepted when
-    empty. A root nn.Linear has the name "". Unlike torchao, a name that matches nothing raises NoLayerMatched with the
-    closest names, a layer that cannot be swapped raises LayerRefused with the reason; the model is then unchanged.
+    empty. A root nn.Linear has the name "". Unlike torchao, a name that matches nothing raises NoLayerMatchedError with
+    the closest names, a layer that cannot be swapped raises LayerRefusedError with the reason; the model is then
+    unchanged.
     """
     if current_name:
         raise ConfigError(f"current_name={current_name!r}: pass the submodule itself as model instead")
     if not config:
-        raise NoLayerMatched("config is empty, so nothing would change; name at least one nn.Linear")
+        raise NoLayerMatchedError("config is empty, so nothing would change; name at least one nn.Linear")
     settings = {name: _as_config(name, value) for name, value in config.items()}
     candidates = Candidates(model)
     layers = candidates.layers
@@ -117,7 +116,7 @@ def swap_linear_with_semi_sparse_linear(
         layer = by_name[name].layer
         reason = candidates.refusal(by_name[name])
         if reason is not None:
-            raise LayerRefused(f"config names {name!r}, which must stay dense: {reason}")
+            raise LayerRefusedError(f"config names {name!r}, which must stay dense: {reason}")
         if wanted.setdefault(id(layer), setting) != setting:
             other = next(other for other in settings if by_name[other].layer is layer)
             raise ConfigError(f"config: {other!r} and {name!r} are the same layer; give both the same setting")
@@ -133,21 +132,21 @@ def densify(model: nn.Module, weights: Weights = "dense") -> SwapReport:
 
     weights: "dense" keeps the master weight (train sparse, finish dense); "masked" writes the pruned weight into the
     same Parameter, so that the dense layer computes what the sparse one did. Layers with a pruned activation keep their
-    weight either way; the report says so. Raises NoLayerMatched when there is no semi-sparse layer, LayerRefused
-    when one is wrapped or, for "masked", when its weight is sharded, computed by a hook, or read by anybody else in
-    model (a tied embedding, an excluded layer, a layer with other settings): the pruned weight would change that one.
-    Raises ConfigError for another value of weights. The model is then unchanged.
+    weight either way; the report says so. Raises NoLayerMatchedError when there is no semi-sparse layer,
+    LayerRefusedError when one is wrapped or, for "masked", when its weight is sharded, computed by a hook, or read by
+    anybody else in model (a tied embedding, an excluded layer, a layer with other settings): the pruned weight would
+    change that one. Raises ConfigError for another value of weights. The model is then unchanged.
     """
     if weights not in get_args(Weights):
         raise ConfigError(f"weights={weights!r} is not one of {', '.join(map(repr, get_args(Weights)))}")
     check_module(model)
     layers = [found for found in linear_layers(model) if isinstance(found.layer, SemiSparseBase)]
     if not layers:
-        raise NoLayerMatched(f"model={type(model).__name__} has no semi-sparse layer, so nothing would change")
+        raise NoLayerMatchedError(f"model={type(model).__name__} has no semi-sparse layer, so nothing would change")
     for found in layers:
         assert isinstance(found.layer, SemiSparseBase)
         if (reason := found.layer.bound_sparse()) is not None:
-            raise LayerRefused(f"{found.name or '(root)'} has type {type(found.layer).__name__}: {reason}")
+            raise LayerRefusedError(f"{found.name or '(root)'} has type {type(found.layer).__name__}: {reason}")
     masked = MaskedWeights(model, layers) if weights == "masked" else None
     if masked is not None:
         masked.write()
@@ -168,34 +167,9 @@ def swap_semi_sparse_linear_with_linear(model: nn.Module, current_name: str = ""
     return densify(model)
 
 
-def semi_sparse_layers(model: nn.Module) -> dict[str, SemiSparseBase]:
-    """The semi-sparse layers of model by name, each once, names without the segments that wrappers insert."""
-    return {name: module for name, module in plain_names(model).items() if isinstance(module, SemiSparseBase)}
-
-
-def layers_with_masks(model: nn.Module) -> dict[str, SemiSparseLinear]:
-    """The semi-sparse layers of model whose weight is pruned, named as in semi_sparse_layers; may be empty."""
-    return {name: layer for name, layer in semi_sparse_layers(model).items() if isinstance(layer, SemiSparseLinear)}
-
-
 def _left(why: str, refusal: str | None) -> str:
     """Why a layer that nobody asked for stays dense, and whether it could be asked for."""
     return why if refusal is None else f"{why}, and could not be swapped: {refusal}"
-
-
-def changed_since(model: nn.Module, layers: Mapping[str, nn.Module]) -> tuple[str, str] | None:
-    """The first of once swapped layers that is not what it was, as (name, what became of it); None where all are."""
-    inside = {id(module) for module in model.modules()}
-    for name, layer in layers.items():
-        if id(layer) not in inside:
-            reason = "it is no longer in the model: something (a conversion to float8 or QAT, say) replaced it"
-        elif not isinstance(layer, SemiSparseBase):
-            reason = f"it was made dense and is a {type(layer).__name__} now"
-        else:
-            reason = weight_refusal(layer) or ""
-        if reason:
-            return name or "(root)", reason
-    return None
 
 
 def _swap(
@@ -210,7 +184,7 @@ def _swap(
     chosen = {id(f.layer): f for f, text in zip(reversed(layers), reversed(reasons), strict=True) if text is None}
     if not chosen:
         listing = "; ".join(f"{found.name or '(root)'}: {text}" for found, text in zip(layers, reasons, strict=True))
-        raise NoLayerMatched(". ".join([f"no layer of model would change. {listing}", *remarks]))
+        raise NoLayerMatchedError(". ".join([f"no layer of model would change. {listing}", *remarks]))
     for found in chosen.values():
         _LAYER_CLASSES[setting(found).operand]._announce()  # a warning that is an error comes before the first change
     rows = []
@@ -239,8 +213,8 @@ def _as_config(name: str, value: object) -> SparseConfig:
     )
 
 
-def _nothing_named(selector: Selector, layers: list[FoundLayer], argument: str) -> NoLayerMatched:
+def _nothing_named(selector: Selector, layers: list[FoundLayer], argument: str) -> NoLayerMatchedError:
     names = [found.name for found in layers]
     near = closest(selector, names) if isinstance(selector, str) else names[:3]
     hint = ", ".join(repr(name) for name in near)
-    return NoLayerMatched(f"{argument}: {selector!r} matches no nn.Linear of model; closest names: {hint}")
+    return NoLayerMatchedError(f"{argument}: {selector!r} matches no nn.Linear of model; closest names: {hint}")

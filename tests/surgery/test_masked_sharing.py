@@ -8,10 +8,10 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from semisparse import SparseConfig, densify, recipes, sparsify
-from semisparse.errors import LayerRefused
+from semisparse.errors import LayerRefusedError
 from semisparse.recipes import RecipeSchedule
 from semisparse.testing import assert_bit_equal
-from tests.swap.models import Snapshot
+from tests.surgery.models import Snapshot
 
 X = torch.randn(4, 16, generator=torch.Generator().manual_seed(1))
 
@@ -72,7 +72,9 @@ SHARED = [tied_embedding, excluded_twin, view_of_the_same_memory, overlapping_bu
 def test_shared_memory_is_refused_with_the_way_out(build) -> None:
     model = build()
     snapshot = Snapshot(model)
-    with pytest.raises(LayerRefused, match=r"weights='masked' would write the pruned weight into memory that .* reads"):
+    with pytest.raises(
+        LayerRefusedError, match=r"weights='masked' would write the pruned weight into memory that .* reads"
+    ):
         densify(model, weights="masked")
     snapshot.assert_unchanged()
     densify(model)  # the other way out
@@ -129,7 +131,7 @@ def test_a_computed_weight_is_refused(how: str) -> None:
     model = pair()
     sparsify(model)
     COMPUTED[how](model[0])
-    with pytest.raises(LayerRefused, match=r"^0"):
+    with pytest.raises(LayerRefusedError, match=r"^0"):
         densify(model, weights="masked")
 
 
@@ -139,7 +141,7 @@ def test_a_forward_of_hooks_would_go_on_calling_the_sparse_one() -> None:
     inner = model[0].forward
     model[0].forward = lambda *args: inner(*args)
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(LayerRefused, match="its forward was replaced on the instance"):
+    with pytest.raises(LayerRefusedError, match="its forward was replaced on the instance"):
         densify(model)
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in before.items())
     del model[0].forward
@@ -151,7 +153,7 @@ def test_a_layer_in_a_dense_phase_does_not_prune_alike() -> None:
     model[1].weight = model[0].weight
     sparsify(model)
     model[1].sparse_enabled = False
-    with pytest.raises(LayerRefused, match="reads, too"):
+    with pytest.raises(LayerRefusedError, match="reads, too"):
         densify(model, weights="masked")
 
 
@@ -174,7 +176,7 @@ def test_weights_that_cannot_be_written_are_found_before_the_first_change(how: s
     else:
         model[1].weight = nn.Parameter(torch.randn(16).expand(16, 16), requires_grad=False)
     before = model[0].weight.detach().clone()
-    with pytest.raises(LayerRefused, match="cannot write into its weight"):
+    with pytest.raises(LayerRefusedError, match="cannot write into its weight"):
         densify(model, weights="masked")
     assert_bit_equal(model[0].weight.detach(), before)
 

@@ -5,8 +5,8 @@ Never by position: the last layer of a model is not taken for its head.
 
 from torch import nn
 
-from semisparse.selection import FoundLayer, clean_name
-from semisparse.sharing import share_memory
+from semisparse.surgery.selection import FoundLayer, clean_name
+from semisparse.surgery.sharing import share_memory
 
 ROLES = {
     "lm_head": "an output head",

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
-from semisparse.conv1d import conv1d_to_linear, linear_to_conv1d
-from semisparse.errors import ConfigError, LayerRefused, NoLayerMatched
-from tests.swap.conv1d_models import Block, Conv1D, OwnConv1D
-from tests.swap.models import Snapshot
+from semisparse.errors import ConfigError, LayerRefusedError, NoLayerMatchedError
+from semisparse.surgery.conv1d import conv1d_to_linear, linear_to_conv1d
+from tests.surgery.conv1d_models import Block, Conv1D, OwnConv1D
+from tests.surgery.models import Snapshot
 
 
 class Masked(torch.Tensor):
@@ -86,7 +86,7 @@ def test_what_cannot_be_converted_is_refused_with_the_reason_and_nothing_changes
     make, message = REFUSED[case]
     model = nn.ModuleDict({"first": Conv1D(8, 12), "bad": make()})
     snapshot = Snapshot(model)
-    with pytest.raises(LayerRefused, match=message):
+    with pytest.raises(LayerRefusedError, match=message):
         conv1d_to_linear(model)
     snapshot.assert_unchanged()
     conv1d_to_linear(model["first"])
@@ -100,7 +100,7 @@ def test_parametrised_layers_are_refused_both_ways() -> None:
         if ready:
             conv1d_to_linear(layer)
         parametrize.register_parametrization(layer, "weight", Identity())
-        with pytest.raises(LayerRefused, match="remove_parametrizations"):
+        with pytest.raises(LayerRefusedError, match="remove_parametrizations"):
             (linear_to_conv1d if ready else conv1d_to_linear)(layer)
 
 
@@ -119,7 +119,7 @@ def test_what_happened_to_a_converted_layer_can_forbid_the_way_back() -> None:
         (adapter, "the adapter Adapter around it"),
     ):
         snapshot = Snapshot(model)
-        with pytest.raises(LayerRefused, match=message):
+        with pytest.raises(LayerRefusedError, match=message):
             linear_to_conv1d(model)
         snapshot.assert_unchanged()
 
@@ -128,12 +128,12 @@ def test_a_live_graph_is_noticed_and_a_dead_one_is_none() -> None:
     model = Conv1D(8, 12)
     loss = model(torch.randn(4, 12)).sum()
     for _ in range(2):  # asking leaves no trace
-        with pytest.raises(LayerRefused, match=r"\(root\).*a graph still holds its weight.*del loss"):
+        with pytest.raises(LayerRefusedError, match=r"\(root\).*a graph still holds its weight.*del loss"):
             conv1d_to_linear(model)
     del loss
     conv1d_to_linear(model)
     loss = model(torch.randn(4, 12)).sum()
-    with pytest.raises(LayerRefused, match="DistributedDataParallel"):
+    with pytest.raises(LayerRefusedError, match="DistributedDataParallel"):
         linear_to_conv1d(model)
     loss.backward()
     assert model.weight.grad.shape == (8, 12)
@@ -151,11 +151,11 @@ def test_a_backward_that_saved_a_frozen_weight_raises_rather_than_using_the_tran
 def test_nothing_to_convert_is_an_error() -> None:
     model = nn.Sequential(nn.Linear(8, 8), OwnConv1D(8, 8), nn.Conv1d(8, 8, 1))
     snapshot = Snapshot(model)
-    with pytest.raises(NoLayerMatched, match=r"model=Sequential has no Conv1D of transformers, so.*classes="):
+    with pytest.raises(NoLayerMatchedError, match=r"model=Sequential has no Conv1D of transformers, so.*classes="):
         conv1d_to_linear(model)
-    with pytest.raises(NoLayerMatched, match="and none of classes"):
+    with pytest.raises(NoLayerMatchedError, match="and none of classes"):
         conv1d_to_linear(model, nn.Bilinear)
-    with pytest.raises(NoLayerMatched, match="no layer that conv1d_to_linear converted"):
+    with pytest.raises(NoLayerMatchedError, match="no layer that conv1d_to_linear converted"):
         linear_to_conv1d(model)
     snapshot.assert_unchanged()
 

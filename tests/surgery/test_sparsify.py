@@ -15,10 +15,10 @@ from semisparse import (
     sparsify,
     swap_linear_with_semi_sparse_linear,
 )
-from semisparse.errors import ConfigError, NoLayerMatched
+from semisparse.errors import ConfigError, NoLayerMatchedError
 from semisparse.nn import registry
 from semisparse.testing import assert_bit_equal
-from tests.swap.models import LINEAR_NAMES, Network, Snapshot
+from tests.surgery.models import LINEAR_NAMES, Network, Snapshot
 
 
 def test_every_linear_that_can_be_swapped_is() -> None:
@@ -165,7 +165,7 @@ def test_a_second_swap_reports_the_first_and_changes_nothing() -> None:
     assert type(model.blocks[0].mlp["fc1"]) is SemiSparseLinear
     assert type(model.blocks[0].mlp["fc2"]) is SemiSparseActivationLinear
     snapshot = Snapshot(model)
-    with pytest.raises(NoLayerMatched, match="already semi-sparse: densify it first"):
+    with pytest.raises(NoLayerMatchedError, match="already semi-sparse: densify it first"):
         sparsify(model)
     snapshot.assert_unchanged()
 
@@ -187,7 +187,7 @@ def test_a_subclass_is_refused_until_registered_and_restored_afterwards(monkeypa
     monkeypatch.setattr(registry, "_PLAIN_LINEARS", {nn.Linear})
     model = nn.Sequential(PlainLinear(8, 8))
     snapshot = Snapshot(model)
-    with pytest.raises(NoLayerMatched, match=r"PlainLinear is a subclass.*call semisparse\.register_linear"):
+    with pytest.raises(NoLayerMatchedError, match=r"PlainLinear is a subclass.*call semisparse\.register_linear"):
         sparsify(model)
     snapshot.assert_unchanged()
     assert register_linear(PlainLinear) is PlainLinear
@@ -217,11 +217,11 @@ BAD_CALLS = {
     "select_list": (ConfigError, "select=None", lambda model: sparsify(model, select=["mlp", None])),
     "select_class": (ConfigError, "select=<class", lambda model: sparsify(model, select=nn.Linear)),
     "exclude": (ConfigError, "exclude=1.5", lambda model: sparsify(model, exclude=[1.5])),
-    "select_nothing": (NoLayerMatched, "select is empty", lambda model: sparsify(model, select=[])),
-    "unknown": (NoLayerMatched, "'mlq'", lambda model: sparsify(model, select="mlq")),
-    "one_of_two": (NoLayerMatched, "'mlq'", lambda model: sparsify(model, select=["mlp", "mlq"])),
-    "all_excluded": (NoLayerMatched, "excluded", lambda model: sparsify(model, exclude="*")),
-    "unfit": (NoLayerMatched, "out_features=10", lambda model: sparsify(model, select="head")),
+    "select_nothing": (NoLayerMatchedError, "select is empty", lambda model: sparsify(model, select=[])),
+    "unknown": (NoLayerMatchedError, "'mlq'", lambda model: sparsify(model, select="mlq")),
+    "one_of_two": (NoLayerMatchedError, "'mlq'", lambda model: sparsify(model, select=["mlp", "mlq"])),
+    "all_excluded": (NoLayerMatchedError, "excluded", lambda model: sparsify(model, exclude="*")),
+    "unfit": (NoLayerMatchedError, "out_features=10", lambda model: sparsify(model, select="head")),
 }
 
 
@@ -236,5 +236,5 @@ def test_bad_calls_raise_a_typed_error_and_leave_the_model_as_it_was(case: str) 
 
 
 def test_a_model_without_linears_says_so() -> None:
-    with pytest.raises(NoLayerMatched, match=r"model=Conv1d contains no nn\.Linear"):
+    with pytest.raises(NoLayerMatchedError, match=r"model=Conv1d contains no nn\.Linear"):
         sparsify(nn.Conv1d(4, 4, 1))

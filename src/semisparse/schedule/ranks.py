@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from semisparse.errors import RankMismatch
+from semisparse.errors import RankMismatchError
 
 if TYPE_CHECKING:
     Group: TypeAlias = dist.ProcessGroup | Literal[False] | None
@@ -41,7 +41,7 @@ def attempt(work: Callable[[], int]) -> int | Exception:
 
 
 def agree(mine: int | Exception, group: Group = None) -> None:
-    """Raise RankMismatch on every rank of group unless all ranks bring the same digest; an exception stands for one.
+    """Raise RankMismatchError on every rank of group unless all ranks bring the same digest; an exception is also one.
 
     One reduction, taken before a local exception is raised again: a rank that fails alone does not leave the others
     waiting. Without torch.distributed, or with group=False, only a local exception is raised. Ranks that are not in
@@ -53,7 +53,7 @@ def agree(mine: int | Exception, group: Group = None) -> None:
         dist.all_reduce(both, dist.ReduceOp.MAX, group=group)
         highest, lowest = both[0].item(), -both[1].item()
         if highest != lowest and isinstance(mine, int):
-            raise RankMismatch(
+            raise RankMismatchError(
                 "the ranks do not hold the same semi-sparse layers, settings and held masks (or one of them failed: "
                 "see its error). Swap the same layers on every rank, and start a recipe that holds masks or scales "
                 "after the weights are equal: after wrapping in DistributedDataParallel, or with one seed. Where ranks "

@@ -3,18 +3,18 @@
 import torch
 from torch import Tensor, nn
 
-from semisparse.errors import LayerRefused
+from semisparse.errors import LayerRefusedError
 from semisparse.nn import SemiSparseBase, SemiSparseLinear
 from semisparse.nn.refusals import weight_refusal
-from semisparse.selection import FoundLayer
-from semisparse.sharing import Holders
+from semisparse.surgery.selection import FoundLayer
+from semisparse.surgery.sharing import Holders
 
 
 class MaskedWeights:
     """What densify(weights="masked") writes: one pruned weight for each Parameter, whoever shares it.
 
-    layers: semi-sparse layers of model. Raises LayerRefused where a weight is sharded, computed by a hook, or read by
-    anybody in model who does not prune it in just this way. Nothing is changed before write().
+    layers: semi-sparse layers of model. Raises LayerRefusedError where a weight is sharded, computed by a hook, or read
+    by anybody in model who does not prune it in just this way. Nothing is changed before write().
     """
 
     def __init__(self, model: nn.Module, layers: list[FoundLayer]) -> None:
@@ -28,7 +28,7 @@ class MaskedWeights:
             _check_weight(name, layer)
             for other_name, owner, tensor in everybody.of(layer.weight):
                 if not _prunes_alike(layer, owner, tensor):
-                    raise LayerRefused(
+                    raise LayerRefusedError(
                         f"{name}: weights='masked' would write the pruned weight into memory that {other_name} reads, "
                         "too. Give the layer its own weight first (layer.weight = "
                         "nn.Parameter(layer.weight.detach().clone())), or use weights='dense'"
@@ -67,16 +67,16 @@ def _prunes_alike(layer: SemiSparseLinear, owner: nn.Module, tensor: Tensor) -> 
 
 def _check_weight(name: str, layer: SemiSparseLinear) -> None:
     if reason := weight_refusal(layer):
-        raise LayerRefused(f"{name}: weights='masked' cannot write a pruned weight: {reason}")
+        raise LayerRefusedError(f"{name}: weights='masked' cannot write a pruned weight: {reason}")
     if layer.weight.is_inference() or any(
         size > 1 and not stride for size, stride in zip(layer.weight.shape, layer.weight.stride(), strict=True)
     ):
-        raise LayerRefused(
+        raise LayerRefusedError(
             f"{name}: weights='masked' cannot write into its weight, an inference tensor or one whose entries share "
             "memory: give the layer its own weight first (layer.weight = nn.Parameter(layer.weight.detach().clone()))"
         )
     if hasattr(layer.weight, "full_tensor"):
-        raise LayerRefused(
+        raise LayerRefusedError(
             f"{name}: weights='masked' needs the whole weight, but it is a sharded DTensor: save a "
             "full state_dict and densify the unsharded model"
         )

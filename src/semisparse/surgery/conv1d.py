@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from semisparse.errors import ConfigError, LayerRefused, NoLayerMatched
+from semisparse.arguments import check_module
+from semisparse.errors import ConfigError, LayerRefusedError, NoLayerMatchedError
 from semisparse.nn import SemiSparseBase
-from semisparse.selection import check_module
 
 _ORIGIN = "_conv1d_class"  # of a converted layer: the class it came from
 _SIZES = ("in_features", "out_features")
@@ -38,9 +38,10 @@ def conv1d_to_linear(
     transposed, and a square weight of an old checkpoint would load without an error: load before converting, and call
     linear_to_conv1d before save_pretrained or before saving for others.
 
-    Raises NoLayerMatched when there is nothing to convert; LayerRefused, with the reason, when a Conv1D cannot be
-    converted (a subclass, a parametrised, hooked, sharded or otherwise special weight, a weight tied to another kind of
-    layer, a replaced forward, a weight that a live graph or DDP holds); ConfigError for other models or classes.
+    Raises NoLayerMatchedError when there is nothing to convert; LayerRefusedError, with the reason, when a Conv1D
+    cannot be converted (a subclass, a parametrised, hooked, sharded or otherwise special weight, a weight tied to
+    another kind of layer, a replaced forward, a weight that a live graph or DDP holds); ConfigError for other models or
+    classes.
     """
     known = _as_classes(classes)
     layers = {}
@@ -50,7 +51,7 @@ def conv1d_to_linear(
             _refuse(name, layer, _no_conv1d(layer, family[0]) or _fixed_weight(layer, parent))
             layers[name] = layer
     if not layers:
-        raise NoLayerMatched(
+        raise NoLayerMatchedError(
             f"model={type(model).__name__} has no Conv1D of transformers{' and none of classes' if known else ''}, so "
             "nothing would change; pass classes= for your own layer with a weight of K x N"
         )
@@ -68,7 +69,7 @@ def linear_to_conv1d(model: nn.Module) -> tuple[str, ...]:
 
     Class, attributes and the shape of the weight (K x N, contiguous) are those from before, values the current ones bit
     for bit; Parameter objects, optimizers and state_dicts as in conv1d_to_linear.
-    Raises NoLayerMatched when model has no converted layer; LayerRefused, with the reason, when one is still
+    Raises NoLayerMatchedError when model has no converted layer; LayerRefusedError, with the reason, when one is still
     semi-sparse (call semisparse.densify first), was wrapped since, or has a weight that cannot be transposed.
     """
     layers = {}
@@ -77,7 +78,7 @@ def linear_to_conv1d(model: nn.Module) -> tuple[str, ...]:
             _refuse(name, layer, _no_linear(layer) or _fixed_weight(layer, parent))
             layers[name] = layer
     if not layers:
-        raise NoLayerMatched(
+        raise NoLayerMatchedError(
             f"model={type(model).__name__} has no layer that conv1d_to_linear converted, so nothing would change"
         )
     _turn_weights(model, layers)
@@ -110,7 +111,7 @@ def _modules_of(model: nn.Module) -> list[tuple[str, nn.Module, nn.Module | None
 
 def _refuse(name: str, layer: nn.Module, reason: str | None) -> None:
     if reason is not None:
-        raise LayerRefused(f"{name or '(root)'} ({type(layer).__name__}) cannot be converted: {reason}")
+        raise LayerRefusedError(f"{name or '(root)'} ({type(layer).__name__}) cannot be converted: {reason}")
 
 
 def _no_conv1d(layer: nn.Module, cls: type) -> str | None:
@@ -207,7 +208,7 @@ def _turn_weights(model: nn.Module, layers: dict[str, nn.Module]) -> None:
 
 
 def _check_ties(model: nn.Module, layers: dict[str, nn.Module]) -> None:
-    """Raise LayerRefused when a weight of layers is, or shares memory with, anything else but such a weight."""
+    """Raise LayerRefusedError when a weight of layers is, or shares memory with, anything else but such a weight."""
     turned = {id(layer) for layer in layers.values()}
     homes: dict[int, list[tuple[str, int, bool]]] = {}  # memory -> the tensors there: name, identity, to be turned
     for owner, module, _ in _modules_of(model):
@@ -220,7 +221,7 @@ def _check_ties(model: nn.Module, layers: dict[str, nn.Module]) -> None:
         weight, identity, _ = next((home for home in tensors if home[2]), ("", 0, False))
         other = next((name for name, tensor, known in tensors if not known or tensor != identity), None)
         if weight and other:
-            raise LayerRefused(
+            raise LayerRefusedError(
                 f"{weight} and {other} share their values, and {other} must keep its shape: untie them first (give one "
                 "a clone)"
             )

@@ -8,7 +8,7 @@ from torch import nn
 
 import semisparse
 from semisparse import SemiSparseLinear, SparseConfig, densify, sparsify, swap_linear_with_semi_sparse_linear
-from semisparse.errors import NoLayerMatched
+from semisparse.errors import NoLayerMatchedError
 
 
 class Model(nn.Module):
@@ -60,7 +60,7 @@ def test_torchaos_own_call_takes_them() -> None:
 
 
 def test_a_model_that_is_all_head_says_so() -> None:
-    with pytest.raises(NoLayerMatched, match=r"head: left dense by its name.*name it in select"):
+    with pytest.raises(NoLayerMatchedError, match=r"head: left dense by its name.*name it in select"):
         sparsify(nn.ModuleDict({"head": nn.Linear(16, 16)}))
 
 

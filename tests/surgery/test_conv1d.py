@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from semisparse import SparseConfig, densify, sparsify
-from semisparse.conv1d import conv1d_to_linear, linear_to_conv1d
-from semisparse.errors import LayerRefused, NoLayerMatched
+from semisparse.errors import LayerRefusedError, NoLayerMatchedError
+from semisparse.surgery.conv1d import conv1d_to_linear, linear_to_conv1d
 from semisparse.testing import assert_as_good_as_torch, assert_bit_equal, small_integers
-from tests.swap.conv1d_models import Block, Conv1D, OwnConv1D
-from tests.swap.models import Snapshot
+from tests.surgery.conv1d_models import Block, Conv1D, OwnConv1D
+from tests.surgery.models import Snapshot
 
 NAMES = ("c_attn", "c_proj", "mlp.c_fc", "mlp.c_proj")
 
@@ -91,10 +91,12 @@ def test_sparsify_and_densify_in_between(config: SparseConfig) -> None:
     conv1d_to_linear(model)
     assert sparsify(model, config).swapped == NAMES
     sparse = Snapshot(model)
-    with pytest.raises(LayerRefused, match=r"c_attn \(SemiSparse\w*Linear\).*semi-sparse: call semisparse.densify"):
+    with pytest.raises(
+        LayerRefusedError, match=r"c_attn \(SemiSparse\w*Linear\).*semi-sparse: call semisparse.densify"
+    ):
         linear_to_conv1d(model)
     sparse.assert_unchanged()
-    with pytest.raises(NoLayerMatched):
+    with pytest.raises(NoLayerMatchedError):
         conv1d_to_linear(model)
     densify(model)
     linear_to_conv1d(model)

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import nn
 
-from semisparse.source_walk import Reader, Uses
+from semisparse.surgery.source_walk import Reader, Uses
 
 # Methods that set a model up, save it or show it; what they read of a weight is not computing with it.
 _SETTING_UP = re.compile(

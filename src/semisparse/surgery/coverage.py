@@ -7,8 +7,8 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
-from semisparse.conv1d import is_conv1d
-from semisparse.selection import check_module
+from semisparse.arguments import check_module
+from semisparse.surgery.conv1d import is_conv1d
 
 WORTH_SAYING = 0.05
 _NAMED = 4  # kinds that a sentence names

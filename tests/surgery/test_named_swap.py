@@ -11,8 +11,8 @@ from semisparse import (
     swap_linear_with_semi_sparse_linear,
     swap_semi_sparse_linear_with_linear,
 )
-from semisparse.errors import ConfigError, LayerRefused, NoLayerMatched
-from tests.swap.models import Network, Snapshot
+from semisparse.errors import ConfigError, LayerRefusedError, NoLayerMatchedError
+from tests.surgery.models import Network, Snapshot
 
 FC1, FC2, PROJ = "blocks.0.mlp.fc1", "blocks.0.mlp.fc2", "blocks.1.attn.proj"
 
@@ -47,11 +47,11 @@ def test_the_old_examples_work_as_written() -> None:
 
 
 BAD_CALLS = {
-    "nothing": (NoLayerMatched, "config is empty", {}),
-    "unknown": (NoLayerMatched, r"config: 'blocks\.0\.mlp\.fc9'",
+    "nothing": (NoLayerMatchedError, "config is empty", {}),
+    "unknown": (NoLayerMatchedError, r"config: 'blocks\.0\.mlp\.fc9'",
                 {FC1: SemiSparseLinear, "blocks.0.mlp.fc9": SemiSparseLinear}),
-    "no_linear": (NoLayerMatched, "'norm' matches no nn.Linear", {"norm": SemiSparseLinear}),
-    "shape": (LayerRefused, "config names 'head', which must stay dense.*out_features=10",
+    "no_linear": (NoLayerMatchedError, "'norm' matches no nn.Linear", {"norm": SemiSparseLinear}),
+    "shape": (LayerRefusedError, "config names 'head', which must stay dense.*out_features=10",
               {FC1: SemiSparseLinear, "head": SemiSparseLinear}),
     "value": (ConfigError, rf"config\['{FC1}'\]='weight'", {FC1: "weight"}),
     "instance": (ConfigError, "must be SemiSparseLinear", {FC1: SemiSparseLinear(8, 8)}),
@@ -83,7 +83,7 @@ def test_a_layer_that_is_semi_sparse_already_is_refused() -> None:
     model = Network()
     swap_linear_with_semi_sparse_linear(model, {FC1: SemiSparseLinear})
     snapshot = Snapshot(model)
-    with pytest.raises(LayerRefused, match="already semi-sparse: densify it first"):
+    with pytest.raises(LayerRefusedError, match="already semi-sparse: densify it first"):
         swap_linear_with_semi_sparse_linear(model, {FC2: SemiSparseLinear, FC1: SemiSparseLinear})
     snapshot.assert_unchanged()
 
@@ -103,6 +103,6 @@ def test_a_tied_layer_that_one_of_its_homes_bypasses_is_refused_by_any_name() ->
     encoder = nn.TransformerEncoderLayer(8, 2, 16)
     model = nn.ModuleDict({"mine": encoder.linear1, "encoder": encoder, "other": nn.Linear(8, 8)})
     snapshot = Snapshot(model)
-    with pytest.raises(LayerRefused, match=r"config names 'mine', which must stay dense.*TransformerEncoderLayer"):
+    with pytest.raises(LayerRefusedError, match=r"config names 'mine', which must stay dense.*TransformerEncoderLayer"):
         swap_linear_with_semi_sparse_linear(model, {"other": SemiSparseLinear, "mine": SemiSparseLinear})
     snapshot.assert_unchanged()

@@ -8,25 +8,25 @@ from weakref import WeakSet
 from torch import nn
 
 from semisparse import calls
-from semisparse.applied import StepEvidence
-from semisparse.errors import NoLayerMatched, ScheduleError
+from semisparse.errors import NoLayerMatchedError, ScheduleError
 from semisparse.nn import SemiSparseBase, SemiSparseLinear
 from semisparse.nn.copies import copies_of
-from semisparse.ranks import Group, called_anywhere
-from semisparse.swap import changed_since, semi_sparse_layers
+from semisparse.schedule.applied_steps import StepEvidence
+from semisparse.schedule.ranks import Group, called_anywhere
+from semisparse.surgery.layers import changed_since, semi_sparse_layers
 
 # Layers that some schedule switches: none of them is a copy that nobody follows.
 _SCHEDULED: WeakSet[nn.Module] = WeakSet()
 
 
 class ScheduledLayers:
-    """The semi-sparse layers of model when the schedule began, by name. Raises NoLayerMatched when there is none."""
+    """The semi-sparse layers of model when the schedule began, by name; NoLayerMatchedError if there are none."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.by_name = semi_sparse_layers(model)
         if not self.by_name:
-            raise NoLayerMatched(
+            raise NoLayerMatchedError(
                 f"model={type(model).__name__} has no semi-sparse layer to schedule; call sparsify first"
             )
         self._reset()
@@ -69,10 +69,10 @@ class ScheduledLayers:
         return len(self._followers)
 
     def follow(self, copy: nn.Module) -> list[tuple[SemiSparseBase, SemiSparseBase]]:
-        """Let the semi-sparse layers of copy follow; returns pairs (ours, theirs). Raises NoLayerMatched."""
+        """Let the semi-sparse layers of copy follow; returns pairs (ours, theirs). Raises NoLayerMatchedError."""
         theirs = semi_sparse_layers(copy)
         if not theirs:
-            raise NoLayerMatched(
+            raise NoLayerMatchedError(
                 f"copy={type(copy).__name__} has no semi-sparse layer that could follow; copy the model after sparsify"
             )
         originals = {id(copied): layer for layer in self.by_name.values() for copied in copies_of(layer)}
@@ -84,7 +84,7 @@ class ScheduledLayers:
             if (ours := originals.get(id(layer)) or named[name]) is not None and ours is not layer
         ]
         if not pairs:
-            raise NoLayerMatched(
+            raise NoLayerMatchedError(
                 f"copy={type(copy).__name__} has none of the layers of this schedule; its own are {list(theirs)[:3]}"
             )
         for _, layer in pairs:

@@ -2,20 +2,21 @@
 
 from torch import nn
 
-from semisparse.bypass import bypass_reason, reading_of
-from semisparse.errors import NoLayerMatched
+from semisparse.arguments import check_module
+from semisparse.errors import NoLayerMatchedError
 from semisparse.gemm.problem import SPARSE_MULTIPLE
 from semisparse.nn import SemiSparseBase
 from semisparse.nn.refusals import refusal
-from semisparse.outside import share_outside_linear
-from semisparse.selection import FoundLayer, check_module, linear_layers
-from semisparse.source_walk import Uses
+from semisparse.surgery.bypass import bypass_reason, reading_of
+from semisparse.surgery.coverage import share_outside_linear
+from semisparse.surgery.selection import FoundLayer, linear_layers
+from semisparse.surgery.source_walk import Uses
 
 
 class Candidates:
     """Every nn.Linear of a model under each of its names, in the model's order, each looked at once.
 
-    Raises ConfigError when model is no module, NoLayerMatched when it has no nn.Linear.
+    Raises ConfigError when model is no module, NoLayerMatchedError when it has no nn.Linear.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -24,7 +25,7 @@ class Candidates:
         if not self.layers:
             nothing = f"model={type(model).__name__} contains no nn.Linear, so nothing would change"
             outside = str(share_outside_linear(model))
-            raise NoLayerMatched(f"{nothing}. {outside}" if outside else nothing)
+            raise NoLayerMatchedError(f"{nothing}. {outside}" if outside else nothing)
         self._refusals: dict[int, str] = {}  # by layer: a tied layer is refused when one of its homes refuses it
         self._verify: dict[int, str] = {}
         known: dict[type, Uses] = {}

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from semisparse.selection import WRAPPERS, FoundLayer
-from semisparse.source_reads import uses_of
-from semisparse.source_walk import ANY, Uses
+from semisparse.surgery.selection import WRAPPERS, FoundLayer
+from semisparse.surgery.source_reads import uses_of
+from semisparse.surgery.source_walk import ANY, Uses
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 

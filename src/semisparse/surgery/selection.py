@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from semisparse.arguments import check_module
 from semisparse.errors import ConfigError
 
 Selector = str | re.Pattern[str] | Callable[[str, nn.Module], bool]
@@ -34,12 +35,6 @@ class FoundLayer:
     def parent(self) -> nn.Module | None:
         """The module that holds the layer; None for the root."""
         return self.above[0] if self.above else None
-
-
-def check_module(model: object) -> None:
-    """Raise ConfigError unless model is a module."""
-    if not isinstance(model, nn.Module):
-        raise ConfigError(f"model is a {type(model).__name__}; pass a torch.nn.Module")
 
 
 def linear_layers(model: nn.Module) -> list[FoundLayer]:

@@ -7,12 +7,12 @@ from typing import Any, Self
 import torch
 from torch import nn
 
-from semisparse.applied import StepEvidence
 from semisparse.errors import ScheduleError
 from semisparse.nn import SemiSparseBase
-from semisparse.phases import Kind, Phase, check_count, checked_state, kind_at, share_of
-from semisparse.ranks import Group, agree, attempt, digest
-from semisparse.scheduled import ScheduledLayers
+from semisparse.schedule.applied_steps import StepEvidence
+from semisparse.schedule.phases import Kind, Phase, check_count, checked_state, kind_at, share_of
+from semisparse.schedule.ranks import Group, agree, attempt, digest
+from semisparse.schedule.scheduled_layers import ScheduledLayers
 
 
 class SparseSchedule:
@@ -27,8 +27,8 @@ class SparseSchedule:
 
     model: a model that already holds semi-sparse layers. phases: in order. total_steps: if given, the phases must add
     up to it. process_group: ranks that hold the same layers and compare them now (the data-parallel group); None for
-    all ranks, where torch.distributed is initialised; False to compare nothing. Raises NoLayerMatched when model has no
-    semi-sparse layer, ScheduleError when the phases do not fit, RankMismatch on all ranks when they differ.
+    all ranks, where torch.distributed is initialised; False to compare nothing. Raises NoLayerMatchedError when model
+    has no semi-sparse layer, ScheduleError when the phases do not fit, RankMismatchError on all ranks when they differ.
     """
 
     def __init__(
@@ -169,7 +169,7 @@ class SparseSchedule:
         """Switch the layers of copy along from now on: of an average of the weights (AveragedModel, ModelEma), say.
 
         They take over the phase at once, and masks or scales that a recipe holds. copy: made after the swap, perhaps
-        inside a wrapper. Kept weakly. Raises NoLayerMatched when it has no layer of this schedule.
+        inside a wrapper. Kept weakly. Raises NoLayerMatchedError when it has no layer of this schedule.
         """
         self._share(self._layers.follow(copy))
         self._apply()

@@ -1,0 +1,1 @@
+"""Making linear layers semi-sparse and dense again, in place."""
