@@ -14,13 +14,10 @@ from semisparse.ops import sac_save_ops
 from semisparse.schedule.phases import Phase
 from semisparse.schedule.sparse_schedule import SparseSchedule
 from semisparse.surgery.conv1d import conv1d_to_linear, linear_to_conv1d
+from semisparse.surgery.densify import densify
 from semisparse.surgery.report import SwapReport
-from semisparse.surgery.swap import (
-    densify,
-    sparsify,
-    swap_linear_with_semi_sparse_linear,
-    swap_semi_sparse_linear_with_linear,
-)
+from semisparse.surgery.swap import sparsify
+from semisparse.surgery.torchao import swap_linear_with_semi_sparse_linear, swap_semi_sparse_linear_with_linear
 
 __version__ = "0.1.0"
 

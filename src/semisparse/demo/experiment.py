@@ -23,7 +23,7 @@ from semisparse.demo.training import Progress, fit
 from semisparse.environment import environment
 from semisparse.errors import ConfigError, EngineError, OutputExists
 from semisparse.recipes import Recipe, RecipeSchedule, StepAdamW
-from semisparse.surgery.swap import densify
+from semisparse.surgery.densify import densify
 
 KIND = "accuracy"
 

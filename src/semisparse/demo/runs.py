@@ -15,8 +15,9 @@ from semisparse.demo.training import Progress, fit
 from semisparse.errors import ConfigError, NoLayerMatchedError
 from semisparse.schedule.phases import share_of
 from semisparse.schedule.sparse_schedule import SparseSchedule
+from semisparse.surgery.densify import densify
 from semisparse.surgery.report import SwapReport
-from semisparse.surgery.swap import densify, sparsify
+from semisparse.surgery.swap import sparsify
 
 EXCLUDE = ("patch_embed", "head")
 """First and last layer stay dense, as is usual in sparse training: they are small and sensitive."""

@@ -1,4 +1,4 @@
-"""What of a model 2:4 layers cannot reach, because it is no nn.Linear: matrices of other layers, by kind."""
+"""How much of a model 2:4 layers cannot cover, because it is not an nn.Linear: matrices of other layers, by kind."""
 
 import math
 from dataclasses import dataclass
@@ -10,16 +10,21 @@ from torch.nn.utils import parametrize
 from semisparse.arguments import check_module
 from semisparse.surgery.conv1d import is_conv1d
 
-WORTH_SAYING = 0.05
-_NAMED = 4  # kinds that a sentence names
+WORTH_REPORTING = 0.05
+"""Share of the parameters below which the report does not mention them."""
+_NAMED = 4  # kinds that the sentence names
 
 
 @dataclass(frozen=True, slots=True)
 class OutsideKind:
-    """Matrices outside nn.Linear that are alike: count of them, and all their parameters together.
+    """Matrices of one kind outside nn.Linear.
 
-    name: a class, for the weight of a layer; else "Parameter 'up' of Experts". shape: None where they differ.
-    hint: what to know or do about them, or "".
+    Attributes:
+        name: A class, for the weight of a layer; otherwise of the form "Parameter 'up' of Experts".
+        count: How many matrices.
+        parameters: Their entries together.
+        shape: Their common shape; None if they differ.
+        hint: What to know or do about them, or "".
     """
 
     name: str
@@ -38,11 +43,15 @@ class OutsideKind:
 
 @dataclass(frozen=True, slots=True)
 class OutsideLinear:
-    """Where the parameters of a model lie, each counted once; what is in none of the parts is vectors.
+    """Where the parameters of a model are, each counted once; vectors are in none of the parts.
 
-    total: all parameters. linear: those of nn.Linear, its subclasses and semi-sparse layers. embeddings: those of
-    nn.Embedding and nn.EmbeddingBag that no nn.Linear shares. kinds: the matrices elsewhere, largest kind first.
-    str() is one line, or "" when they are at most 5 % of the parameters.
+    str() is one line, or "" if the matrices outside nn.Linear are at most 5 % of the parameters.
+
+    Attributes:
+        total: All parameters.
+        linear: Those of nn.Linear, its subclasses and semi-sparse layers.
+        embeddings: Those of nn.Embedding and nn.EmbeddingBag that no nn.Linear shares.
+        kinds: The matrices elsewhere, largest kind first.
     """
 
     total: int
@@ -56,7 +65,7 @@ class OutsideLinear:
         return sum(kind.parameters for kind in self.kinds) / max(self.total, 1)
 
     def __str__(self) -> str:
-        if self.share <= WORTH_SAYING:
+        if self.share <= WORTH_REPORTING:
             return ""
         named = [str(kind) for kind in self.kinds[:_NAMED]]
         if more := len(self.kinds[_NAMED:]):
@@ -66,12 +75,15 @@ class OutsideLinear:
 
 
 def share_outside_linear(model: nn.Module) -> OutsideLinear:
-    """Where the parameters of model lie: in nn.Linear, in embeddings, or in matrices that sparsify cannot reach.
+    """Where the parameters of model are: in nn.Linear, in embeddings, or in matrices that sparsify cannot cover.
 
-    A Parameter that several modules share is counted once: as nn.Linear's if one of them is, else as an embedding's if
-    one of them is. Vectors (at most one size other than 1) are in the total only. Parameters of any dtype and device
-    count, sharded DTensors as the whole, lazy ones not before their first forward. Reads no data.
-    Raises ConfigError when model is no nn.Module.
+    A Parameter that several modules share is counted once: as nn.Linear's if one of them is an nn.Linear, otherwise as
+    an embedding's if one of them is an embedding. Vectors (at most one size other than 1) are in the total only.
+    Parameters of any dtype and device count, sharded DTensors with their full size, lazy ones after their first
+    forward. Reads no data.
+
+    Raises:
+        ConfigError: model is not a module.
     """
     check_module(model)
     modules = dict(model.named_modules())

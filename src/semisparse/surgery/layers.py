@@ -10,7 +10,7 @@ from semisparse.surgery.selection import plain_names
 
 
 def semi_sparse_layers(model: nn.Module) -> dict[str, SemiSparseBase]:
-    """The semi-sparse layers of model by name, each once, names without the segments that wrappers insert."""
+    """The semi-sparse layers of model by name, each once; names without the segments that wrappers insert."""
     return {name: module for name, module in plain_names(model).items() if isinstance(module, SemiSparseBase)}
 
 
@@ -20,7 +20,12 @@ def layers_with_masks(model: nn.Module) -> dict[str, SemiSparseLinear]:
 
 
 def changed_since(model: nn.Module, layers: Mapping[str, nn.Module]) -> tuple[str, str] | None:
-    """The first of once swapped layers that is not what it was, as (name, what became of it); None where all are."""
+    """The first layer that is no longer what sparsify made it, as (name, what happened to it); None if all still are.
+
+    Args:
+        model: The model.
+        layers: Semi-sparse layers that it had, by name.
+    """
     inside = {id(module) for module in model.modules()}
     for name, layer in layers.items():
         if id(layer) not in inside:

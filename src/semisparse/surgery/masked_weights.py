@@ -1,4 +1,4 @@
-"""Writing pruned weights into the Parameters themselves, where nobody but the pruned layers reads them."""
+"""Writing pruned weights into the Parameters themselves, if only the pruned layers use them."""
 
 import torch
 from torch import Tensor, nn
@@ -11,22 +11,29 @@ from semisparse.surgery.sharing import Holders
 
 
 class MaskedWeights:
-    """What densify(weights="masked") writes: one pruned weight for each Parameter, whoever shares it.
+    """What densify(weights="masked") writes: one pruned weight per Parameter, also if layers share it.
 
-    layers: semi-sparse layers of model. Raises LayerRefusedError where a weight is sharded, computed by a hook, or read
-    by anybody in model who does not prune it in just this way. Nothing is changed before write().
+    Nothing is changed before write().
+
+    Args:
+        model: The model.
+        layers: Its semi-sparse layers.
+
+    Raises:
+        LayerRefusedError: A weight is sharded, computed by a hook, or also used in model by something that does not
+            prune it in the same way.
     """
 
     def __init__(self, model: nn.Module, layers: list[FoundLayer]) -> None:
         pruned = {id(f.layer): f for f in layers if isinstance(f.layer, SemiSparseLinear)}
-        everybody = Holders(model)
+        all_holders = Holders(model)
         self._values: dict[int, tuple[Tensor, Tensor]] = {}
         for found in pruned.values():
             layer = found.layer
             assert isinstance(layer, SemiSparseLinear)
             name = found.name or "(root)"
             _check_weight(name, layer)
-            for other_name, owner, tensor in everybody.of(layer.weight):
+            for other_name, owner, tensor in all_holders.of(layer.weight):
                 if not _prunes_alike(layer, owner, tensor):
                     raise LayerRefusedError(
                         f"{name}: weights='masked' would write the pruned weight into memory that {other_name} reads, "
@@ -38,7 +45,7 @@ class MaskedWeights:
 
     @torch.no_grad()
     def write(self) -> None:
-        """Write them."""
+        """Write the pruned weights."""
         for weight, value in self._values.values():
             weight.copy_(value)
 

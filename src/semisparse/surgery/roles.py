@@ -1,9 +1,9 @@
-"""Layers that stay dense unless somebody asks for them: output heads, patch embeddings and adapters, by role and name.
+"""Layers that stay dense unless they are selected: output heads, patch embeddings and adapters, by role and name.
 
-Never by position: the last layer of a model is not taken for its head.
+Position plays no part: the last layer of a model need not be its head.
 """
 
-from torch import nn
+from torch import Tensor, nn
 
 from semisparse.surgery.selection import FoundLayer, clean_name
 from semisparse.surgery.sharing import share_memory
@@ -16,18 +16,18 @@ ROLES = {
     "lora_A": "an adapter of LoRA",
     "lora_B": "an adapter of LoRA",
 }
-"""Segment of a layer's name -> the role that it says."""
+"""Segment of a layer's name -> the role that it implies."""
 
 
-def embeddings_of(model: nn.Module) -> list[nn.Embedding | nn.EmbeddingBag]:
-    """The embedding tables of model."""
-    return [module for module in model.modules() if isinstance(module, (nn.Embedding, nn.EmbeddingBag))]
+def roles_of(model: nn.Module, layers: list[FoundLayer]) -> dict[int, str]:
+    """Why layers of model stay dense by default, by the identity of the layer; a tied layer by any of its names."""
+    tables = [module.weight for module in model.modules() if isinstance(module, (nn.Embedding, nn.EmbeddingBag))]
+    return {id(found.layer): text for found in layers if (text := _role_of(found, tables)) is not None}
 
 
-def role_of(found: FoundLayer, embeddings: list[nn.Embedding | nn.EmbeddingBag]) -> str | None:
-    """Why this layer is left dense by default, or None."""
+def _role_of(found: FoundLayer, tables: list[Tensor]) -> str | None:
     weight = found.layer._parameters.get("weight")
-    if weight is not None and any(share_memory(weight, table.weight) for table in embeddings):
+    if weight is not None and any(share_memory(weight, table) for table in tables):
         return "left dense by its role: its weight is tied to an embedding; name it in select to swap it"
     for segment in clean_name(found.name).split("."):
         if segment in ROLES:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from semisparse.arguments import check_module
-from semisparse.errors import ConfigError
+from semisparse.errors import ConfigError, NoLayerMatchedError
 
 Selector = str | re.Pattern[str] | Callable[[str, nn.Module], bool]
 
@@ -25,7 +25,13 @@ _MODULE_HOLDERS = frozenset({
 
 @dataclass(frozen=True, slots=True)
 class FoundLayer:
-    """A linear layer of a model: its name, the module, and the modules above it, the one that holds it first."""
+    """A linear layer of a model.
+
+    Attributes:
+        name: As named_modules() gives it; "" for the root.
+        layer: The module.
+        above: The modules above it, its parent first.
+    """
 
     name: str
     layer: nn.Linear
@@ -55,9 +61,12 @@ def clean_name(name: str) -> str:
 
 
 def plain_names(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules of model, each once, by names in which no wrapper shows: neither torch's own segments nor "module".
+    """The modules of model, each once, by names without wrappers: neither torch's own segments nor "module".
 
     So a model has the same names bare, compiled, under DistributedDataParallel and in an averaged copy.
+
+    Raises:
+        ConfigError: model is not a module.
     """
     check_module(model)
     modules = dict(model.named_modules())
@@ -76,7 +85,11 @@ def _holds_module(wrapper: nn.Module) -> bool:
 
 
 def as_selectors(value: Selector | Iterable[Selector] | None, argument: str) -> tuple[Selector, ...]:
-    """A single selector or several as a tuple; raises ConfigError, naming argument, for anything else."""
+    """A single selector or several as a tuple.
+
+    Raises:
+        ConfigError: value is anything else; the message names argument.
+    """
     if value is None:
         return ()
     selectors = (value,) if isinstance(value, str) or not isinstance(value, Iterable) else tuple(value)
@@ -90,13 +103,13 @@ def as_selectors(value: Selector | Iterable[Selector] | None, argument: str) -> 
 
 
 def matches(selector: Selector, found: FoundLayer) -> bool:
-    """Whether selector picks the layer. A string with *, ? or [ is a glob over the whole name, else a substring."""
+    """Whether selector selects the layer. A string is a glob over the whole name if is_glob, otherwise a substring."""
     for name in {found.name, clean_name(found.name)}:
         if isinstance(selector, re.Pattern):
             hit = selector.search(name) is not None
         elif not isinstance(selector, str):
             hit = bool(selector(name, found.layer))
-        elif any(mark in selector for mark in "*?["):
+        elif is_glob(selector):
             hit = fnmatch.fnmatchcase(name, selector)
         else:
             hit = selector in name
@@ -105,8 +118,21 @@ def matches(selector: Selector, found: FoundLayer) -> bool:
     return False
 
 
+def is_glob(text: str) -> bool:
+    """Whether a string is a glob over whole names: one with *, ? or [."""
+    return any(mark in text for mark in "*?[")
+
+
+def nothing_matched(selector: Selector, layers: list[FoundLayer], argument: str) -> NoLayerMatchedError:
+    """The error for a selector that matches none of layers, with the closest names; argument: where it was given."""
+    names = [found.name for found in layers]
+    near = closest(selector, names) if isinstance(selector, str) else names[:3]
+    hint = ", ".join(repr(name) for name in near)
+    return NoLayerMatchedError(f"{argument}: {selector!r} matches no nn.Linear of model; closest names: {hint}")
+
+
 def closest(name: str, names: Iterable[str], count: int = 3) -> list[str]:
-    """The names most like name: those that end it or that it ends first, then by similarity."""
+    """The names most similar to name; first those of which one is a suffix of the other."""
 
     def likeness(candidate: str) -> tuple[bool, float]:
         suffix = name.endswith(f".{candidate}") or candidate.endswith(f".{name}")

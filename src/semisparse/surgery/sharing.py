@@ -1,4 +1,4 @@
-"""Who else reads the memory of a parameter: ties, views and flat buffers."""
+"""Which parameters and buffers share memory: ties, views and flat buffers."""
 
 from collections.abc import Iterator
 
@@ -19,7 +19,7 @@ def holders(model: nn.Module) -> Iterator[Holder]:
 
 
 class Holders:
-    """All parameters and buffers of a model, found by the memory that they lie in. Each is looked at once."""
+    """All parameters and buffers of a model, indexed by the memory that they occupy."""
 
     def __init__(self, model: nn.Module) -> None:
         self._same: dict[int, list[Holder]] = {}
@@ -40,7 +40,7 @@ class Holders:
             self._heap[id(holder[2])] = heap
 
     def of(self, tensor: Tensor) -> list[Holder]:
-        """Those that hold tensor, one of the model's own, or something that shares memory with it."""
+        """The holders of tensor, which must be one of the model's own, and of everything that shares memory with it."""
         near = self._heap.get(id(tensor), self._same.get(id(tensor), []))
         return [holder for holder in near if share_memory(holder[2], tensor)]
 

@@ -1,9 +1,9 @@
-"""Reading a module's source for places that use a child's weight themselves instead of calling the child.
+"""Searching the source of a module's class for places that use a child's weight instead of calling the child.
 
-A swapped child that is never called multiplies dense, without a word. What a class does with `self.<child>` is in its
-source: its own methods and those of its bases, as Python would resolve them, constructors and initialisers left out.
-Aliases across methods, lists and helper functions cannot be seen this way; a schedule's first step and semisparse.check
-look at those.
+A swapped child that is never called would multiply dense without notice. What a class does with `self.<child>` is in
+its source: its own methods and those of its bases, in Python's order of resolution, except constructors and
+initialisers. Aliases across methods, lists and helper functions cannot be seen this way; a schedule's first step and
+semisparse.check detect those.
 """
 
 import ast
@@ -16,18 +16,20 @@ from typing import Any
 
 from torch import nn
 
-from semisparse.surgery.source_walk import Reader, Uses
+from semisparse.surgery.source.walk import Reader, Uses
 
-# Methods that set a model up, save it or show it; what they read of a weight is not computing with it.
+# Methods that construct a model, save it or show it: they read weights without computing with them.
 _SETTING_UP = re.compile(
     r"^_*(init|initiali[sz]e|reset|tie|untie|load|save|setup|extra_repr|repr|str|new|setstate|getstate|post_init)(_|$)"
 )
 
 
 def uses_of(module: nn.Module, known: dict[type, Uses]) -> Uses:
-    """The uses of the module's class, and of a forward that was set on the instance.
+    """What the module's class does with the modules below it, and a forward that was set on the instance.
 
-    known: what was found of each class in this call of the library; not longer, since methods can be replaced.
+    Args:
+        module: The module.
+        known: What was found for each class in this call of the library. Not kept longer: methods can be replaced.
     """
     cls, own = type(module), vars(module).get("forward")
     if cls not in known:
@@ -46,9 +48,9 @@ _ASKS_BASE = re.compile(r"super\(|\.\w+\(self\b")  # super().forward(x), or Base
 
 
 def _methods(cls: type) -> Iterator[tuple[Callable[..., Any], bool]]:
-    """The functions that Python would run for this class, and whether each only sets up, saves or shows.
+    """The functions that Python would run for this class, and whether each only constructs, saves or shows.
 
-    The first of each name along the bases, and those that it reaches by super() or through a base's name.
+    The first of each name in the order of resolution, and those that it reaches by super() or by a base's name.
     """
     going_on: dict[str, bool] = {}
     for base in cls.__mro__:
@@ -98,7 +100,7 @@ def _source(function: Callable[..., Any]) -> str | None:
 
 
 def _look(function: Callable[..., Any], uses: Uses, sets_up: bool = False) -> None:
-    """Note what function does. One that only sets up reads weights harmlessly, but may keep a module in a list."""
+    """Add what function does. A constructor reads weights harmlessly, but may keep a module in a list."""
     text = _source(function)
     if text is None:
         return
@@ -108,7 +110,7 @@ def _look(function: Callable[..., Any], uses: Uses, sets_up: bool = False) -> No
         return
     line = function.__code__.co_firstlineno
     found = Uses()
-    # What a decorator's wrapper calls is a name of its closure, and is read itself (_functions).
+    # A decorator's wrapper calls a function of its closure, which is read by itself (see _functions).
     inner = frozenset(function.__code__.co_freevars)
     Reader(found, f"{function.__module__}.{function.__qualname__}", line, sets_up, inner).read(tree)
     uses.calls |= found.calls

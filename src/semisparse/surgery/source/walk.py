@@ -1,45 +1,51 @@
-"""One walk over one method's source: which weights below self it reads, and which modules it calls or hands on."""
+"""One walk over the source of one method: which weights below self it reads, which modules it calls or hands on."""
 
 import ast
 from dataclasses import dataclass, field
 
-Path = tuple[str, ...]
+from semisparse.surgery.source.harmless import ASKING, is_harmless
 
-_FACTS = frozenset({
-    "dtype", "device", "shape", "size", "dim", "ndim", "numel", "nelement", "stride", "is_cuda", "is_meta", "is_cpu",
-    "requires_grad", "requires_grad_", "element_size", "itemsize", "nbytes", "layout", "data_ptr", "grad", "is_leaf",
-    "is_floating_point", "is_contiguous", "register_hook", "__class__",
-})  # fmt: skip
-_ASKING = frozenset({"isinstance", "hasattr", "getattr", "id", "type", "len"})
-_LIKE = frozenset({
-    "type_as", "to", "view_as", "expand_as", "reshape_as", "zeros_like", "ones_like", "empty_like", "full_like",
-    "rand_like", "randn_like",
-})  # fmt: skip
-# What hands out modules without naming them one by one.
+Path = tuple[str, ...]
+"""Attribute names and constant indices that lead from self to a module."""
+
+# Attributes and methods that give modules without naming them one by one.
 _SEVERAL = frozenset({
     "children", "named_children", "modules", "named_modules", "values", "items", "_modules", "get_submodule",
 })  # fmt: skip
 ANY: Path = ("*",)
-"""Stands among the calls of a class that may call any module below it."""
+"""Entry among the calls of a class that may call any module below it."""
 
 
 @dataclass(slots=True)
 class Uses:
-    """What one class does with the modules below it. reads: path -> place; calls: paths called or handed on, or ANY."""
+    """What one class does with the modules below it.
+
+    Attributes:
+        reads: Path of a module whose weight is read -> the place in the source.
+        calls: Paths of modules that are called or handed on; ANY if any module may be.
+    """
 
     reads: dict[Path, str] = field(default_factory=dict)
     calls: set[Path] = field(default_factory=set)
 
 
 class Reader:
-    """One walk over one method. inner: names of its closure, whose functions are read by themselves."""
+    """One walk over one method.
+
+    Args:
+        uses: What is found is added here.
+        name: Of the method, for places.
+        first_line: Of the method in its file.
+        sets_up: Whether it only constructs, initialises, saves or shows the module; see class_uses.py.
+        inner: Names of its closure, whose functions are read by themselves.
+    """
 
     def __init__(self, uses: Uses, name: str, first_line: int, sets_up: bool, inner: frozenset[str]) -> None:
         self._uses, self._name, self._first_line, self._sets_up, self._inner = uses, name, first_line, sets_up, inner
-        self._names: dict[str, set[Path]] = {}  # what a name stands for; several in branches
+        self._names: dict[str, set[Path]] = {}  # what a local name stands for; several after branches
 
     def read(self, tree: ast.Module) -> None:
-        """Note what the function in tree reads and calls."""
+        """Add what the function in tree reads and calls."""
         parents = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
         first = next((node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.Lambda,
                                                                             ast.AsyncFunctionDef))), None)  # fmt: skip
@@ -68,7 +74,7 @@ class Reader:
     def _note(self, node: ast.AST, parents: dict[ast.AST, ast.AST]) -> None:
         weight_of = self._weight_of(node)
         if weight_of:
-            if not _harmless(node, parents):
+            if not is_harmless(node, parents):
                 line = self._first_line + node.lineno - 1  # type: ignore[attr-defined]
                 self._uses.reads.setdefault(weight_of, f"{self._name}, line {line}")
             return
@@ -90,7 +96,7 @@ class Reader:
             self._uses.calls.add(path)
 
     def _note_name(self, node: ast.Name, parents: dict[ast.AST, ast.AST]) -> None:
-        """Where a name that stands for one of several modules is called or handed on, or self itself is."""
+        """Note a call of a name that stands for one of several modules, or that self itself is handed on."""
         parent, meant = parents.get(node), self._names.get(node.id, set())
         if not isinstance(parent, ast.Call) or self._sets_up:
             return
@@ -102,11 +108,11 @@ class Reader:
     def _asks_or_delegates(self, function: ast.expr) -> bool:
         """Whether a call with self only asks about it, or runs a method whose source is read anyway."""
         if isinstance(function, ast.Name):
-            return function.id in _ASKING or function.id == "super" or function.id in self._inner
+            return function.id in ASKING or function.id == "super" or function.id in self._inner
         return isinstance(function, ast.Attribute) and ast.unparse(function.value).rpartition(".")[2][:1].isupper()
 
     def _note_several(self, node: ast.Attribute | ast.Subscript | ast.Call) -> None:
-        """Where modules are taken without being named: a varying index, a slice, children(), getattr(self, name)."""
+        """Note modules that are taken without a name: a variable index, a slice, children(), getattr(self, name)."""
         varies = isinstance(node, ast.Subscript) and not isinstance(node.slice, ast.Constant)
         if varies or (isinstance(node, ast.Attribute) and node.attr in _SEVERAL):
             path = self._path(node.value)  # type: ignore[union-attr]
@@ -136,7 +142,7 @@ class Reader:
         if not isinstance(getattr(node, "ctx", ast.Load()), ast.Load) or isinstance(node, ast.Name):
             return isinstance(node, ast.Name) and isinstance(parent, (ast.Call, ast.For, ast.List, ast.Tuple))
         if isinstance(parent, ast.Call):
-            return not (isinstance(parent.func, ast.Name) and parent.func.id in _ASKING)
+            return not (isinstance(parent.func, ast.Name) and parent.func.id in ASKING)
         if isinstance(parent, ast.If):
             return parent.test is not node
         return not isinstance(parent, (ast.Attribute, ast.Subscript, ast.Compare, ast.Assign, ast.Expr, ast.UnaryOp))
@@ -173,33 +179,3 @@ def _is_getattr(node: ast.AST) -> bool:
         and len(node.args) >= 2
         and isinstance(node.args[1], ast.Constant)
     )
-
-
-def _harmless(node: ast.AST, parents: dict[ast.AST, ast.AST]) -> bool:
-    """Whether a read of a weight only asks what it is (dtype, device, shape, identity), sets it up or ties it."""
-    parent = parents.get(node)
-    while isinstance(parent, ast.Attribute) and parent.attr in ("data", "T", "mT"):
-        node, parent = parent, parents.get(parent)
-    if isinstance(parent, ast.Attribute):
-        return parent.attr in _FACTS or parent.attr.endswith("_")  # in-place methods write, they do not compute
-    if isinstance(parent, ast.Compare):
-        return all(isinstance(operator, (ast.Is, ast.IsNot)) for operator in parent.ops)
-    if isinstance(parent, ast.Call):
-        called = parent.func
-        if isinstance(called, ast.Name):
-            return called.id in _ASKING
-        is_init = isinstance(called, ast.Attribute) and "init" in ast.unparse(called.value).split(".")
-        return is_init or (isinstance(called, ast.Attribute) and called.attr in _LIKE and node in parent.args)
-    if isinstance(parent, ast.Assign):
-        if len(parent.targets) == 1 and isinstance(parent.targets[0], ast.Name):
-            return _name_is_harmless(parent, parent.targets[0].id, parents)
-        return all(isinstance(target, ast.Attribute) and target.attr == "weight" for target in parent.targets)
-    return False
-
-
-def _name_is_harmless(assigned: ast.Assign, name: str, parents: dict[ast.AST, ast.AST]) -> bool:
-    """Whether every use of a name that stands for a weight is harmless."""
-    uses = [
-        node for node in parents if isinstance(node, ast.Name) and node.id == name and node is not assigned.targets[0]
-    ]
-    return all(isinstance(node.ctx, ast.Load) and _harmless(node, parents) for node in uses)

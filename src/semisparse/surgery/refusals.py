@@ -1,0 +1,102 @@
+"""May this layer of this model be swapped? The one place that answers, with the reason if not.
+
+What speaks against a layer by itself is in nn/refusals.py, because the layers' from_dense asks it, too. Here comes what
+speaks against it where it stands in a model: its weight is read by a module that does not call the layer, so that a
+swap would silently do nothing. There are two ways to know: the source of the modules above it (source_reads.py), and a
+list of classes that have no readable source or that decide by a flag. They are recognised by name, because their
+packages need not be installed. Sources of the list: torch.nn.TransformerEncoderLayer's fast path,
+torch.nn.MultiheadAttention, xFormers' SwiGLU, and timm's attention blocks that call F.linear on qkv.weight.
+"""
+
+from torch import nn
+
+from semisparse.arguments import check_module
+from semisparse.errors import NoLayerMatchedError
+from semisparse.gemm.problem import SPARSE_MULTIPLE
+from semisparse.nn import SemiSparseBase
+from semisparse.nn.refusals import refusal
+from semisparse.surgery.coverage import share_outside_linear
+from semisparse.surgery.selection import FoundLayer, linear_layers
+from semisparse.surgery.source import Uses, reading_of
+
+
+class Candidates:
+    """Every nn.Linear of a model under each of its names, in the model's order, each examined once.
+
+    Args:
+        model: The module to examine.
+
+    Attributes:
+        model: The same.
+        layers: Its linear layers, tied ones once per name.
+
+    Raises:
+        ConfigError: model is not a module.
+        NoLayerMatchedError: It has no nn.Linear.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        check_module(model)
+        self.model = model
+        self.layers: list[FoundLayer] = linear_layers(model)
+        if not self.layers:
+            nothing = f"model={type(model).__name__} contains no nn.Linear, so nothing would change"
+            outside = str(share_outside_linear(model))
+            raise NoLayerMatchedError(f"{nothing}. {outside}" if outside else nothing)
+        self._refusals: dict[int, str] = {}  # by layer: a tied layer is refused under all names if under one
+        self._verify: dict[int, str] = {}
+        known: dict[type, Uses] = {}
+        for found in self.layers:
+            self._examine(found, known)
+
+    def refusal(self, found: FoundLayer) -> str | None:
+        """Why the layer cannot be swapped, or None."""
+        return self._refusals.get(id(found.layer))
+
+    def note(self, found: FoundLayer) -> str:
+        """What to know about a layer that is swapped all the same; mostly nothing."""
+        layer, notes = found.layer, []
+        if id(layer) in self._verify:
+            notes.append(self._verify[id(layer)])
+        if layer.in_features % SPARSE_MULTIPLE or layer.out_features % SPARSE_MULTIPLE:
+            notes.append(f"always masked dense: sparse products need N and K in multiples of {SPARSE_MULTIPLE}")
+        return "; ".join(notes)
+
+    def _examine(self, found: FoundLayer, known: dict[type, Uses]) -> None:
+        reason = _refusal(found)
+        if reason is None:
+            reading = reading_of(found, known)
+            if reading is not None and reading.called:
+                self._verify[id(found.layer)] = (
+                    f"verify: {reading.place} also reads its weight itself; semisparse.check shows what runs"
+                )
+            elif reading is not None:
+                reason = f"{reading.place} reads its weight itself and never calls the layer"
+        if reason is not None:
+            self._refusals.setdefault(id(found.layer), reason)
+
+
+def _refusal(found: FoundLayer) -> str | None:
+    if isinstance(found.layer, SemiSparseBase):
+        return "already semi-sparse: densify it first"
+    return _bypassed(found.parent, found.name.rpartition(".")[2]) or refusal(found.layer)
+
+
+def _bypassed(parent: nn.Module | None, child: str) -> str | None:
+    """Why the layer held as parent.child is never called, by the class of parent; None for a class not listed."""
+    if parent is None:
+        return None
+    if isinstance(parent, nn.MultiheadAttention):
+        return "nn.MultiheadAttention reads out_proj.weight and never calls the layer"
+    if isinstance(parent, nn.TransformerEncoderLayer):
+        return (
+            "nn.TransformerEncoderLayer's fast path in eval reads its weights and never calls the layer: use a block "
+            "that calls its linears"
+        )
+    ancestry = {(cls.__module__.partition(".")[0], cls.__name__) for cls in type(parent).__mro__}
+    if ("xformers", "SwiGLU") in ancestry:
+        return "xFormers' SwiGLU reads its weights and never calls the layer: set XFORMERS_DISABLED=1"
+    in_timm = any(package == "timm" for package, _ in ancestry)
+    if in_timm and child == "qkv" and getattr(parent, "q_bias", None) is not None:
+        return f"timm's {type(parent).__name__} with separate q and v biases reads qkv.weight and never calls the layer"
+    return None
