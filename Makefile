@@ -16,15 +16,15 @@ help:
 	@echo "make test-gpu  run the GPU tests with $(PYTHON) and write tests/gpu_record.json"
 	@echo "make bench     run the benchmarks with $(PYTHON) and write benchmarks/results"
 
-$(READY): pyproject.toml constraints.txt constraints-triton.txt
+$(READY): pyproject.toml lab/pyproject.toml constraints.txt constraints-triton.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]' -e ./lab
 	$(BIN)/python -c 'import triton' 2>/dev/null || \
 		$(BIN)/python -m pip install --quiet --disable-pip-version-check -r constraints-triton.txt
 	touch $(READY)
 
 demo: $(READY)
-	$(BIN)/semisparse train --out $(OUT) --force
+	$(BIN)/semisparse-lab train --out $(OUT) --force
 
 test: $(READY)
 	$(BIN)/python -m pytest -q -n auto
@@ -36,10 +36,10 @@ check: $(READY)
 	$(BIN)/python -m pytest -q tests/arch/test_layers.py
 
 test-gpu:
-	PYTHONPATH=src SEMISPARSE_REQUIRE_GPU=1 $(PYTHON) tests/record_gpu.py
+	PYTHONPATH=src:lab/src SEMISPARSE_REQUIRE_GPU=1 $(PYTHON) tests/record_gpu.py
 
 bench:
-	PYTHONPATH=src:. $(PYTHON) benchmarks/benchmark_semi_structured_training.py --linear --save $(BENCH_ARGS)
-	PYTHONPATH=src:. $(PYTHON) benchmarks/benchmark_semi_structured_training.py --pack --save $(BENCH_ARGS)
-	PYTHONPATH=src:. $(PYTHON) benchmarks/benchmark_semi_structured_training.py --metrics --save $(BENCH_ARGS)
-	PYTHONPATH=src:. $(PYTHON) benchmarks/benchmark_semi_structured_training.py --save $(BENCH_ARGS)
+	PYTHONPATH=src:lab/src:. $(PYTHON) benchmarks/benchmark_semi_structured_training.py --linear --save $(BENCH_ARGS)
+	PYTHONPATH=src:lab/src:. $(PYTHON) benchmarks/benchmark_semi_structured_training.py --pack --save $(BENCH_ARGS)
+	PYTHONPATH=src:lab/src:. $(PYTHON) benchmarks/benchmark_semi_structured_training.py --metrics --save $(BENCH_ARGS)
+	PYTHONPATH=src:lab/src:. $(PYTHON) benchmarks/benchmark_semi_structured_training.py --save $(BENCH_ARGS)

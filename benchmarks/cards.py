@@ -10,8 +10,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from semisparse.demo import cards as experiments
-from semisparse.demo.curves import curves
+from semisparse_lab.report import cards as experiments
+from semisparse_lab.report.curves import curves
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, CARDS = ROOT / "benchmarks" / "results", ROOT / "benchmarks" / "cards"

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from semisparse.demo.report import commit
 from semisparse.environment import environment
+from semisparse_lab.provenance import commit
 
 RESULTS = Path(__file__).parent / "results"
 

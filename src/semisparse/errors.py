@@ -40,20 +40,8 @@ class RankMismatchError(SemiSparseError, RuntimeError):
     """The ranks of a data-parallel group hold different layers, settings or held masks."""
 
 
-class DataError(SemiSparseError, ValueError):
-    """A data file or data folder is missing, damaged or of another kind."""
-
-
-class CheckpointError(SemiSparseError, RuntimeError):
-    """A checkpoint is missing, damaged or belongs to another model."""
-
-
 class EngineError(SemiSparseError, RuntimeError):
     """The sparse GEMM engine cannot be used here, refused a product, or was asked to tune where it must not."""
-
-
-class OutputExists(SemiSparseError, RuntimeError):
-    """An output folder already holds results and overwriting was not asked for."""
 
 
 class TokenMixingWarning(UserWarning):

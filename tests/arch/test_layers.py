@@ -14,7 +14,7 @@ LEVELS = {
     4: {"nn", "surgery"},
     # "" is the package itself, which collects the public names of the levels up to 5.
     5: {"schedule", "recipes", "metrics", "_check", "unchanged", "environment", ""},
-    6: {"demo", "cli"},
+    6: {"cli"},
 }
 LEVEL_OF = {name: level for level, names in LEVELS.items() for name in names}
 # Who never sees whom although the levels would allow it: the judge and the judged, engines and kernels.

@@ -34,14 +34,11 @@ PUBLIC = {
     "swap_semi_sparse_linear_with_linear",
 }
 ERRORS = {
-    "CheckpointError",
     "ConfigError",
-    "DataError",
     "EngineError",
     "ExportError",
     "LayerRefusedError",
     "NoLayerMatchedError",
-    "OutputExists",
     "RankMismatchError",
     "ScheduleError",
     "SemiSparseError",

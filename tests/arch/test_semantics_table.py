@@ -9,7 +9,7 @@ from tests.arch.source import ROOT
 
 HEADING = "## Semantics, and the tests that hold them"
 ROW = re.compile(r"^\| (?P<semantic>[^|]+) \| (?P<tests>[^|]+) \|$", re.MULTILINE)
-TEST = re.compile(r"`(tests/[\w/]+\.py)::(test_\w+)`")
+TEST = re.compile(r"`((?:lab/)?tests/[\w/]+\.py)::(test_\w+)`")
 
 
 def rows() -> dict[str, list[tuple[str, str]]]:

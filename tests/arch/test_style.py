@@ -13,9 +13,11 @@ FUNCTION_LINES = 60
 KERNEL_LINES = 120
 LINE_LENGTH = 120
 
-PYTHON = sorted(path for folder in ("src", "tests", "benchmarks", "examples") for path in (ROOT / folder).rglob("*.py"))
+FOLDERS = ("src", "tests", "benchmarks", "examples", "lab")
+PYTHON = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
+LIBRARIES = [path for path in PYTHON if PACKAGE in path.parents or ROOT / "lab" / "src" in path.parents]
 PATTERNS = ("*.md", "*.toml", "*.txt", "Makefile", ".ci/*", "docs/**/*.md", "benchmarks/**/*.json",
-            "benchmarks/**/*.md", "src/**/*.json", "tests/*.json", "tests/*.md")  # fmt: skip
+            "benchmarks/**/*.md", "src/**/*.json", "tests/*.json", "tests/*.md", "lab/*.md", "lab/*.toml")  # fmt: skip
 TEXT = [*PYTHON, *(path for pattern in PATTERNS for path in sorted(ROOT.glob(pattern)) if path.is_file())]
 # Home and scratch folders of one machine; the first slash is written apart so that this file passes too.
 MACHINE_PATH = re.compile(r"(?<![\w.~$}])/" + r"(?:work|root|home|Users|mnt|scratch)/[\w.]")
@@ -35,7 +37,7 @@ def is_kernel(function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
     return any("jit" in ast.unparse(decorator) for decorator in function.decorator_list)
 
 
-@pytest.mark.parametrize("path", [path for path in PYTHON if PACKAGE in path.parents], ids=name)
+@pytest.mark.parametrize("path", LIBRARIES, ids=name)
 def test_functions_are_short(path: Path) -> None:
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
@@ -61,7 +63,7 @@ def test_the_search_for_paths_leaves_others_alone(line: str) -> None:
     assert not MACHINE_PATH.search(line)
 
 
-@pytest.mark.parametrize("path", [path for path in PYTHON if PACKAGE in path.parents], ids=name)
+@pytest.mark.parametrize("path", LIBRARIES, ids=name)
 def test_user_errors_are_never_asserts_on_arguments(path: Path) -> None:
     if "testing" in path.parts:
         return  # its job is to raise AssertionError

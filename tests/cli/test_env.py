@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+import semisparse as semisparse_package
 from semisparse.cli import main
 from semisparse.environment import environment
 from tests.cli.shell import semisparse
@@ -26,7 +27,7 @@ def test_it_prints_every_fact_and_every_capability_with_its_path_and_reason() ->
 def test_help_lists_the_commands() -> None:
     outcome = semisparse("--help")
     assert outcome.code == 0
-    assert all(f" {command} " in outcome.out for command in ("train", "evaluate", "env"))
+    assert " env " in outcome.out
 
 
 def test_an_unknown_command_is_refused() -> None:
@@ -56,8 +57,7 @@ def test_another_missing_import_is_not_blamed_on_the_extra(monkeypatch: pytest.M
 
 
 def test_the_module_runs_as_a_program() -> None:
-    command = [sys.executable, "-m", "semisparse.cli.main", "train", "--epochs", "0"]
+    command = [sys.executable, "-m", "semisparse.cli.main", "--version"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert result.returncode == 2
-    assert result.stdout == ""
-    assert result.stderr == "error: --epochs=0 must be a whole number, 1 or more\n"
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout == f"semisparse {semisparse_package.__version__}\n"

@@ -1,52 +1,35 @@
-"""What the commands share: options, and the way in which they end when something is wrong."""
+"""What commands share: how they end when something is wrong, and where they print.
+
+The commands of semisparse-lab use it too.
+"""
 
 import errno
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING
 
 import typer
 
 from semisparse.errors import SemiSparseError
 
-WRONG_INPUT, DIVERGED, INTERRUPTED = 2, 3, 130
+if TYPE_CHECKING:
+    from rich.console import Console
+
+WRONG_INPUT, INTERRUPTED = 2, 130
 """Exit codes besides 0; the last is what shells give a command that ctrl-C ended."""
+_WIDTH_OF_A_PIPE = 120
 
 _QUOTED = re.compile(r"""((?<!\w)'(?:[^'\\]|\\.)*'|(?<!\w)"(?:[^"\\]|\\.)*")""")
 
 
-class Data(StrEnum):
-    """Data sets of the demo."""
+def console() -> "Console":
+    """A console on standard output; plain text of fixed width where that is not a terminal."""
+    from rich.console import Console
 
-    DIGITS = "digits"
-    FASHION_MNIST = "fashion-mnist"
-
-
-class Device(StrEnum):
-    """Where to compute; auto is CUDA where there is one."""
-
-    AUTO = "auto"
-    CPU = "cpu"
-    CUDA = "cuda"
-
-
-class Precision(StrEnum):
-    """fp32, or autocast over fp32 weights."""
-
-    FP32 = "fp32"
-    BF16 = "bf16"
-    FP16 = "fp16"
-
-
-DataOption = Annotated[Data, typer.Option(help="Images to train on; digits come with scikit-learn.")]
-DataDirOption = Annotated[
-    Path | None,
-    typer.Option(help="Folder with the four idx files of fashion-mnist, .gz or not."),
-]
-DeviceOption = Annotated[Device, typer.Option(help="Where to compute; auto takes a CUDA GPU where there is one.")]
+    return Console(width=None if sys.stdout.isatty() else _WIDTH_OF_A_PIPE, highlight=False, emoji=False, markup=False)
 
 
 @contextmanager
@@ -90,17 +73,6 @@ def with_flags(message: str, context: typer.Context) -> str:
         name = re.compile(rf"(?<![\w./\\=-]){re.escape(parameter.name)}{follows}")
         parts[::2] = [name.sub(flags[0], part) for part in parts[::2]]
     return "".join(parts)
-
-
-def end_if_diverged(names: Sequence[str]) -> None:
-    """End the command with DIVERGED and a line that names the runs whose loss was not finite, where there is one."""
-    if names:
-        typer.echo(
-            f"error: {', '.join(names)} diverged: a loss was not finite, so the scores mean nothing; "
-            "try a lower learning rate or more precision",
-            err=True,
-        )
-        raise typer.Exit(DIVERGED)
 
 
 def _what_stays(kept: Sequence[Path]) -> str:

@@ -2,7 +2,7 @@
 
 import typer
 
-from semisparse.cli.common import typed_errors
+from semisparse.cli.common import console, typed_errors
 
 
 def env(context: typer.Context) -> None:
@@ -14,7 +14,6 @@ def env(context: typer.Context) -> None:
 def _print_environment() -> None:
     from rich.table import Table
 
-    from semisparse.cli.tables import console
     from semisparse.environment import environment
 
     found = environment()

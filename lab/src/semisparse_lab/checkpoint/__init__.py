@@ -1,0 +1,1 @@
+"""Checkpoints of the lab's ViT: one safetensors file that describes itself, and scoring it."""

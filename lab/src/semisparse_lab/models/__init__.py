@@ -1,0 +1,1 @@
+"""Small transformers made of plain nn.Linear layers."""

@@ -1,0 +1,213 @@
+"""Cards: tables and plots made from any set of result files of experiments."""
+
+import json
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from semisparse.errors import ConfigError
+from semisparse_lab.checks import is_number
+from semisparse_lab.errors import DataError
+from semisparse_lab.files import write_atomically
+from semisparse_lab.report.curves import curves
+from semisparse_lab.report.result_files import Result, load_results
+from semisparse_lab.studies import command_of
+
+
+@dataclass(frozen=True, slots=True)
+class RowSummary:
+    """All runs of one row.
+
+    values: the metric by seed; diverged: seeds whose metric is no number; differences: to the baseline, over the seeds
+    that both have; seconds: median of a step by phase, empty where results of several GPUs are mixed.
+    """
+
+    slug: str
+    title: str
+    values: dict[int, float]
+    diverged: list[int]
+    differences: list[float]
+    sparse_products: int
+    seconds: dict[str, float]
+
+
+def by_experiment(results: Iterable[Result]) -> dict[str, list[Result]]:
+    """Results by the name of their experiment."""
+    groups: dict[str, list[Result]] = {}
+    for result in results:
+        groups.setdefault(result["experiment"], []).append(result)
+    return groups
+
+
+def summaries(results: Sequence[Result], baseline: str = "dense") -> list[RowSummary]:
+    """One summary a row, in the order in which an experiment lists its rows, the baseline first where it is there."""
+    rows: dict[str, dict[int, Result]] = {}
+    for result in sorted(results, key=lambda result: (result["row"] != baseline, result["order"], result["seed"])):
+        rows.setdefault(result["row"], {})[result["seed"]] = result
+    base = {seed: result["value"] for seed, result in rows.get(baseline, {}).items() if result["value"] is not None}
+    one_machine = len({result["gpu"] for result in results}) == 1
+    found = []
+    for slug, runs in rows.items():
+        values = {seed: result["value"] for seed, result in runs.items() if result["value"] is not None}
+        shared = [value - base[seed] for seed, value in values.items() if seed in base and slug != baseline]
+        phases = [phase for result in runs.values() for phase in result["run"]["phases"]]
+        seconds: dict[str, list[float]] = {}
+        for phase in phases:
+            if phase["seconds_per_step"] is not None and one_machine:
+                seconds.setdefault(phase["kind"], []).append(phase["seconds_per_step"])
+        found.append(
+            RowSummary(
+                slug=slug,
+                title=next(iter(runs.values()))["row_title"],
+                values=values,
+                diverged=sorted(runs.keys() - values.keys()),
+                differences=shared,
+                sparse_products=sum(phase["sparse_products"] for phase in phases) // len(runs),
+                seconds={kind: statistics.median(times) for kind, times in seconds.items()},
+            )
+        )
+    return found
+
+
+def spread(values: Sequence[float], digits: int, sign: str = "") -> str:
+    """Mean and sample standard deviation, as in '92.31 ± 0.12'; the mean alone for one value, nothing for none."""
+    if not values:
+        return ""
+    mean = f"{statistics.fmean(values):{sign}.{digits}f}"
+    return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
+
+
+def table(results: Sequence[Result], baseline: str = "dense") -> str:
+    """The rows of one experiment as a Markdown table."""
+    digits = 2 if results[0]["higher_is_better"] else 4
+    rows = summaries(results, baseline)
+    base = next((row.title for row in rows if row.slug == baseline), baseline)
+    lines = [
+        f"| configuration | seeds | {results[0]['metric']} | difference to {base} "
+        "| sparse products a run | ms a step, sparse / dense phase |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        times = " / ".join(
+            f"{1000 * row.seconds[kind]:.2f}" if kind in row.seconds else "-" for kind in ("sparse", "dense")
+        )
+        seeds = ", ".join([*map(str, row.values), *(f"{seed} diverged" for seed in row.diverged)])
+        cells = [row.title, seeds, spread(list(row.values.values()), digits)]
+        cells += [spread(row.differences, digits, "+"), f"{row.sparse_products:,}", times]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def further_figures(results: Sequence[Result]) -> str:
+    """What Outcome.more says of each row, as a Markdown table of means; empty where it says nothing."""
+    results = [result for result in results if result["value"] is not None]  # of a run that diverged they mean nothing
+    names = [name for name, value in results[0]["more"].items() if isinstance(value, (int, float))] if results else []
+    if not names:
+        return ""
+    lines = [
+        f"| configuration | {' | '.join(name.replace('_', ' ') for name in names)} |",
+        "|---" * (len(names) + 1) + "|",
+    ]
+    for row in summaries(results):
+        runs = [result["more"] for result in results if result["row"] == row.slug]
+        cells = [
+            spread(
+                [run[name] for run in runs if is_number(run.get(name))], 0 if isinstance(runs[0].get(name), int) else 2
+            )
+            for name in names
+        ]
+        lines.append(f"| {' | '.join([row.title, *cells])} |")
+    return "\n".join(lines)
+
+
+def kept_magnitudes(results: Sequence[Result]) -> str:
+    """What the masks keep of the weights' magnitude early and late, as a Markdown table; empty where not recorded."""
+    lines = [
+        "| configuration | magnitude that the masks keep after the first epoch | after the last |",
+        "|---|---|---|",
+    ]
+    for row in summaries(results):
+        runs = [result["run"]["epochs"] for result in results if result["row"] == row.slug]
+        kept = [[run[place].get("kept_magnitude") for run in runs] for place in (0, -1)]
+        if None not in (*kept[0], *kept[1]):
+            lines.append(f"| {' | '.join([row.title, *(spread(values, 4) for values in kept)])} |")
+    return "\n".join(lines) if len(lines) > 2 else ""
+
+
+def origin(results: Sequence[Result]) -> str:
+    """What the results were measured on, each machine once, with the commits."""
+    machines: dict[str, set[str]] = {}
+    for result in results:
+        facts = result["environment"]
+        where = "no GPU" if result["gpu"] == "none" else f"one {result['gpu']}"
+        named = ", ".join(f"{name} {facts[name]}" for name in ("torch", "triton", "cuSPARSELt"))
+        machines.setdefault(f"{where}, {named}", set()).add(_short(result["commit"]))
+    return "; ".join(f"{machine}, commit {', '.join(sorted(commits))}" for machine, commits in machines.items())
+
+
+def _short(commit: str | None) -> str:
+    """The first ten digits, and the mark of a tree with changes."""
+    name, mark, _ = (commit or "unknown").partition("+")
+    return name[:10] + ("+changes" if mark else "")
+
+
+def remake(results: Sequence[Result]) -> str:
+    """The commands that train these rows and seeds: one for each number of seeds."""
+    command = command_of(results[0]["experiment"]) or results[0]["command"]  # results keep the command of their time
+    commands: dict[int, str] = {}
+    for row in summaries(results):
+        seeds = max([*row.values, *row.diverged]) + 1
+        commands[seeds] = commands.get(seeds, f"{command} --seeds {seeds}") + f" --row {row.slug}"
+    return ", ".join(f"`{command}`" for command in commands.values())
+
+
+def card(results: Sequence[Result], plot: str, more: Sequence[str] = ()) -> str:
+    """The card of one experiment: table, more paragraphs, plot, origin, settings and the command that remakes it."""
+    first = results[0]
+    return "\n".join(
+        [
+            f"# {first['title']}",
+            "",
+            table(results),
+            "",
+            "Mean ± sample standard deviation over the seeds; differences are taken seed by seed. All rows train with "
+            "the same settings, data and data order. Sparse products are counted where they are started: 0 means that "
+            "all products were dense or masked dense. Flip rates are of the masks that the weights would choose, also "
+            "where a recipe holds others.",
+            "",
+            *(
+                line
+                for paragraph in (*more, kept_magnitudes(results), further_figures(results))
+                if paragraph
+                for line in (paragraph, "")
+            ),
+            f"![Training loss, flip rate and validation score]({plot})",
+            "",
+            f"Measured on {origin(results)}.",
+            "",
+            f"Settings: `{json.dumps(first['settings'])}`",
+            "",
+            f"Remake: {remake(results)}",
+            "",
+        ]
+    )
+
+
+def write_cards(results: Path, out: Path) -> list[Path]:
+    """Write out/NAME.md and out/NAME.png for each experiment with results in a folder; returns the paths of the cards.
+
+    Raises DataError when there is no result or a file is not one, ConfigError when out cannot be written.
+    """
+    groups = by_experiment(load_results(results))
+    if not groups:
+        raise DataError(f"results={str(results)!r} holds no result of an experiment")
+    made = []
+    for name, group in groups.items():
+        try:
+            write_atomically(out / f"{name}.png", curves(group))
+            write_atomically(out / f"{name}.md", card(group, f"{name}.png").encode())
+        except OSError as error:
+            raise ConfigError(f"out={str(out)!r} cannot be written: {error.strerror or error}") from error
+        made.append(out / f"{name}.md")
+    return made

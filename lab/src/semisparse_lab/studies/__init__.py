@@ -1,0 +1,17 @@
+"""The lab's experiments: what each compares, with which settings."""
+
+STUDIES = ("vit-fashion-mnist", "gpt-stdlib", "dino-fashion-mnist")
+"""Names of the experiments, as `semisparse-lab experiment` takes them."""
+
+
+def command_of(name: str) -> str | None:
+    """The command that makes the results of an experiment, None for one that is not of the lab.
+
+    Args:
+        name: Of the experiment: one of STUDIES, then the options that make a variant, as in "vit-fashion-mnist-held".
+    """
+    for study in STUDIES:
+        if name == study or name.startswith(f"{study}-"):
+            variants = name.removeprefix(study).split("-")[1:]
+            return " ".join([f"semisparse-lab experiment {study}", *(f"--{variant}" for variant in variants)])
+    return None

@@ -1,0 +1,125 @@
+"""The corpus of the standard library, the task on it, and the GPT."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from semisparse.errors import ConfigError, ShapeError
+from semisparse_lab.data.text import Corpus, NextByte, bits_per_byte, standard_library
+from semisparse_lab.errors import DataError
+from semisparse_lab.models.gpt import GPT, GPTConfig, build_gpt
+
+TINY = GPTConfig(context=8, width=16, depth=2, heads=2)
+
+
+@pytest.fixture
+def library(tmp_path: Path) -> Path:
+    for number in range(80):
+        folder = tmp_path / f"package{number % 4}"
+        folder.mkdir(exist_ok=True)
+        (folder / f"module{number}.py").write_text(f"value = {number}\n")
+    for left_out in ("site-packages", "test"):
+        (tmp_path / left_out).mkdir()
+        (tmp_path / left_out / "secret.py").write_text("secret\n")
+    (tmp_path / "notes.txt").write_text("secret\n")
+    return tmp_path
+
+
+def test_whole_files_go_to_one_set_each_and_nothing_else_is_read(library: Path) -> None:
+    corpus = standard_library(library)
+    texts = {part: bytes(getattr(corpus, part).tolist()).split(b"\0")[:-1] for part in ("train", "validation", "test")}
+    every = [text for part in texts.values() for text in part]
+    assert sorted(every) == sorted(f"value = {number}\n".encode() for number in range(80))
+    assert corpus.files == 80 and len(texts["train"]) > 60
+    same = standard_library(library)
+    assert same.sha256 == corpus.sha256 and torch.equal(same.train, corpus.train)
+    (library / "package0" / "module0.py").rename(library / "package0" / "other0.py")  # its name decides its set
+    renamed = standard_library(library)
+    assert renamed.sha256 != corpus.sha256
+    (library / "package0" / "other0.py").write_text("value = -1\n")
+    assert standard_library(library).sha256 != renamed.sha256
+
+
+def test_this_interpreters_library_is_large_enough() -> None:
+    corpus = standard_library()
+    assert len(corpus.train) > 5_000_000 and min(len(corpus.validation), len(corpus.test)) > 100_000
+
+
+def test_a_folder_without_source_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"has 0 \.py files"):
+        standard_library(tmp_path)
+    with pytest.raises(DataError, match=r"0 \.py files"):
+        standard_library(tmp_path / "missing")
+
+
+def corpus(train: int = 100) -> Corpus:
+    data = torch.arange(train) % 251
+    return Corpus(data.to(torch.uint8), data[:30].to(torch.uint8), data[:40].to(torch.uint8), 1, "")
+
+
+def test_batches_are_windows_and_what_follows_them() -> None:
+    task = NextByte(corpus(), 8)
+    assert task.steps_per_epoch(3) == 4
+    batches = list(task.batches(3, torch.Generator().manual_seed(1)))
+    assert len(batches) == 4
+    for x, y in batches:
+        assert x.shape == y.shape == (3, 8) and torch.equal(x[:, 1:], y[:, :-1])
+        assert bool(((y - x) % 251 == 1).all())
+    other = list(task.batches(3, torch.Generator().manual_seed(1)))
+    assert all(
+        torch.equal(a, b) for one, two in zip(batches, other, strict=True) for a, b in zip(one, two, strict=True)
+    )
+
+
+def test_scores_are_means_over_all_full_windows() -> None:
+    task, model = NextByte(corpus(), 8), build_gpt(TINY, 0)
+    with torch.no_grad():
+        scores = task.test(model)
+        losses, right = [], []
+        for start in range(0, 32, 8):
+            x, y = task.corpus.test[start : start + 8].long(), task.corpus.test[start + 1 : start + 9].long()
+            logits = model(x[None])[0]
+            losses += F.cross_entropy(logits, y, reduction="none").tolist()
+            right += (logits.argmax(-1) == y).tolist()
+    assert scores.loss == pytest.approx(sum(losses) / 32, rel=1e-5)
+    assert scores.accuracy == pytest.approx(sum(right) / 32)
+    assert bits_per_byte(math.log(2)) == pytest.approx(1)
+
+
+def test_a_context_or_batch_that_does_not_fit_is_refused() -> None:
+    with pytest.raises(ConfigError, match="30 bytes for validation"):
+        NextByte(corpus(), 30)
+    with pytest.raises(ConfigError, match="batch_size=100"):
+        NextByte(corpus(), 8).steps_per_epoch(100)
+
+
+def test_a_token_depends_on_those_before_it_and_on_no_later_one() -> None:
+    model = build_gpt(TINY, 0).eval()
+    x = torch.randint(256, (2, 8))
+    changed = x.clone()
+    changed[:, 5] = (changed[:, 5] + 1) % 256
+    before, after = model(x), model(changed)
+    assert torch.equal(before[:, :5], after[:, :5]) and not torch.equal(before[:, 5:], after[:, 5:])
+    assert before.shape == (2, 8, 256)
+
+
+def test_weights_follow_the_seed_and_an_untrained_model_guesses() -> None:
+    one, same, other = build_gpt(TINY, 0), build_gpt(TINY, 0), build_gpt(TINY, 1)
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), same.parameters(), strict=True))
+    assert not torch.equal(one.head.weight, other.head.weight)
+    loss = F.cross_entropy(one(torch.randint(256, (64, 8))).flatten(0, 1), torch.randint(256, (512,)))
+    assert loss.item() == pytest.approx(math.log(256), abs=0.1)
+
+
+@pytest.mark.parametrize("settings", [{"width": 10, "heads": 3}, {"depth": 0}, {"context": 1.5}, {"heads": True}])
+def test_sizes_that_do_not_fit_are_refused(settings: dict) -> None:
+    with pytest.raises(ConfigError, match=next(iter(settings))):
+        GPTConfig(**settings)
+
+
+def test_longer_inputs_than_the_context_are_refused() -> None:
+    with pytest.raises(ShapeError, match="8 bytes at most"):
+        GPT(TINY)(torch.zeros(1, 9, dtype=torch.long))
