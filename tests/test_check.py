@@ -194,7 +194,7 @@ def test_a_check_is_no_call_of_the_training() -> None:
     schedule = SparseSchedule.sparse_then_dense(net, 4)
     check(net, X)
     assert not net.called._called
-    assert not any(schedule._layers._watch.saw(layer.weight) for layer in (net.called, net.cut))
+    assert not any(schedule._layers.watch.saw(layer.weight) for layer in (net.called, net.cut))
 
 
 def test_optimizers_in_backward_do_not_step() -> None:

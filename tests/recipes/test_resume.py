@@ -186,7 +186,7 @@ BAD_STATES: dict[str, tuple[str, Callable[[dict[str, Any]], Any], str]] = {
     "switch too early": ("step", change(switched_at=0), r"state\['switched_at'\]=0 must be a step"),
     "switch true": ("step", change(switched_at=True), r"state\['switched_at'\]=True must be a step"),
     "other switch": ("step", change(switched_at=9), r"state has phases .*, this schedule .*; build it with the same"),
-    "no phases": ("dinov2", drop("phases"), "state with .* is no saved SparseSchedule: KeyError"),
+    "no phases": ("dinov2", drop("phases"), "state with .* is not a saved SparseSchedule: KeyError"),
     "counter": ("fst", change(applied_steps=-1), r"state\['applied_steps'\]=-1"),
     "scale": ("step", change(last_scale="1"), r"state\['last_scale'\]='1'"),
 }  # fmt: skip

@@ -88,7 +88,7 @@ def test_a_disabled_scaler_never_skips() -> None:
 @pytest.mark.parametrize("other", [3, "epoch", torch.tensor(0.5)])
 def test_what_is_no_scaler_is_refused_and_nothing_counted(other: object) -> None:
     run = Run()
-    with pytest.raises(ScheduleError, match=r"the argument is a torch\.amp\.GradScaler"):
+    with pytest.raises(ScheduleError, match=r"the argument must be a torch\.amp\.GradScaler"):
         run.schedule.step(other)
     assert run.schedule.applied_steps == 0
 

@@ -120,16 +120,16 @@ def test_the_mark_of_a_call_costs_compiled_code_nothing() -> None:
 def test_all_schedules_share_one_hook_and_leave_nothing_behind() -> None:
     from torch.optim import optimizer as torch_optimizer
 
-    from semisparse.schedule import applied_steps
+    from semisparse.schedule import optimizer_steps
 
     schedule = SparseSchedule.sparse_then_dense(net(), 2)
-    hooks, listeners = len(torch_optimizer._global_optimizer_post_hooks), len(applied_steps._listeners)
+    hooks, listeners = len(torch_optimizer._global_optimizer_post_hooks), len(optimizer_steps._listeners)
     more = [SparseSchedule.sparse_then_dense(net(), 2) for _ in range(3)]
     assert len(torch_optimizer._global_optimizer_post_hooks) == hooks  # taken off, they could change while torch steps
-    assert len(applied_steps._listeners) == listeners + 3
+    assert len(optimizer_steps._listeners) == listeners + 3
     del schedule, more
     gc.collect()
-    assert len(applied_steps._listeners) <= listeners - 1
+    assert len(optimizer_steps._listeners) <= listeners - 1
 
 
 def test_nothing_is_said_of_an_ordinary_run() -> None:

@@ -1,33 +1,39 @@
-"""Whether the optimizer step was applied: what a schedule can see of the steps of a model's optimizers."""
+"""Whether an optimizer step was applied: what a schedule can observe of the steps of a model's optimizers."""
 
 import warnings
 from collections.abc import Callable, Sequence
-from functools import cache
-from typing import Any
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from semisparse import calls
+from semisparse.errors import ScheduleError
+from semisparse.schedule import optimizer_steps
 
 _SAMPLE = 64
 _UNCOUNTED = 64
-"""Calls in a row that did not count, with no optimizer in sight, after which a schedule says so."""
+"""Calls in a row that did not count, without an optimizer step, after which a schedule warns."""
 
 
 class StepEvidence:
-    """Sees each optimizer step of a model, and tells an applied one from one that a gradient scaler skipped.
+    """Observes the optimizer steps of a model, and tells applied steps from those that a gradient scaler skipped.
 
-    Three sources, the first that knows decides. (1) A step hook of all torch optimizers: of an optimizer that is not
-    fused, GradScaler leaves a skipped step out, so that the hook does not fire; around a fused one it sets
-    optimizer.found_inf, which the hook reads. Both hold for any policy of the scale. (2) Where no hook fired (an
-    optimizer that is not torch's, one that moves copies of the weights, or a compiled step): whether weights were
-    written to, by their versions and, until a hook has ever fired, a sample of their values. (3) Where weights cannot
-    be asked (shards): a scale that went down.
+    There are three sources; the first that knows decides.
 
-    weights: gives the weights as the layers hold them now.
+    1. A step hook of all torch optimizers. If an optimizer is not fused, GradScaler leaves a skipped step out, so that
+       the hook does not fire; around a fused one it sets optimizer.found_inf, which the hook reads. Both hold for any
+       policy of the scale.
+    2. If no hook fired (an optimizer that is not torch's, one that moves copies of the weights, or a compiled step):
+       whether weights were written to, by their version counters and, until a hook has fired, by a sample of their
+       values.
+    3. If weights cannot be inspected (shards): a scale that went down.
+
+    Args:
+        model: Its optimizers are observed.
+        weights: Gives the weights as the layers hold them now.
+
+    Attributes:
+        last_scale: The scale at the last step with a scaler; None before.
     """
 
     def __init__(self, model: nn.Module, weights: Callable[[], Sequence[Tensor]]) -> None:
@@ -40,15 +46,16 @@ class StepEvidence:
         self._compiled_step = self._any_compiled = False
         self._uncounted = 0
         self._versions, self._samples = self._versions_now(), self._samples_now()
-        _listeners.add(self)
-        _hook_once()
+        optimizer_steps.listen(self)
 
     def was_applied(self, scaler: torch.amp.GradScaler | None, skipped: bool | None) -> bool:
-        """Whether a step was applied since the last call. Waits for the device where a scaler is at work.
+        """Whether a step was applied since the last call. Synchronises with the device if a scaler is enabled.
 
-        scaler, skipped: what the caller was given by its host, None where nothing.
+        Args:
+            scaler: As given to SparseSchedule.step.
+            skipped: As given to SparseSchedule.step.
         """
-        _hear_compiled()
+        optimizer_steps.deliver_compiled()
         fired, overflows = self._fired, self._overflows
         self._fired, self._overflows = False, []
         self._ever_fired = self._ever_fired or fired
@@ -63,7 +70,7 @@ class StepEvidence:
             return not any(bool(found.item()) for found in overflows)
         scaled = scaler is not None and scaler.is_enabled()
         if self._ever_fired:
-            # Written to by something else than the optimizer so far. Under a scaler the hook alone decides.
+            # Written to by something other than the optimizer so far. Under a scaler the hook alone decides.
             applied = not scaled and written
         else:
             applied = self._without_hooks(scaled, scale_fell, self._changed(written))
@@ -71,21 +78,20 @@ class StepEvidence:
         self._uncounted = 0 if applied else self._uncounted + 1
         if self._uncounted == _UNCOUNTED:
             warnings.warn(
-                f"schedule.step() was called {_UNCOUNTED} times in a row without an optimizer step of this model in "
-                "sight, so nothing was counted: step the optimizer that holds its parameters, or say "
-                "schedule.resume_at(n)",
-                stacklevel=4,
+                f"schedule.step() was called {_UNCOUNTED} times in a row without an optimizer step of this model, so "
+                "nothing was counted: step the optimizer that holds its parameters, or call schedule.resume_at(n)",
+                stacklevel=3,
             )
         return applied
 
     def _without_hooks(self, scaled: bool, scale_fell: bool, changed: bool | None) -> bool:
         if changed:
-            return not scale_fell  # a state that was loaded writes into weights, too
+            return not scale_fell  # loading a state also writes into weights
         if scaled:
             return changed is None and not scale_fell
-        if self._compiled_step:  # of this model or of another one: where values stay the same, of another
+        if self._compiled_step:  # of this model or of another one: of another, if values stayed the same
             return changed is None
-        # No optimizer was ever seen. Gradients that nobody has used yet: a micro-batch of an unfinished step.
+        # No optimizer was ever seen. Gradients that are still there: a micro-batch of an unfinished step.
         return changed is None or all(parameter.grad is None for parameter in self.model.parameters())
 
     def saw_a_step(self) -> bool:
@@ -93,19 +99,19 @@ class StepEvidence:
         return self._ever_fired or self._any_compiled
 
     def trained(self, weight: Tensor) -> bool:
-        """Whether an optimizer step met a gradient of weight, or one is there now."""
+        """Whether an optimizer step used a gradient of weight, or there is one now."""
         return id(weight) in self._trained or _has_gradient(weight)
 
     def watch_gradients(self, watch: bool) -> None:
-        """Whether steps note which weights have gradients, which waits for the device; forgets what was noted."""
+        """Set whether steps record which weights have gradients, which synchronises; clears the record."""
         self._watches_gradients, self._trained = watch, set()
 
     def hear_compiled(self) -> None:
-        """An optimizer stepped in compiled code; of which model cannot be told there."""
+        """Called after a step in compiled code; for which model is not known there."""
         self._compiled_step = self._any_compiled = True
 
     def hear(self, optimizer: torch.optim.Optimizer) -> None:
-        """An optimizer, of whatever model, has stepped or would have without an overflow."""
+        """Called after a step of an optimizer of any model, also one that a fused optimizer skipped."""
         if not self._holds_ours(optimizer):
             return
         self._fired = True
@@ -116,7 +122,7 @@ class StepEvidence:
             self._trained |= {id(weight) for weight in self._weights() if _has_gradient(weight)}
 
     def _holds_ours(self, optimizer: torch.optim.Optimizer) -> bool:
-        """Whether optimizer moves a parameter of the model; asked once for each number of parameters that it holds."""
+        """Whether optimizer holds a parameter of the model; looked up again if its number of parameters changes."""
         held = sum(len(group["params"]) for group in optimizer.param_groups)
         count, known = self._ours.get(optimizer, (-1, False))
         if count != held:
@@ -126,7 +132,7 @@ class StepEvidence:
         return known
 
     def _changed(self, written: bool) -> bool | None:
-        """Whether a weight has another version or other values than at the last call; None where it cannot be told."""
+        """Whether a weight has another version or other values than at the last call; None if that is unknown."""
         before, self._samples = self._samples, self._samples_now()
         if before is None or self._samples is None:
             return None
@@ -137,7 +143,7 @@ class StepEvidence:
         return [(id(weight), weight._version) for weight in self._weights() if not weight.is_inference()]
 
     def _samples_now(self) -> list[Tensor] | None:
-        """Some values of each weight; None where one has none of its own, or no version."""
+        """Some values of each weight; None if one has no values of its own, or no version."""
         weights = self._weights()
         if any(hasattr(w, "full_tensor") or w.is_inference() or w.is_meta or w.numel() == 0 for w in weights):
             return None
@@ -149,7 +155,7 @@ class StepEvidence:
         state = scaler.state_dict()
         scale = float(state["scale"])
         if self.last_scale is None:
-            # First sight: an applied step left a count behind, unless it made the scale grow.
+            # First call: an applied step increased the growth tracker, unless it made the scale grow.
             fell = state["_growth_tracker"] == 0 and scale < scaler._init_scale
         else:
             fell = scale < self.last_scale
@@ -157,36 +163,17 @@ class StepEvidence:
         return bool(fell)
 
 
-class _CompiledSteps:
-    """Whether a compiled optimizer step ran. A plain attribute, because only a write to one can be traced."""
-
-    fired = False
-
-
-# One hook for the whole process, from the first schedule on: hooks must not come and go while torch runs them.
-_listeners: WeakSet[StepEvidence] = WeakSet()
-_compiled = _CompiledSteps()
-
-
-@cache
-def _hook_once() -> None:
-    register_optimizer_step_post_hook(_after_step)
-
-
-def _hear_compiled() -> None:
-    if _compiled.fired:
-        _compiled.fired = False
-        for listener in list(_listeners):
-            listener.hear_compiled()
-
-
-def _after_step(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    if torch.compiler.is_compiling():
-        _compiled.fired = True
-        return
-    if not calls.paused():
-        for listener in list(_listeners):
-            listener.hear(optimizer)
+def check_step_arguments(scaler: object, skipped: object) -> None:
+    """Raise ScheduleError unless at most one argument of SparseSchedule.step is given, and is of its kind."""
+    if scaler is not None and not isinstance(scaler, torch.amp.GradScaler):
+        raise ScheduleError(
+            f"step({scaler!r}): the argument must be a torch.amp.GradScaler; leave it out if there is none, or pass "
+            "step(skipped=...) if the framework only tells whether it skipped the step"
+        )
+    if skipped is not None and not isinstance(skipped, bool):
+        raise ScheduleError(f"skipped={skipped!r} must be True, False or None")
+    if scaler is not None and skipped is not None:
+        raise ScheduleError(f"step(scaler, skipped={skipped}): give one of the two")
 
 
 def _has_gradient(weight: Tensor) -> bool:

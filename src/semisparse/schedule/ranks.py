@@ -1,4 +1,4 @@
-"""Comparing what the ranks of a data-parallel job hold, so that none trains other masks than the rest."""
+"""Comparing what the ranks of a data-parallel job hold, so that none trains with other masks than the rest."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from semisparse.errors import RankMismatchError
 
 if TYPE_CHECKING:
     Group: TypeAlias = dist.ProcessGroup | Literal[False] | None
-else:  # torch may be built without torch.distributed
+else:  # torch may have been built without torch.distributed
     Group = Any
 """The data-parallel group: None for all ranks of the job, False to compare nothing."""
 
@@ -22,9 +22,13 @@ _MIX = (-7046029254386353131, -4658895280553007687)  # odd 64-bit constants of s
 
 
 def digest(settings: Any, tensors: Mapping[str, Tensor]) -> int:
-    """62 bits of settings (by their repr) and of the bytes of integer or fp32 tensors; sharded ones are left out.
+    """62 bits that depend on all settings and tensors.
 
-    The tensors are hashed on their devices, exactly and in any order of summation: integer arithmetic modulo 2^64.
+    Tensors are hashed on their devices, exactly and in any order of summation: integer arithmetic modulo 2^64.
+
+    Args:
+        settings: Anything with a repr that says all of it.
+        tensors: Integer or fp32 tensors by name; sharded ones are left out.
     """
     parts = [repr(settings)]
     sums = [(name, _mixed(tensor)) for name, tensor in sorted(tensors.items()) if not hasattr(tensor, "full_tensor")]
@@ -33,7 +37,7 @@ def digest(settings: Any, tensors: Mapping[str, Tensor]) -> int:
 
 
 def attempt(work: Callable[[], int]) -> int | Exception:
-    """What work returns, or the exception that it raises, to be brought to agree()."""
+    """What work returns, or the exception that it raises; both can be passed to agree()."""
     try:
         return work()
     except Exception as error:
@@ -41,11 +45,19 @@ def attempt(work: Callable[[], int]) -> int | Exception:
 
 
 def agree(mine: int | Exception, group: Group = None) -> None:
-    """Raise RankMismatchError on every rank of group unless all ranks bring the same digest; an exception is also one.
+    """Raise on every rank of group unless all ranks pass the same digest.
 
-    One reduction, taken before a local exception is raised again: a rank that fails alone does not leave the others
-    waiting. Without torch.distributed, or with group=False, only a local exception is raised. Ranks that are not in
-    group compare nothing.
+    One reduction, which comes before a local exception is raised again: a rank that fails alone does not leave the
+    others waiting. Without torch.distributed, or with group=False, only a local exception is raised. Ranks that are not
+    in group compare nothing.
+
+    Args:
+        mine: The digest of this rank, or the exception that it met instead.
+        group: The ranks to compare.
+
+    Raises:
+        RankMismatchError: The digests differ, or another rank met an exception.
+        Exception: mine, if it is one.
     """
     if group is not False and dist.is_available() and dist.is_initialized() and _is_member(group):
         value = mine if isinstance(mine, int) else digest((type(mine).__name__, str(mine)), {})
@@ -56,7 +68,7 @@ def agree(mine: int | Exception, group: Group = None) -> None:
             raise RankMismatchError(
                 "the ranks do not hold the same semi-sparse layers, settings and held masks (or one of them failed: "
                 "see its error). Swap the same layers on every rank, and start a recipe that holds masks or scales "
-                "after the weights are equal: after wrapping in DistributedDataParallel, or with one seed. Where ranks "
+                "after the weights are equal: after wrapping in DistributedDataParallel, or with one seed. If ranks "
                 "hold different parts of a model, pass the data-parallel group as process_group, or False to compare "
                 "nothing"
             )
@@ -65,7 +77,12 @@ def agree(mine: int | Exception, group: Group = None) -> None:
 
 
 def called_anywhere(called: list[bool], group: Group = None) -> list[bool]:
-    """For each layer whether any rank of group called it. called: of this rank. One reduction, if there are ranks."""
+    """For each layer, whether any rank of group called it; one reduction if there are ranks.
+
+    Args:
+        called: The same of this rank alone.
+        group: The ranks that share it.
+    """
     if group is False or not dist.is_available() or not dist.is_initialized() or not _is_member(group):
         return called
     flags = torch.tensor(called, dtype=torch.int32, device=_device(group))
@@ -78,7 +95,7 @@ def _is_member(group: dist.ProcessGroup | None) -> bool:
 
 
 def _device(group: dist.ProcessGroup | None) -> torch.device:
-    """Where a tensor must be for the group's backend."""
+    """The device that tensors must be on for the group's backend."""
     backend = str(dist.get_backend_config(group))
     if "cpu" in backend or "gloo" in backend or not torch.cuda.is_available():
         return torch.device("cpu")
@@ -86,7 +103,7 @@ def _device(group: dist.ProcessGroup | None) -> torch.device:
 
 
 def _mixed(tensor: Tensor) -> Tensor:
-    """One int64 that depends on each element and its place."""
+    """One int64 that depends on each element and its position."""
     bits = tensor.detach().contiguous()
     bits = bits.view(torch.int32) if bits.dtype == torch.float32 else bits
     value = bits.reshape(-1).to(torch.int64)

@@ -1,7 +1,6 @@
-"""The layers that a schedule switches, the copies that follow them, and what may have happened to them meanwhile."""
+"""The layers that a schedule switches, and the copies that follow them."""
 
 import warnings
-from collections.abc import Iterable
 from typing import Any
 from weakref import WeakSet
 
@@ -9,18 +8,28 @@ from torch import nn
 
 from semisparse import calls
 from semisparse.errors import NoLayerMatchedError, ScheduleError
-from semisparse.nn import SemiSparseBase, SemiSparseLinear
+from semisparse.nn import SemiSparseBase
 from semisparse.nn.copies import copies_of
-from semisparse.schedule.applied_steps import StepEvidence
-from semisparse.schedule.ranks import Group, called_anywhere
 from semisparse.surgery.layers import changed_since, semi_sparse_layers
 
-# Layers that some schedule switches: none of them is a copy that nobody follows.
+# Layers that some schedule switches: copies among them need not follow another.
 _SCHEDULED: WeakSet[nn.Module] = WeakSet()
 
 
 class ScheduledLayers:
-    """The semi-sparse layers of model when the schedule began, by name; NoLayerMatchedError if there are none."""
+    """The semi-sparse layers that model has when the schedule begins.
+
+    Args:
+        model: The model.
+
+    Attributes:
+        model: The same.
+        by_name: The layers.
+        watch: What ops have read, until it is known whether the layers are called.
+
+    Raises:
+        NoLayerMatchedError: model has no semi-sparse layer.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -32,7 +41,7 @@ class ScheduledLayers:
         self._reset()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Model and layers. Who follows stays with the original."""
+        """Model and layers; copies go on following the original."""
         return {"model": self.model, "by_name": self.by_name}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -42,10 +51,10 @@ class ScheduledLayers:
     def _reset(self) -> None:
         self._followers: WeakSet[SemiSparseBase] = WeakSet()
         self._left: WeakSet[SemiSparseBase] = WeakSet()
-        self._watch: calls.Watch | None = calls.Watch()  # until calls were checked
+        self.watch: calls.Watch | None = calls.Watch()  # until it is known that the layers are called
 
     def claim(self) -> None:
-        """Mark the layers as switched by a schedule."""
+        """Record that a schedule switches the layers."""
         for layer in self.by_name.values():
             _SCHEDULED.add(layer)
 
@@ -56,27 +65,34 @@ class ScheduledLayers:
 
     @property
     def awaits_calls(self) -> bool:
-        """Whether calls have not been checked yet."""
-        return self._watch is not None
+        """Whether it is still unknown if the layers are called."""
+        return self.watch is not None
 
     def trust_calls(self) -> None:
-        """Look no more whether layers were called."""
-        self._watch = None
+        """Do not check any longer whether layers are called."""
+        self.watch = None
 
     @property
     def followers(self) -> int:
-        """How many layers of copies follow."""
+        """Number of layers of copies that follow."""
         return len(self._followers)
 
     def follow(self, copy: nn.Module) -> list[tuple[SemiSparseBase, SemiSparseBase]]:
-        """Let the semi-sparse layers of copy follow; returns pairs (ours, theirs). Raises NoLayerMatchedError."""
+        """Let the semi-sparse layers of copy follow.
+
+        Returns:
+            Pairs (our layer, the layer of the copy).
+
+        Raises:
+            NoLayerMatchedError: copy has no layer of this schedule.
+        """
         theirs = semi_sparse_layers(copy)
         if not theirs:
             raise NoLayerMatchedError(
                 f"copy={type(copy).__name__} has no semi-sparse layer that could follow; copy the model after sparsify"
             )
         originals = {id(copied): layer for layer in self.by_name.values() for copied in copies_of(layer)}
-        # By name where a copy was loaded from a file, perhaps inside a wrapper of its own.
+        # By name if the copy was loaded from a file, perhaps inside a wrapper of its own.
         named = {name: self.by_name.get(name) or self.by_name.get(name.partition(".")[2]) for name in theirs}
         pairs = [
             (ours, layer)
@@ -98,13 +114,13 @@ class ScheduledLayers:
             layer.__dict__.pop("_frozen", None)
 
     def unfollow(self, copy: nn.Module) -> None:
-        """Let the layers of copy be: they keep the phase that they have."""
+        """Stop switching the layers of copy: they keep their phase."""
         for layer in semi_sparse_layers(copy).values():
             self._followers.discard(layer)
             self._left.add(layer)
 
     def adopt_copies(self) -> list[tuple[SemiSparseBase, SemiSparseBase]]:
-        """Let copies that no schedule switches follow, with a warning; returns the new pairs (ours, theirs)."""
+        """Let copies follow that no schedule switches, with a warning; returns new pairs (our layer, the copy's)."""
         pairs = []
         for layer in self.by_name.values():
             for copy in copies_of(layer):
@@ -115,78 +131,16 @@ class ScheduledLayers:
         if pairs:
             warnings.warn(
                 f"{len(pairs)} copies of scheduled layers were made (an average of the weights, a teacher); from now "
-                "on they change from sparse to dense together with the originals. Call schedule.follow(copy) to say "
-                "that this is meant, or schedule.unfollow(copy) to leave a copy as it is",
+                "on they change from sparse to dense together with the originals. If that is intended, call "
+                "schedule.follow(copy); to leave a copy as it is, call schedule.unfollow(copy)",
                 stacklevel=4,
             )
         return pairs
 
     def check_present(self) -> None:
-        """Raise ScheduleError, naming them, where layers were replaced, made dense or can no longer be pruned."""
+        """Raise ScheduleError, with its name, if a layer was replaced, made dense or can no longer be pruned."""
         if changed := changed_since(self.model, self.by_name):
             raise ScheduleError(
                 f"{changed[0]} is scheduled, but {changed[1]}. Convert or wrap before sparsify, and start the schedule "
                 "afterwards"
             )
-
-    def check_called(self, evidence: StepEvidence, group: Group) -> None:
-        """After the first step of the first sparse phase: raise ScheduleError where somebody else trains a weight.
-
-        A layer that was not called since the swap, on any rank of group, although others were, and whose weight got a
-        gradient all the same is bypassed; so are all of them if none was called and their weights train. A layer
-        without a gradient (an expert that no token chose, an unused head) is only warned of.
-        """
-        if self._watch is None:
-            return
-        layers = {name: layer for name, layer in self.by_name.items() if layer.sparse_enabled}
-        if not layers:
-            return
-        idle = _idle(layers, self._watch)
-        called = called_anywhere([name not in idle for name in layers], group)
-        idle = {name: layer for (name, layer), was in zip(layers.items(), called, strict=True) if not was}
-        trained = [name for name, layer in idle.items() if evidence.trained(layer.weight)]
-        nothing_known = not evidence.saw_a_step() and not any(evidence.trained(x.weight) for x in layers.values())
-        if not trained and len(idle) == len(layers):
-            return  # neither called nor trained so far, or nothing can be told: look again at the next step
-        although = ", although other layers were" if len(idle) < len(layers) else ""
-        if bypassed := trained or (list(idle) if nothing_known else []):
-            raise ScheduleError(
-                f"{_listed(bypassed)}: swapped, but not called since{although}: "
-                "somebody reads the weight itself, and it trains dense. Leave these out (sparsify(..., exclude=...)); "
-                "semisparse.check shows what runs. If it is but a penalty or noise that reaches layers in waiting "
-                "(experts without tokens), call schedule.trust_calls()"
-            )
-        self._watch = None
-        evidence.watch_gradients(False)
-        if idle:
-            warnings.warn(
-                f"{_listed(list(idle))}: swapped, but neither called nor trained in the first sparse step. If that is "
-                "not meant (experts without tokens are), semisparse.check shows what runs",
-                stacklevel=4,
-            )
-
-
-def _idle(layers: dict[str, SemiSparseBase], watch: calls.Watch) -> dict[str, SemiSparseBase]:
-    """The layers that were not called, as far as that can be known.
-
-    Eager calls set a flag. In compiled code, ops have seen the weights of layers that prune them; of other layers it
-    cannot be told there: those that prune tokens, where tokens were pruned that no eager call explains, and shards,
-    where any weight was seen only by an op.
-    """
-    called = {id(layer.weight) for layer in layers.values() if layer._called}  # a tied one trains through the other
-    idle = {
-        name: layer for name, layer in layers.items() if id(layer.weight) not in called and not watch.saw(layer.weight)
-    }
-    compiled = watch.tokens_unexplained or any(watch.saw(x.weight) for x in layers.values() if not x._called)
-    return {
-        name: layer
-        for name, layer in idle.items()
-        if not (hasattr(layer.weight, "full_tensor") and (compiled or len(idle) == len(layers)))
-        and not (not isinstance(layer, SemiSparseLinear) and watch.tokens_unexplained)
-    }
-
-
-def _listed(names: Iterable[str], most: int = 5) -> str:
-    names = [name or "(root)" for name in names]
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
