@@ -50,7 +50,7 @@ def test_each_row_says_what_the_layer_did() -> None:
         "called": 2, "bypassed": 0, "unused": 0, "cut": 1, "frozen": 1,
     }  # fmt: skip
     assert report.problems == {
-        "bypassed": "never called: somebody reads its weight instead",
+        "bypassed": "never called: something else reads its weight",
         "unused": "never called",
         "cut": "its weight got no gradient",
     }

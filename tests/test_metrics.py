@@ -1,15 +1,11 @@
 """MaskMetrics against masks that tests/ works out by brute force."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from torch import nn
 
 from semisparse import MaskMetrics, SemiSparseLinear, SparseConfig, SparseSchedule, densify, mask_statistics, sparsify
 from semisparse.errors import ConfigError, NoLayerMatchedError
-from semisparse.metrics import log_to_tensorboard, log_to_wandb
 from tests.support import brute_mask
 
 
@@ -145,30 +141,3 @@ def test_layers_that_were_made_dense_drop_out() -> None:
 def test_a_wrong_interval_is_refused(interval: object) -> None:
     with pytest.raises(ConfigError, match="interval"):
         MaskMetrics(model(), interval)
-
-
-class Recorder:
-    def __init__(self) -> None:
-        self.calls: list[tuple] = []
-
-    def add_scalar(self, *arguments: object) -> None:
-        self.calls.append(arguments)
-
-    def log(self, values: dict, step: int) -> None:
-        self.calls.append((values, step))
-
-
-def test_adapters_pass_everything_on() -> None:
-    board, run = Recorder(), Recorder()
-    log_to_tensorboard(board, {"flip_rate": 0.5, "phase": 1.0}, 7)
-    log_to_wandb(run, {"flip_rate": 0.5, "phase": 1.0}, 7)
-    assert board.calls == [("semisparse/flip_rate", 0.5, 7), ("semisparse/phase", 1.0, 7)]
-    assert run.calls == [({"semisparse/flip_rate": 0.5, "semisparse/phase": 1.0}, 7)]
-
-
-def test_no_logger_is_imported() -> None:
-    code = (
-        "import semisparse.metrics, sys; print({'tensorboard', 'wandb', 'torch.utils.tensorboard'} & set(sys.modules))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "set()"

@@ -1,4 +1,4 @@
-"""What really runs: one forward and backward pass with hooks, and a row per swapped layer."""
+"""What really runs: one forward and backward pass with hooks, reported per semi-sparse layer."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -22,9 +22,15 @@ from semisparse.unchanged import unchanged
 
 @dataclass(frozen=True, slots=True)
 class CheckRow:
-    """One swapped layer. calls: of its forward. products: how they ran, "" where nothing ran.
+    """What one semi-sparse layer did.
 
-    gradient: whether its weight got one; None where the weight is frozen. problem: what is wrong, or "".
+    Attributes:
+        name: The layer's name; "" for the root.
+        calls: Calls of its forward.
+        forward: How its products ran in the forward pass; "" if none ran.
+        backward: The same in the backward pass.
+        gradient: Whether its weight got a gradient; None if the weight does not require one.
+        problem: What is wrong, or "".
     """
 
     name: str
@@ -37,7 +43,11 @@ class CheckRow:
 
 @dataclass(frozen=True, slots=True)
 class CheckReport:
-    """The rows of one check, in the model's order. print() shows a table."""
+    """The result of one check; print() shows a table.
+
+    Attributes:
+        rows: One per layer, in the model's order.
+    """
 
     rows: tuple[CheckRow, ...]
 
@@ -81,14 +91,24 @@ class CheckReport:
 def check(model: nn.Module, *inputs: Any, loss: Callable[[Any], Tensor] | None = None, **keywords: Any) -> CheckReport:
     """Run model(*inputs, **keywords) and its backward pass once, and report what each semi-sparse layer did.
 
-    Per layer: whether it was called at all (if somebody reads its weight instead, it multiplies dense), how it
-    multiplied (kernel and algorithm, or masked dense and why) and whether its weight got a gradient. loss: the model's
-    output -> a scalar; without it, the sum of all floating-point tensors in the output. Runs in the mode that is set
-    (train or eval, autocast), compiled modules eagerly. Parameters, buffers, gradients, random number generators and
-    training flags are as before afterwards; that needs memory for one copy of the model. Under DistributedDataParallel
-    call it on every rank.
-    Raises NoLayerMatchedError without a semi-sparse layer, ConfigError where there is nothing to differentiate, and
-    what the model raises.
+    Runs in the mode that is set (train or eval, autocast), compiled modules eagerly. Afterwards parameters, buffers,
+    gradients, random number generators and training flags are as before, which needs memory for one copy of the model.
+    Under DistributedDataParallel call it on every rank.
+
+    Args:
+        model: A module with semi-sparse layers.
+        *inputs: Passed to the model.
+        loss: Maps the model's output to a scalar. Default: the sum of all floating-point tensors in the output.
+        **keywords: Passed to the model.
+
+    Returns:
+        Per layer: whether it was called at all (if something else reads its weight, it multiplies dense), how it
+        multiplied (kernel and algorithm, or masked dense and why), and whether its weight got a gradient.
+
+    Raises:
+        NoLayerMatchedError: model has no semi-sparse layer.
+        ConfigError: There is nothing to differentiate.
+        Exception: Whatever the model raises.
     """
     layers = semi_sparse_layers(model)
     if not layers:
@@ -119,7 +139,7 @@ def _scalar(output: Any, loss: Callable[[Any], Tensor] | None) -> Tensor:
 
 
 class _Probe:
-    """Hooks on layers, and what they have seen."""
+    """Hooks on layers, and what they recorded."""
 
     def __init__(self, layers: dict[str, SemiSparseBase]) -> None:
         self._layers = layers
@@ -130,7 +150,7 @@ class _Probe:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Put the hooks on, and take them off."""
+        """Record inside the block."""
         with ExitStack() as stack:
             for name, layer in self._layers.items():
                 for handle in self._hooks(name, layer):
@@ -164,12 +184,12 @@ class _Probe:
             self._products[self._now].append(ran + why)
 
     def row(self, name: str, gradient: bool) -> CheckRow:
-        """What is known of a layer."""
+        """The result for one layer."""
         layer = self._layers[name]
         trains = layer.weight.requires_grad
         problem = ""
         if not self._calls[name]:
-            problem = "never called: somebody reads its weight instead" if gradient else "never called"
+            problem = "never called: something else reads its weight" if gradient else "never called"
         elif trains and not gradient:
             problem = "its weight got no gradient"
         backward = ", ".join(dict.fromkeys(self._products[name, "backward"]))
@@ -184,7 +204,7 @@ class _Probe:
 
 
 def _route(layer: SemiSparseBase, operand: Any) -> str:
-    """How the layer computes where no product of an engine is seen."""
+    """How the layer computes if no product of an engine was recorded."""
     if not layer.sparse_enabled:
         return "dense (dense phase)"
     if not isinstance(operand, Tensor):

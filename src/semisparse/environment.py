@@ -1,4 +1,4 @@
-"""What this machine has and which path each capability will take. Gathering it never raises."""
+"""Versions and hardware of this machine, and which path each capability will take here. Collecting it never raises."""
 
 import importlib.metadata
 import platform
@@ -14,19 +14,25 @@ from semisparse.gemm.engine import available
 from semisparse.gemm.formats import Packer, packed_format
 
 _NOT_FOUND = "not found"
-_WHERE_PACKED = "packed in fp16 and bf16 with N and K multiples of 16, else masked dense"
+_WHERE_PACKED = "packed in fp16 and bf16 with N and K multiples of 16, otherwise masked dense"
 _PACKERS: dict[Packer, tuple[str, str]] = {
     "kernel": ("Triton kernel", "Triton kernel, one pass for both directions"),
-    "compressor": ("reference", "NVIDIA's compressor, once for each direction"),
-    "reference": ("reference", "reference, once for each direction"),
+    "compressor": ("reference", "NVIDIA's compressor, once per direction"),
+    "reference": ("reference", "reference, once per direction"),
 }
-"""Who packs -> what prunes on the packed route, and how it is packed."""
+"""What packs -> what prunes on the packed route, and how it is packed."""
 _CUSPARSELT_PACKAGES = ("nvidia-cusparselt-cu13", "nvidia-cusparselt-cu12")
 
 
 @dataclass(frozen=True, slots=True)
 class Capability:
-    """One capability of the library. path: what will run it on this device; reason: why that path."""
+    """One capability of the library on one device.
+
+    Attributes:
+        name: The capability.
+        path: What will run it.
+        reason: Why that path.
+    """
 
     name: str
     path: str
@@ -35,7 +41,13 @@ class Capability:
 
 @dataclass(frozen=True, slots=True)
 class Environment:
-    """facts: name -> version or description, "not found" where there is none; capabilities: for device."""
+    """What environment() found.
+
+    Attributes:
+        device: "cuda" or "cpu".
+        facts: Name -> version or description; "not found" if there is none.
+        capabilities: Of the library on device.
+    """
 
     device: str
     facts: dict[str, str]
@@ -61,10 +73,13 @@ def environment() -> Environment:
 
 
 def capabilities(device: str) -> tuple[Capability, ...]:
-    """Which path weight mask, activation mask, packing and sparse GEMM take on device ("cpu", "cuda:1"), and why.
+    """Which path weight mask, activation mask, packing and sparse GEMM take, and why.
 
-    Never raises: a probe that fails makes the paths "unknown", and its error their reason. On CUDA it loads cuSPARSELt
-    and probes its packed format, once a process.
+    Never raises: if a probe fails, the paths are "unknown" and the reason is its error. On CUDA it loads cuSPARSELt and
+    probes its packed format, once per process.
+
+    Args:
+        device: Such as "cpu" or "cuda:1".
     """
     if torch.device(device).type != "cuda":
         reason = "CPU"
@@ -78,13 +93,13 @@ def capabilities(device: str) -> tuple[Capability, ...]:
 
 
 def _packing(device: str) -> tuple[Capability, ...]:
-    """Masks and packing as the packed format has them, or how finding it out failed."""
+    """Masks and packing for the packed format found on device, or the error of the search."""
     try:
         index = torch.device(device).index
         found = packed_format(torch.cuda.current_device() if index is None else index, torch.bfloat16)
         pruner, packer = _PACKERS[found.packer]
         where, why = _WHERE_PACKED, found.reason
-    except Exception as error:  # packing at run time will fail in the same way; this says how
+    except Exception as error:  # packing at run time will fail in the same way
         pruner = packer = "unknown"
         where = why = f"{type(error).__name__}: {error}"
     return (
@@ -98,11 +113,11 @@ def _product(device: str) -> tuple[str, str]:
     verdict = available(device)
     if not verdict.ok:
         return "masked dense", verdict.reason
-    return f"{verdict.reason} or masked dense", "whichever is faster, measured for each problem at its first use"
+    return f"{verdict.reason} or masked dense", "whichever is faster, measured per problem at its first use"
 
 
 def _guarded(fact: Callable[[], str]) -> str:
-    """The fact, or why it could not be found out: a driver or library can fail in any way."""
+    """The fact, or why it is unknown: a driver or library can fail in any way."""
     try:
         return fact() or _NOT_FOUND
     except Exception as error:

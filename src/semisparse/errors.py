@@ -1,15 +1,15 @@
-"""Exceptions of semisparse. Each is also a ValueError or a RuntimeError, so existing handlers keep working.
+"""Exceptions of semisparse. Each is also a ValueError or a RuntimeError, so that existing handlers catch it.
 
 Every message names the argument, the value that was given and a way out.
 """
 
 
 class SemiSparseError(Exception):
-    """Base class of every error that semisparse raises on purpose."""
+    """Base class of all errors that semisparse raises deliberately."""
 
 
 class ConfigError(SemiSparseError, ValueError):
-    """A setting lies outside its choices, or two settings exclude each other."""
+    """A setting is not among its choices, or two settings exclude each other."""
 
 
 class ShapeError(SemiSparseError, ValueError):
@@ -29,11 +29,11 @@ class LayerRefusedError(SemiSparseError, ValueError):
 
 
 class ScheduleError(SemiSparseError, ValueError):
-    """The phases of a schedule do not fit, or a saved schedule does not belong to this one."""
+    """The phases, layers or calls of a schedule are not as they must be, or a saved state belongs to another one."""
 
 
 class ExportError(SemiSparseError, RuntimeError):
-    """A sparse layer meets an exporter that would lose its gradients or does not know its ops."""
+    """A sparse layer was given to an exporter that would lose its gradients or does not support its ops."""
 
 
 class RankMismatchError(SemiSparseError, RuntimeError):
@@ -41,11 +41,11 @@ class RankMismatchError(SemiSparseError, RuntimeError):
 
 
 class EngineError(SemiSparseError, RuntimeError):
-    """The sparse GEMM engine cannot be used here, refused a product, or was asked to tune where it must not."""
+    """The sparse GEMM engine cannot be used here, rejected a product, or was asked to tune where it may not."""
 
 
 class TokenMixingWarning(UserWarning):
-    """A layer with a pruned activation was built: what it computes of one token depends on its neighbours.
+    """A layer with a pruned activation was built: its output for one token depends on neighbouring tokens.
 
     Given once per process; silence it with warnings.filterwarnings("ignore", category=semisparse.TokenMixingWarning).
     """

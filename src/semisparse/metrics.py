@@ -1,13 +1,13 @@
-"""What happens to the masks during training: flip rate, kept magnitude, dead rows, phase.
+"""Statistics of the masks during training: flip rate, kept magnitude, dead rows, phase.
 
-The flip rate of one optimizer step is the share of a weight's entries whose place in the mask changed in that step:
+The flip rate of one optimizer step is the share of a weight's entries that entered or left the mask in that step:
 r_t = |M(w_t) xor M(w_{t-1})| / (N K), as in arXiv 2404.01847. High rates late in training mean that the masks do not
-settle. That paper compares r_t with the rate of a dense run, of the masks that its weights would have: MaskMetrics
-follows layers in a dense phase in the same way, so the values of a dense run can be passed to read as the reference.
+settle. The paper compares r_t with that of a dense run, computed from the masks that its weights would have.
+MaskMetrics measures layers in a dense phase in the same way, so the values of a dense run can be the reference of
+read().
 """
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,22 +18,28 @@ from semisparse.surgery.layers import changed_since, layers_with_masks
 
 FLIP_RATE, FLIP_RATIO, KEPT_MAGNITUDE = "flip_rate", "flip_ratio", "kept_magnitude"
 DEFAULT_INTERVAL = 100
-"""Steps from one measured step to the next."""
+"""Optimizer steps from one measured step to the next."""
 _NAMES = (FLIP_RATE, KEPT_MAGNITUDE, "dead_rows")
 
 
 class MaskMetrics:
-    """Follows the masks of a model's SemiSparseLinear layers while it trains.
+    """Measures the masks of a model's SemiSparseLinear layers while it trains.
 
     Call update() once after each applied optimizer step: `if schedule.step(scaler): metrics.update()`. Every
     interval-th step is measured: masks are computed before and after it, so an interval costs two mask computations
-    and, for that one step, a byte for each entry of the weights. Nothing waits for the device until read(). Flips are
-    counted exactly; magnitudes (weights of any dtype and N x K that a layer takes) are summed in fp32. The masks are
-    those that the weights would choose now, also where a recipe holds other ones frozen, so that rates of all recipes
-    compare; for mask "soft" the row-wise mask under it.
+    and, for that one step, one byte per entry of the weights. Only read() synchronises with the device. Flips are
+    counted exactly; magnitudes, of weights of any dtype, are summed in fp32. The masks are those that the weights would
+    choose now, even if a recipe holds other ones, so that the rates of all recipes are comparable; for mask "soft" it
+    is the underlying row-wise mask.
 
-    model: holds SemiSparseLinear layers, in any phase; layers with a pruned activation have no mask of their own and
-    are left out. interval: optimizer steps, 2 or more. Raises NoLayerMatchedError without such a layer, ConfigError.
+    Args:
+        model: A module with SemiSparseLinear layers, in any phase. Layers with a pruned activation have no mask of
+            their own and are left out.
+        interval: Optimizer steps from one measured step to the next, 2 or more.
+
+    Raises:
+        NoLayerMatchedError: model has no SemiSparseLinear.
+        ConfigError: interval is not a whole number, 2 or more.
     """
 
     def __init__(self, model: nn.Module, interval: int = DEFAULT_INTERVAL) -> None:
@@ -53,9 +59,13 @@ class MaskMetrics:
 
     @torch.no_grad()
     def update(self) -> bool:
-        """Count one optimizer step; returns whether it was measured. Layers that were made dense drop out.
+        """Count one optimizer step. Layers that were made dense are no longer measured.
 
-        Raises ConfigError, naming them, where a layer to be measured is no longer in the model: something replaced it.
+        Returns:
+            Whether the step was measured.
+
+        Raises:
+            ConfigError: A layer to be measured is no longer in the model, because something replaced it.
         """
         self._drop_dense_layers()
         self._steps += 1
@@ -72,17 +82,24 @@ class MaskMetrics:
         return True
 
     def read(self, reference: Mapping[str, float] | None = None) -> dict[str, float]:
-        """The values of the last measured step, {"flip_rate/<layer>": ...}; empty before the first. Synchronises once.
+        """The values of the last measured step. Synchronises once.
 
-        Of each layer: flip_rate, kept_magnitude (share of the sum of magnitudes that the mask keeps), dead_rows (share
-        of rows whose kept entries are all zero). "flip_rate" is the mean over all entries of all layers; "phase" the
-        share of the layers that are sparse now, 1 or 0 under a schedule.
-        reference: what read() gave in a dense run at the same step; adds flip_ratio, the quotient of the flip rates,
-        for each layer whose reference is not 0. Raises ConfigError when reference lacks a layer.
+        Args:
+            reference: What read() returned in a dense run at the same step.
+
+        Returns:
+            Empty before the first measured step. Then, per layer, "flip_rate/<layer>", "kept_magnitude/<layer>" (share
+            of the sum of magnitudes that the mask keeps) and "dead_rows/<layer>" (share of rows whose kept entries are
+            all zero). "flip_rate" is the mean over all entries of all layers, "phase" the share of the layers that are
+            sparse now: 1 or 0 under a schedule. With a reference also "flip_ratio/<layer>", the quotient of the flip
+            rates, if the reference is not 0.
+
+        Raises:
+            ConfigError: reference lacks a layer.
         """
         if not self._measured:
             return {}
-        first = next(iter(self._measured.values())).device  # a pipeline may keep its layers on several
+        first = next(iter(self._measured.values())).device  # a pipeline may have its layers on several
         rows = torch.stack([row.to(first, non_blocking=True) for row in self._measured.values()]).tolist()
         values = {
             f"{metric}/{layer}": value
@@ -117,24 +134,20 @@ class MaskMetrics:
 def mask_statistics(model: nn.Module) -> dict[str, float]:
     """kept_magnitude and dead_rows of each SemiSparseLinear, of the weights as they are now. Synchronises.
 
-    Names and meanings as MaskMetrics.read. Raises NoLayerMatchedError when model has no such layer.
+    Args:
+        model: A module with SemiSparseLinear layers.
+
+    Returns:
+        Names and meanings as MaskMetrics.read.
+
+    Raises:
+        NoLayerMatchedError: model has no SemiSparseLinear.
     """
     found = {}
     for name, layer in _weight_layers(model).items():
         for metric, value in zip(_NAMES[1:], _statistics(layer.weight, layer.chosen_mask()), strict=True):
             found[f"{metric}/{name}"] = value.item()
     return found
-
-
-def log_to_tensorboard(writer: Any, values: Mapping[str, float], step: int) -> None:
-    """Write values of read() as scalars. writer: a torch.utils.tensorboard.SummaryWriter or what has its add_scalar."""
-    for name, value in values.items():
-        writer.add_scalar(f"semisparse/{name}", value, step)
-
-
-def log_to_wandb(run: Any, values: Mapping[str, float], step: int) -> None:
-    """Log values of read() in one call. run: what wandb.init returned, or the wandb module."""
-    run.log({f"semisparse/{name}": value for name, value in values.items()}, step=step)
 
 
 def _weight_layers(model: nn.Module) -> dict[str, SemiSparseLinear]:
@@ -147,7 +160,7 @@ def _weight_layers(model: nn.Module) -> dict[str, SemiSparseLinear]:
 
 
 def _measured(layer: SemiSparseLinear, before: Tensor) -> Tensor:
-    """The values called _NAMES of one layer; before: its mask before the step."""
+    """The values of _NAMES of one layer; before: its mask before the step."""
     mask = layer.chosen_mask()
     flip_rate = (before ^ mask).sum() / before.numel()
     return torch.stack([flip_rate, *_statistics(layer.weight, mask)])

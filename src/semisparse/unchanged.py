@@ -1,4 +1,4 @@
-"""Running a model once without leaving a trace in it."""
+"""Running a model once and restoring its state."""
 
 import random
 import sys
@@ -16,11 +16,15 @@ from semisparse.nn import SemiSparseBase
 
 @contextmanager
 def unchanged(model: nn.Module, inputs: Any) -> Iterator[None]:
-    """Put back, after the block, what a forward and backward pass inside it may have changed.
+    """Restore, after the block, what a forward and backward pass inside it may have changed.
 
     That is: parameters and buffers (the tensors and their values), gradients of parameters and of inputs, training
     flags, and the random number generators of Python, NumPy (if it is loaded) and torch on all devices. Inside the
-    block all gradients start as None. Needs memory for one copy of parameters and buffers. inputs: any nest of tensors.
+    block all gradients start as None. Needs memory for one copy of parameters and buffers.
+
+    Args:
+        model: The model.
+        inputs: Tensors in any nesting of containers.
     """
     modules = list(model.modules())
     flags = [module.training for module in modules]
@@ -31,7 +35,7 @@ def unchanged(model: nn.Module, inputs: Any) -> Iterator[None]:
     values = {key: tensor.detach().clone() for key, tensor in tensors.items()}
     leaves = [leaf for leaf in torch.utils._pytree.tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.is_leaf]
     gradients = [(leaf, leaf.grad) for leaf in (*tensors.values(), *leaves)]
-    # An optimizer may step in these hooks. The table is autograd's own, so it is emptied rather than replaced.
+    # An optimizer may step in these hooks. The table belongs to autograd, so it is emptied instead of replaced.
     hooks = [(table, dict(table)) for leaf in tensors.values() if (table := leaf._post_accumulate_grad_hooks)]
     called = [(layer, layer._called) for layer in modules if isinstance(layer, SemiSparseBase)]
     generators = _generator_states()
@@ -61,7 +65,7 @@ def unchanged(model: nn.Module, inputs: Any) -> Iterator[None]:
 
 
 def _restore(tensor: Tensor, value: Tensor) -> None:
-    """Write value back where it differs; the version counter stays, so that saved graphs and packings hold."""
+    """Write value back if it differs; the version counter stays, so that saved graphs and packings remain valid."""
     if tensor.is_meta or torch.equal(tensor.detach(), value):
         return
     with torch.no_grad(), _unsafe_preserve_version_counter(tensor):

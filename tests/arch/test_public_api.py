@@ -1,12 +1,14 @@
-"""The frozen list of public names, and that each of them is documented."""
+"""The frozen list of public names, and that each of them is documented: by a docstring and in docs/public.md."""
 
 import inspect
+import re
 
 import pytest
 
 import semisparse
 import semisparse.testing
-from semisparse import errors
+from semisparse import errors, recipes
+from tests.arch.source import ROOT
 
 PUBLIC = {
     "CheckReport",
@@ -46,6 +48,18 @@ ERRORS = {
     "TensorError",
     "TokenMixingWarning",
 }
+RECIPES = {
+    "MaskedDecay",
+    "PRESETS",
+    "Recipe",
+    "RecipeSchedule",
+    "StepAdamW",
+    "dinov2",
+    "fst",
+    "s_ste",
+    "sr_ste",
+    "step",
+}
 TESTING = {
     "DTYPES",
     "HALF_DTYPES",
@@ -67,8 +81,21 @@ def test_the_errors_are_these() -> None:
     assert {name for name, value in vars(errors).items() if inspect.isclass(value)} == ERRORS
 
 
+def test_the_recipes_names_are_these() -> None:
+    assert set(recipes.__all__) == RECIPES
+
+
 def test_the_testing_names_are_these() -> None:
     assert set(semisparse.testing.__all__) == TESTING
+
+
+def test_the_page_of_public_names_lists_each_of_them_once() -> None:
+    listed = re.findall(
+        r"^\| `semisparse\.([\w.]+)` \| \S", (ROOT / "docs" / "public.md").read_text(), flags=re.MULTILINE
+    )
+    names = [*PUBLIC, *(f"recipes.{name}" for name in RECIPES), *(f"testing.{name}" for name in TESTING)]
+    names += [f"errors.{name}" for name in ERRORS - PUBLIC]
+    assert sorted(listed) == sorted(names)
 
 
 def test_the_version_is_a_version() -> None:
@@ -88,7 +115,7 @@ def documented(value: object) -> list[tuple[str, object]]:
 
 ITEMS = [
     item
-    for module in (semisparse, semisparse.testing, errors)
+    for module in (semisparse, recipes, semisparse.testing, errors)
     for name, value in vars(module).items()
     if not name.startswith("_") and callable(value)
     for item in documented(value)

@@ -77,7 +77,7 @@ def test_check_tells_kernel_and_algorithm_of_each_layer() -> None:
     for name in ("first", "last"):
         assert rows[name].forward.startswith("cuSPARSELt algorithm")
         assert rows[name].backward.startswith("cuSPARSELt algorithm")
-    assert report.problems == {"proj": "never called: somebody reads its weight instead"}
+    assert report.problems == {"proj": "never called: something else reads its weight"}
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     fp32 = nn.Sequential(nn.Linear(N, N, device="cuda"))
     sparsify(fp32)

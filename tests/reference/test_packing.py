@@ -49,7 +49,7 @@ def test_packing_what_was_unpacked_changes_nothing() -> None:
 def test_both_directions_of_a_transposable_mask(dtype: torch.dtype) -> None:
     matrix = torch.randn(36, 20).to(dtype)
     mask = masks.transposable(matrix)
-    along_k, along_n = packing.pack_both(matrix, mask)
+    along_k, along_n = packing.pack(matrix, mask), packing.pack(matrix.mT, mask.mT)
     pruned = torch.where(mask, matrix, 0)
     assert_bit_equal(packing.unpack(along_k), pruned)
     assert_bit_equal(packing.unpack(along_n), pruned.mT)
@@ -95,7 +95,7 @@ def test_more_than_two_in_a_group_is_refused() -> None:
 def test_a_row_mask_does_not_pack_along_the_rows() -> None:
     matrix = torch.zeros(4, 4)
     with pytest.raises(ShapeError, match="more than 2 of 4"):
-        packing.pack_both(matrix, masks.row(matrix))
+        packing.pack(matrix.mT, masks.row(matrix).mT)
 
 
 def test_masks_of_another_shape_or_dtype_are_refused() -> None:

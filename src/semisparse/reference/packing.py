@@ -44,15 +44,6 @@ def pack(matrix: Tensor, mask: Tensor, dtype: torch.dtype | None = None) -> Pack
     return Packed(pruned.gather(-1, _slots(nibbles)).view(rows, columns // 2), nibbles)
 
 
-def pack_both(matrix: Tensor, mask: Tensor, dtype: torch.dtype | None = None) -> tuple[Packed, Packed]:
-    """Pack a matrix with a transposable mask along its columns, and its transpose along the rows.
-
-    Returns (packed matrix, packed transpose): for a weight (N x K) the first serves the forward product, the second
-    the input gradient.
-    """
-    return pack(matrix, mask, dtype), pack(matrix.mT, mask.mT, dtype)
-
-
 def unpack(packed: Packed) -> Tensor:
     """The pruned matrix (R x C, contiguous, zeros where nothing was kept), exact."""
     rows, groups = packed.nibbles.shape
