@@ -40,6 +40,7 @@ test-gpu:
 
 bench:
 	PYTHONPATH=src:lab/src:. $(PYTHON) benchmarks/benchmark_semi_structured_training.py --linear --save $(BENCH_ARGS)
+	PYTHONPATH=src:lab/src:. $(PYTHON) benchmarks/benchmark_semi_structured_training.py --no-gain --save $(BENCH_ARGS)
 	PYTHONPATH=src:lab/src:. $(PYTHON) benchmarks/benchmark_semi_structured_training.py --pack --save $(BENCH_ARGS)
 	PYTHONPATH=src:lab/src:. $(PYTHON) benchmarks/benchmark_semi_structured_training.py --metrics --save $(BENCH_ARGS)
 	PYTHONPATH=src:lab/src:. $(PYTHON) benchmarks/benchmark_semi_structured_training.py --save $(BENCH_ARGS)

@@ -1,178 +1,132 @@
-"""Cards and README figures, generated from benchmarks/results/*.json. Run after each new result; a test compares.
+"""Cards, and the figures of README and docs, generated from benchmarks/results. A test compares; run after each result.
 
 python benchmarks/cards.py
+
+A page holds marked places, <!-- generated: NAME --> ... <!-- end -->, which are filled with the block of that name.
 """
 
-import json
-import re
+import statistics
 import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that the file runs as a script from anywhere
+
+from benchmarks import picture, tables
+from benchmarks.blocks import filled
+from benchmarks.models import NO_GAIN
+from benchmarks.origin import origin, short_origin
+from benchmarks.store import ROOT, load
 from semisparse_lab.report import cards as experiments
 from semisparse_lab.report.curves import curves
 
-ROOT = Path(__file__).resolve().parent.parent
 RESULTS, CARDS = ROOT / "benchmarks" / "results", ROOT / "benchmarks" / "cards"
 ACCURACY = RESULTS / "accuracy"
+PAGES = tuple(ROOT / name for name in ("README.md", "docs/speed.md", "docs/accuracy.md"))
 MASK_STUDY = ("signed-greedy", "greedy", "sparse-100")
-IN_README = ("vit-fashion-mnist", "vit-fashion-mnist-long", "dino-fashion-mnist", "gpt-stdlib")
+ON_PAGE = ("vit-fashion-mnist", "vit-fashion-mnist-long", "dino-fashion-mnist", "gpt-stdlib")
+SPARSE_THEN_DENSE = ("sparse-070", "dinov2-070")
 COMMAND = "python benchmarks/benchmark_semi_structured_training.py"
 
-
-def load(kind: str) -> list[tuple[str, dict[str, Any]]]:
-    """(file name, content) of the stored results of one kind, in a fixed order."""
-    found = []
-    for path in sorted(RESULTS.glob("*.json")):
-        content = json.loads(path.read_text())
-        if content.get("kind") == kind:
-            found.append((path.name, content))
-    return found
+Result = dict[str, Any]
 
 
-def origin(results: list[dict[str, Any]]) -> str:
-    """What the figures were measured on: machine and versions, then each commit with the time of its first result."""
-    runs: dict[str, dict[str, str]] = {}
-    for source in (result["provenance"] for result in results):
-        facts = source["environment"]["facts"]
-        named = ", ".join(f"{name} {facts[name]}" for name in ("torch", "triton", "cuSPARSELt", "nvmath-python"))
-        peaks = " / ".join(f"{value:g} TFLOP/s {name}" for name, value in source["peaks_tflops"].items())
-        machine = f"One {source['gpu']}, {named}" + (f"; peaks by data sheet: {peaks}" if peaks else "")
-        runs.setdefault(machine, {}).setdefault(f"commit {source['commit'][:10]}", source["time"])
-    return " ".join(
-        f"{machine}; {'; '.join(f'{commit}, {time}' for commit, time in times.items())}."
-        for machine, times in runs.items()
-    )
-
-
-def linear_table(results: list[tuple[str, dict[str, Any]]]) -> str:
-    """Dense and sparse forward + backward of single linears, with limits."""
-    lines = [
-        "| M x K x N | operand | dense ms | 2:4 ms | ratio (limit) | ratio, one autograd thread | ratio, CUDA graph |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for _, result in results:
-        times, ratio, limit = result["times_ms"], result["ratio_to_dense"], result["limit"]
-        for name in ("semisparse weight", "semisparse activation"):
-            cells = [" x ".join(map(str, result["mkn"])), name.removeprefix("semisparse ")]
-            cells += [f"{times[kind]['median_ms']:.3f}" for kind in ("dense", name)]
-            cells += [f"**{ratio[name]:.3f}** ({limit[name]:.3f})"]
-            cells += [f"{ratio[f'{way}: {name}']:.3f}" for way in ("one thread", "graph")]
-            lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def end_to_end_table(results: list[tuple[str, dict[str, Any]]]) -> str:
-    """Whole training steps, dense against sparse, with limits."""
-    lines = ["| step | dense ms | 2:4 ms | ratio (limit) | peak GiB dense / 2:4 |", "|---|---|---|---|---|"]
-    for _, result in results:
-        times, memory = result["times_ms"], result["peak_memory_bytes"]
-        lines.append(
-            f"| {result['title']} | {times['dense']['median_ms']:.1f} | {times['sparse']['median_ms']:.1f} "
-            f"| **{result['ratio_to_dense']:.3f}** ({result['limit']:.3f}) "
-            f"| {memory['dense'] / 2**30:.1f} / {memory['sparse'] / 2**30:.1f} |"
-        )
-    return "\n".join(lines)
-
-
-def linear_card(name: str, result: dict[str, Any]) -> str:
+def linear_card(result: Result) -> str:
     """Every variant and part of one linear benchmark."""
-    tokens, in_features, out_features = result["mkn"]
-    lines = [
-        f"# One linear layer, M x K x N = {tokens} x {in_features} x {out_features}",
-        "",
+    shape = ",".join(map(str, result["mkn"]))
+    return _page(
+        f"One linear layer, M x K x N = {tables.size(result['mkn'])}",
+        tables.linear_summary([result]).markdown(),
+        "Forward + backward, bf16 parameters with bias, gradients set to None before each call, packing included. "
+        f"Variants interleaved in one process, sustained. {tables.limit_note([result])}",
+        tables.linear_variants(result).markdown(),
+        tables.linear_parts(result).markdown(),
         origin([result]),
-        "",
-        "Forward + backward in eager mode, bf16 parameters with bias, gradients set to None before each call, "
-        "packing included. Variants interleaved in one process, sustained. The limit is the ratio that a free "
-        "packing would reach with this run's own products.",
-        "",
-        "| variant | ms | p20 | p80 | dense / variant | limit | dense-equivalent TFLOP/s |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for variant, timing in result["times_ms"].items():
-        ratio, limit, rate = (result[key].get(variant) for key in ("ratio_to_dense", "limit", "tflops"))
-        cells = [variant, *(f"{timing[key]:.4f}" for key in ("median_ms", "p20_ms", "p80_ms"))]
-        cells += ["" if value is None else f"{value:.3f}" for value in (ratio, limit)]
-        lines.append(f"| {' | '.join([*cells, '' if rate is None else f'{rate:.0f}'])} |")
-    lines += [f"| {peer} | {error} | | | | | |" for peer, error in result["errors"].items()]
-    shape = f"{tokens},{in_features},{out_features}"
-    return "\n".join([*lines, "", f"Remake: `{COMMAND} --linear --mkn {shape} --save`", ""])
-
-
-def end_to_end_card(name: str, result: dict[str, Any]) -> str:
-    """One whole training step."""
-    spread = {kind: f"{t['p20_ms']:.1f} to {t['p80_ms']:.1f}" for kind, t in result["times_ms"].items()}
-    saved = ", ".join(f"{shape}: {ms:.2f} ms" for shape, ms in result["saved_by_products_ms"].items())
-    return "\n".join(
-        [
-            f"# {result['title']}",
-            "",
-            origin([result]),
-            "",
-            end_to_end_table([(name, result)]),
-            "",
-            f"p20 to p80: dense {spread['dense']}, 2:4 {spread['sparse']} ms. "
-            f"{result['swapped']} linears 2:4. The products of these layers save, packing not counted "
-            f"({saved} by N x K); the limit is the ratio if packing cost nothing.",
-            *(["", result["note"]] if result["note"] else []),
-            "",
-            f"Remake: `{COMMAND} --card {result['card']} --save`",
-            "",
-        ]
+        f"Remake: `{COMMAND} --linear --mkn {shape} --save`",
     )
 
 
-def pack_card(results: list[tuple[str, dict[str, Any]]]) -> str:
+def end_to_end_card(result: Result) -> str:
+    """One whole training step."""
+    times = {kind: f"{time['p20_ms']:.1f} to {time['p80_ms']:.1f}" for kind, time in result["times_ms"].items()}
+    saved = ", ".join(f"{shape}: {ms:.2f} ms" for shape, ms in result["saved_by_products_ms"].items())
+    products = f" The products of these layers save, packing not counted ({saved} by N x K)." if saved else ""
+    return _page(
+        result["title"],
+        tables.end_to_end([result]).markdown(),
+        f"p20 to p80: dense {times['dense']} ms, 2:4 {times['sparse']} ms. "
+        f"{result['swapped']} linears are 2:4.{products}",
+        tables.limit_note(load("linear")),
+        result["note"],
+        origin([result]),
+        f"Remake: `{COMMAND} --card {result['card']} --save`",
+    )
+
+
+def no_gain_card() -> str:
+    """Where 2:4 does not help: whole steps, then single layers."""
+    steps, small = no_gain_steps(), load("small-linear")
+    return _page(
+        "Where 2:4 does not help",
+        "Dense and 2:4 interleaved in one process, sustained; a ratio below 1 means that 2:4 is slower. The spread is "
+        "that of the ratio over the interleaved rounds.",
+        tables.end_to_end(steps).markdown() if steps else "",
+        "One linear layer, forward + backward with its packing, bf16:",
+        tables.small_linear(small).markdown() if small else "",
+        origin([*steps, *small]),
+        f"Remake: `{COMMAND} --no-gain --save`",
+    )
+
+
+def pack_card() -> str:
     """The pack kernel at all its sizes."""
-    lines = [
-        "# Packing a weight in both directions, bf16",
-        "",
-        origin([result for _, result in results]),
-        "",
+    results = packs()
+    return _page(
+        "Packing a weight in both directions, bf16",
+        tables.pack(results).markdown(),
         "Cold L2 cache, calls replayed from a CUDA graph. The copy moves as many bytes as packing does; the tile op is "
         "`torch._sparse_semi_structured_tile`.",
-        "",
-        "| N x K | pack us | copy us | share of the copy's rate | tile op us | tile op / pack |",
-        "|---|---|---|---|---|---|",
-    ]
-    for _, result in results:
-        times = result["microseconds"]
-        cells = [" x ".join(map(str, result["nk"])), f"{times['pack']:.1f}", f"{times['copy']:.1f}"]
-        cells += [f"{result['rate_of_copy']:.1%}", f"{times['torch tile op']:.1f}"]
-        lines.append(f"| {' | '.join(cells)} | {result['faster_than_tile_op']:.2f} |")
-    return "\n".join([*lines, "", f"Remake: `{COMMAND} --pack --save`", ""])
+        origin(results),
+        f"Remake: `{COMMAND} --pack --save`",
+    )
 
 
-def metrics_card(results: list[tuple[str, dict[str, Any]]]) -> str:
+def metrics_card() -> str:
     """The cost of following the masks."""
-    lines = [
-        "# Following the masks: MaskMetrics at its default interval",
-        "",
-        origin([result for _, result in results]),
-        "",
+    results = load("metrics")
+    return _page(
+        "Following the masks: MaskMetrics at its default interval",
+        tables.metrics(results).markdown(),
         "The metrics of an interval are two mask computations and one set of statistics for all sparse layers, timed "
         "back to back on their own and compared with the steps of the interval.",
-        "",
-        "| step | layers | interval | step ms | metrics of an interval ms | share of the time | peak MiB |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for _, result in results:
-        times = [f"{timing['median_ms']:.2f}" for timing in result["times_ms"].values()]
-        cells = [result["title"], str(result["layers"]), str(result["interval"]), *times]
-        cells += [f"{result['share_of_step']:.3%}", f"{result['peak_memory_bytes'] / 2**20:.0f}"]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*lines, "", f"Remake: `{COMMAND} --metrics --save`", ""])
+        origin(results),
+        f"Remake: `{COMMAND} --metrics --save`",
+    )
+
+
+def packs() -> list[Result]:
+    """Results of the pack kernel, smallest first."""
+    return sorted(load("pack"), key=lambda result: result["nk"])
+
+
+def gaining_steps() -> list[Result]:
+    """Whole steps that are here to show a gain."""
+    return [result for result in load("end-to-end") if result["card"] not in NO_GAIN]
+
+
+def no_gain_steps() -> list[Result]:
+    """Whole steps that are here to show where there is none."""
+    return [result for result in load("end-to-end") if result["card"] in NO_GAIN]
 
 
 @cache
-def accuracy() -> dict[str, list[dict[str, Any]]]:
-    """Stored results of the experiments in examples/, by experiment; read once."""
+def accuracy() -> dict[str, list[Result]]:
+    """Stored results of the experiments, by experiment; read once."""
     return experiments.by_experiment(experiments.load_results(ACCURACY))
 
 
-def mask_study(results: list[dict[str, Any]]) -> str:
+def mask_study(results: list[Result]) -> str:
     """How masks are chosen: the fully sparse rows that differ in nothing else."""
     chosen = [result for result in results if result["row"] in MASK_STUDY]
     return experiments.table(chosen, baseline=MASK_STUDY[0])
@@ -188,44 +142,77 @@ def accuracy_cards() -> dict[Path, str]:
     return made
 
 
-def readme_blocks() -> dict[str, str]:
-    """Marker -> generated text of each README block that has results; the other experiments have their cards alone."""
-    linear, steps = load("linear"), load("end-to-end")
-    blocks = {}
-    if steps:
-        where = origin([result for _, result in steps])
-        blocks["end-to-end"] = f"{end_to_end_table(steps)}\n\n{where} Remake: `{COMMAND} --save`."
-    if linear:
-        where = origin([result for _, result in linear])
-        blocks["linear"] = f"{linear_table(linear)}\n\n{where} Remake: `{COMMAND} --linear --save`."
-    for name in IN_README:
+def accuracy_summary() -> str:
+    """Sparse, then dense beside dense, one row per experiment, with what its sparse steps cost."""
+    lines = [
+        "| experiment | metric | dense | sparse, then dense | difference | sparse step / dense step |",
+        "|---|---|--:|--:|--:|--:|",
+    ]
+    for name in ON_PAGE:
+        results = accuracy()[name]
+        rows = {row.slug: row for row in experiments.summaries(results)}
+        dense, sparse = rows["dense"], next(rows[slug] for slug in SPARSE_THEN_DENSE if slug in rows)
+        digits = 2 if results[0]["higher_is_better"] else 4
+        cells = [name, results[0]["metric"]]
+        cells += [f"{statistics.fmean(row.values.values()):.{digits}f}" for row in (dense, sparse)]
+        cells += [experiments.spread(sparse.differences, digits, "+")]
+        cells += [f"{sparse.seconds['sparse'] / dense.seconds['dense']:.2f}x"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def blocks() -> dict[str, str]:
+    """Name -> text of each generated block of the pages."""
+    linear, small, steps, slow = load("linear"), load("small-linear"), gaining_steps(), no_gain_steps()
+    losing = tables.losing([*slow, *small, *linear])
+    every = [result for results in accuracy().values() for result in results]
+    made = {
+        "speed": f"{tables.end_to_end_short(steps).markdown()}\n\n{short_origin(steps)}",
+        "no-gain": f"{losing.markdown()}\n\n{short_origin([*slow, *small, *linear])}",
+        "accuracy": f"{accuracy_summary()}\n\nMeasured on {gpus(every)}.",
+        "end-to-end": _remade(tables.end_to_end(steps).markdown(), steps, ""),
+        "limit": tables.limit_note(linear),
+        "linear": _remade(tables.linear_summary(linear).markdown(), linear, "--linear "),
+        "pack": _remade(tables.pack(packs()).markdown(), packs(), "--pack "),
+        "metrics": _remade(tables.metrics(load("metrics")).markdown(), load("metrics"), "--metrics "),
+        "no-gain-all": _no_gain_tables(slow, small) if slow or small else losing.markdown(),
+    }
+    for name in ON_PAGE:
         results = accuracy()[name]
         where, commands = experiments.origin(results), experiments.remake(results)
-        blocks[name] = f"{experiments.table(results)}\n\nMeasured on {where}. Remake: {commands}."
-    return blocks
+        paragraphs = (experiments.table(results), experiments.gain(results), experiments.step_times(results))
+        made[name] = "\n\n".join([*filter(None, paragraphs), f"Measured on {where}. Remake: {commands}."])
+    return made
 
 
-def with_blocks(text: str, blocks: dict[str, str]) -> str:
-    """text with the content between <!-- generated: NAME --> and <!-- end --> replaced by each block."""
-    for name, block in blocks.items():
-        pattern = re.compile(rf"(<!-- generated: {name} -->\n).*?(<!-- end -->)", flags=re.DOTALL)
-        if not pattern.search(text):
-            raise ValueError(f"README.md has no <!-- generated: {name} --> ... <!-- end -->")
-        text = pattern.sub(lambda found, block=block: f"{found[1]}{block}\n{found[2]}", text)
-    return text
+def gpus(results: list[Result]) -> str:
+    """The GPUs of experiments shown on the page."""
+    names = sorted({result["gpu"] for result in results if result["experiment"] in ON_PAGE})
+    return " and ".join(f"one {name}" for name in names)
+
+
+def _no_gain_tables(steps: list[Result], small: list[Result]) -> str:
+    shown = [tables.end_to_end(steps).markdown()] if steps else []
+    shown += [tables.small_linear(small).markdown()] if small else []
+    return _remade("\n\n".join(shown), [*steps, *small], "--no-gain ")
+
+
+def _remade(text: str, results: list[Result], option: str) -> str:
+    return f"{text}\n\n{origin(results)} Remake: `{COMMAND} {option}--save`."
+
+
+def _page(title: str, *paragraphs: str) -> str:
+    return "\n\n".join([f"# {title}", *filter(None, paragraphs)]) + "\n"
 
 
 def outputs() -> dict[Path, str]:
-    """Path -> content of everything that is generated from results."""
-    made = {CARDS / f"{Path(name).stem}.md": linear_card(name, result) for name, result in load("linear")}
-    made |= {CARDS / f"{Path(name).stem}.md": end_to_end_card(name, result) for name, result in load("end-to-end")}
-    if packs := sorted(load("pack"), key=lambda found: found[1]["nk"]):
-        made[CARDS / "pack.md"] = pack_card(packs)
-    if followed := load("metrics"):
-        made[CARDS / "metrics.md"] = metrics_card(followed)
-    made |= accuracy_cards()
-    readme = ROOT / "README.md"
-    return {**made, readme: with_blocks(readme.read_text(), readme_blocks())}
+    """Path -> content of everything that is generated from results as text."""
+    made = {CARDS / f"linear-{'x'.join(map(str, result['mkn']))}.md": linear_card(result) for result in load("linear")}
+    made |= {CARDS / f"{result['card']}.md": end_to_end_card(result) for result in gaining_steps()}
+    if load("small-linear") or no_gain_steps():
+        made[CARDS / "no-gain.md"] = no_gain_card()
+    made |= {CARDS / "pack.md": pack_card(), CARDS / "metrics.md": metrics_card(), **accuracy_cards()}
+    return made | filled(PAGES, blocks())
 
 
 def main() -> int:
@@ -235,6 +222,8 @@ def main() -> int:
         print(path.relative_to(ROOT))
     for name, results in accuracy().items():
         (CARDS / f"{name}.png").write_bytes(curves(results))
+    picture.write()
+    print(picture.TARGET.relative_to(ROOT))
     return 0
 
 

@@ -1,54 +1,75 @@
 """One linear layer, forward and backward: dense against semisparse and its peers, with the run's own limit.
 
 Every variant is a whole eager call as a training step makes it: bf16 parameters with bias, gradients set to None
-before, x.requires_grad, weights pruned and packed in the call. Beside them the single products and the packing are
-timed in the same run; from these follows the limit: the ratio that a free packing would reach. Each call is also
-replayed from a CUDA graph, which shows what is left when the host is not in the way, and run with backward on the
-calling thread (torch.autograd.set_multithreading_enabled), which spares the host the way to another core.
+before, x.requires_grad, weights pruned and packed in the call. Each call is also replayed from a CUDA graph, which
+shows what is left when the host is not in the way, and run with backward on the calling thread
+(torch.autograd.set_multithreading_enabled), which spares the host the way to another core.
+
+The limit is the ratio of the same call with its weight packed beforehand (semisparse.reuse_packed), measured in the
+same interleaved blocks. A pruned activation cannot be packed beforehand: its limit is estimated from the products
+timed alone. That estimate is not a bound. Alone, a product runs at another clock (the GPU is power limited) and with
+other data in the cache than inside the call.
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import asdict
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from benchmarks.timing import Timing, captured, interleaved, peak_memory
+import semisparse
+from benchmarks.timing import Timing, captured, device, interleaved, peak_memory, ratio, synchronize
 from semisparse import SemiSparseActivationLinear, SemiSparseLinear, ops
 from semisparse.gemm.tuner import tuner
 
 SHAPES = ((13008, 1024, 4096), (13008, 4096, 1024), (16384, 2048, 8192), (16384, 4096, 11008))
 """M x K x N: tokens, in features, out features. ViT-L's MLP as the seed document has it, and two Llama-like MLPs."""
 
+SMALL_SHAPES = (
+    (4096, 768, 768),
+    (4096, 768, 3072),
+    (4096, 3072, 768),
+    (6304, 1024, 4096),
+    (6304, 4096, 1024),
+    (16384, 1024, 1024),
+    (2048, 2048, 8192),
+)
+"""M x K x N around the size from which 2:4 pays: BERT-base at 32x128 tokens, ViT-L at batch 32, and two more."""
+
+TOY_SHAPES = ((32, 64, 128),)
+"""Enough to try the program on a CPU."""
+
+WEIGHT, ACTIVATION = "semisparse weight", "semisparse activation"
+PACKED_BEFORE = f"{WEIGHT}, packed beforehand"
+
 Call = Callable[[], object]
+Contexts = dict[str, Callable[[], AbstractContextManager[object]]]
 
 
 def benchmark(tokens: int, in_features: int, out_features: int, rounds: int) -> dict[str, Any]:
     """Time all variants at one shape; returns times in ms, ratios, limits, peak memory and the errors of peers."""
-    torch.manual_seed(0)
-    x = torch.randn(tokens, in_features, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-    grad_output = torch.randn(tokens, out_features, device="cuda", dtype=torch.bfloat16)
+    x, grad_output = _inputs(tokens, in_features, out_features)
     steps, errors = _steps(x, grad_output)
     parts = _parts(x.detach(), steps, grad_output)
     calls = {name: call for name, (_, call) in steps.items()}
     own = {name: call for name, call in calls.items() if not name.startswith("torchao")}
     ways = {
         "": calls,
-        "graph: ": {name: captured(call) for name, call in own.items()},
         "one thread: ": {name: _on_one_thread(call) for name, call in own.items()},
+        "graph: ": {name: captured(call) for name, call in own.items()},
     }
     whole = {f"{way}{name}": call for way, variants in ways.items() for name, call in variants.items()}
-    times = interleaved({**whole, **parts}, rounds=rounds)
+    before, within = _packed_beforehand(*steps[WEIGHT])
+    times = interleaved({**whole, **before, **parts}, rounds=rounds, within=within)
     memory = {name: peak_memory(call) for name, (_, call) in steps.items()}
     return {
         "mkn": [tokens, in_features, out_features],
         "times_ms": {name: timing.as_dict() for name, timing in times.items()},
-        "ratio_to_dense": {
-            f"{way}{name}": times[f"{way}dense"].median_ms / times[f"{way}{name}"].median_ms
-            for way, variants in ways.items()
-            for name in variants
-        },
-        "limit": _limits(times),
+        **_ratios(times, [*whole, *before]),
+        "limit_estimated": _estimated_limits(times),
+        "limit_method": "measured",
         "tflops": _tflops(times, tokens * in_features * out_features),
         "peak_memory_bytes": memory,
         "layer": {name: repr(layer) for name, (layer, _) in steps.items()},
@@ -57,27 +78,53 @@ def benchmark(tokens: int, in_features: int, out_features: int, rounds: int) -> 
     }
 
 
+def small(tokens: int, in_features: int, out_features: int, rounds: int) -> dict[str, Any]:
+    """Dense and 2:4 alone at one shape, eager and from a CUDA graph: where a layer is too small to gain."""
+    x, grad_output = _inputs(tokens, in_features, out_features)
+    layers = {"dense": torch.nn.Linear, WEIGHT: SemiSparseLinear}
+    calls = {name: _step(_layer(kind, x, grad_output), x, grad_output) for name, kind in layers.items()}
+    for call in calls.values():
+        call()
+    whole = {**calls, **{f"graph: {name}": captured(call) for name, call in calls.items()}}
+    times = interleaved(whole, rounds=rounds)
+    return {
+        "mkn": [tokens, in_features, out_features],
+        "times_ms": {name: timing.as_dict() for name, timing in times.items()},
+        **_ratios(times, list(whole)),
+        "tuning": tuner().state(),
+    }
+
+
+def _inputs(tokens: int, in_features: int, out_features: int) -> tuple[torch.Tensor, torch.Tensor]:
+    torch.manual_seed(0)
+    x = torch.randn(tokens, in_features, device=device(), dtype=torch.bfloat16, requires_grad=True)
+    return x, torch.randn(tokens, out_features, device=device(), dtype=torch.bfloat16)
+
+
+def _layer(kind: Callable[..., torch.nn.Module], x: torch.Tensor, grad_output: torch.Tensor) -> torch.nn.Module:
+    return kind(x.shape[1], grad_output.shape[1], device=device(), dtype=torch.bfloat16)
+
+
 def _steps(
     x: torch.Tensor, grad_output: torch.Tensor
 ) -> tuple[dict[str, tuple[torch.nn.Module, Call]], dict[str, str]]:
     """Whole forward + backward calls by name, and the error text of each peer that does not run."""
-    sizes = x.shape[1], grad_output.shape[1]
     makers: dict[str, Callable[..., torch.nn.Module]] = {
         "dense": torch.nn.Linear,
-        "semisparse weight": SemiSparseLinear,
-        "semisparse activation": SemiSparseActivationLinear,
+        WEIGHT: SemiSparseLinear,
+        ACTIVATION: SemiSparseActivationLinear,
         "torchao 0.18 SemiSparseLinear": _torchao,
     }
     steps: dict[str, tuple[torch.nn.Module, Call]] = {}
     errors: dict[str, str] = {}
     for name, maker in makers.items():
         try:
-            layer = maker(*sizes, device="cuda", dtype=torch.bfloat16)
+            layer = _layer(maker, x, grad_output)
             call = _step(layer, x, grad_output)
             call()
-            torch.cuda.synchronize()
+            synchronize()
             steps[name] = layer, call
-        except Exception as error:  # a peer that crashes is a row of the table, not the end of the run
+        except Exception as error:  # a peer that crashes is a note below the table, not the end of the run
             if not name.startswith("torchao"):
                 raise
             errors[name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
@@ -99,6 +146,18 @@ def _step(layer: torch.nn.Module, x: torch.Tensor, grad_output: torch.Tensor) ->
         layer(x).backward(grad_output)
 
     return call
+
+
+def _packed_beforehand(layer: torch.nn.Module, call: Call) -> tuple[dict[str, Call], Contexts]:
+    """The calls that find their weight packed, and the contexts that they are timed in."""
+    with semisparse.reuse_packed(layer):
+        graph = captured(call)  # reads the layer's buffers, which stay in place
+    before = {
+        PACKED_BEFORE: call,
+        f"one thread: {PACKED_BEFORE}": _on_one_thread(call),
+        f"graph: {PACKED_BEFORE}": graph,
+    }
+    return before, {name: lambda: semisparse.reuse_packed(layer) for name in before}
 
 
 def _on_one_thread(call: Call) -> Call:
@@ -135,7 +194,7 @@ def _parts(
             packed_xt, grad_output, in_features, "cusparselt"
         ),
     }
-    if hasattr(torch, "_cslt_sparse_mm"):
+    if hasattr(torch, "_cslt_sparse_mm") and device() == "cuda":
         compressed = torch._cslt_compress(ops.prune(weight, weight.dtype, "transposable"))
         parts["peer: torch._cslt_sparse_mm, alg 0"] = lambda: torch._cslt_sparse_mm(
             compressed, x.mT, bias, alg_id=0, transpose_result=True
@@ -143,8 +202,26 @@ def _parts(
     return parts
 
 
-def _limits(times: dict[str, Timing]) -> dict[str, float]:
-    """Ratio dense / sparse of the whole call if packing were free, from this run's own products."""
+def _ratios(times: dict[str, Timing], names: list[str]) -> dict[str, dict[str, Any]]:
+    """How many times faster than dense, called in the same way, each variant is; and its limit where it was timed."""
+    found = {}
+    for name in names:
+        way = "".join(name.rpartition(": ")[:2])
+        found[name] = ratio(times[f"{way}dense"], times[name])
+    limits = {
+        name.removesuffix(PACKED_BEFORE) + WEIGHT: one.median
+        for name, one in found.items()
+        if name.endswith(PACKED_BEFORE)
+    }
+    return {
+        "ratio_to_dense": {name: one.median for name, one in found.items()},
+        "ratio_spread": {name: asdict(one) for name, one in found.items()},
+        "limit": limits,
+    }
+
+
+def _estimated_limits(times: dict[str, Timing]) -> dict[str, float]:
+    """Ratio dense / sparse of the whole call if packing were free, estimated from the products timed alone."""
     part = {name.removeprefix("part: "): timing.median_ms for name, timing in times.items()}
     dense = part["dense"]
     saved_weight = part["dense forward"] + part["dense grad_input"] - part["sparse forward"] - part["sparse grad_input"]
@@ -154,10 +231,7 @@ def _limits(times: dict[str, Timing]) -> dict[str, float]:
         - part["sparse tokens forward"]
         - part["sparse tokens grad_weight"]
     )
-    return {
-        "semisparse weight": dense / (dense - saved_weight),
-        "semisparse activation": dense / (dense - saved_tokens),
-    }
+    return {WEIGHT: dense / (dense - saved_weight), ACTIVATION: dense / (dense - saved_tokens)}
 
 
 def _tflops(times: dict[str, Timing], multiplications: int) -> dict[str, float]:

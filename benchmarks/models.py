@@ -1,7 +1,8 @@
 """The end-to-end models: what a training step of each looks like, dense or semi-sparse.
 
 Weights are random with a standard deviation of 0.02: a GPU multiplies zeros faster than data, and SAM's own
-initialiser leaves weights that fp16 rounds to zero.
+initialiser leaves weights that fp16 rounds to zero. Nothing is downloaded. At toy size every model is so small that a
+CPU steps it; such a run tries the program and measures nothing.
 """
 
 from collections.abc import Callable
@@ -11,26 +12,50 @@ from typing import Any
 import torch
 
 import semisparse
+from benchmarks.timing import device
 
 Step = Callable[[], object]
 
 
 @dataclass(frozen=True)
 class Card:
-    """One end-to-end benchmark: how to build it, what is made sparse, how a step runs, and what to tell the reader."""
+    """One end-to-end benchmark.
 
-    title: str
-    build: Callable[[], torch.nn.Module]
+    Attributes:
+        label: The model and its batch, for the first column of a table.
+        details: Precision, optimizer, compiled or eager, and what is made sparse.
+        build: Makes the dense model; takes whether at toy size.
+        step: Makes a training step from the model as it runs, the model with the parameters, and whether at toy size.
+        select: Which linears are made sparse, as semisparse.sparsify takes it.
+        exclude: Which are not.
+        tokens: Rows of the products in one step.
+        note: What else to tell the reader.
+        blocks: Submodule list whose members are compiled one by one (they share their code) instead of the whole model.
+        compiled: Whether the model is compiled at all.
+        gains: Whether the model is here to show a gain, or where there is none.
+    """
+
+    label: str
+    details: str
+    build: Callable[[bool], torch.nn.Module]
+    step: Callable[[torch.nn.Module, torch.nn.Module, bool], Step]
     select: str | None
-    exclude: tuple[str, ...]
-    step: Callable[[torch.nn.Module, torch.nn.Module], Step]
-    tokens: int
-    note: str
+    exclude: tuple[str, ...] = ()
+    tokens: int = 0
+    note: str = ""
     blocks: str | None = None
-    """Submodule list whose members are compiled one by one (they share their code) instead of the whole model."""
+    compiled: bool = True
+    gains: bool = True
+
+    @property
+    def title(self) -> str:
+        """Label and details."""
+        return f"{self.label}, {self.details}"
 
     def compile(self, model: torch.nn.Module) -> torch.nn.Module:
         """The model as the benchmark runs it."""
+        if not self.compiled:
+            return model
         if self.blocks is None:
             return torch.compile(model)
         for block in model.get_submodule(self.blocks).children():
@@ -40,24 +65,27 @@ class Card:
 
 def _initialised(model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
     torch.manual_seed(0)
-    model = model.to("cuda", dtype)
+    model = model.to(device(), dtype)
     for parameter in model.parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.02)
     return model
 
 
-def _sam() -> torch.nn.Module:
+def _sam(toy: bool) -> torch.nn.Module:
     from transformers import SamVisionConfig, SamVisionModel
 
-    config = SamVisionConfig(
-        hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, global_attn_indexes=[5, 11, 17, 23]
-    )
-    return _initialised(SamVisionModel(config), torch.float16)
+    sizes: dict[str, Any] = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16}
+    sizes["global_attn_indexes"] = [5, 11, 17, 23]
+    if toy:
+        sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "global_attn_indexes": [1]}
+        sizes |= {"image_size": 64, "window_size": 2}
+    return _initialised(SamVisionModel(SamVisionConfig(**sizes)), torch.float16)
 
 
-def _sam_step(compiled: torch.nn.Module, model: torch.nn.Module) -> Step:
-    images = torch.randn(8, 3, 1024, 1024, device="cuda", dtype=torch.float16)
+def _sam_step(compiled: torch.nn.Module, model: torch.nn.Module, toy: bool) -> Step:
+    batch, size = (1, 64) if toy else (8, 1024)
+    images = torch.randn(batch, 3, size, size, device=device(), dtype=torch.float16)
 
     def step() -> None:
         for parameter in model.parameters():
@@ -67,37 +95,55 @@ def _sam_step(compiled: torch.nn.Module, model: torch.nn.Module) -> Step:
     return step
 
 
-def _timm() -> torch.nn.Module:
+def _timm(toy: bool) -> torch.nn.Module:
     import timm
 
-    return _initialised(timm.create_model("vit_large_patch16_224"), torch.bfloat16)
+    sizes = {"embed_dim": 64, "depth": 2, "num_heads": 2, "img_size": 32} if toy else {}
+    return _initialised(timm.create_model("vit_large_patch16_224", **sizes), torch.bfloat16)
 
 
-def _timm_step(compiled: torch.nn.Module, model: torch.nn.Module) -> Step:
-    images = torch.randn(128, 3, 224, 224, device="cuda", dtype=torch.bfloat16)
-    labels = torch.randint(0, 1000, (128,), device="cuda")
-    return _optimizer_step(model, lambda: torch.nn.functional.cross_entropy(compiled(images).float(), labels))
+def _timm_step(batch: int) -> Callable[[torch.nn.Module, torch.nn.Module, bool], Step]:
+    def make(compiled: torch.nn.Module, model: torch.nn.Module, toy: bool) -> Step:
+        count, size = (2, 32) if toy else (batch, 224)
+        images = torch.randn(count, 3, size, size, device=device(), dtype=torch.bfloat16)
+        labels = torch.randint(0, 1000, (count,), device=device())
+        return _optimizer_step(model, lambda: torch.nn.functional.cross_entropy(compiled(images).float(), labels))
+
+    return make
 
 
-def _llama() -> torch.nn.Module:
+def _llama(toy: bool) -> torch.nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    hidden, inter, layers, heads, vocabulary = (64, 128, 2, 2, 512) if toy else (2048, 8192, 8, 16, 32000)
     config = LlamaConfig(
-        vocab_size=32000,
-        hidden_size=2048,
-        intermediate_size=8192,
-        num_hidden_layers=8,
-        num_attention_heads=16,
-        num_key_value_heads=16,
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=inter,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
         use_cache=False,
         attn_implementation="sdpa",
     )
     return _initialised(LlamaForCausalLM(config), torch.bfloat16)
 
 
-def _llama_step(compiled: torch.nn.Module, model: torch.nn.Module) -> Step:
-    tokens = torch.randint(0, 32000, (8, 2048), device="cuda")
-    return _optimizer_step(model, lambda: compiled(input_ids=tokens, labels=tokens).loss)
+def _bert(toy: bool) -> torch.nn.Module:
+    from transformers import BertConfig, BertForMaskedLM
+
+    sizes: dict[str, int] = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes |= {"intermediate_size": 128, "vocab_size": 512}
+    return _initialised(BertForMaskedLM(BertConfig(**(sizes if toy else {}))), torch.bfloat16)
+
+
+def _token_step(batch: int, length: int) -> Callable[[torch.nn.Module, torch.nn.Module, bool], Step]:
+    def make(compiled: torch.nn.Module, model: torch.nn.Module, toy: bool) -> Step:
+        size = (2, 16) if toy else (batch, length)
+        tokens = torch.randint(0, 512 if toy else 30000, size, device=device())
+        return _optimizer_step(model, lambda: compiled(input_ids=tokens, labels=tokens).loss)
+
+    return make
 
 
 def _optimizer_step(model: torch.nn.Module, loss: Callable[[], torch.Tensor]) -> Step:
@@ -113,40 +159,73 @@ def _optimizer_step(model: torch.nn.Module, loss: Callable[[], torch.Tensor]) ->
 
 CARDS = {
     "sam-vit-l": Card(
-        "SAM ViT-L image encoder, 1024 px, batch 8, fp16, compiled, forward + backward, MLP linears sparse",
+        "SAM ViT-L image encoder, 1024 px, batch 8",
+        "fp16, compiled, forward + backward, MLP linears sparse",
         _sam,
-        "mlp",
-        (),
         _sam_step,
-        8 * 64 * 64,
-        "The seed document reports 1.063 for this model on an A100. On an H200 only a quarter of the step is matrix "
-        "products (84 of 311 ms when it was first profiled); attention with relative positions takes most of the rest. "
-        "Dense and sparse are compiled block by block, which takes less time than the whole encoder at once.",
-        "vision_encoder.layers",
+        "mlp",
+        tokens=8 * 64 * 64,
+        note="The seed document reports 1.063 for this model on an A100. On an H200 only a quarter of the step is "
+        "matrix products (84 of 311 ms when it was first profiled); attention with relative positions takes most of "
+        "the rest. Dense and sparse are compiled block by block, which takes less time than the whole encoder at once.",
+        blocks="vision_encoder.layers",
     ),
     "timm-vit-l": Card(
-        "timm vit_large_patch16_224, batch 128, bf16, compiled, fused AdamW, all block linears sparse",
+        "timm vit_large_patch16_224, batch 128",
+        "bf16, compiled, fused AdamW, all block linears sparse",
         _timm,
+        _timm_step(128),
         "blocks",
-        (),
-        _timm_step,
-        128 * 197,
-        "",
+        tokens=128 * 197,
     ),
     "llama": Card(
-        "Llama-style 2048/8192, 8 layers, 8x2048 tokens, bf16, compiled, fused AdamW, all linears but the head sparse",
+        "Llama-style 2048/8192, 8 layers, 8x2048 tokens",
+        "bf16, compiled, fused AdamW, all linears but the head sparse",
         _llama,
+        _token_step(8, 2048),
         None,
-        ("lm_head",),
-        _llama_step,
-        8 * 2048,
-        "",
+        exclude=("lm_head",),
+        tokens=8 * 2048,
+    ),
+    "bert-base": Card(
+        "BERT-base, 32x128 tokens, compiled",
+        "bf16, fused AdamW, all linears of the encoder's layers sparse",
+        _bert,
+        _token_step(32, 128),
+        "encoder.layer",
+        tokens=32 * 128,
+        gains=False,
+    ),
+    "timm-vit-l-32-eager": Card(
+        "timm vit_large_patch16_224, batch 32, eager",
+        "bf16, fused AdamW, all block linears sparse",
+        _timm,
+        _timm_step(32),
+        "blocks",
+        tokens=32 * 197,
+        compiled=False,
+        gains=False,
+    ),
+    "llama-1-eager": Card(
+        "Llama-style 2048/8192, 8 layers, 1x2048 tokens, eager",
+        "bf16, fused AdamW, all linears but the head sparse",
+        _llama,
+        _token_step(1, 2048),
+        None,
+        exclude=("lm_head",),
+        tokens=2048,
+        compiled=False,
+        gains=False,
     ),
 }
+"""Every end-to-end benchmark; `python benchmarks/benchmark_semi_structured_training.py --card NAME` runs one."""
+
+GAINS = tuple(name for name, card in CARDS.items() if card.gains)
+NO_GAIN = tuple(name for name, card in CARDS.items() if not card.gains)
 
 
-def sparsified(card: Card) -> tuple[torch.nn.Module, semisparse.SwapReport]:
+def sparsified(card: Card, toy: bool = False) -> tuple[torch.nn.Module, semisparse.SwapReport]:
     """A freshly built model of card with its linears made semi-sparse."""
-    model = card.build()
+    model = card.build(toy)
     report = semisparse.sparsify(model, select=card.select, exclude=card.exclude)
     return model, report

@@ -12,7 +12,8 @@ import torch
 from semisparse.environment import environment
 from semisparse_lab.provenance import commit
 
-RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
 
 # NVIDIA's data sheet figures for the H200 and the H100 SXM (bf16 and fp16); always printed together, because comparing
 # a dense run with the sparse peak is the most common way to get this wrong.
@@ -39,6 +40,12 @@ def save(name: str, payload: dict[str, Any], folder: Path | None = None) -> Path
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(json.dumps({"provenance": provenance(), **payload}, indent=1) + "\n")
     return target
+
+
+def load(kind: str) -> list[dict[str, Any]]:
+    """The stored results of one kind with the name of their file under "file", in a fixed order; none of toy size."""
+    found = ({**json.loads(path.read_text()), "file": path.name} for path in sorted(RESULTS.glob("*.json")))
+    return [result for result in found if result.get("kind") == kind and not result.get("toy")]
 
 
 def _clocks() -> str:

@@ -1,56 +1,117 @@
 """Timing on a power-limited GPU: variants interleaved in one process, each run back to back for a while.
 
-A GPU that runs matrix products lowers its clock to stay under its power limit, so a short burst flatters whatever runs
-first. Every variant here gets the same number of blocks in turn; a block first warms up, then runs for at least
-BLOCK_SECONDS; the figure of a variant is the median over its blocks of the mean time of one call.
+A GPU that runs matrix products lowers its clock to stay under its power limit, so a short burst flatters the variant
+that runs first. Every variant here gets the same number of blocks in turn; a block first warms up, then runs for at
+least BLOCK_SECONDS. The figure of a variant is the median over its blocks of the mean time of one call. A ratio is the
+median over the rounds of the quotient of the two blocks that ran in one round, so a slow drift of the clock cancels.
+
+Without a GPU everything runs on the CPU with the host's clock, so that the programs can be tried at toy size.
 """
 
 import statistics
+import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 
 import torch
 
 BLOCK_SECONDS = 0.4
-WARM_SECONDS = 0.1
+CPU_BLOCK_SECONDS = 0.01
+WARM_SHARE = 0.25
 ROUNDS = 5
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds of one call: median, 20th and 80th percentile over the blocks, and how many calls were timed."""
+    """Milliseconds of one call.
+
+    Attributes:
+        median_ms: Median over the blocks of the mean time of one call.
+        p20_ms: 20th percentile over the blocks.
+        p80_ms: 80th percentile over the blocks.
+        calls: How many calls were timed in all blocks together.
+        blocks_ms: Mean time of one call in each block, in the order of the rounds.
+    """
 
     median_ms: float
     p20_ms: float
     p80_ms: float
     calls: int
+    blocks_ms: tuple[float, ...] = ()
 
     def as_dict(self) -> dict[str, float]:
         return asdict(self)
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """The time of one variant over that of another, round by round: median, 20th and 80th percentile."""
+
+    median: float
+    p20: float
+    p80: float
+
+
+def device() -> str:
+    """Where the benchmarks run: "cuda" where there is one, else "cpu"."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def synchronize() -> None:
+    """Wait for the device."""
+    if device() == "cuda":
+        torch.cuda.synchronize()
 
 
 def interleaved(
     variants: Mapping[str, Callable[[], object]],
     *,
     rounds: int = ROUNDS,
-    block_seconds: float = BLOCK_SECONDS,
-    warm_seconds: float = WARM_SECONDS,
+    block_seconds: float | None = None,
+    within: Mapping[str, Callable[[], AbstractContextManager[object]]] | None = None,
 ) -> dict[str, Timing]:
-    """Time every variant (a callable that enqueues one call) in `rounds` interleaved sustained blocks."""
-    counts = {name: _calls_for(call, block_seconds) for name, call in variants.items()}
+    """Time every variant in interleaved sustained blocks.
+
+    Args:
+        variants: Name -> a callable that enqueues one call.
+        rounds: Blocks per variant.
+        block_seconds: Least length of the timed part of a block, BLOCK_SECONDS if None; a quarter as long warms up.
+            On a CPU, where nothing is measured, always CPU_BLOCK_SECONDS.
+        within: Name -> a maker of the context that a block of this variant runs in; entered before the warm-up.
+
+    Returns:
+        Name -> times of one call.
+    """
+    within = within or {}
+    seconds = (block_seconds or BLOCK_SECONDS) if device() == "cuda" else CPU_BLOCK_SECONDS
+    counts = {}
+    for name, call in variants.items():
+        with within.get(name, nullcontext)():
+            counts[name] = _calls_for(call, seconds)
     blocks: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(rounds):
         for name, call in variants.items():
-            _run(call, max(1, round(counts[name] * warm_seconds / block_seconds)))
-            blocks[name].append(_run(call, counts[name]) / counts[name])
+            with within.get(name, nullcontext)():
+                _run(call, max(1, round(counts[name] * WARM_SHARE)))
+                blocks[name].append(_run(call, counts[name]) / counts[name])
     return {name: _timing(values, counts[name] * rounds) for name, values in blocks.items()}
 
 
-def captured(call: Callable[[], object]) -> Callable[[], None]:
+def ratio(dense: Timing, other: Timing) -> Ratio:
+    """How many times faster than dense the other variant is, from blocks of the same rounds."""
+    quotients = [one / two for one, two in zip(dense.blocks_ms, other.blocks_ms, strict=True)]
+    low, high = _percentiles(quotients)
+    return Ratio(statistics.median(quotients), low, high)
+
+
+def captured(call: Callable[[], object]) -> Callable[[], object]:
     """The same call replayed from a CUDA graph, without the host; called three times before, which compiles and tunes.
 
-    What the call returns is kept until its end only.
+    What the call returns is kept until its end only. Without a GPU: the call itself.
     """
+    if device() != "cuda":
+        return call
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -64,7 +125,9 @@ def captured(call: Callable[[], object]) -> Callable[[], None]:
 
 
 def peak_memory(call: Callable[[], object]) -> int:
-    """Peak bytes that one call allocates beyond what is allocated before it."""
+    """Peak bytes that one call allocates beyond what is allocated before it; 0 without a GPU."""
+    if device() != "cuda":
+        return 0
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
@@ -75,6 +138,11 @@ def peak_memory(call: Callable[[], object]) -> int:
 
 def _run(call: Callable[[], object], count: int) -> float:
     """Milliseconds of `count` calls enqueued back to back."""
+    if device() != "cuda":
+        begin = time.perf_counter()
+        for _ in range(count):
+            call()
+        return 1000 * (time.perf_counter() - begin)
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()
     for _ in range(count):
@@ -91,5 +159,11 @@ def _calls_for(call: Callable[[], object], seconds: float) -> int:
 
 
 def _timing(values: list[float], calls: int) -> Timing:
+    low, high = _percentiles(values)
+    return Timing(statistics.median(values), low, high, calls, tuple(values))
+
+
+def _percentiles(values: list[float]) -> tuple[float, float]:
+    """The 20th and the 80th percentile."""
     cuts = statistics.quantiles(values, n=5, method="inclusive") if len(values) > 1 else values * 4
-    return Timing(statistics.median(values), cuts[0], cuts[-1], calls)
+    return cuts[0], cuts[-1]

@@ -36,7 +36,7 @@ REMADE = [
 
 
 def test_the_pages_show_commands() -> None:
-    assert {command[0] for command in COMMANDS} == {"make", "semisparse", "semisparse-lab"}
+    assert {command[0] for command in COMMANDS} == {"make", "semisparse", "semisparse-lab", "python", "pip"}
     assert {command[1] for command in OURS} == {"train", "evaluate", "experiment", "env"}
     assert len(REMADE) > 10
 
@@ -45,6 +45,12 @@ def test_the_pages_show_commands() -> None:
 def test_make_has_the_target(command: list[str]) -> None:
     targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
     assert command[1] in targets
+
+
+@pytest.mark.parametrize("command", [command for command in COMMANDS if command[0] == "python"], ids=" ".join)
+def test_the_python_program_has_the_options(command: list[str]) -> None:
+    program = (ROOT / command[1]).read_text()
+    assert all(f'"{option}"' in program for option in command[2:] if option.startswith("--"))
 
 
 @pytest.mark.parametrize("command", [*OURS, *REMADE], ids=" ".join)

@@ -1,25 +1,66 @@
-"""Cards and README figures are exactly what the stored results generate."""
+"""Cards, pages and the picture are exactly what the stored results generate."""
+
+import json
+import re
+from pathlib import Path
 
 import pytest
 
-from benchmarks import cards
+from benchmarks import blocks, cards, picture, store, table
+
+OUTPUTS = cards.outputs()
 
 
-@pytest.mark.parametrize("path", sorted(cards.outputs()), ids=lambda path: path.name)
-def test_generated_text_is_up_to_date(path):
-    assert path.read_text() == cards.outputs()[path], "run `python benchmarks/cards.py`"
+@pytest.mark.parametrize("path", sorted(OUTPUTS), ids=lambda path: path.name)
+def test_generated_text_is_up_to_date(path: Path) -> None:
+    assert path.read_text() == OUTPUTS[path], "run `python benchmarks/cards.py`"
 
 
-def test_every_card_has_its_result():
+@pytest.mark.parametrize("path", sorted(OUTPUTS), ids=lambda path: path.name)
+def test_tables_fit_the_page(path: Path) -> None:
+    lines = [line for line in OUTPUTS[path].splitlines() if line.startswith("|") and "tests/" not in line]
+    assert max(map(len, lines)) <= table.WIDTH + 2  # and the bars at both ends
+
+
+def test_the_picture_is_up_to_date() -> None:
+    described = re.search(r"<dc:description>(.*?)</dc:description>", picture.TARGET.read_text(), re.DOTALL)
+    assert described, "run `python benchmarks/cards.py`"
+    drawn = json.loads(described[1].replace("&quot;", '"').replace("&amp;", "&"))
+    assert drawn == picture.bars(), "run `python benchmarks/cards.py`"
+
+
+def test_the_picture_shows_gains_and_losses_from_result_files() -> None:
+    bars = picture.bars()
+    assert bars[0]["ratio"] > 1 > bars[-1]["ratio"]
+    assert all((store.RESULTS / bar["file"]).exists() for bar in bars)
+
+
+def test_every_card_has_its_result() -> None:
     stems = {path.stem for path in cards.RESULTS.glob("*.json")}
-    stems |= {kind for kind in ("pack", "metrics") if cards.load(kind)} | cards.accuracy().keys()
+    stems |= {kind for kind in ("pack", "metrics") if store.load(kind)} | cards.accuracy().keys()
+    stems |= {"no-gain"} if store.load("small-linear") else set()
     assert {path.stem for path in cards.CARDS.glob("*.md")} <= stems
 
 
-def test_every_experiment_has_its_plot():
+def test_every_experiment_has_its_plot() -> None:
     assert {path.stem for path in cards.CARDS.glob("*.png")} == cards.accuracy().keys()
 
 
-def test_blocks_replace_only_what_lies_between_their_markers():
+@pytest.mark.parametrize("name", cards.ON_PAGE)
+def test_beside_each_accuracy_table_stands_whether_the_model_gains_speed(name: str) -> None:
+    assert "\n\nSpeed: " in cards.blocks()[name]
+    assert "\n\nSpeed: " in (cards.CARDS / f"{name}.md").read_text()
+
+
+def test_blocks_replace_only_what_lies_between_their_markers() -> None:
     text = "a\n<!-- generated: linear -->\nold\n<!-- end -->\nb"
-    assert cards.with_blocks(text, {"linear": "new"}) == "a\n<!-- generated: linear -->\nnew\n<!-- end -->\nb"
+    assert blocks.with_blocks(text, {"linear": "new"}) == "a\n<!-- generated: linear -->\nnew\n<!-- end -->\nb"
+
+
+def test_a_place_without_block_and_a_block_without_place_are_errors(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("<!-- generated: one -->\n<!-- end -->\n")
+    with pytest.raises(ValueError, match="no block of this name"):
+        blocks.with_blocks(page.read_text(), {})
+    with pytest.raises(ValueError, match="no page has a place for \\['two'\\]"):
+        blocks.filled([page], {"one": "1", "two": "2"})

@@ -43,12 +43,35 @@ def test_mean_spread_and_differences_seed_by_seed() -> None:
     assert rows[2].sparse_products == 40 and rows[0].sparse_products == 0  # 40 and 41 in two runs
     assert rows[2].seconds == {"sparse": 0.25, "dense": 0.5}
     text = cards.table(RESULTS)
-    assert (
-        f"| row late | 0, 1 | 91.75 ± {statistics.stdev([91, 92.5]):.2f} | -0.75 ± 0.35 | 40 | 250.00 / 500.00 |"
-        in text
-    )
-    assert "| row early | 2 | 94.00 | -1.00 | 42 | 250.00 / 500.00 |" in text
-    assert "| row dense | 0, 1, 2 | 93.33 ± 1.53 |  | 0 | - / 500.00 |" in text
+    assert f"| row late | 0, 1 | 91.75 ± {statistics.stdev([91, 92.5]):.2f} | -0.75 ± 0.35 |" in text
+    assert "| row early | 2 | 94.00 | -1.00 |" in text
+    assert "| row dense | 0, 1, 2 | 93.33 ± 1.53 |  |" in text
+
+
+def test_step_times_stand_beside_their_ratio_to_the_dense_rows() -> None:
+    text = cards.step_times(RESULTS)
+    assert "| row dense | 0 |  |  | 500.00 |" in text
+    assert "| row early | 42 | 250.00 | 0.50x | 500.00 |" in text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "products", "sentence"),
+    [
+        (0.25, 5, "Speed: a sparse step took 0.50x the dense step on one G."),
+        (0.75, 5, "Speed: this model is too small to gain from 2:4: a sparse step took 1.50x the dense step on one G."),
+        (0.75, 0, "Speed: no sparse product ran here"),
+    ],
+)
+def test_each_card_says_whether_the_model_gains_speed(seconds: float, products: int, sentence: str) -> None:
+    runs = [result(row, 0, 90.0, order=order, gpu="G") for order, row in enumerate(("dense", "early"))]
+    runs[1]["run"]["phases"][0] |= {"seconds_per_step": seconds, "sparse_products": products}
+    assert cards.gain(runs).startswith(sentence)
+    assert cards.gain(runs) in cards.card(runs, "toy.png")
+
+
+def test_nothing_is_said_of_speed_where_step_times_cannot_be_compared() -> None:
+    assert cards.gain([result("dense", 0, 90.0, order=0)]) == ""
+    assert cards.gain([*RESULTS, result("late", 2, 92.0, order=2, gpu="another")]) == ""
 
 
 def test_further_figures_are_means_over_the_seeds() -> None:
@@ -56,6 +79,11 @@ def test_further_figures_are_means_over_the_seeds() -> None:
     assert text.splitlines()[0] == "| configuration | other figure | count |"
     assert f"| row late | 92.75 ± {statistics.stdev([91, 92.5]):.2f} | 7 ± 0 |" in text
     assert cards.further_figures([result("dense", 0, 1.0, order=0, more={})]) == ""
+
+
+def test_more_figures_than_rows_stand_one_below_the_other() -> None:
+    text = cards.further_figures([result("dense", 0, 1.0, order=0)])
+    assert text.splitlines() == ["| figure | row dense |", "|---|---|", "| other figure | 2.00 |", "| count | 7 |"]
 
 
 def test_kept_magnitude_is_shown_of_the_first_and_the_last_epoch_where_all_seeds_have_it() -> None:
@@ -168,7 +196,7 @@ def test_a_folder_that_cannot_take_the_card_is_named(tmp_path: Path) -> None:
 
 def test_figures_of_a_diverged_run_are_in_no_mean() -> None:
     both = [result("late", 0, 91.0, order=2), result("late", 1, None, order=2, more={"other_figure": 1e9, "count": 9})]
-    assert "| row late | 92.00 | 7 |" in cards.further_figures(both)
+    assert cards.further_figures(both).splitlines()[2:] == ["| other figure | 92.00 |", "| count | 7 |"]
 
 
 def test_no_result_and_a_damaged_one_are_named(tmp_path: Path) -> None:

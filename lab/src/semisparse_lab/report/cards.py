@@ -79,24 +79,52 @@ def spread(values: Sequence[float], digits: int, sign: str = "") -> str:
 
 
 def table(results: Sequence[Result], baseline: str = "dense") -> str:
-    """The rows of one experiment as a Markdown table."""
+    """The metric of each row of one experiment, and its difference to the baseline, as a Markdown table."""
     digits = 2 if results[0]["higher_is_better"] else 4
     rows = summaries(results, baseline)
     base = next((row.title for row in rows if row.slug == baseline), baseline)
+    against = base if len(base) < 20 else "the first row"  # a whole title would make the heading too wide
     lines = [
-        f"| configuration | seeds | {results[0]['metric']} | difference to {base} "
-        "| sparse products a run | ms a step, sparse / dense phase |",
-        "|---|---|---|---|---|---|",
+        f"| configuration | seeds | {results[0]['metric']} | difference to {against} |",
+        "|---|---|--:|--:|",
     ]
     for row in rows:
-        times = " / ".join(
-            f"{1000 * row.seconds[kind]:.2f}" if kind in row.seconds else "-" for kind in ("sparse", "dense")
-        )
         seeds = ", ".join([*map(str, row.values), *(f"{seed} diverged" for seed in row.diverged)])
-        cells = [row.title, seeds, spread(list(row.values.values()), digits)]
-        cells += [spread(row.differences, digits, "+"), f"{row.sparse_products:,}", times]
+        cells = [row.title, seeds, spread(list(row.values.values()), digits), spread(row.differences, digits, "+")]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def step_times(results: Sequence[Result], baseline: str = "dense") -> str:
+    """What each row multiplied sparse and how long its steps took, as a Markdown table."""
+    rows = summaries(results, baseline)
+    dense = next((row.seconds.get("dense") for row in rows if row.slug == baseline), None)
+    lines = [
+        "| configuration | sparse products per run | ms per sparse step | / dense step | ms per step, dense phase |",
+        "|---|--:|--:|--:|--:|",
+    ]
+    for row in rows:
+        times = [f"{1000 * row.seconds[kind]:.2f}" if kind in row.seconds else "" for kind in ("sparse", "dense")]
+        share = f"{row.seconds['sparse'] / dense:.2f}x" if dense and "sparse" in row.seconds else ""
+        lines.append(f"| {row.title} | {row.sparse_products:,} | {times[0]} | {share} | {times[1]} |")
+    return "\n".join(lines)
+
+
+def gain(results: Sequence[Result], baseline: str = "dense") -> str:
+    """Whether the model gains speed from 2:4, as a sentence; empty where the times of the rows cannot be compared."""
+    rows = summaries(results, baseline)
+    dense = next((row.seconds.get("dense") for row in rows if row.slug == baseline), None)
+    factors = [row.seconds["sparse"] / dense for row in rows if dense and "sparse" in row.seconds]
+    if not factors:
+        return ""
+    if all(row.sparse_products == 0 for row in rows):
+        return (
+            "Speed: no sparse product ran here, all were masked dense, so the step times below say nothing about the "
+            "speed of 2:4."
+        )
+    low, high = (f"{factor:.2f}x" for factor in (min(factors), max(factors)))
+    took = f"a sparse step took {low if low == high else f'{low} to {high}'} the dense step on one {results[0]['gpu']}."
+    return f"Speed: this model is too small to gain from 2:4: {took}" if min(factors) >= 1 else f"Speed: {took}"
 
 
 def further_figures(results: Sequence[Result]) -> str:
@@ -105,19 +133,21 @@ def further_figures(results: Sequence[Result]) -> str:
     names = [name for name, value in results[0]["more"].items() if isinstance(value, (int, float))] if results else []
     if not names:
         return ""
-    lines = [
-        f"| configuration | {' | '.join(name.replace('_', ' ') for name in names)} |",
-        "|---" * (len(names) + 1) + "|",
-    ]
+    cells = [["configuration", *(name.replace("_", " ") for name in names)]]
     for row in summaries(results):
         runs = [result["more"] for result in results if result["row"] == row.slug]
-        cells = [
+        figures = [
             spread(
                 [run[name] for run in runs if is_number(run.get(name))], 0 if isinstance(runs[0].get(name), int) else 2
             )
             for name in names
         ]
-        lines.append(f"| {' | '.join([row.title, *cells])} |")
+        cells.append([row.title, *figures])
+    if len(cells) < len(cells[0]):  # more figures than rows: the narrower table has a line per figure
+        cells = [["figure", *cells[0][1:]], *cells[1:]]
+        cells = [list(column) for column in zip(*cells, strict=True)]
+    lines = [f"| {' | '.join(line)} |" for line in cells]
+    lines.insert(1, "|---" * len(cells[0]) + "|")
     return "\n".join(lines)
 
 
@@ -169,8 +199,7 @@ def card(results: Sequence[Result], plot: str, more: Sequence[str] = ()) -> str:
         [
             f"# {first['title']}",
             "",
-            table(results),
-            "",
+            *(line for paragraph in (table(results), gain(results)) if paragraph for line in (paragraph, "")),
             "Mean ± sample standard deviation over the seeds; differences are taken seed by seed. All rows train with "
             "the same settings, data and data order. Sparse products are counted where they are started: 0 means that "
             "all products were dense or masked dense. Flip rates are of the masks that the weights would choose, also "
@@ -178,7 +207,7 @@ def card(results: Sequence[Result], plot: str, more: Sequence[str] = ()) -> str:
             "",
             *(
                 line
-                for paragraph in (*more, kept_magnitudes(results), further_figures(results))
+                for paragraph in (*more, step_times(results), kept_magnitudes(results), further_figures(results))
                 if paragraph
                 for line in (paragraph, "")
             ),

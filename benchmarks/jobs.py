@@ -1,0 +1,83 @@
+"""The registry of benchmarks: every result file by name, how to measure it and how to print it."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks import end_to_end, linear, metrics, pack, tables
+from benchmarks.models import GAINS, NO_GAIN
+from benchmarks.table import Table
+
+Result = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One result file.
+
+    Attributes:
+        name: Of the file, without its ending.
+        kind: Of the result; cards are drawn by it.
+        measure: Runs the benchmark.
+        show: Tables of the result, headline first.
+    """
+
+    name: str
+    kind: str
+    measure: Callable[[], Result]
+    show: Callable[[Result], Sequence[Table]]
+
+
+def packing(rounds: int, toy: bool) -> Iterator[Job]:
+    """The pack kernel alone."""
+    for n, k in pack.TOY_SHAPES if toy else pack.SHAPES:
+        yield Job(
+            f"pack-{n}x{k}", "pack", lambda n=n, k=k: pack.benchmark(n, k, rounds), lambda found: [tables.pack([found])]
+        )
+
+
+def following(cards: Sequence[str], rounds: int, toy: bool) -> Iterator[Job]:
+    """What MaskMetrics costs beside a step."""
+    for card in cards or ["llama"]:
+        yield Job(
+            f"metrics-{card}",
+            "metrics",
+            lambda card=card: metrics.benchmark(card, rounds, toy),
+            lambda found: [tables.metrics([found])],
+        )
+
+
+def layers(shapes: Sequence[tuple[int, int, int]], rounds: int, toy: bool) -> Iterator[Job]:
+    """Single linear layers, with their parts."""
+    for mkn in shapes or (linear.TOY_SHAPES if toy else linear.SHAPES):
+        yield Job(
+            f"linear-{'x'.join(map(str, mkn))}",
+            "linear",
+            lambda mkn=mkn: linear.benchmark(*mkn, rounds),
+            lambda found: [tables.linear_summary([found]), tables.linear_variants(found), tables.linear_parts(found)],
+        )
+
+
+def steps(cards: Sequence[str], rounds: int, toy: bool) -> Iterator[Job]:
+    """Whole training steps: those that gain, unless others are named."""
+    for card in cards or GAINS:
+        yield Job(
+            card,
+            "end-to-end",
+            lambda card=card: end_to_end.benchmark(card, rounds, toy),
+            lambda found: [tables.end_to_end([found])],
+        )
+
+
+def no_gain(cards: Sequence[str], shapes: Sequence[tuple[int, int, int]], rounds: int, toy: bool) -> Iterator[Job]:
+    """Where 2:4 does not help: small layers, then whole steps that the host bounds. Named ones alone, if there are."""
+    named = bool(cards or shapes)
+    for mkn in shapes or (() if named else linear.TOY_SHAPES if toy else linear.SMALL_SHAPES):
+        yield Job(
+            f"small-linear-{'x'.join(map(str, mkn))}",
+            "small-linear",
+            lambda mkn=mkn: linear.small(*mkn, rounds),
+            lambda found: [tables.small_linear([found])],
+        )
+    if cards or not named:
+        yield from steps(cards or NO_GAIN, rounds, toy)

@@ -1,0 +1,62 @@
+"""The picture of README: how many times faster than dense a step is, from the result files of benchmarks/results.
+
+python benchmarks/picture.py
+
+The SVG's metadata holds the figures and the files that it was drawn from; a test compares them with the results.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that the file runs as a script from anywhere
+
+from benchmarks import tables
+from benchmarks.store import ROOT, load
+
+TARGET = ROOT / "docs" / "img" / "speed.svg"
+FASTER, SLOWER = "#0072B2", "#D55E00"  # Okabe and Ito's, told apart by people with any common colour vision
+
+
+def bars() -> list[dict[str, Any]]:
+    """Label, ratio and file of every bar, fastest first: whole steps, and single layers where they lose."""
+    steps = [(tables.label(result), result["ratio_to_dense"], result) for result in load("end-to-end")]
+    losing = tables.losing_rows([*load("small-linear"), *load("linear")])
+    rows = [*steps, *((name, ratio, result) for name, ratio, _, result in losing)]
+    made = [{"label": name, "ratio": round(ratio, 3), "file": result["file"]} for name, ratio, result in rows]
+    return sorted(made, key=lambda bar: -bar["ratio"])
+
+
+def write() -> None:
+    """Draw the bars into TARGET."""
+    import matplotlib
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    shown = bars()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "semisparse", "font.size": 10}):
+        figure = Figure(figsize=(9, 0.36 * len(shown) + 1.1), layout="constrained", facecolor="white")
+        FigureCanvasSVG(figure)
+        axes = figure.subplots()
+        ratios = [bar["ratio"] for bar in shown]
+        drawn = axes.barh(
+            [bar["label"] for bar in shown],
+            [ratio - 1 for ratio in ratios],
+            left=1,
+            color=[FASTER if ratio > 1 else SLOWER for ratio in ratios],
+        )
+        axes.bar_label(drawn, [f"{ratio:.2f}x" for ratio in ratios], padding=4)
+        axes.axvline(1, color="black", linewidth=1)
+        axes.set_xlim(min(0.8, min(ratios) - 0.12), max(ratios) + 0.12)
+        axes.invert_yaxis()
+        axes.spines[["top", "right", "left"]].set_visible(False)
+        axes.tick_params(axis="y", length=0)
+        axes.set_xlabel("time of a dense training step / time of a 2:4 step (right of 1: 2:4 is faster)")
+        TARGET.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(TARGET, format="svg", metadata={"Date": None, "Description": json.dumps(shown)})
+
+
+if __name__ == "__main__":
+    write()
+    print(TARGET.relative_to(ROOT))
