@@ -136,7 +136,7 @@ def test_a_second_optimizer_step_without_schedule_step_is_refused_and_moves_noth
     run.gradients(1)
     run.optimizer.step()
     weights = [weight.detach().clone() for weight in run.weights]
-    with pytest.raises(ScheduleError, match="a second time without schedule"):
+    with pytest.raises(ScheduleError, match="twice without schedule"):
         run.optimizer.step()
     assert all(torch.equal(weight, before) for weight, before in zip(run.weights, weights, strict=True))
     run.schedule.step()

@@ -84,7 +84,7 @@ REFUSED = ("amsgrad", "maximize", "capturable", "differentiable", "fused")
 @pytest.mark.parametrize("name", REFUSED)
 def test_variants_are_refused_wherever_they_come_from(name: str) -> None:
     params = parameters()
-    message = f"{name}=True: StepAdamW has no such variant; leave it out"
+    message = f"{name}=True is not supported by StepAdamW; leave it out"
     with pytest.raises(ConfigError, match=message):
         StepAdamW(params, **{name: True})
     optimizer = StepAdamW(params[:1])
@@ -108,7 +108,7 @@ def test_a_parameter_without_variance_is_refused_before_anything_moves() -> None
     optimizer.freeze_variance()
     before, values = copy.deepcopy(optimizer.state_dict()), [p.detach().clone() for p in params]
     set_grads(params, 1)
-    with pytest.raises(ConfigError, match=r"param_groups\[1\]: a parameter of shape \(2, 2, 2\) meets its first grad"):
+    with pytest.raises(ConfigError, match=r"param_groups\[1\]: a parameter of shape \(2, 2, 2\) gets its first grad"):
         optimizer.step()
     with pytest.raises(ConfigError, match="the variance is frozen and new parameters have none; use a second"):
         optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))]})

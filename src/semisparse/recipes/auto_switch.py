@@ -1,4 +1,4 @@
-"""The rule by which STEP finds the moment to go sparse."""
+"""The rule by which STEP decides when to become sparse."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,18 +15,27 @@ _CHECK_EVERY = 10
 
 
 class AutoSwitch:
-    """Watches how much the second moments of the sparse weights change from step to step (arXiv 2302.01172).
+    """Measures how much the second moments of the sparse weights change per step (arXiv 2302.01172).
 
-    The change of one step is mean |v_t - v_{t-1}| = (1 - beta2) mean |g^2 - v_{t-1}| over all entries, in fp32, taken
-    by a hook before the optimizer steps: StepAdamW is never fused, so gradients are unscaled there, and no hook runs in
-    a step that a scaler skips. count() compares its mean over the last 1 / (1 - beta2) applied steps with eps, every
-    tenth step, which is when it waits for the device; that mean must be complete, and the step within bounds.
+    The change in one step is mean |v_t - v_{t-1}| = (1 - beta2) mean |g^2 - v_{t-1}| over all entries, in fp32. A hook
+    computes it before the optimizer steps: StepAdamW is never fused, so gradients are unscaled there, and no hook runs
+    in a step that a scaler skips. count() compares the mean over the last 1 / (1 - beta2) applied steps with eps. The
+    mean is read (one device sync) every 10 steps once the window is full and the step is within `bounds`.
 
-    weights: of the sparse layers. bounds: first and last step after which the switch may come; the last is 1 or more.
-    Raises ConfigError where groups with such weights differ in beta2 or eps; from optimizer.step(closure), whose
-    gradients come too late; ScheduleError from a step that follows another one before count() saw it, and from a step
-    of an optimizer whose variance is frozen before the switch or not frozen after it, because one of the two states was
-    not loaded.
+    A step of the optimizer raises ConfigError if it has a closure, because gradients come too late then. It raises
+    ScheduleError if count() was not called since the last one, or if its variance is frozen before the switch or not
+    frozen after it, because one of the two states was not loaded.
+
+    Args:
+        optimizer: Holds the weights.
+        weights: Of the sparse layers.
+        bounds: First and last applied step after which the switch may come; the last is 1 or more.
+
+    Attributes:
+        switched_at: The applied step after which the switch came, or None.
+
+    Raises:
+        ConfigError: Parameter groups with these weights differ in beta2 or eps.
     """
 
     def __init__(self, optimizer: StepAdamW, weights: Sequence[Tensor], bounds: tuple[int, int]) -> None:
@@ -50,11 +59,11 @@ class AutoSwitch:
         self.switched_at: int | None = None
 
     def attach(self) -> None:
-        """Start watching."""
+        """Add the hook to the optimizer."""
         self._hook = self._optimizer.register_step_pre_hook(self._before_step)
 
     def detach(self) -> None:
-        """Stop watching."""
+        """Remove the hook."""
         if self._hook is not None:
             self._hook.remove()
 
@@ -63,13 +72,13 @@ class AutoSwitch:
         if optimizer.variance_frozen != (self.switched_at is not None):
             raise ScheduleError(
                 f"optimizer.variance_frozen={optimizer.variance_frozen}, but the schedule's switched_at is "
-                f"{self.switched_at}: load the states of both, and let the schedule freeze"
+                f"{self.switched_at}: load the states of both, and let the schedule freeze the variance"
             )
         if self.switched_at is not None:
             return
         refuse_closure("AutoSwitch", args, kwargs)
         if self._pending is not None:
-            raise ScheduleError("optimizer.step() a second time without schedule.step(): call it once after each")
+            raise ScheduleError("optimizer.step() was called twice without schedule.step(): call that after each step")
         total, entries = torch.zeros_like(self._changes[0]), 0
         for weight in self._weights:
             entries += weight.numel()
@@ -84,12 +93,19 @@ class AutoSwitch:
         """Raise ScheduleError unless the optimizer has stepped since the last count."""
         if self._pending is None and self.switched_at is None:
             raise ScheduleError(
-                "schedule.step() without an optimizer step since the last one: call it once after each, and pass the "
-                "GradScaler if there is one"
+                "schedule.step() was called without an optimizer step since the last call: call it once after each, "
+                "and pass the GradScaler if there is one"
             )
 
     def count(self, applied: int) -> bool:
-        """Count the applied-th step, which the hook has seen; freeze the variance and return True if it is the last."""
+        """Count one applied step that the hook has seen, and freeze the variance if the switch comes now.
+
+        Args:
+            applied: Number of applied steps, this one included.
+
+        Returns:
+            Whether the switch comes now.
+        """
         if self.switched_at is not None or self._pending is None:
             return False
         self._changes[(applied - 1) % len(self._changes)] = self._pending
@@ -109,11 +125,11 @@ class AutoSwitch:
         return self._changes.mean().item() < self._eps
 
     def state_dict(self) -> dict[str, Any]:
-        """The last changes, and the step after which the switch came, or None."""
+        """The last changes, and switched_at."""
         return {"changes": self._changes.clone(), "switched_at": self.switched_at}
 
     def check_state(self, state: Mapping[str, Any]) -> None:
-        """Raise ScheduleError unless state holds the changes of an equal window, and a switch within bounds."""
+        """Raise ScheduleError unless state has the changes of a window of this length, and a switch within bounds."""
         changes, at = state.get("changes"), state.get("switched_at")
         if "switched_at" not in state:
             raise ScheduleError(
@@ -126,6 +142,6 @@ class AutoSwitch:
             raise ScheduleError(f"state['switched_at']={at!r} must be a step, 1 to {self._bounds[1]}, or None")
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over a state that check_state has passed."""
+        """Load a state that check_state has accepted."""
         self._changes.copy_(state["changes"])
         self.switched_at, self._pending = state["switched_at"], None

@@ -14,25 +14,32 @@ from semisparse.recipes.layers import check_optimizer, check_whole, layers_by_we
 class MaskedDecay:
     """Adds decay * (1 - M) * W to the gradient of each sparse weight, just before the optimizer reads it.
 
-    M is the mask that the layer's forward used: of the weight W as it is at that step, or frozen by a recipe. Pruned
-    weights shrink towards zero, so that masks settle; kept ones are left alone. Only layers that are sparse at that
-    moment take part.
+    M is the mask that the layer's forward used: chosen from the weight W at that step, or held by a recipe. Pruned
+    weights shrink towards zero, so that masks settle; kept weights are not changed. Only layers that are sparse at that
+    step take part.
 
     SR-STE (arXiv 2102.04010) adds the term in the backward pass; FST (arXiv 2404.01847) adds it to the gradients after
-    they were unscaled and clipped. This is FST's order, for both: an optimizer step hook, which sees accumulated and
-    clipped gradients once. So gradient clipping does not see the term, and SR-STE differs from its paper in that.
+    they were unscaled and clipped. This class uses FST's order for both: an optimizer step hook, which sees accumulated
+    and clipped gradients once. So gradient clipping does not include the term, unlike in SR-STE's paper.
 
-    Any torch.optim optimizer, with parameter groups, GradScaler (fused optimizers too, whose gradients are still scaled
-    here) and gradient accumulation. In a step that the scaler skips only gradients change, which nobody reads.
+    Works with any torch.optim optimizer, parameter groups, gradient accumulation and GradScaler (also with fused
+    optimizers, whose gradients are still scaled here). In a step that the scaler skips only gradients change, and they
+    are not used.
 
-    The term is computed in the dtype of the weight (N x K), in fp32 or wider where gradients are still scaled, and
-    added in place, in the gradient's. The mask is exact.
+    The term is computed in the dtype of the weight (N x K), or in fp32 or wider if gradients are still scaled, and is
+    added in place in the dtype of the gradient. The mask is exact.
 
-    model: holds SemiSparseLinear layers. optimizer: must hold the weights of all of them that train; a wrapper of one
-    will do. decay: the strength, 0 or more; the papers' values lie between 6e-6 and 2e-4, by model and optimizer. It is
-    not multiplied by the learning rate here; the optimizer does that, as with every gradient.
-    Raises NoLayerMatchedError, ConfigError, LayerRefusedError for a sharded or meta weight; ConfigError from
-    optimizer.step(closure), whose gradients do not exist yet when the hook runs.
+    Args:
+        model: A module with SemiSparseLinear layers.
+        optimizer: Must hold the weights of all of them that train; may be a wrapper of one.
+        decay: The strength, 0 or more. The papers' values lie between 6e-6 and 2e-4, depending on model and optimizer.
+            Not multiplied by the learning rate here; the optimizer does that, as with every gradient.
+
+    Raises:
+        NoLayerMatchedError: model has no SemiSparseLinear.
+        ConfigError: decay or optimizer does not fit. Also raised by optimizer.step(closure), because the gradients do
+            not exist yet when the hook runs.
+        LayerRefusedError: A weight is sharded or on the meta device.
     """
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, decay: float) -> None:
@@ -54,7 +61,7 @@ class MaskedDecay:
         refuse_closure("MaskedDecay", args, kwargs)
         scale: Tensor | None = getattr(optimizer, "grad_scale", None)
         for layer in self._layers.values():
-            if not isinstance(layer, SemiSparseLinear):  # it was densified since
+            if not isinstance(layer, SemiSparseLinear):  # made dense since
                 continue
             weight = layer.weight
             if weight.grad is None or not layer.sparse_enabled or self.decay == 0:
@@ -63,6 +70,6 @@ class MaskedDecay:
             if scale is None:
                 weight.grad.add_(pruned_away, alpha=self.decay)
             else:
-                # A scale of 2**16 and more times a weight is no fp16 number, with the decay it is a small one.
+                # scale * weight can overflow fp16 (scale >= 2**16); scale * decay * weight cannot. So multiply in fp32.
                 factor = scale.to(weight.device, non_blocking=True) * self.decay
                 weight.grad.add_(pruned_away.to(torch.promote_types(weight.dtype, torch.float32)) * factor)

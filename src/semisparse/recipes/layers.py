@@ -1,4 +1,4 @@
-"""The layers that a recipe works on, and what it asks of the optimizer."""
+"""The layers that a recipe trains, and what it requires of the optimizer."""
 
 from typing import Any
 
@@ -11,7 +11,11 @@ from semisparse.surgery.layers import layers_with_masks
 
 
 def layers_by_weight(model: nn.Module) -> dict[str, SemiSparseLinear]:
-    """The layers by name, one for each weight: two modules may share a Parameter. Raises NoLayerMatchedError."""
+    """The SemiSparseLinear layers of model by name, one per weight: two layers may share a Parameter.
+
+    Raises:
+        NoLayerMatchedError: model has none.
+    """
     found: dict[int, tuple[str, SemiSparseLinear]] = {}
     for name, layer in layers_with_masks(model).items():
         found.setdefault(id(layer.weight), (name, layer))
@@ -23,8 +27,10 @@ def layers_by_weight(model: nn.Module) -> dict[str, SemiSparseLinear]:
 def unwrapped(optimizer: Any) -> Any:
     """The torch optimizer that really steps: optimizer itself, or the one inside a wrapper such as accelerate's.
 
-    A wrapper is what lacks an optimizer's own hooks and holds exactly one optimizer, however deep, as an attribute.
-    Raises ConfigError where there is none or more than one.
+    A wrapper lacks an optimizer's own hooks and has exactly one optimizer as an attribute, perhaps itself a wrapper.
+
+    Raises:
+        ConfigError: optimizer is neither an optimizer nor such a wrapper.
     """
     seen: set[int] = set()
     while not _has_hooks(optimizer):
@@ -49,7 +55,7 @@ def _attributes(wrapper: Any) -> list[Any]:
 
 
 def check_optimizer(optimizer: torch.optim.Optimizer, layers: dict[str, SemiSparseLinear]) -> None:
-    """Raise ConfigError unless optimizer holds the weights of all layers that train; frozen ones need none."""
+    """Raise ConfigError unless optimizer holds the weight of each layer that requires a gradient."""
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     for name, layer in layers.items():
         if layer.weight.requires_grad and id(layer.weight) not in held:
@@ -60,7 +66,7 @@ def check_optimizer(optimizer: torch.optim.Optimizer, layers: dict[str, SemiSpar
 
 
 def check_whole(layers: dict[str, SemiSparseLinear]) -> None:
-    """Raise LayerRefusedError where a weight is sharded or on no device, so that a recipe cannot look at all of it."""
+    """Raise LayerRefusedError if a weight is sharded or on the meta device, so that a recipe cannot read all of it."""
     for name, layer in layers.items():
         if layer.weight.is_meta:
             raise LayerRefusedError(
@@ -73,6 +79,12 @@ def check_whole(layers: dict[str, SemiSparseLinear]) -> None:
 
 
 def refuse_closure(user: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Raise ConfigError in a step hook of user that was given a closure, whose gradients do not exist yet."""
+    """Raise ConfigError in an optimizer's step hook if the step has a closure: its gradients do not exist yet.
+
+    Args:
+        user: Class whose hook it is, for the message.
+        args: Positional arguments of the step, the optimizer first.
+        kwargs: Keyword arguments of the step.
+    """
     if any(callable(value) for value in (*args[1:], kwargs.get("closure"))):
         raise ConfigError(f"optimizer.step(closure) computes gradients too late for {user}; step without closure")

@@ -23,17 +23,20 @@ class StepAdamW(torch.optim.AdamW):
         p = p * (1 - lr * weight_decay);   m = beta1 * m + (1 - beta1) * g
         p = p - lr / (1 - beta1^t) * m / (sqrt(v*) + eps^(3/4))
 
-    with no bias correction of v*: the form of the authors' released code, not checked against the paper's text. An
+    without bias correction of v*: the form of the authors' released code, not checked against the paper's text. An
     entry whose gradient was always 0 until then has v* = 0, and moves by m / eps^(3/4) from its first one on.
 
-    State, dtypes and arguments are AdamW's (params, lr, betas, eps, weight_decay, foreach); param_groups have
-    "variance_frozen" besides, which state_dict saves. No step waits for the device, unless lr is a tensor on it.
-    Raises ConfigError for amsgrad, maximize, capturable, differentiable and fused, also when a state with one of them
-    is loaded; when frozen, for a parameter that meets its first gradient, for a new group and in a CUDA graph.
+    State, dtypes and arguments are AdamW's (params, lr, betas, eps, weight_decay, foreach); param_groups also have
+    "variance_frozen", which state_dict saves. Steps do not synchronise with the device, unless lr is a tensor on it.
+
+    Raises:
+        ConfigError: For amsgrad, maximize, capturable, differentiable and fused, also if a state with one of them is
+            loaded. While the variance is frozen: for a parameter that gets its first gradient, for a new group, and in
+            a CUDA graph.
     """
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As torch.optim.Optimizer, while the variance is not frozen: later parameters would have none."""
+        """As torch.optim.Optimizer, if the variance is not frozen: later parameters would have none."""
         if any(group["variance_frozen"] for group in self.param_groups):
             raise ConfigError(
                 "param_group: the variance is frozen and new parameters have none; use a second optimizer"
@@ -44,7 +47,7 @@ class StepAdamW(torch.optim.AdamW):
         super().add_param_group(param_group)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch.optim.Optimizer, from a state of StepAdamW or of an AdamW with settings that StepAdamW has."""
+        """As torch.optim.Optimizer, for a state of StepAdamW or of an AdamW with settings that StepAdamW supports."""
         for group in state_dict["param_groups"]:
             _check(group)
         super().load_state_dict(state_dict)
@@ -54,7 +57,7 @@ class StepAdamW(torch.optim.AdamW):
         for group in self.param_groups:
             group.setdefault("variance_frozen", False)
         for values in self.state.values():
-            if isinstance(values.get("step"), Tensor):  # read in every step; torch.load may have put it on a device
+            if isinstance(values.get("step"), Tensor):  # read at every step; torch.load may have put it on a device
                 values["step"] = values["step"].cpu()
 
     @property
@@ -63,13 +66,20 @@ class StepAdamW(torch.optim.AdamW):
         return all(group["variance_frozen"] for group in self.param_groups)
 
     def freeze_variance(self) -> None:
-        """Keep all second moments as they are from now on."""
+        """Keep all second moments fixed from now on."""
         for group in self.param_groups:
             group["variance_frozen"] = True
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        """One step; returns the closure's loss. Plain AdamW until the variance is frozen."""
+        """One step: plain AdamW until the variance is frozen.
+
+        Args:
+            closure: As for torch.optim.AdamW.
+
+        Returns:
+            The loss that the closure returned, or None.
+        """
         if not self.variance_frozen:
             return _PLAIN_STEP(self, closure)
         if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
@@ -83,7 +93,7 @@ class StepAdamW(torch.optim.AdamW):
             for parameter in parameters:
                 if not self.state.get(parameter):
                     raise ConfigError(
-                        f"param_groups[{index}]: a parameter of shape {tuple(parameter.shape)} meets its first "
+                        f"param_groups[{index}]: a parameter of shape {tuple(parameter.shape)} gets its first "
                         "gradient after the variance was frozen; let it take part in the dense phase, or give it "
                         "another optimizer"
                     )
@@ -111,7 +121,7 @@ class StepAdamW(torch.optim.AdamW):
 def _check(group: Mapping[str, Any]) -> None:
     for name in _REFUSED:
         if group.get(name):
-            raise ConfigError(f"{name}={group[name]!r}: StepAdamW has no such variant; leave it out")
+            raise ConfigError(f"{name}={group[name]!r} is not supported by StepAdamW; leave it out")
 
 
 def _real(tensors: Any) -> list[Tensor]:
