@@ -136,7 +136,7 @@ def test_products_are_told_to_the_layer_that_ran_them(monkeypatch: pytest.Monkey
     """On a GPU the ops tell dispatch's observers; here a substitute of the op does."""
     from semisparse import ops
     from semisparse.gemm import dispatch, problem
-    from semisparse.gemm.choice import Choice
+    from semisparse.gemm.autotune.algorithm import Choice
 
     net = nn.Sequential(nn.Linear(16, 32), nn.Linear(32, 16)).bfloat16()
     sparsify(net)
@@ -145,7 +145,7 @@ def test_products_are_told_to_the_layer_that_ran_them(monkeypatch: pytest.Monkey
 
     def product(x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, engine: str) -> Tensor:
         asked = problem.forward(x.shape[0], out_features, x.shape[1], x.dtype, bias is not None)
-        dispatch._tell(asked, out_features, Choice(out_features, out_features, 1.0, 2.0, "tuned"))
+        dispatch.tell(asked, out_features, Choice(out_features, out_features, 1.0, 2.0, "tuned"))
         return real(x, packed, bias, out_features, engine)
 
     monkeypatch.setattr(ops, "packed_linear", product)

@@ -8,9 +8,9 @@ import torch
 
 import semisparse
 from semisparse import environment as env
+from semisparse.formats.layout import SM90_16BIT
+from semisparse.formats.packed import PackedFormat, Packer
 from semisparse.gemm.cusparselt import Availability
-from semisparse.gemm.formats import PackedFormat, Packer
-from semisparse.gemm.layout import SM90_16BIT
 
 NAMES = ["weight mask", "activation mask", "packing", "sparse GEMM"]
 
@@ -53,7 +53,7 @@ def paths_on_cuda(
 ) -> dict[str, tuple[str, str]]:
     """Name -> (path, reason) on a GPU whose engine and packed format are as given."""
 
-    def packed_format(index: int, dtype: torch.dtype) -> PackedFormat:
+    def packed_format(index: int, dtype: torch.dtype, engine: object) -> PackedFormat:
         assert index == 1
         if isinstance(packed, Exception):
             raise packed

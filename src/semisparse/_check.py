@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from semisparse import functional
 from semisparse.errors import ConfigError, NoLayerMatchedError
-from semisparse.gemm.choice import Choice
+from semisparse.gemm.autotune.algorithm import Choice
 from semisparse.gemm.dispatch import observed
 from semisparse.gemm.problem import Problem
 from semisparse.nn import SemiSparseBase

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from semisparse.errors import ConfigError, ShapeError, TensorError
-from semisparse.gemm.layout import SM90_16BIT, packed_bytes
-from semisparse.gemm.problem import SPARSE_MULTIPLE, pad
+from semisparse.formats.layout import SM90_16BIT, SPARSE_MULTIPLE, packed_bytes, round_up
 from semisparse.pattern import GROUP
 from semisparse.reference import linear as reference_linear
 from semisparse.reference import masks as reference_masks
@@ -122,7 +121,7 @@ def pack(matrix: Tensor, dtype: torch.dtype, mask: str, frozen: Tensor | None = 
 @_without_autocast
 def pack_tokens(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """ops.pack_tokens."""
-    rows = pad(x.shape[0], SPARSE_MULTIPLE)
+    rows = round_up(x.shape[0], SPARSE_MULTIPLE)
     return pack(torch.nn.functional.pad(x, (0, 0, 0, rows - x.shape[0])), dtype, "transposable")
 
 
@@ -141,7 +140,7 @@ def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None, out_features: 
 @_without_autocast
 def packed_tokens_linear(packed: Tensor, weight: Tensor, bias: Tensor | None, tokens: int, engine: str) -> Tensor:
     """ops.packed_tokens_linear, masked dense."""
-    x = unpack(packed, pad(tokens, SPARSE_MULTIPLE), weight.shape[1], weight.dtype)[:tokens]
+    x = unpack(packed, round_up(tokens, SPARSE_MULTIPLE), weight.shape[1], weight.dtype)[:tokens]
     return torch.nn.functional.linear(x, weight, bias)
 
 
@@ -149,5 +148,5 @@ def packed_tokens_linear(packed: Tensor, weight: Tensor, bias: Tensor | None, to
 def packed_tokens_grad_weight(packed_t: Tensor, grad_output: Tensor, in_features: int, engine: str) -> Tensor:
     """ops.packed_tokens_grad_weight, masked dense."""
     tokens = grad_output.shape[0]
-    x_t = unpack(packed_t, in_features, pad(tokens, SPARSE_MULTIPLE), grad_output.dtype)[:, :tokens]
+    x_t = unpack(packed_t, in_features, round_up(tokens, SPARSE_MULTIPLE), grad_output.dtype)[:, :tokens]
     return grad_output.mT @ x_t.mT

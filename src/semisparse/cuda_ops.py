@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 from semisparse import cpu_ops
+from semisparse.formats.layout import ALIGNMENT, SM90_16BIT, SPARSE_MULTIPLE, packed_bytes, round_up
+from semisparse.formats.packed import PackedFormat, packed_format
 from semisparse.gemm import dispatch, problem
-from semisparse.gemm.cusparselt import ALIGNMENT
 from semisparse.gemm.engine import engine
-from semisparse.gemm.formats import PackedFormat, packed_format
-from semisparse.gemm.layout import SM90_16BIT, packed_bytes
-from semisparse.gemm.problem import DENSE_MULTIPLE, SPARSE_MULTIPLE, Problem, pad
+from semisparse.gemm.operands import Operands
+from semisparse.gemm.problem import DENSE_MULTIPLE, Problem
 from semisparse.kernels.launch_checks import MODES
 from semisparse.pattern import GROUP
 from semisparse.reference import masks as reference_masks
@@ -49,29 +49,29 @@ def prune(matrix: Tensor, dtype: torch.dtype, mask: str, frozen: Tensor | None =
 
 
 def pack(matrix: Tensor, dtype: torch.dtype, mask: str, frozen: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """ops.pack: one pass over the matrix; see gemm/formats.py for the devices where it takes more."""
+    """ops.pack: one pass over the matrix; see formats/packed.py for the devices where it takes more."""
     return _pack(matrix, matrix.shape[0], dtype, mask, frozen)
 
 
 def pack_tokens(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """ops.pack_tokens: as pack, with zero rows added."""
-    return _pack(x, pad(x.shape[0], SPARSE_MULTIPLE), dtype, "transposable")
+    return _pack(x, round_up(x.shape[0], SPARSE_MULTIPLE), dtype, "transposable")
 
 
 def unpack(packed: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     """ops.unpack: by the kernel or, where only the engine can read the buffer, as its product with the identity."""
-    written = packed_format(packed.get_device(), dtype)
+    written = packed_format(packed.get_device(), dtype, engine())
     if written.packer == "kernel" and written.layout is not None:
         from semisparse.kernels import unpack as kernel
 
         out = packed.new_empty(rows, columns, dtype=dtype)
-        kernel.launch(packed, out, bits=written.layout.bits)
+        kernel.launch(packed, out, layout=written.layout)
         return out
     if written.layout is not None:
         return reference_packing.unpack(written.layout.decode(packed, rows, columns, dtype))
     identity = torch.eye(columns, dtype=dtype, device=packed.device)
     out = packed.new_empty(columns, rows, dtype=dtype)
-    engine().matmul(Problem(rows, columns, columns, dtype), 0, packed, identity, out)
+    engine().matmul(Problem(rows, columns, columns, dtype), 0, Operands(packed, identity, out))
     return out.mT.contiguous()
 
 
@@ -81,7 +81,7 @@ def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None, out_features: 
     if tokens == 0:
         return x.new_empty(0, out_features)
     asked = problem.forward(tokens, out_features, in_features, x.dtype, bias is not None)
-    x = _padded(x, pad(tokens, DENSE_MULTIPLE))
+    x = _padded(x, round_up(tokens, DENSE_MULTIPLE))
     out = x.new_empty(x.shape[0], out_features)
     _multiply(asked, packed, x, out, None if bias is None else _aligned(bias), mode)
     return out[:tokens] if out.shape[0] != tokens else out
@@ -96,7 +96,7 @@ def packed_tokens_linear(packed: Tensor, weight: Tensor, bias: Tensor | None, to
     out = weight.new_empty(asked.d_shape)
     _multiply(asked, packed, _padded(weight, out_features), out, None, mode)
     out = out[:tokens] if out.shape[0] != tokens else out
-    if bias is not None and packed_format(out.get_device(), out.dtype).packer == "kernel":
+    if bias is not None and packed_format(out.get_device(), out.dtype, engine()).packer == "kernel":
         from semisparse.kernels import bias as kernel
 
         kernel.launch(out, bias.contiguous())
@@ -112,7 +112,7 @@ def packed_tokens_grad_weight(packed_t: Tensor, grad_output: Tensor, in_features
         return grad_output.new_zeros(out_features, in_features)
     asked = problem.activation_weight(tokens, out_features, in_features, grad_output.dtype)
     out = grad_output.new_empty(asked.d_shape)
-    _multiply(asked, packed_t, _padded(grad_output, pad(tokens, SPARSE_MULTIPLE)), out, None, mode)
+    _multiply(asked, packed_t, _padded(grad_output, round_up(tokens, SPARSE_MULTIPLE)), out, None, mode)
     return out
 
 
@@ -120,7 +120,7 @@ def _multiply(asked: Problem, packed: Tensor, b: Tensor, out: Tensor, bias: Tens
     def unpacked(buffer: Tensor) -> Tensor:
         return unpack(buffer, asked.rows, asked.reduction, asked.dtype)
 
-    dispatch.multiply(asked, packed, b, out, bias, unpack=unpacked, mode=mode)  # type: ignore[arg-type]
+    dispatch.multiply(asked, Operands(packed, b, out, bias), unpacked, mode)  # type: ignore[arg-type]
 
 
 def _padded(matrix: Tensor, rows: int) -> Tensor:
@@ -141,7 +141,7 @@ def _pack(
     matrix: Tensor, rows: int, dtype: torch.dtype, mask: str, frozen: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Buffers of the pruned matrix, padded to rows, and of its transpose (empty for a row-wise mask)."""
-    written, columns = packed_format(matrix.get_device(), dtype), matrix.shape[1]
+    written, columns = packed_format(matrix.get_device(), dtype, engine()), matrix.shape[1]
     both = mask not in cpu_ops.ROW_WISE
     if mask in ("codes", "soft"):
         cpu_ops.check_frozen(matrix, mask, frozen)
@@ -164,8 +164,7 @@ def _pack(
         packed,
         packed_t if both else None,
         dtype=dtype,
-        bits=written.layout.bits,
-        padding=written.layout.padding,
+        layout=written.layout,
         mode=mask,
         rows_padded=rows,
         codes=frozen if mask == "codes" else None,

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 
 import semisparse
-from semisparse.gemm.engine import available
-from semisparse.gemm.formats import Packer, packed_format
+from semisparse.formats.packed import Packer, packed_format
+from semisparse.gemm.engine import available, engine
 
 _NOT_FOUND = "not found"
 _WHERE_PACKED = "packed in fp16 and bf16 with N and K multiples of 16, otherwise masked dense"
@@ -96,7 +96,7 @@ def _packing(device: str) -> tuple[Capability, ...]:
     """Masks and packing for the packed format found on device, or the error of the search."""
     try:
         index = torch.device(device).index
-        found = packed_format(torch.cuda.current_device() if index is None else index, torch.bfloat16)
+        found = packed_format(torch.cuda.current_device() if index is None else index, torch.bfloat16, engine())
         pruner, packer = _PACKERS[found.packer]
         where, why = _WHERE_PACKED, found.reason
     except Exception as error:  # packing at run time will fail in the same way

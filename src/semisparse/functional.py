@@ -31,8 +31,7 @@ from semisparse.autograd import (
     TransformedPruneWeight,
 )
 from semisparse.errors import ConfigError, EngineError, ShapeError, TensorError
-from semisparse.gemm.problem import DTYPES as PACKED_DTYPES
-from semisparse.gemm.problem import SPARSE_MULTIPLE
+from semisparse.formats.layout import PACKED_DTYPES, SPARSE_MULTIPLE
 from semisparse.pattern import GROUP
 from semisparse.reference.masks import FLOAT_DTYPES
 from semisparse.tracing import transforming

@@ -6,7 +6,8 @@ never write to or alias an input. Gradients are not defined here; autograd.py ha
 The functions of this file are how the package calls its ops. On plain CUDA tensors they go to cuda_ops.py directly:
 the dispatcher and its way back into Python cost host time at every call of an eager training step.
 
-Packed buffers are uint8, in the engine's format (gemm/layout.py). On the CPU the reference packs, into the sm90 layout.
+Packed buffers are uint8, in the engine's format (formats/layout.py); on the CPU the reference packs them, in the sm90
+layout.
 """
 
 from collections.abc import Callable
@@ -18,8 +19,7 @@ import torch
 from torch import Tensor
 
 from semisparse import calls, cpu_ops
-from semisparse.gemm.layout import packed_bytes
-from semisparse.gemm.problem import SPARSE_MULTIPLE, pad
+from semisparse.formats.layout import SPARSE_MULTIPLE, packed_bytes, round_up
 from semisparse.pattern import GROUP
 
 _LIBRARY = torch.library.Library("semisparse", "FRAGMENT")
@@ -208,7 +208,7 @@ def _fake_pack(matrix: Tensor, dtype: torch.dtype, mask: str, frozen: Tensor | N
 
 
 def _fake_pack_tokens(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    rows, columns = pad(x.shape[0], SPARSE_MULTIPLE), x.shape[1]
+    rows, columns = round_up(x.shape[0], SPARSE_MULTIPLE), x.shape[1]
     sizes = packed_bytes(rows, columns), packed_bytes(columns, rows)
     return x.new_empty(sizes[0], dtype=torch.uint8), x.new_empty(sizes[1], dtype=torch.uint8)
 

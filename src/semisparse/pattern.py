@@ -10,6 +10,9 @@ column-count vectors, instead of from all 90 tiles (see reference/masks.py).
 """
 
 from itertools import combinations, product
+from typing import NamedTuple
+
+from torch import Tensor
 
 GROUP = 4
 """Entries in one group; also rows and columns of one tile."""
@@ -79,3 +82,15 @@ METADATA_NIBBLES: tuple[int | None, ...] = tuple(
     metadata_nibble(bits) if bits.bit_count() <= KEPT else None for bits in range(1 << GROUP)
 )
 """metadata_nibble for each of the 16 group masks; None where a group keeps more than two."""
+
+
+class Packed(NamedTuple):
+    """A packed matrix (R x C) in logical order, row-major and contiguous.
+
+    Attributes:
+        values: The kept entries, R x C/2 in the packed dtype.
+        nibbles: metadata_nibble per group, R x C/4, uint8 (0 to 15).
+    """
+
+    values: Tensor
+    nibbles: Tensor

@@ -9,7 +9,7 @@ from tests.arch.source import FILES, NAMES, PACKAGE, imported, module_name
 
 LEVELS = {
     1: {"errors", "arguments", "config", "pattern", "reference"},
-    2: {"kernels", "gemm"},
+    2: {"formats", "kernels", "gemm"},
     3: {"calls", "tracing", "ops", "cpu_ops", "cuda_ops", "flops", "autograd", "functional"},
     4: {"nn", "surgery"},
     # "" is the package itself, which collects the public names of the levels up to 5.
@@ -18,7 +18,13 @@ LEVELS = {
 }
 LEVEL_OF = {name: level for level, names in LEVELS.items() for name in names}
 # Who never sees whom although the levels would allow it: the judge and the judged, engines and kernels.
-STRANGERS = [("kernels", "reference"), ("kernels", "gemm"), ("reference", "config")]
+STRANGERS = [
+    ("kernels", "reference"),
+    ("kernels", "gemm"),
+    ("reference", "config"),
+    ("formats", "kernels"),
+    ("formats", "gemm"),
+]
 
 INSIDE = [path for path in FILES if module_name(path).split(".")[0] not in ("", "testing")]
 EACH_FILE = pytest.mark.parametrize("path", INSIDE, ids=lambda path: str(path.relative_to(PACKAGE)))

@@ -1,13 +1,12 @@
-"""The real engine, and tuners on the simulated library."""
+"""The real engine, and autotuners on the simulated library."""
 
 import pytest
 
-from semisparse.gemm import shipped
+from semisparse.gemm.autotune.autotuner import Autotuner
+from semisparse.gemm.autotune.store import Store
 from semisparse.gemm.engine import Engine
-from semisparse.gemm.tuner import Tuner
-from semisparse.gemm.tuning_cache import TuningCache
 from tests.gemm.simulated import make_engine
-from tests.gemm.tuning import Timed, table
+from tests.gemm.tuning import Timed
 
 
 @pytest.fixture(scope="module")
@@ -26,12 +25,12 @@ def timed():
 
 @pytest.fixture
 def make_tuner(tmp_path, timed):
-    """Makes tuners that share a cache folder, as processes would."""
+    """Makes autotuners that share a cache folder, as processes would."""
 
-    def build(library=None, rows=(), cached=True, **options):
+    def build(library=None, shipped=(), stored=True, **options):
         engine, library, runtime = make_engine(library)
-        cache = TuningCache(tmp_path / "semisparse") if cached else None
-        options = {"make_trial": timed, "rows": lambda: shipped.parse(table(rows))} | options
-        return Tuner(engine, cache, **options), library, runtime
+        store = Store(tmp_path / "semisparse") if stored else None
+        options = {"make_candidates": timed, "shipped": lambda: shipped} | options
+        return Autotuner(engine, store, **options), library, runtime
 
     return build

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from semisparse.gemm import problem as problems
+from semisparse.gemm.autotune.candidates import integers, keep_two_of_four
 from semisparse.gemm.problem import Problem
-from semisparse.gemm.trial import integers, keep_two_of_four
 
 PRODUCTS = {
     "forward": lambda tokens, n, k, dtype: problems.forward(tokens, n, k, dtype),

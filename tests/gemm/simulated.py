@@ -13,6 +13,7 @@ from torch import Tensor
 
 from semisparse.gemm import problem as problems
 from semisparse.gemm.engine import Engine
+from semisparse.gemm.operands import Operands
 from semisparse.gemm.problem import Problem
 from semisparse.gemm.runtime import CudaRuntime
 from semisparse.reference import packing
@@ -317,5 +318,5 @@ FORWARD = PRODUCTS["forward"]
 def run(engine: Engine, problem: Problem, algorithm: int = 0) -> None:
     """One product on fresh operands, checked bit for bit."""
     a, b, out, bias = operands(problem)
-    engine.matmul(problem, algorithm, engine.compress(a), b, out, bias)
+    engine.matmul(problem, algorithm, Operands(engine.compress(a), b, out, bias))
     assert torch.equal(out, exact(problem, a, b, bias))

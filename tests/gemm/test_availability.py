@@ -23,7 +23,7 @@ def unavailable(engine: Engine) -> str:
     with pytest.raises(EngineError) as error:
         engine.compress(two_of_four(16, 16, BF16))
     assert verdict.reason in str(error.value)
-    assert "engine='dense'" in str(error.value)
+    assert "backend='dense'" in str(error.value)
     return verdict.reason
 
 

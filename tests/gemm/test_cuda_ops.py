@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from semisparse import cuda_ops
+from semisparse.formats.layout import SM90_16BIT, packed_bytes
+from semisparse.formats.packed import PackedFormat
 from semisparse.gemm import dispatch
-from semisparse.gemm.formats import PackedFormat
-from semisparse.gemm.layout import SM90_16BIT, packed_bytes
-from semisparse.gemm.tuner import Tuner
+from semisparse.gemm.autotune.autotuner import Autotuner
 from semisparse.reference import masks
 from semisparse.testing import assert_bit_equal, small_integers
 from tests.gemm.simulated import make_engine
@@ -21,12 +21,12 @@ DTYPE = torch.bfloat16
 def library(monkeypatch):
     monkeypatch.setenv("SEMISPARSE_TUNE", "0")
     engine, library, _ = make_engine()
-    tuner = Tuner(engine, None, rows=tuple)
+    tuner = Autotuner(engine, None, shipped=tuple)
     # The library's own format: its compressor writes it, and only its products read it.
-    monkeypatch.setattr(cuda_ops, "packed_format", lambda index, dtype: PackedFormat("compressor", None, "simulated"))
+    monkeypatch.setattr(cuda_ops, "packed_format", lambda *_: PackedFormat("compressor", None, "simulated"))
     monkeypatch.setattr(cuda_ops, "engine", lambda: engine)
-    monkeypatch.setattr(dispatch, "engine", lambda: engine)
-    monkeypatch.setattr(dispatch, "tuner", lambda: tuner)
+    monkeypatch.setattr(dispatch, "process_engine", lambda: engine)
+    monkeypatch.setattr(dispatch, "autotuner", lambda: tuner)
     return library
 
 
@@ -94,7 +94,7 @@ def test_what_only_the_engine_can_read_is_unpacked_by_it():
 
 @pytest.mark.parametrize("layout", [SM90_16BIT, None])
 def test_without_an_engine_the_reference_packs_into_a_buffer_of_the_promised_size(monkeypatch, layout):
-    monkeypatch.setattr(cuda_ops, "packed_format", lambda index, dtype: PackedFormat("reference", layout, "simulated"))
+    monkeypatch.setattr(cuda_ops, "packed_format", lambda *_: PackedFormat("reference", layout, "simulated"))
     weight = integers(48, 80)
     for buffer, shape in zip(cuda_ops.pack(weight, DTYPE, "transposable"), ((48, 80), (80, 48)), strict=True):
         assert buffer.numel() == packed_bytes(*shape)

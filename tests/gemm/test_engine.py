@@ -9,6 +9,7 @@ import torch
 
 from semisparse.errors import EngineError, ShapeError, TensorError
 from semisparse.gemm import problem as problems
+from semisparse.gemm.operands import Operands
 from tests.gemm import simulated
 from tests.gemm.simulated import FORWARD, PRODUCTS, SimulatedLibrary, exact, make_engine, operands, run, two_of_four
 
@@ -37,7 +38,7 @@ def test_each_call_adds_its_own_bias_whether_or_not_a_plan_can_be_rebound(follow
     runtime.is_capturing = capturing
     for step in range(4):
         moved = bias + step
-        engine.matmul(problem, 0, packed, b, out, moved)
+        engine.matmul(problem, 0, Operands(packed, b, out, moved))
         assert torch.equal(out, exact(problem, a, b, moved))
     assert engine.plan_count(-1) == 1
     built = sum(kind == "plan" for kind, _ in library.log) + 1
@@ -69,7 +70,7 @@ def test_no_tensor_is_kept():
     problem = PRODUCTS["forward with bias"]
     a, b, out, bias = operands(problem)
     packed = engine.compress(a)
-    engine.matmul(problem, 0, packed, b, out, bias)
+    engine.matmul(problem, 0, Operands(packed, b, out, bias))
     watched = [weakref.ref(tensor) for tensor in (packed, b, out, bias)]
     del packed, b, out, bias
     gc.collect()
@@ -110,7 +111,7 @@ def test_an_operand_that_does_not_fit_is_an_error_and_never_read(name, how):
     given = spoiled(name, how)
     wrong_size = how in ("short", "long")
     with pytest.raises(ShapeError if wrong_size else TensorError, match=rf"^{name} "):
-        engine.matmul(PRODUCTS["forward with bias"], 0, **given)
+        engine.matmul(PRODUCTS["forward with bias"], 0, Operands(**given))
     assert library.products == []
     run(engine, PRODUCTS["forward with bias"])  # nothing wrong was left behind
 
@@ -130,7 +131,7 @@ def test_an_operand_on_another_device_is_an_error_and_never_read(name):
     given = spoiled("bias", "long") | {"bias": operands(PRODUCTS["forward with bias"])[3]}
     given[name] = given[name].as_subclass(Elsewhere)
     with pytest.raises(TensorError, match=rf"^{name} is on cuda:5, out on cpu; move both to one device"):
-        engine.matmul(PRODUCTS["forward with bias"], 0, **given)
+        engine.matmul(PRODUCTS["forward with bias"], 0, Operands(**given))
     assert library.products == []
 
 
@@ -139,17 +140,17 @@ def test_bytes_behind_a_packed_matrix_are_allowed_and_change_nothing():
     problem = PRODUCTS["forward with bias"]
     a, b, out, bias = operands(problem)
     packed = engine.compress(a)
-    engine.matmul(problem, 0, torch.cat([packed, torch.full_like(packed[:64], 255)]), b, out, bias)
+    engine.matmul(problem, 0, Operands(torch.cat([packed, torch.full_like(packed[:64], 255)]), b, out, bias))
     assert torch.equal(out, exact(problem, a, b, bias))
 
 
 def test_a_missing_and_an_unasked_bias_are_errors_and_leave_no_plan():
     engine, library, _ = make_engine()
     with pytest.raises(TensorError, match="bias=None"):
-        engine.matmul(PRODUCTS["forward with bias"], 0, **spoiled("bias", "missing"))
+        engine.matmul(PRODUCTS["forward with bias"], 0, Operands(**spoiled("bias", "missing")))
     a, b, out, _ = operands(FORWARD)
     with pytest.raises(TensorError, match=r"bias=\(32,\)"):
-        engine.matmul(FORWARD, 0, engine.compress(a), b, out, torch.zeros(32, dtype=BF16))
+        engine.matmul(FORWARD, 0, Operands(engine.compress(a), b, out, torch.zeros(32, dtype=BF16)))
     assert library.products == []
     assert engine.plan_count(-1) == 0
 
@@ -159,7 +160,7 @@ def test_sizes_the_library_cannot_take_are_refused_before_it_is_asked():
     problem = replace(FORWARD, columns=20)
     _, b, out, _ = operands(problem)
     with pytest.raises(EngineError, match="columns=20 is no multiple of 8; use the masked-dense"):
-        engine.matmul(problem, 0, torch.zeros(1, dtype=torch.uint8), b, out)
+        engine.matmul(problem, 0, Operands(torch.zeros(1, dtype=torch.uint8), b, out))
     assert not any(kind == "matmul" for kind, _ in library.live.values())
 
 
@@ -173,8 +174,8 @@ def test_a_refusal_while_a_plan_is_made_is_an_engine_error_and_leaks_nothing(kin
     engine.close()
     _, b, out, _ = operands(FORWARD)
     library.refuse[kind] = 10
-    with pytest.raises(EngineError, match=r"CUSPARSE_STATUS_NOT_SUPPORTED, status 10.*engine='dense'"):
-        engine.matmul(FORWARD, 0, packed, b, out)
+    with pytest.raises(EngineError, match=r"CUSPARSE_STATUS_NOT_SUPPORTED, status 10.*backend='dense'"):
+        engine.matmul(FORWARD, 0, Operands(packed, b, out))
     library.refuse.clear()
     assert {kind for kind, _ in library.live.values()} <= {"handle"}
     run(engine, FORWARD)

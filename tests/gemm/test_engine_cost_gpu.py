@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from semisparse.gemm import problem as problems
+from semisparse.gemm.autotune.autotuner import Autotuner
+from semisparse.gemm.autotune.candidates import MEMORY, integers
+from semisparse.gemm.autotune.selection import SECONDS
 from semisparse.gemm.engine import Engine
-from semisparse.gemm.race import SECONDS
-from semisparse.gemm.trial import MEMORY, Operands, integers
-from semisparse.gemm.tuner import Tuner
+from semisparse.gemm.operands import Operands
 from tests.gemm.products import FORWARD, PRODUCTS, real, whole
 
 pytestmark = pytest.mark.gpu
@@ -42,7 +43,7 @@ def test_plans_that_come_and_go_leak_neither_host_nor_device_memory():
     def rounds(count: int) -> None:
         for _ in range(count):
             for shape, out in zip(shapes, outs, strict=True):
-                engine.matmul(shape, 0, packed, wide[: shape.columns], out)
+                engine.matmul(shape, 0, Operands(packed, wide[: shape.columns], out))
 
     rounds(10)
     torch.cuda.synchronize()
@@ -85,7 +86,7 @@ def test_host_time_of_a_cached_call_is_at_most_one_and_a_half_of_linears(engine)
     for algorithm in (0, engine.algorithms(problem, 0)[-1]):
 
         def sparse(algorithm=algorithm):
-            engine.matmul(problems.forward(64, 64, 64, BF16, True), algorithm, packed, b, out, bias)
+            engine.matmul(problems.forward(64, 64, 64, BF16, True), algorithm, Operands(packed, b, out, bias))
 
         sparse()
         linear(b)
@@ -104,7 +105,7 @@ def test_a_new_token_count_costs_at_most_a_millisecond(engine):
     for columns in range(8, 8 + 8 * 64, 8):
         problem = replace(FORWARD, columns=columns)
         begin = time.perf_counter()
-        engine.matmul(problem, 0, packed, b[:columns], out[:columns], bias)
+        engine.matmul(problem, 0, Operands(packed, b[:columns], out[:columns], bias))
         times.append(time.perf_counter() - begin)
         engine.release(problem, 0)
     torch.cuda.synchronize()
@@ -115,10 +116,10 @@ def test_a_workspace_of_zero_allocates_nothing(engine):
     problem = problems.grad_input(64, 64, 64, BF16)
     a, b, out, _ = whole(problem)
     packed = engine.compress(a)
-    engine.matmul(problem, 0, packed, b, out)
+    engine.matmul(problem, 0, Operands(packed, b, out))
     (plan,) = [plan for key, plan in engine._local.handles[0].plans.items() if key == (problem, 0)]
     before = torch.cuda.memory_stats()["allocation.all.allocated"]
-    engine.matmul(problem, 0, packed, b, out)
+    engine.matmul(problem, 0, Operands(packed, b, out))
     assert torch.cuda.memory_stats()["allocation.all.allocated"] - before == bool(plan.workspace)
 
 
@@ -139,7 +140,7 @@ def test_tuning_keeps_its_limits_and_leaves_nothing_behind(engine, name):
     a, b, out, bias = real(problem)
     packed = engine.compress(a)
     del a
-    made = Tuner(engine, None)
+    made = Autotuner(engine, None)
     made.key(problem, 0)  # loads what only the first call of a process pays for
     torch.cuda.synchronize()
     gc.collect()

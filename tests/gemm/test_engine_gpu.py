@@ -8,10 +8,11 @@ import torch
 from semisparse.errors import EngineError, ShapeError, TensorError
 from semisparse.gemm import dense
 from semisparse.gemm import problem as problems
+from semisparse.gemm.autotune.autotuner import Autotuner
+from semisparse.gemm.autotune.candidates import Candidates
 from semisparse.gemm.engine import Engine
+from semisparse.gemm.operands import Operands
 from semisparse.gemm.problem import Problem
-from semisparse.gemm.trial import Operands, Trial
-from semisparse.gemm.tuner import Tuner
 from tests.gemm.products import FORWARD, PRODUCTS, product, real, whole
 
 pytestmark = pytest.mark.gpu
@@ -30,12 +31,12 @@ SIZES = [
 def test_integers_are_exact_and_real_numbers_as_good_as_dense(engine, name, sizes, dtype):
     problem = PRODUCTS[name](*sizes, dtype)
     a, b, out, bias = whole(problem)
-    engine.matmul(problem, 0, engine.compress(a), b, out, bias)
+    engine.matmul(problem, 0, Operands(engine.compress(a), b, out, bias))
     assert torch.equal(out, product(problem, a, b, bias, torch.float32).to(dtype))
     a, b, out, bias = real(problem)
-    engine.matmul(problem, 0, engine.compress(a), b, out, bias)
+    engine.matmul(problem, 0, Operands(engine.compress(a), b, out, bias))
     peer = torch.empty_like(out)
-    dense.product(problem, a, b, peer, bias)
+    dense.product(problem, a, Operands(a, b, peer, bias))
     truth = product(problem, a, b, bias, torch.float64)
     # One rounding to the 16-bit dtype at the largest value is what any correct result may be off by.
     rounding = torch.finfo(dtype).eps * truth.abs().max() / 2
@@ -45,7 +46,7 @@ def test_integers_are_exact_and_real_numbers_as_good_as_dense(engine, name, size
 
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_every_algorithm_is_bit_stable_or_found_out(engine, sizes):
-    """20 repeats of each on integers are right bit for bit; one that is not must be one that a Trial refuses."""
+    """20 repeats of each on integers are right bit for bit; one that is not must be one that Candidates refuse."""
     problem = problems.forward(*sizes, BF16, bias=True)
     a, b, out, bias = whole(problem)
     packed = engine.compress(a)
@@ -54,12 +55,12 @@ def test_every_algorithm_is_bit_stable_or_found_out(engine, sizes):
     for algorithm in engine.algorithms(problem, 0):
         for _ in range(20):
             out.fill_(float("nan"))
-            engine.matmul(problem, algorithm, packed, b, out, bias)
+            engine.matmul(problem, algorithm, Operands(packed, b, out, bias))
             if not torch.equal(out, right):
                 wrong.add(algorithm)
-    trial = Trial(engine, problem, Operands(packed, torch.randn_like(b), out, bias))
-    refused = {algorithm for algorithm in engine.algorithms(problem, 0) if trial.fault(algorithm)}
-    trial.close(keep=None)
+    candidates = Candidates(engine, problem, Operands(packed, torch.randn_like(b), out, bias))
+    refused = {algorithm for algorithm in engine.algorithms(problem, 0) if candidates.fault(algorithm)}
+    candidates.close(keep=None)
     assert wrong <= refused
     assert len(refused) < len(engine.algorithms(problem, 0))
 
@@ -69,7 +70,7 @@ def test_algorithm_ids_end_where_the_library_says(engine):
     packed, ids = engine.compress(a), engine.algorithms(FORWARD, 0)
     assert len(ids) >= 1
     with pytest.raises(EngineError, match=r"algorithm=\d+ is not offered"):
-        engine.matmul(FORWARD, ids.stop, packed, b, out, bias)
+        engine.matmul(FORWARD, ids.stop, Operands(packed, b, out, bias))
 
 
 def test_each_call_adds_its_own_bias(engine):
@@ -78,7 +79,7 @@ def test_each_call_adds_its_own_bias(engine):
     biases = [torch.full((FORWARD.rows,), float(step), dtype=BF16, device="cuda") for step in range(4)]
     outs = [torch.empty_like(out) for _ in biases]
     for bias, into in zip(biases, outs, strict=True):
-        engine.matmul(FORWARD, 0, packed, b, into, bias)
+        engine.matmul(FORWARD, 0, Operands(packed, b, into, bias))
     for bias, into in zip(biases, outs, strict=True):
         assert torch.equal(into, product(FORWARD, a, b, bias, torch.float32).to(BF16))
 
@@ -90,7 +91,7 @@ def test_compressing_loses_nothing(engine):
         out = torch.empty(rows, columns, dtype=BF16, device="cuda")
         packed = engine.compress(a)
         assert packed.numel() == engine.packed_bytes(rows, columns, BF16, 0)
-        engine.matmul(problem, 0, packed, torch.eye(columns, dtype=BF16, device="cuda"), out)
+        engine.matmul(problem, 0, Operands(packed, torch.eye(columns, dtype=BF16, device="cuda"), out))
         assert torch.equal(out, a)
 
 
@@ -106,16 +107,16 @@ def test_a_packed_buffer_that_is_too_short_or_elsewhere_is_an_error(engine, miss
     a, b, out, bias = whole(FORWARD)
     packed = engine.compress(a)
     with pytest.raises(ShapeError, match="packed has shape"):
-        engine.matmul(FORWARD, 0, packed[:-missing].clone(), b, out, bias)
+        engine.matmul(FORWARD, 0, Operands(packed[:-missing].clone(), b, out, bias))
     with pytest.raises(TensorError, match="packed is on cpu"):
-        engine.matmul(FORWARD, 0, packed.cpu(), b, out, bias)
+        engine.matmul(FORWARD, 0, Operands(packed.cpu(), b, out, bias))
 
 
 @pytest.mark.parametrize("more", [1, 4096])
 def test_bytes_behind_a_packed_matrix_are_not_read(engine, more):
     a, b, out, bias = whole(FORWARD)
     packed = torch.cat([engine.compress(a), torch.full((more,), 255, dtype=torch.uint8, device="cuda")])
-    engine.matmul(FORWARD, 0, packed, b, out, bias)
+    engine.matmul(FORWARD, 0, Operands(packed, b, out, bias))
     assert torch.equal(out, product(FORWARD, a, b, bias, torch.float32).to(BF16))
 
 
@@ -135,7 +136,7 @@ def test_two_streams_under_a_busy_allocator(engine):
             with torch.cuda.stream(stream):
                 noise = torch.full((1 + step % 7, 1 << 16), float("nan"), device="cuda")
                 out = torch.full(FORWARD.d_shape, float("nan"), dtype=BF16, device="cuda")
-                engine.matmul(FORWARD, ids[step % len(ids)], packed, b, out, bias)
+                engine.matmul(FORWARD, ids[step % len(ids)], Operands(packed, b, out, bias))
                 del noise
                 outs.append(out)
         for stream, out in zip(streams, outs, strict=True):
@@ -152,7 +153,7 @@ def test_the_product_waits_for_its_own_stream(engine):
         late = torch.empty_like(b)
         torch.cuda._sleep(50_000_000)
         late.copy_(b)
-        engine.matmul(FORWARD, 0, packed, late, out, bias)
+        engine.matmul(FORWARD, 0, Operands(packed, late, out, bias))
     stream.synchronize()
     assert torch.equal(out, product(FORWARD, a, b, bias, torch.float32).to(BF16))
 
@@ -169,7 +170,7 @@ def test_threads_have_their_own_handles(engine):
             with torch.cuda.stream(torch.cuda.Stream()):
                 for algorithm in list(engine.algorithms(FORWARD, 0)) * 5:
                     out = torch.full(FORWARD.d_shape, float("nan"), dtype=BF16, device="cuda")
-                    engine.matmul(FORWARD, algorithm, packed, b, out, bias)
+                    engine.matmul(FORWARD, algorithm, Operands(packed, b, out, bias))
                     torch.cuda.current_stream().synchronize()
                     assert torch.equal(out, right)
         except BaseException as error:
@@ -188,7 +189,7 @@ def test_another_device_than_the_current_one(engine):
         pytest.skip("needs two GPUs")
     a, b, out, bias = (tensor.to("cuda:1") for tensor in whole(FORWARD))
     with torch.cuda.device(0):
-        engine.matmul(FORWARD, 0, engine.compress(a), b, out, bias)
+        engine.matmul(FORWARD, 0, Operands(engine.compress(a), b, out, bias))
         assert torch.cuda.current_device() == 0
     assert torch.equal(out, product(FORWARD, a, b, bias, torch.float32).to(BF16))
 
@@ -212,8 +213,8 @@ def test_every_algorithm_can_be_captured_and_replayed_with_new_inputs(warm):
     packed = engine.compress(a)
     for algorithm in engine.algorithms(FORWARD, 0):
         if warm:
-            engine.matmul(FORWARD, algorithm, packed, b, out, bias)
-        graph = captured(lambda: engine.matmul(FORWARD, algorithm, packed, b, out, bias))  # noqa: B023
+            engine.matmul(FORWARD, algorithm, Operands(packed, b, out, bias))
+        graph = captured(lambda: engine.matmul(FORWARD, algorithm, Operands(packed, b, out, bias)))  # noqa: B023
         engine.release(FORWARD, 0)  # a graph outlives the plan it was captured from
         for _ in range(5):
             b.random_(-2, 3)
@@ -227,8 +228,8 @@ def test_every_algorithm_can_be_captured_and_replayed_with_new_inputs(warm):
 def test_a_captured_call_with_another_bias_is_right(engine):
     a, b, out, bias = whole(FORWARD)
     packed, other = engine.compress(a), bias + 1
-    engine.matmul(FORWARD, 0, packed, b, out, bias)
-    graph = captured(lambda: engine.matmul(FORWARD, 0, packed, b, out, other))
+    engine.matmul(FORWARD, 0, Operands(packed, b, out, bias))
+    graph = captured(lambda: engine.matmul(FORWARD, 0, Operands(packed, b, out, other)))
     out.fill_(float("nan"))
     graph.replay()
     assert torch.equal(out, product(FORWARD, a, b, other, torch.float32).to(BF16))
@@ -238,7 +239,7 @@ def test_a_captured_call_with_another_bias_is_right(engine):
 def test_a_cold_capture_is_refused_by_the_tuner(engine):
     a, b, out, bias = whole(FORWARD)
     packed = engine.compress(a)
-    cold = Tuner(engine, None, rows=lambda: ())
+    cold = Autotuner(engine, None, shipped=tuple)
     with pytest.raises(EngineError, match="warm-up step"):
         captured(lambda: cold.choose(FORWARD, 0, Operands(packed, b, out, bias)))
     torch.cuda.synchronize()

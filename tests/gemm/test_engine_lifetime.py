@@ -11,6 +11,7 @@ import torch
 
 from semisparse.gemm import problem as problems
 from semisparse.gemm.engine import Engine
+from semisparse.gemm.operands import Operands
 from tests.gemm.simulated import FORWARD, PRODUCTS, make_engine, operands, run
 
 BF16 = torch.bfloat16
@@ -35,7 +36,7 @@ def test_a_thousand_problems_leave_no_more_than_the_bound():
     for step in range(1_000):
         problem = problems.forward(8 + 8 * step, 16, 16, BF16)
         a, b, out, _ = operands(problem)
-        engine.matmul(problem, step % 3, engine.compress(a), b, out)
+        engine.matmul(problem, step % 3, Operands(engine.compress(a), b, out))
     assert engine.plan_count(-1) == Engine.MAX_PLANS == 256
     assert len(library.live) == 1 + 6 * 256  # a handle, and six objects a plan
     engine.close()
@@ -46,10 +47,10 @@ def test_a_cached_plan_makes_nothing_new():
     engine, library, _ = make_engine()
     a, b, out, _ = operands(FORWARD)
     packed = engine.compress(a)
-    engine.matmul(FORWARD, 0, packed, b, out)
+    engine.matmul(FORWARD, 0, Operands(packed, b, out))
     made = library.made
     for _ in range(10):
-        engine.matmul(problems.forward(24, 32, 48, BF16), 0, packed, b, out)
+        engine.matmul(problems.forward(24, 32, 48, BF16), 0, Operands(packed, b, out))
     assert library.made == made
 
 
@@ -142,6 +143,7 @@ def test_the_interpreter_ends_quietly_with_handles_open_in_threads():
     code = """
 import atexit, threading, torch
 from semisparse.gemm import engine as module, problem
+from semisparse.gemm.operands import Operands
 from tests.gemm import simulated
 
 library, runtime = simulated.SimulatedLibrary(), simulated.SimulatedRuntime()
@@ -151,7 +153,7 @@ engine = module.engine()
 def use():
     made = problem.forward(24, 32, 48, torch.bfloat16)
     a, b, out, _ = simulated.operands(made)
-    engine.matmul(made, 0, engine.compress(a), b, out)
+    engine.matmul(made, 0, Operands(engine.compress(a), b, out))
 
 ready, never = threading.Event(), threading.Event()
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from semisparse.gemm import runtime
+from semisparse.gemm.autotune.autotuner import Autotuner
 from semisparse.gemm.engine import Engine
 from semisparse.gemm.runtime import CudaRuntime, driver_version, package_version
-from semisparse.gemm.tuner import Tuner
 from tests.gemm.simulated import FORWARD, SimulatedLibrary, SimulatedRuntime
 
 H100 = SimpleNamespace(name="NVIDIA H100 80GB HBM3", multi_processor_count=132, major=9, minor=0)
@@ -58,13 +58,13 @@ def test_the_identity_of_a_gpu_is_all_that_times_depend_on(machine):
     ],
 )
 def test_a_machine_that_differs_in_one_part_has_another_tuning_key(machine, monkeypatch, name, change):
-    """Tuner.key is formed from the real identity, so a part that is left out of either is found here."""
+    """Autotuner.key is formed from the real identity, so a part that is left out of either is found here."""
 
     class Real(SimulatedRuntime):
         identity = CudaRuntime.identity
 
     def key():
-        return Tuner(Engine(SimulatedLibrary, Real()), None).key(FORWARD, 3)
+        return Autotuner(Engine(SimulatedLibrary, Real()), None).key(FORWARD, 3)
 
     before = key()
     assert before.items() >= IDENTITY.items()
@@ -74,7 +74,7 @@ def test_a_machine_that_differs_in_one_part_has_another_tuning_key(machine, monk
 
 def test_the_key_of_a_problem_has_these_parts_and_no_other(machine):
     runtime_ = SimulatedRuntime()
-    key = Tuner(Engine(SimulatedLibrary, runtime_), None).key(FORWARD, -1)
+    key = Autotuner(Engine(SimulatedLibrary, runtime_), None).key(FORWARD, -1)
     assert key == {
         "gpu": "Simulated", "sm_count": 1, "capability": "9.0", "driver": "1.2.3", "cuda": "13.0", "torch": "2.11.0",
         "triton": "3.6.0", "cusparselt": 800, "dtype": "bfloat16", "b_order": "column", "d_order": "column",

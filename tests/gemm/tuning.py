@@ -1,17 +1,17 @@
-"""Tuning with made-up times: a trial on the simulated library, a call of a tuner, rows of a shipped table."""
-
-import json
+"""Tuning with made-up times: candidates on the simulated library, a call of an autotuner, a shipped choice."""
 
 import torch
 
 from semisparse.gemm import problem as problems
-from semisparse.gemm.trial import Operands, Trial
+from semisparse.gemm.autotune.algorithm import Choice
+from semisparse.gemm.autotune.candidates import Candidates
+from semisparse.gemm.operands import Operands
 from tests.gemm.simulated import operands
 
 FORWARD = problems.forward(24, 32, 48, torch.bfloat16)
 
 
-class Timed(Trial):
+class Timed(Candidates):
     """Real checks on the simulated library, made-up times: algorithm 4 is the fastest, dense takes `dense_us`."""
 
     made = 0
@@ -25,19 +25,16 @@ class Timed(Trial):
         return self.dense_us if algorithm is None else 10.0 + abs(algorithm - 4)
 
 
-def table(rows=()):
-    return json.dumps({"schema": 1, "rows": list(rows)})
-
-
 def call(tuner, problem=FORWARD, dense=True):
     a, b, out, bias = operands(problem)
     packed = tuner._engine.compress(a)
-    return tuner.choose(problem, -1, Operands(packed, b, out, bias, (lambda: None) if dense else None))
+    return tuner.choose(problem, -1, Operands(packed, b, out, bias), (lambda: None) if dense else None)
 
 
-def shipped_row(**change):
-    return {
+def shipped_entry(algorithm=2, sparse_algorithm=2, **change):
+    """A choice for FORWARD as a shipped table has it."""
+    conditions = {
         "gpu": "Simulated", "cusparselt": 800, "dtype": "bfloat16", "b_order": "column", "d_order": "column",
-        "token_axis": "columns", "bias": False, "rows": [17, 32], "reduction": [33, 64], "columns": [1, 64],
-        "algorithm": 2, "sparse_algorithm": 2,
-    } | change  # fmt: skip
+        "token_axis": "columns", "bias": False, "rows": 32, "reduction": 48, "columns": 24,
+    }  # fmt: skip
+    return conditions | change, Choice(algorithm, sparse_algorithm, None, None, "shipped")

@@ -17,10 +17,11 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from semisparse.gemm.layout import SM90_16BIT
+from semisparse.formats.layout import SM90_16BIT
 from semisparse.kernels import bias, prune_pack, tile_codes, unpack
-from semisparse.kernels.launch_checks import DEFAULT_BLOCK, HOPPER_BLOCK, MODES
+from semisparse.kernels.launch_checks import MODES
 from semisparse.kernels.packed_metadata import repeated
+from semisparse.kernels.prune_pack import DEFAULT_BLOCK, HOPPER_BLOCK
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 BITS = SM90_16BIT.bits

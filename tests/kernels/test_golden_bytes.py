@@ -12,14 +12,13 @@ for the group of four g of a row, and a nibble is first kept index | second kept
 import pytest
 import torch
 
-from semisparse.gemm.layout import SM90_8BIT, SM90_16BIT, MetadataLayout, packed_bytes
+from semisparse.formats.layout import SM90_8BIT, SM90_16BIT, MetadataLayout, packed_bytes
 from semisparse.kernels import prune_pack, unpack
 from semisparse.reference import packing
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BF16 = torch.bfloat16
-BITS = (3, 34, 32, 33, 0, 1, 2, 4, 5)
-PADDING = 0xE
+LAYOUT = MetadataLayout((3, 34, 32, 33, 0, 1, 2, 4, 5), 0xE)  # typed here, not taken from the library
 
 # In a matrix whose groups keep their first two entries (nibble 4), one group that keeps its last two (nibble E):
 # row, group, the one byte of the metadata that this changes from 0x44, and what it becomes.
@@ -87,7 +86,7 @@ def packed_by_kernel(matrix, mode, dtype=BF16, turned=False):
     rows, columns = matrix.shape
     buffers = [torch.zeros(rows * columns * 9 // 8 + 4096, dtype=torch.uint8, device=DEVICE) for _ in range(1 + turned)]
     packed_t = buffers[1] if turned else None
-    prune_pack.launch(matrix, buffers[0], packed_t, dtype=dtype, bits=BITS, padding=PADDING, mode=mode)
+    prune_pack.launch(matrix, buffers[0], packed_t, dtype=dtype, layout=LAYOUT, mode=mode)
     return buffers
 
 
@@ -106,7 +105,7 @@ def test_the_kernels_write_and_read_these_bytes(row, group, byte, value):
     packed = packed_by_kernel(matrix, "row")[0]
     assert torch.equal(packed[: golden.numel()], golden)
     out = torch.empty(128, 64, dtype=BF16, device=DEVICE)
-    unpack.launch(golden, out, bits=BITS)
+    unpack.launch(golden, out, layout=LAYOUT)
     assert torch.equal(out, matrix.to(BF16))
 
 

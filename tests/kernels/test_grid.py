@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from semisparse.errors import ShapeError
-from semisparse.gemm.layout import SM90_16BIT
+from semisparse.formats.layout import SM90_16BIT
 from semisparse.kernels import bias, prune_pack, tile_codes, unpack
 from semisparse.kernels.grid import LARGEST_SIZE, check_grid, grid_of
-from semisparse.kernels.launch_checks import DEFAULT_BLOCK, HOPPER_BLOCK
 from semisparse.kernels.launcher import Launcher
+from semisparse.kernels.prune_pack import DEFAULT_BLOCK, HOPPER_BLOCK
 
 BF16 = torch.bfloat16
 X, YZ = 2**31 - 1, 65_535  # CUDA's limits, from its programming guide
@@ -17,12 +17,12 @@ TALL = (1_048_560, 1_048_576, 4_194_240, 4_194_304, 4_194_368, 67_108_864, LARGE
 
 def pack(rows, columns, block=DEFAULT_BLOCK):
     types, sizes = (BF16, BF16), (rows, rows, columns, columns // 4)
-    return prune_pack._prepare(sizes, types, "transposable", True, SM90_16BIT.bits, 0, block, False)
+    return prune_pack._prepare(sizes, types, "transposable", True, SM90_16BIT, block, False)
 
 
 PREPARED = {
     "add_bias": lambda rows, columns: bias._prepare(rows, columns, BF16),
-    "unpack": lambda rows, columns: unpack._prepare(rows, columns, SM90_16BIT.bits),
+    "unpack": lambda rows, columns: unpack._prepare(rows, columns, SM90_16BIT),
     "prune_pack": pack,
     "prune_pack on Hopper": lambda rows, columns: pack(rows, columns, HOPPER_BLOCK),
     "tile_codes": lambda rows, columns: tile_codes._prepare(rows // 4, columns // 4, columns, 1, "row", BF16),
@@ -92,7 +92,7 @@ def test_an_empty_matrix_needs_no_program():
 )
 def test_64_bits_are_taken_where_a_program_needs_them_and_nowhere_else(sizes, wide):
     types = (BF16, BF16)
-    launcher = prune_pack._prepare(sizes, types, "row", False, SM90_16BIT.bits, 0, DEFAULT_BLOCK, False)
+    launcher = prune_pack._prepare(sizes, types, "row", False, SM90_16BIT, DEFAULT_BLOCK, False)
     names = prune_pack.prune_pack.arg_names
     assert launcher._constants[names.index("WIDE") - len(names)] is wide
     assert launcher._options["maxnreg"] == (None if wide else DEFAULT_BLOCK.registers)

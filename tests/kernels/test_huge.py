@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from semisparse.gemm.layout import SM90_16BIT, packed_bytes
+from semisparse.formats.layout import SM90_16BIT, packed_bytes
 from semisparse.kernels import bias, grid, prune_pack, tile_codes, unpack
-from semisparse.kernels.launch_checks import HOPPER_BLOCK
+from semisparse.kernels.prune_pack import HOPPER_BLOCK
 from semisparse.reference import masks, packing
 from tests.kernels import test_bias, test_prune_pack, test_unpack
 from tests.kernels.programs import only_programs, untouched
@@ -14,7 +14,6 @@ pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="single programs need Triton's interpreter; test_huge_gpu.py runs whole launches"
 )
 BF16 = torch.bfloat16
-BITS = SM90_16BIT.bits
 
 
 @pytest.fixture
@@ -69,7 +68,7 @@ def test_unpacking_reaches_the_rows_behind_the_first_65535_blocks():
     pruned = packing.pack(matrix, masks.row(matrix))
     out = untouched((rows, 16), torch.float16)
     with only_programs((0, 0), (65_534, 0), (65_535, 0)):
-        unpack.launch(SM90_16BIT.encode(pruned), out, bits=BITS)
+        unpack.launch(SM90_16BIT.encode(pruned), out, layout=SM90_16BIT)
     assert torch.equal(out[:16], packing.unpack(pruned)[:16])
     assert torch.equal(out[-32:], packing.unpack(pruned)[-32:])
     assert bool((out[16:-32] == 0).all())
@@ -90,7 +89,7 @@ def test_packing_reaches_the_rows_behind_the_first_65535_blocks():
     last = slice(rows - 64, rows)
     matrix[last] = torch.randn(64, columns).to(BF16)
     with only_programs((2 * 65_536, 0), (2 * 65_536 + 1, 0)):
-        prune_pack.launch(matrix, packed, packed_t, dtype=BF16, bits=BITS, padding=SM90_16BIT.padding)
+        prune_pack.launch(matrix, packed, packed_t, dtype=BF16, layout=SM90_16BIT)
     mask = masks.transposable(matrix[last])
     expected = packing.pack(matrix[last], mask)
     assert torch.equal(packed_rows(packed, rows, columns, rows - 64), SM90_16BIT.encode(expected))
@@ -110,7 +109,7 @@ def test_rows_that_lie_further_apart_than_32_bits_reach_are_packed():
     for given in (spread, matrix):
         packed = test_prune_pack.buffers(64, 64)
         with only_programs((0, 0)):
-            prune_pack.launch(given, *packed, dtype=BF16, bits=BITS, padding=SM90_16BIT.padding)
+            prune_pack.launch(given, *packed, dtype=BF16, layout=SM90_16BIT)
         both.append(packed)
     assert torch.equal(both[0][0], both[1][0]) and torch.equal(both[0][1], both[1][1])
     test_prune_pack.expect(both[0][0], matrix, masks.transposable(matrix), BF16)
@@ -122,7 +121,7 @@ def test_lines_of_the_transpose_further_apart_than_32_bits_reach_are_packed():
     packed, packed_t = (untouched((packed_bytes(*size),), torch.uint8) for size in ((rows, columns), (columns, rows)))
     matrix[:64] = torch.randn(64, columns).to(BF16)
     with only_programs((0, 0)):
-        prune_pack.launch(matrix, packed, packed_t, dtype=BF16, bits=BITS, padding=SM90_16BIT.padding)
+        prune_pack.launch(matrix, packed, packed_t, dtype=BF16, layout=SM90_16BIT)
     mask = masks.transposable(matrix[:64])
     found = packed_t[: rows * columns].view(BF16).view(columns, rows // 2)[:, :32]
     assert torch.equal(found, packing.pack(matrix[:64].mT, mask.mT).values)
@@ -158,7 +157,7 @@ def test_a_matrix_of_more_than_two_to_the_31_groups_is_unpacked_up_to_its_last_r
     behind = values + SM90_16BIT.metadata_bytes(rows - 16, columns)
     packed[behind : behind + written.numel() - 16 * columns] = written[16 * columns :]
     with only_programs((131_073 * 16 - 1, 0)):
-        unpack.launch(packed, out, bits=BITS)
+        unpack.launch(packed, out, layout=SM90_16BIT)
     assert torch.equal(out[-16:, -256:], packing.unpack(pruned)[:, -256:])
 
 
@@ -169,7 +168,7 @@ def test_a_matrix_of_more_than_two_to_the_31_words_is_packed_up_to_its_last_row(
     part = matrix[-64:, -64:]
     part.copy_(torch.randn(64, 64))
     with only_programs((63, rows // 64 - 1)):
-        prune_pack.launch(matrix, packed, packed_t, dtype=BF16, bits=BITS, padding=SM90_16BIT.padding)
+        prune_pack.launch(matrix, packed, packed_t, dtype=BF16, layout=SM90_16BIT)
     mask = masks.transposable(part)
     last_block(packed, rows, columns, packing.pack(part, mask))
     last_block(packed_t, columns, rows, packing.pack(part.mT, mask.mT))
@@ -191,9 +190,7 @@ def test_more_than_two_to_the_31_codes_are_followed_up_to_the_last():
     mask = masks.transposable(torch.randn(64, 64))
     codes[-16:, -16:] = masks.to_codes(mask).to(torch.int16)
     with only_programs((1023, 8192)):
-        prune_pack.launch(
-            matrix, packed, None, dtype=BF16, bits=BITS, padding=SM90_16BIT.padding, mode="codes", codes=codes
-        )
+        prune_pack.launch(matrix, packed, None, dtype=BF16, layout=SM90_16BIT, mode="codes", codes=codes)
     last_block(packed, rows, columns, packing.pack(part, mask))
 
 
@@ -207,9 +204,7 @@ def test_metadata_of_the_transpose_further_apart_than_32_bits_reach():
     part = matrix[:64]
     part.copy_(torch.randn(64, columns))
     with only_programs((0, 0)):
-        prune_pack.launch(
-            matrix, packed, packed_t, dtype=BF16, bits=BITS, padding=SM90_16BIT.padding, block=HOPPER_BLOCK
-        )
+        prune_pack.launch(matrix, packed, packed_t, dtype=BF16, layout=SM90_16BIT, block=HOPPER_BLOCK)
     expected = SM90_16BIT.encode(packing.pack(part.mT, masks.transposable(part).mT))[64 * columns :].view(2, 512)
     for lines in range(2):
         begin = rows * columns + SM90_16BIT.metadata_bytes(64 * lines, rows)

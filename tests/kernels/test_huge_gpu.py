@@ -7,14 +7,13 @@ first rows, those around the limit, the last.
 import pytest
 import torch
 
-from semisparse.gemm import layout
-from semisparse.gemm.layout import SM90_16BIT, packed_bytes
+from semisparse.formats import layout
+from semisparse.formats.layout import SM90_16BIT, packed_bytes
 from semisparse.kernels import bias, prune_pack, tile_codes, unpack
 from semisparse.reference import masks, packing
 
 pytestmark = pytest.mark.gpu
 BF16 = torch.bfloat16
-BITS = SM90_16BIT.bits
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +31,7 @@ def packed_both(matrix, dtype):
         torch.full((packed_bytes(*size),), 0xA5, dtype=torch.uint8, device="cuda")
         for size in ((rows, columns), (columns, rows))
     )
-    prune_pack.launch(matrix, packed, packed_t, dtype=dtype, bits=BITS, padding=SM90_16BIT.padding)
+    prune_pack.launch(matrix, packed, packed_t, dtype=dtype, layout=SM90_16BIT)
     return packed, packed_t
 
 
@@ -76,7 +75,7 @@ def test_unpack_behind_65535_blocks_of_rows(rows):
     matrix = torch.randn(rows, 64, device="cuda").to(BF16)
     pruned = packing.pack(matrix, masks.row(matrix))
     out = torch.full_like(matrix, 7.0)
-    unpack.launch(SM90_16BIT.encode(pruned), out, bits=BITS)
+    unpack.launch(SM90_16BIT.encode(pruned), out, layout=SM90_16BIT)
     assert torch.equal(out, packing.unpack(pruned))
 
 
@@ -96,8 +95,8 @@ def test_tokens_padded_to_more_than_65535_blocks_of_rows():
     x = torch.randn(rows, 16, device="cuda").to(BF16)
     packed = torch.empty(packed_bytes(padded, 16), dtype=torch.uint8, device="cuda")
     out = torch.empty(padded, 16, dtype=BF16, device="cuda")
-    prune_pack.launch(x, packed, None, dtype=BF16, bits=BITS, padding=SM90_16BIT.padding, rows_padded=padded)
-    unpack.launch(packed, out, bits=BITS)
+    prune_pack.launch(x, packed, None, dtype=BF16, layout=SM90_16BIT, rows_padded=padded)
+    unpack.launch(packed, out, layout=SM90_16BIT)
     tail = torch.nn.functional.pad(x[-67:], (0, 0, 0, 13))
     assert torch.equal(out[-80:], torch.where(masks.transposable(tail), tail, 0))
 
@@ -113,7 +112,7 @@ def test_more_than_two_to_the_31_entries():
     codes = torch.empty(rows // 4, columns // 4, dtype=torch.int16, device="cuda")
     tile_codes.launch(matrix, codes, mode="transposable")
     out = torch.empty_like(matrix)
-    unpack.launch(packed, out, bits=BITS)
+    unpack.launch(packed, out, layout=SM90_16BIT)
     added = torch.randn(columns, device="cuda").to(BF16)
     for first in (0, middle, 2**19):
         part = matrix[first : first + 64]

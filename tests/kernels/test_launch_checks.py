@@ -4,16 +4,17 @@ import pytest
 import torch
 
 from semisparse.errors import ConfigError, ShapeError, TensorError
-from semisparse.gemm.layout import SM90_16BIT
+from semisparse.formats.layout import SM90_16BIT, MetadataLayout
 from semisparse.kernels import bias, prune_pack, tile_codes
-from semisparse.kernels.launch_checks import DEFAULT_BLOCK, Block, check_buffer, check_choice, check_sizes
+from semisparse.kernels.launch_checks import check_buffer, check_choice, check_sizes
+from semisparse.kernels.prune_pack import DEFAULT_BLOCK, Block, check_block
 
 BF16, FP16 = torch.bfloat16, torch.float16
-BITS = SM90_16BIT.bits
 
 
 def sizes(rows=32, rows_padded=32, columns=32, types=(BF16, BF16), mode="row", transposed=False, block=DEFAULT_BLOCK):
-    check_sizes(rows, rows_padded, columns, types, mode, transposed, BITS, block)
+    check_sizes(rows, rows_padded, columns, types, mode, transposed)
+    check_block(block, SM90_16BIT)
 
 
 @pytest.mark.parametrize(
@@ -41,7 +42,7 @@ def test_sizes_that_do_not_fit(change, error, message):
 def test_a_block_must_hold_whole_metadata_blocks_along_both_axes_of_both_results():
     """Blocks of 4 rows x 32 groups: 64 rows x 16 groups hold no whole one, though 64 rows are 16 times 4."""
     with pytest.raises(ConfigError, match="whole metadata blocks of 4 rows x 32 groups"):
-        check_sizes(32, 32, 32, (BF16, BF16), "row", False, (0, 1, 32, 33, 34, 35, 36), DEFAULT_BLOCK)
+        check_block(DEFAULT_BLOCK, MetadataLayout((0, 1, 32, 33, 34, 35, 36)))
 
 
 @pytest.mark.parametrize(
@@ -69,12 +70,12 @@ def test_a_scale_that_does_not_fit(scale):
 
 def test_a_buffer_needs_whole_blocks_to_the_last_byte():
     needed = 48 * 80 + 64 * 24 // 2
-    check_buffer("packed", torch.empty(needed, dtype=torch.uint8), 48, 80, BITS)
+    check_buffer("packed", torch.empty(needed, dtype=torch.uint8), 48, 80, SM90_16BIT)
     with pytest.raises(ShapeError, match=f"packed has {needed - 1} bytes; a 48 x 80 matrix needs {needed}"):
-        check_buffer("packed", torch.empty(needed - 1, dtype=torch.uint8), 48, 80, BITS)
+        check_buffer("packed", torch.empty(needed - 1, dtype=torch.uint8), 48, 80, SM90_16BIT)
     for wrong in (torch.empty(needed, dtype=torch.int8), torch.empty(2 * needed, dtype=torch.uint8)[::2]):
         with pytest.raises(TensorError, match="contiguous uint8"):
-            check_buffer("packed", wrong, 48, 80, BITS)
+            check_buffer("packed", wrong, 48, 80, SM90_16BIT)
 
 
 def test_a_kernel_that_was_compiled_for_a_dtype_never_serves_another():
@@ -94,7 +95,7 @@ def test_each_launch_asks_for_the_launcher_of_its_dtype(monkeypatch):
         bias.launch(matrix, matrix[0])
         tile_codes.launch(matrix, torch.zeros(16, 16, dtype=torch.int16), mode="row")
         packed = torch.zeros(64 * 72, dtype=torch.uint8)
-        prune_pack.launch(matrix, packed, None, dtype=BF16, bits=BITS, padding=14, mode="row")
+        prune_pack.launch(matrix, packed, None, dtype=BF16, layout=SM90_16BIT, mode="row")
     assert len(set(map(repr, asked))) == 6
 
 
@@ -105,5 +106,5 @@ def test_rows_that_are_not_16_byte_aligned_are_copied_first(monkeypatch, columns
     asked = []
     monkeypatch.setattr(prune_pack, "_prepare", lambda sizes, *_, **more: asked.append(sizes) or (lambda *_: None))
     matrix, packed = torch.zeros(64, columns, dtype=BF16)[:, :96], torch.zeros(64 * 96 * 9 // 8, dtype=torch.uint8)
-    prune_pack.launch(matrix, packed, None, dtype=BF16, bits=BITS, padding=14, mode="row")
+    prune_pack.launch(matrix, packed, None, dtype=BF16, layout=SM90_16BIT, mode="row")
     assert asked == [(64, 64, 96, 26 if columns == 104 else 24)]

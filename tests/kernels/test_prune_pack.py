@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from semisparse.errors import ConfigError, ShapeError, TensorError
-from semisparse.gemm.layout import SM90_16BIT, MetadataLayout, packed_bytes
+from semisparse.formats.layout import SM90_16BIT, MetadataLayout, packed_bytes
 from semisparse.kernels import prune_pack
-from semisparse.kernels.launch_checks import Block
+from semisparse.kernels.prune_pack import Block
 from semisparse.reference import masks, packing
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -26,7 +26,7 @@ def pack(matrix, dtype, mode="transposable", layout=SM90_16BIT, rows_padded=None
     rows = rows_padded or matrix.shape[0]
     packed, packed_t = buffers(rows, matrix.shape[1], mode in ("transposable", "codes"))
     prune_pack.launch(
-        matrix, packed, packed_t, dtype=dtype, bits=layout.bits, padding=layout.padding, mode=mode,
+        matrix, packed, packed_t, dtype=dtype, layout=layout, mode=mode,
         rows_padded=rows_padded, **kwargs,
     )  # fmt: skip
     return packed, packed_t
@@ -171,7 +171,7 @@ def test_bad_arguments_are_named():
     with pytest.raises(ShapeError, match="packed_t has 16 bytes"):
         prune_pack.launch(
             matrix, buffers(32, 32)[0], buffers(32, 32)[1][:16],
-            dtype=torch.bfloat16, bits=SM90_16BIT.bits, padding=0,
+            dtype=torch.bfloat16, layout=SM90_16BIT._replace(padding=0),
         )  # fmt: skip
     with pytest.raises(ConfigError, match="whole metadata blocks"):
         pack(matrix, torch.bfloat16, layout=MetadataLayout((*range(8), 32, 33)))

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from semisparse import cpu_ops, cuda_ops
-from semisparse.gemm.formats import PackedFormat
-from semisparse.gemm.layout import SM90_16BIT
+from semisparse.formats.layout import SM90_16BIT
+from semisparse.formats.packed import PackedFormat
 from semisparse.kernels import prune_pack, tile_codes
 from semisparse.reference import packing
 from semisparse.testing import assert_bit_equal
@@ -50,7 +50,7 @@ def compressed(request, monkeypatch):
 
     engine = SimpleNamespace(available=lambda index: SimpleNamespace(ok=request.param), compress=compress)
     monkeypatch.setattr(cuda_ops, "engine", lambda: engine)
-    monkeypatch.setattr(cuda_ops, "packed_format", lambda index, dtype: PackedFormat("kernel", SM90_16BIT, "simulated"))
+    monkeypatch.setattr(cuda_ops, "packed_format", lambda *_: PackedFormat("kernel", SM90_16BIT, "simulated"))
     return seen if request.param else None
 
 

@@ -8,7 +8,7 @@ from torch._subclasses import FakeTensorMode
 
 from semisparse import cpu_ops, ops
 from semisparse.errors import ConfigError, ShapeError, TensorError
-from semisparse.gemm.layout import packed_bytes
+from semisparse.formats.layout import packed_bytes
 from semisparse.reference import linear, masks
 from semisparse.testing import DTYPES, HALF_DTYPES, assert_as_good_as_torch, assert_bit_equal
 from tests.reference import brute

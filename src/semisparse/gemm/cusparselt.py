@@ -1,7 +1,7 @@
 """NVIDIA's cuSPARSELt through its own bindings, nvmath.bindings.cusparseLt. The only file that touches the library.
 
-This layer knows addresses and sizes, no tensors (engine.py does). The library is imported on first use. A Handle serves
-one device and one thread, and keeps the plans built with it; the least recently used makes room for a new one.
+This layer knows addresses and sizes, not tensors (engine.py does). The library is imported on first use. A Handle
+serves one device and one thread, and keeps the plans built with it.
 
 Plans and handles are host objects. A kernel that was launched, or captured in a CUDA graph, carries its parameters by
 value, so a plan may be freed while its kernels are still queued and a graph may outlive the plan it was captured from.
@@ -9,7 +9,6 @@ value, so a plan may be freed while its kernels are still queued and a graph may
 
 import ctypes
 import warnings
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 
 from semisparse.errors import EngineError
+from semisparse.formats.layout import ALIGNMENT
 from semisparse.gemm.problem import Order, Problem
 from semisparse.gemm.runtime import package_version
 
@@ -27,12 +27,9 @@ MIN_CAPABILITY = (8, 0)
 MIN_VERSION = 800
 """cuSPARSELt 0.8.0, the first whose algorithm selections can be freed; encoded 1000 major + 100 minor + patch."""
 
-ALIGNMENT = 16
-"""Every device address must be a multiple of this many bytes."""
-
 ALGORITHMS = 36
-"""Ids from here on are never tried. For fp16 the library offers 52; on one H200 (cuSPARSELt 0.8.0) those from 36 on end
-in an illegal instruction, after which the process cannot use the GPU: no check survives that."""
+"""Ids from here on are never tried. For fp16 the library offers 52. On one H200 (cuSPARSELt 0.8.0) those from 36 on end
+in an illegal instruction, after which the process cannot use the GPU, so they cannot be checked by trying."""
 
 _NEEDED = ("matmul_alg_selection_destroy", "sp_mma_compressed_size2", "sp_mma_prune_check2", "matmul_get_workspace")
 _INSTALL = "pip install 'nvmath-python>=1.0'"
@@ -51,7 +48,13 @@ _POINTER_BYTES = ctypes.sizeof(ctypes.c_void_p)
 
 @dataclass(frozen=True, slots=True)
 class Availability:
-    """Whether the engine can be used on a device, and the reason. version: cuSPARSELt's, where it was loaded."""
+    """Whether the engine can be used on a device.
+
+    Attributes:
+        ok: Whether it can.
+        reason: Why, or why not.
+        version: cuSPARSELt's, where it was loaded.
+    """
 
     ok: bool
     reason: str
@@ -85,7 +88,7 @@ def probe(load: Callable[[], Any]) -> Availability:
         finally:
             lib.destroy(handle)
     except Exception as error:
-        # Every way in which a driver or library can be missing or broken ends here, each with a type of its own.
+        # A missing or broken driver or library raises many types.
         return Availability(False, f"cuSPARSELt cannot be used ({type(error).__name__}: {error})")
     if version < MIN_VERSION:
         reason = f"cuSPARSELt {version_name(version)} is older than {version_name(MIN_VERSION)}: install a newer torch"
@@ -96,38 +99,56 @@ def probe(load: Callable[[], Any]) -> Availability:
 class Plan:
     """One prepared product.
 
-    b_shape, d_shape, packed_bytes: what a call must match. workspace: bytes on the device that a call must bring.
-    bias: the device address the product adds from, 0 for none, as the host word that the library reads.
+    Attributes:
+        b_shape, d_shape, packed_bytes: What a call must match.
+        workspace: Bytes on the device that a call must provide.
+        bias: The device address that the product adds from, 0 for none, as the host word that the library reads.
+        last_use: Number of the handle's last use of this plan.
     """
 
-    __slots__ = ("address", "b_shape", "bias", "d_shape", "descriptor", "owned", "packed_bytes", "workspace")
+    __slots__ = (
+        "address",
+        "b_shape",
+        "bias",
+        "d_shape",
+        "descriptor",
+        "last_use",
+        "owned",
+        "packed_bytes",
+        "workspace",
+    )
 
     def __init__(self, problem: Problem, bias: int) -> None:
         self.b_shape, self.d_shape = problem.b_shape, problem.d_shape
         self.bias = ctypes.c_size_t(bias)
-        self.address = self.descriptor = self.packed_bytes = self.workspace = 0
+        self.address = self.descriptor = self.packed_bytes = self.workspace = self.last_use = 0
         self.owned = ExitStack()
 
 
 class Handle:
     """cuSPARSELt on one device in one thread. The caller makes the device current around every call.
 
-    Raises EngineError wherever the library refuses.
+    Every method raises EngineError where the library refuses.
+
+    Args:
+        lib: The bindings.
+        max_plans: Plans that are kept; the least recently used is freed for a new one.
     """
 
-    __slots__ = ("__weakref__", "_lib", "_stream", "_stream_address", "handle", "max_plans", "plans")
+    __slots__ = ("__weakref__", "_lib", "_stream", "_stream_address", "handle", "max_plans", "plans", "uses")
 
     def __init__(self, lib: Any, max_plans: int) -> None:
         self._lib = lib
         self.max_plans = max_plans
-        self.plans: OrderedDict[tuple[Problem, int], Plan] = OrderedDict()
+        self.plans: dict[tuple[Problem, int], Plan] = {}
+        self.uses = 0
         self._stream = ctypes.c_size_t(0)
         self._stream_address = ctypes.addressof(self._stream)
         with self._explained("no handle"):
             self.handle = lib.init()
 
     def multiply(self, plan: Plan, a: int, b: int, d: int, workspace: int, stream: int) -> None:
-        """Launch D = A B (+ bias) on a stream. All device addresses. The hot path: no allocation on the host."""
+        """Launch D = A B (+ bias) on a stream; a, b, d, workspace: device addresses. Hot path: no host allocation."""
         self._stream.value = stream
         try:
             self._lib.matmul(
@@ -144,12 +165,13 @@ class Handle:
         if replaced is not None:
             self._free(replaced)
         self.plans[problem, algorithm] = plan
+        self.uses = plan.last_use = self.uses + 1
         while len(self.plans) > self.max_plans:
-            self._free(self.plans.popitem(last=False)[1])
+            self._free(self.plans.pop(min(self.plans, key=lambda key: self.plans[key].last_use)))
         return plan
 
     def set_bias(self, plan: Plan, bias: int) -> None:
-        """Point an existing plan at another bias vector; whether its product heeds that, engine.py finds out."""
+        """Point an existing plan at another bias vector; engine.py finds out whether its product follows."""
         plan.bias.value = bias
         with self._explained("no bias"):
             self._lib.matmul_desc_set_attribute(
@@ -157,13 +179,13 @@ class Handle:
             )
 
     def algorithms(self, problem: Problem) -> range:
-        """Algorithm ids that can be asked for without danger."""
+        """Algorithm ids that may be run."""
         with self._explained(f"no algorithms for {problem}"), ExitStack() as owned:
             return self._offered(self._describe(problem, 0, owned)[1])
 
     @contextmanager
     def matrix(self, rows: int, columns: int, dtype: torch.dtype) -> Iterator[tuple[int, int, int]]:
-        """Descriptor of a 2:4 matrix, the bytes it packs into, and the bytes of scratch that compressing it takes."""
+        """Descriptor of a 2:4 matrix, the bytes of its packed form, and the bytes of scratch that packing takes."""
         with self._explained(f"cannot pack a {rows}x{columns} matrix of {dtype}"), ExitStack() as owned:
             made = self._structured(rows, columns, dtype, owned)
             packed, scratch = self._lib.sp_mma_compressed_size2(self.handle, made)
@@ -174,7 +196,7 @@ class Handle:
         self._lib.sp_mma_prune_check2(self.handle, matrix, 1, _NO_TRANSPOSE, dense, invalid, stream)
 
     def compress(self, matrix: int, dense: int, packed: int, scratch: int, stream: int) -> None:
-        """Launch NVIDIA's compressor. All device addresses."""
+        """Launch NVIDIA's compressor; dense, packed, scratch: device addresses."""
         self._lib.sp_mma_compress2(self.handle, matrix, 1, _NO_TRANSPOSE, dense, packed, scratch, stream)
 
     def drop(self, problem: Problem, keep: int | None) -> None:
@@ -186,13 +208,13 @@ class Handle:
         lib, plan = self._lib, Plan(problem, bias)
         with ExitStack() as owned:
             plan.descriptor, selection = self._describe(problem, ctypes.addressof(plan.bias) if bias else 0, owned)
-            # Asked here, where every algorithm passes before its first use: the library itself takes ids that end in an
+            # Checked here, where every algorithm passes before its first use: the library accepts ids that end in an
             # illegal instruction, and a choice may come from a file, a table or another rank.
             offered = self._offered(selection)
             if algorithm not in offered:
                 raise EngineError(
                     f"algorithm={algorithm!r} is not offered for {problem}; the ids are 0 to {len(offered) - 1}: "
-                    "take one of Engine.algorithms(), or engine='auto'"
+                    "take one of Engine.algorithms(), or backend='auto'"
                 )
             chosen = ctypes.c_int32(algorithm)
             attribute = (_CONFIG_ID, ctypes.addressof(chosen), ctypes.sizeof(chosen))
@@ -246,7 +268,7 @@ class Handle:
         try:
             plan.owned.close()
         except self._lib.cuSPARSELtError as error:
-            # The product at hand is not affected, so it is not made to fail.
+            # The current product is not affected, so it does not fail.
             warnings.warn(
                 f"a plan leaks host memory: {self._explain(error, 'not freed')}", RuntimeWarning, stacklevel=2
             )
@@ -263,11 +285,11 @@ class Handle:
         name = f"status {status}"
         with suppress(Exception):
             name = f"{self._lib.get_error_name(status)}, status {status}"
-        return EngineError(f"{what}: cuSPARSELt says {name}; engine='dense' works without it")
+        return EngineError(f"{what}: cuSPARSELt says {name}; backend='dense' works without it")
 
 
-def free(lib: Any, handle: int, plans: "OrderedDict[tuple[Problem, int], Plan]") -> None:
-    """Free a handle and its plans. What the library refuses to free stays with the process: there is nobody to tell."""
+def free(lib: Any, handle: int, plans: dict[tuple[Problem, int], Plan]) -> None:
+    """Free a handle and its plans. Errors are ignored: the process is shutting down or the handle is unusable."""
     while plans:
         with suppress(Exception):
             plans.popitem()[1].owned.close()

@@ -4,17 +4,22 @@ import torch
 from torch import Tensor
 
 from semisparse.errors import ShapeError
+from semisparse.gemm.operands import Operands
 from semisparse.gemm.problem import Problem
 
 
-def product(problem: Problem, a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None = None) -> None:
-    """out = A B (+ bias) with PyTorch's own matmul, in place of the sparse engine; any sizes, any device.
+def product(problem: Problem, a: Tensor, operands: Operands) -> None:
+    """D = A B (+ bias) with PyTorch's own matmul, in place of the sparse engine. Not recorded by autograd.
 
-    a: the pruned operand as a full matrix (rows x columns, zeros where pruned), any strides. b, out: tensors of
-    problem.b_shape and problem.d_shape, as the engine takes them (a column-major matrix is passed as its transpose).
-    bias: (rows,) or None. Not recorded by autograd. Rounding is that of torch.addmm in problem.dtype.
-    Raises ShapeError where a shape differs.
+    Args:
+        problem: The product; any sizes, any device. Rounding is that of torch.addmm in problem.dtype.
+        a: The pruned operand as a full matrix (rows x reduction, zeros where pruned), any strides.
+        operands: b, out and bias as the engine takes them; packed is not read.
+
+    Raises:
+        ShapeError: A shape differs from the problem's.
     """
+    _, b, out, bias = operands
     wanted: list[tuple[str, Tensor | None, tuple[int, ...]]] = [
         ("a", a, (problem.rows, problem.reduction)),
         ("b", b, problem.b_shape),

@@ -1,4 +1,4 @@
-"""Sparse products and the compressed format on tensors: what ops and the tuner call. Built on gemm/cusparselt.py.
+"""The sparse engine: 2:4 products and NVIDIA's compressor on tensors, for ops and the autotuner. On cusparselt.py.
 
 Nothing here owns device memory. Outputs come from the caller and workspaces from PyTorch's allocator, per call, on the
 current stream: a cached workspace would live in a CUDA graph's pool and be overwritten by its replays. A captured
@@ -9,6 +9,7 @@ Handles and plans belong to one thread (autograd runs backward passes on another
 """
 
 import atexit
+import logging
 import os
 import threading
 import weakref
@@ -21,20 +22,26 @@ import torch
 from torch import Tensor
 
 from semisparse.errors import EngineError, ShapeError, TensorError
+from semisparse.formats.layout import ALIGNMENT, PACKED_DTYPES, SPARSE_MULTIPLE
 from semisparse.gemm import cusparselt
-from semisparse.gemm.cusparselt import ALIGNMENT, Availability, Handle, Plan
-from semisparse.gemm.problem import DTYPES, SPARSE_MULTIPLE, Problem
+from semisparse.gemm.cusparselt import Availability, Handle, Plan
+from semisparse.gemm.operands import Operands, misfit
+from semisparse.gemm.problem import Problem
 from semisparse.gemm.runtime import CudaRuntime
+
+logger = logging.getLogger(__name__)
 
 
 class Engine:
-    """cuSPARSELt on any number of devices and threads. One object a process: `engine()`.
+    """cuSPARSELt on any number of devices and threads. One object per process: `engine()`.
 
-    load: returns the bindings; runtime: CUDA as this class sees it. Both are there to be replaced in tests.
+    Args:
+        load: Returns the bindings.
+        runtime: CUDA, as far as this class uses it. Tests inject fakes for both.
     """
 
     MAX_PLANS = 256
-    """Plans kept for each device and thread. A plan is host memory only."""
+    """Plans kept per device and thread. A plan is host memory only."""
 
     def __init__(self, load: Callable[[], Any] = cusparselt.load_bindings, runtime: CudaRuntime | None = None) -> None:
         self._load = load
@@ -44,20 +51,24 @@ class Engine:
         self._verdicts: dict[int, Availability] = {}
         self._follows: dict[int, bool] = {}
         self.products = 0
-        """Sparse products that were started, or recorded in a CUDA graph, since the process began; tuning apart."""
+        """Sparse products started, or recorded in a CUDA graph, since the process began, without those of tuning."""
 
     def available(self, device: torch.device | str | int | None = None) -> Availability:
-        """Whether the engine can be used on a device (default: the current one), and the reason. Never raises.
+        """Whether the engine can be used on a device, and the reason. Never raises.
 
         The first call for a device starts CUDA on it and loads the library; later calls repeat the answer.
+
+        Args:
+            device: Default: the current one.
         """
         try:
             index = self.runtime.index_of(device)
             if index is None:
-                return Availability(False, f"device {device} is no CUDA device")
+                return Availability(False, f"device {device} is not a CUDA device")
             with self._lock:
                 if index not in self._verdicts:
                     self._verdicts[index] = self._probe(index)
+                    logger.info("sparse engine on device %d: %s", index, self._verdicts[index])
                 return self._verdicts[index]
         except Exception as error:
             return Availability(False, f"{type(error).__name__}: {error}")
@@ -68,51 +79,39 @@ class Engine:
         with self._on(index):
             return cusparselt.probe(self._load)
 
-    def matmul(
-        self, problem: Problem, algorithm: int, packed: Tensor, b: Tensor, out: Tensor, bias: Tensor | None = None
-    ) -> None:
-        """out = A B (+ bias) on the current stream of out's device. Asynchronous; keeps no reference to a tensor.
+    def matmul(self, problem: Problem, algorithm: int, operands: Operands) -> None:
+        """D = A B (+ bias) on the current stream of the operands' device. Asynchronous; keeps no reference to a tensor.
 
-        packed: A in the engine's format, uint8; bytes behind those that the product needs are not read. b, out:
-        contiguous, of problem.b_shape and problem.d_shape (a column-major matrix is passed as its transpose). bias:
-        (rows,), exactly when problem.bias.
-        All of problem.dtype, on one device, 16-byte aligned; out must not overlap b. Sums in fp32, rounded once.
-        algorithm: as the tuner chose it; every id sums in its own order.
+        Args:
+            problem: The product.
+            algorithm: As the autotuner chose it; each id sums in its own order. Sums in fp32, rounded once.
+            operands: The tensors; out is written.
 
-        Raises TensorError or ShapeError for a tensor that does not fit, EngineError when the engine cannot be used here
-        or the library refuses.
+        Raises:
+            TensorError, ShapeError: A tensor does not fit.
+            EngineError: The engine cannot be used here, or the library refuses.
         """
-        index = out.get_device()
-        previous = self.runtime.current_device()
-        if previous == index:
-            self._multiply(index, problem, algorithm, packed, b, out, bias)
+        index = operands.out.get_device()
+        if self.runtime.current_device() == index:
+            self._multiply(index, problem, algorithm, operands)
             return
         with self._on(index):
-            self._multiply(index, problem, algorithm, packed, b, out, bias)
+            self._multiply(index, problem, algorithm, operands)
 
-    def _multiply(
-        self,
-        index: int,
-        problem: Problem,
-        algorithm: int,
-        packed: Tensor,
-        b: Tensor,
-        out: Tensor,
-        bias: Tensor | None,
-    ) -> None:
+    def _multiply(self, index: int, problem: Problem, algorithm: int, operands: Operands) -> None:
+        packed, b, out, bias = operands
         try:
             handle: Handle = self._local.handles[index]
         except (AttributeError, KeyError):
             handle = self._open(index)
         if (bias is not None) != problem.bias:
-            raise TensorError(f"bias={'None' if bias is None else tuple(bias.shape)}, but the problem is {problem}")
+            raise misfit(problem, 0, operands)
         address = 0 if bias is None else bias.data_ptr()
         key = (problem, algorithm)
         plan = handle.plans.get(key)
         if plan is None:
             plan = handle.make_plan(problem, algorithm, address)
-        else:
-            handle.plans.move_to_end(key)
+        handle.uses = plan.last_use = handle.uses + 1
         a_at, b_at, d_at, dtype = packed.data_ptr(), b.data_ptr(), out.data_ptr(), problem.dtype
         if not (
             packed.numel() >= plan.packed_bytes
@@ -128,11 +127,11 @@ class Engine:
             and out.is_contiguous()
             and not (a_at | b_at | d_at | address) % ALIGNMENT
         ):
-            raise _misfit(problem, plan, packed, b, out, bias)
+            raise misfit(problem, plan.packed_bytes, operands)
         if bias is not None:
             fits = bias.numel() == problem.rows and bias.dtype is dtype
             if not (fits and bias.is_contiguous() and bias.get_device() == index):
-                raise _misfit(problem, plan, packed, b, out, bias)
+                raise misfit(problem, plan.packed_bytes, operands)
             if plan.bias.value != address:
                 plan = self._rebind(index, handle, key, plan, address)
         if plan.workspace:
@@ -151,8 +150,8 @@ class Engine:
     def _bias_follows(self, index: int) -> bool:
         """Whether a finished plan heeds a bias address that is set after it was built.
 
-        The library does not document it, so it is tried once for a device, on a product of zeros. The try waits for the
-        device; under capture, where that is forbidden, the answer is no: the plan is then built anew, which is safe.
+        The library does not document it, so it is tried once per device, on a product of zeros. The trial waits for the
+        device. Under capture, where that is forbidden, the answer is no: the plan is then built again, which is safe.
         """
         if index not in self._follows:
             if self.runtime.capturing():
@@ -163,7 +162,7 @@ class Engine:
             twos = ones + 1
             plan = handle.make_plan(problem, 0, ones.data_ptr())
             handle.set_bias(plan, twos.data_ptr())
-            self.matmul(problem, 0, packed, zeros, out, twos)
+            self.matmul(problem, 0, Operands(packed, zeros, out, twos))
             handle.drop(problem, None)
             self._follows[index] = bool((out == twos[0]).all())
         return self._follows[index]
@@ -179,11 +178,20 @@ class Engine:
             return packed
 
     def compress(self, dense: Tensor, check: bool = True) -> Tensor:
-        """Pack a 2:4 matrix (rows x columns, contiguous, float16 or bfloat16) with NVIDIA's compressor.
+        """Pack a 2:4 matrix with NVIDIA's compressor.
 
-        Returns a new uint8 buffer; bytes that the compressor leaves out are zero. check: verify first that no group of
-        four along the columns has more than two nonzeros, which waits for the device; unchecked, such a matrix gives
-        garbage. Raises ShapeError, TensorError, EngineError.
+        Args:
+            dense: rows x columns, contiguous, float16 or bfloat16, at most two nonzeros per group of four along the
+                columns.
+            check: Verify that first, which waits for the device; unchecked, another matrix gives garbage.
+
+        Returns:
+            A new uint8 buffer; bytes that the compressor does not write are zero.
+
+        Raises:
+            ShapeError: The sizes do not fit, or the check failed.
+            TensorError: Device, dtype or memory layout do not fit.
+            EngineError: The engine cannot be used here, or the library refuses.
         """
         rows, columns = _check_matrix(dense, self.runtime.kind)
         index, device = dense.get_device(), dense.device
@@ -230,10 +238,10 @@ class Engine:
         return handle or self._open(index)
 
     def _open(self, index: int) -> Handle:
-        """A handle for this thread; it is freed when the thread ends, with the thread-local storage that holds it."""
+        """A handle for this thread. It is freed when the thread ends, with the thread-local storage that holds it."""
         verdict = self.available(index)
         if not verdict.ok:
-            raise EngineError(f"no sparse engine on device {index}: {verdict.reason}; or use engine='dense'")
+            raise EngineError(f"no sparse engine on device {index}: {verdict.reason}; or use backend='dense'")
         lib = self._load()
         handle = Handle(lib, self.MAX_PLANS)
         owned = (lib, handle.handle, handle.plans)
@@ -255,36 +263,14 @@ def _close(runtime: CudaRuntime, index: int, process: int, *owned: Any) -> None:
 
 
 def _check_matrix(dense: Tensor, kind: str) -> tuple[int, int]:
-    if dense.device.type != kind or dense.dtype not in DTYPES:
+    """Rows and columns of a matrix that can be compressed. Raises ShapeError, TensorError."""
+    if dense.device.type != kind or dense.dtype not in PACKED_DTYPES:
         raise TensorError(f"dense is {dense.dtype} on {dense.device}; use float16 or bfloat16 on a CUDA device")
     if dense.dim() != 2 or any(size == 0 or size % SPARSE_MULTIPLE for size in dense.shape):
         raise ShapeError(f"dense has shape {tuple(dense.shape)}; it needs two multiples of {SPARSE_MULTIPLE}: pad it")
     if not dense.is_contiguous() or dense.data_ptr() % ALIGNMENT:
         raise TensorError(f"dense must be contiguous and {ALIGNMENT}-byte aligned; pass a contiguous copy")
     return dense.shape[0], dense.shape[1]
-
-
-def _misfit(
-    problem: Problem, plan: Plan, packed: Tensor, b: Tensor, out: Tensor, bias: Tensor | None
-) -> TensorError | ShapeError:
-    """The error for the first operand that does not fit; called only when one does not."""
-    expected: list[tuple[str, Tensor, tuple[int, ...], torch.dtype]] = [
-        ("packed", packed, (plan.packed_bytes,), torch.uint8),
-        ("b", b, plan.b_shape, problem.dtype),
-        ("out", out, plan.d_shape, problem.dtype),
-    ]
-    if bias is not None:
-        expected.append(("bias", bias, (problem.rows,), problem.dtype))
-    for name, tensor, shape, dtype in expected:
-        if tuple(tensor.shape) != shape and (name != "packed" or tensor.numel() < plan.packed_bytes):
-            return ShapeError(f"{name} has shape {tuple(tensor.shape)}; {problem} needs {shape}")
-        if tensor.dtype != dtype:
-            return TensorError(f"{name} has dtype {tensor.dtype}; {problem} needs {dtype}")
-        if tensor.device != out.device:
-            return TensorError(f"{name} is on {tensor.device}, out on {out.device}; move both to one device")
-        if not tensor.is_contiguous() or tensor.data_ptr() % ALIGNMENT:
-            return TensorError(f"{name} must be contiguous and {ALIGNMENT}-byte aligned; pass a contiguous copy")
-    raise AssertionError("every operand fits")
 
 
 @cache

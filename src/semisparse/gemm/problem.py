@@ -22,20 +22,16 @@ from typing import Literal
 import torch
 
 from semisparse.errors import ConfigError, ShapeError, TensorError
+from semisparse.formats.layout import PACKED_DTYPES, SPARSE_MULTIPLE, round_up
 
 Order = Literal["row", "column"]
 Axis = Literal["rows", "reduction", "columns"]
-
-SPARSE_MULTIPLE = 16
-"""Rows and columns of the 2:4 operand must be multiples of this (16-bit types; measured on cuSPARSELt 0.8.0)."""
 
 DENSE_MULTIPLE = 8
 """Columns of the dense operand must be a multiple of this (16-bit types; measured on cuSPARSELt 0.8.0)."""
 
 BUCKET_BITS = 3
 """Significant bits of a token count that a bucket keeps: neighbouring buckets differ by at most a quarter."""
-
-DTYPES = (torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +62,7 @@ class Problem:
             size = getattr(self, name)
             if type(size) is not int or size < 1:
                 raise ShapeError(f"{name}={size!r} must be an int of at least 1; return early for an empty product")
-        if self.dtype not in DTYPES:
+        if self.dtype not in PACKED_DTYPES:
             raise TensorError(f"dtype={self.dtype} has no 2:4 product here; use float16 or bfloat16")
         for name in ("b_order", "d_order"):
             if getattr(self, name) not in ("row", "column"):
@@ -128,14 +124,9 @@ class Problem:
         )
 
 
-def pad(tokens: int, multiple: int) -> int:
-    """tokens rounded up to a multiple."""
-    return -(-tokens // multiple) * multiple
-
-
 def bucket_of(tokens: int) -> int:
     """tokens (at least 1) rounded up to BUCKET_BITS significant bits: 13008 -> 14336, 16384 -> 16384."""
-    return pad(tokens, 1 << max(0, tokens.bit_length() - BUCKET_BITS))
+    return round_up(tokens, 1 << max(0, tokens.bit_length() - BUCKET_BITS))
 
 
 # The constructors are cached, so that a repeated call gives the identical object: look-ups then compare no fields.
@@ -146,13 +137,13 @@ _CACHED = 4096
 @lru_cache(_CACHED)
 def forward(tokens: int, out_features: int, in_features: int, dtype: torch.dtype, bias: bool = False) -> Problem:
     """y = x W~^T + b with A = W~ (N x K). columns: tokens (M) padded to a multiple of 8; the caller pads x and y."""
-    return Problem(out_features, in_features, pad(tokens, DENSE_MULTIPLE), dtype, bias=bias)
+    return Problem(out_features, in_features, round_up(tokens, DENSE_MULTIPLE), dtype, bias=bias)
 
 
 @lru_cache(_CACHED)
 def grad_input(tokens: int, out_features: int, in_features: int, dtype: torch.dtype) -> Problem:
     """dx = dy W~ with A = W~^T (K x N). columns: tokens (M) padded to a multiple of 8; the caller pads dy and dx."""
-    return Problem(in_features, out_features, pad(tokens, DENSE_MULTIPLE), dtype)
+    return Problem(in_features, out_features, round_up(tokens, DENSE_MULTIPLE), dtype)
 
 
 @lru_cache(_CACHED)
@@ -161,7 +152,9 @@ def activation_forward(tokens: int, out_features: int, in_features: int, dtype: 
 
     No bias: the engine's runs along the rows of D, which are tokens here; add it afterwards.
     """
-    return Problem(pad(tokens, SPARSE_MULTIPLE), in_features, out_features, dtype, "column", "row", token_axis="rows")
+    return Problem(
+        round_up(tokens, SPARSE_MULTIPLE), in_features, out_features, dtype, "column", "row", token_axis="rows"
+    )
 
 
 @lru_cache(_CACHED)
@@ -170,5 +163,5 @@ def activation_weight(tokens: int, out_features: int, in_features: int, dtype: t
 
     reduction: tokens padded to a multiple of 16 (pad dy with zero rows); D is stored as dW, row-major N x K.
     """
-    reduction = pad(tokens, SPARSE_MULTIPLE)
+    reduction = round_up(tokens, SPARSE_MULTIPLE)
     return Problem(in_features, reduction, out_features, dtype, "row", "column", token_axis="reduction")

@@ -1,4 +1,4 @@
-"""Starting a Triton kernel again at little cost to the host.
+"""Low-overhead repeated launches of a Triton kernel.
 
 Triton looks at every argument of every launch to find the compiled kernel that fits, which takes longer than a small
 kernel runs (64 us of 77 us for a whole pack op, measured with one NVIDIA H200). Where sizes and constants repeat, as
@@ -11,10 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from semisparse.formats.layout import ALIGNMENT
 from semisparse.kernels.grid import check_grid
-
-_ALIGNED = 16
-"""Bytes; Triton compiles one kernel for addresses that are multiples of this and another for those that are not."""
 
 
 class Launcher:
@@ -60,7 +58,7 @@ class Launcher:
         for tensor in pointers:
             if tensor is not None:
                 bits |= tensor.data_ptr()
-        if bits % _ALIGNED:
+        if bits % ALIGNMENT:  # Triton compiles one kernel for aligned addresses and another for all others
             self._launch(*pointers)
         elif start := self._started.get(index):
             stream = torch._C._cuda_getCurrentRawStream(index)

@@ -1,8 +1,8 @@
-"""Triton functions that put metadata nibbles where the engine wants them; its bit order is a compile-time constant.
+"""Triton functions that write metadata nibbles where the engine expects them; the bit order is a compile-time constant.
 
 The engine stores nibble (row, group) at an address whose bits are bits of row and group in some order, within blocks of
-a power of two of rows and groups; blocks are stored row by row (gemm/layout.py). BITS is that order, lowest address bit
-first: r stands for bit r of the row, GROUP_BIT + g for bit g of the group.
+a power of two of rows and groups; blocks are stored row by row. BITS is MetadataLayout.bits (formats/layout.py): that
+order, lowest address bit first.
 
 Here a thread first holds a word of 8 nibbles of a tile pair (two tiles side by side): position bits 0 and 1 are the
 line within the tile, bit 2 the tile within the pair. For W the lines are rows and the pair differs in group bit 0; for
@@ -16,8 +16,9 @@ stores a full word.
 import triton
 import triton.language as tl
 
-GROUP_BIT = 32
-"""Added to the index of a group bit in BITS, to tell it from a row bit."""
+from semisparse.formats.layout import GROUP_BIT
+
+_GROUP_BIT = tl.constexpr(GROUP_BIT)
 
 
 @triton.constexpr_function
@@ -25,25 +26,25 @@ def _source(turned, log_pairs, f):
     """The address source that bit f of the word's index stands for, before any exchange."""
     if f < 2 or 5 <= f < log_pairs + 3:
         pair = f if f < 2 else f - 3
-        return pair + 3 if turned else pair + 1 + 32
+        return pair + 3 if turned else pair + 1 + GROUP_BIT
     tile_row = f - 2 if f < 5 else f - log_pairs
-    return tile_row + 32 if turned else tile_row + 2
+    return tile_row + GROUP_BIT if turned else tile_row + 2
 
 
 @triton.constexpr_function
 def _index_bit(turned, log_pairs, source):
     """The bit of the word's index that stands for an address source: the inverse of _source; negative if none does."""
-    if (source < 32) == turned:
-        pair = source - 3 if turned else source - 32 - 1
+    if (source < GROUP_BIT) == turned:
+        pair = source - 3 if turned else source - GROUP_BIT - 1
         return pair if pair < 2 else pair + 3
-    tile_row = source - 32 if turned else source - 2
+    tile_row = source - GROUP_BIT if turned else source - 2
     return (tile_row + 2 if tile_row < 3 else tile_row + log_pairs) if tile_row >= 0 else -1
 
 
 @triton.constexpr_function
 def _held(bits, turned, swaps):
     """Sources at the 3 positions of a word once those that belong there are in place; or the swaps that do it."""
-    held, partners = [0, 1, 2 if turned else 32], []
+    held, partners = [0, 1, 2 if turned else GROUP_BIT], []
     for position in range(3):
         now = held.index(bits[position]) if bits[position] in held else position
         held[position], held[now] = held[now], held[position]
@@ -61,27 +62,27 @@ def _stride(bits, turned, log_pairs, f, part):
             source = held[position]
     if source in bits:
         return (1 << bits.index(source) - 3) if part == "inner" else 0
-    inside = sum(1 for bit in bits if (bit < 32) == (source < 32))
-    blocks = 1 << (source if source < 32 else source - 32) - inside
-    return blocks if part == ("row" if source < 32 else "group") else 0
+    inside = sum(1 for bit in bits if (bit < GROUP_BIT) == (source < GROUP_BIT))
+    blocks = 1 << (source if source < GROUP_BIT else source - GROUP_BIT) - inside
+    return blocks if part == ("row" if source < GROUP_BIT else "group") else 0
 
 
 @triton.constexpr_function
 def _rows(bits):
     """log2 of a block's rows."""
-    return sum(1 for bit in bits if bit < 32)
+    return sum(1 for bit in bits if bit < GROUP_BIT)
 
 
 @triton.constexpr_function
 def block_rows(bits):
     """Rows in a block."""
-    return 1 << sum(1 for bit in bits if bit < 32)
+    return 1 << sum(1 for bit in bits if bit < GROUP_BIT)
 
 
 @triton.constexpr_function
 def block_groups(bits):
     """Groups of four columns in a block."""
-    return 1 << sum(1 for bit in bits if bit >= 32)
+    return 1 << sum(1 for bit in bits if bit >= GROUP_BIT)
 
 
 @triton.constexpr_function
@@ -153,11 +154,11 @@ def nibble_address(row, group, blocks, BITS: tl.constexpr, ROW_ZEROS: tl.constex
     SIZE: tl.constexpr = _size(BITS)
     address = (((row >> ROWS).to(tl.int64) * blocks) + (group >> (SIZE - ROWS))) << SIZE
     for k in tl.static_range(SIZE):
-        if BITS[k] < 32:
+        if BITS[k] < _GROUP_BIT:
             if BITS[k] >= ROW_ZEROS:
                 address += ((row >> BITS[k]) & 1) << k
-        elif BITS[k] - 32 >= GROUP_ZEROS:
-            address += ((group >> (BITS[k] - 32)) & 1) << k
+        elif BITS[k] - _GROUP_BIT >= GROUP_ZEROS:
+            address += ((group >> (BITS[k] - _GROUP_BIT)) & 1) << k
     return address
 
 

@@ -8,27 +8,44 @@ makes loads wide and fills a 32-bit word of metadata for each direction. Memory 
 """
 
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from semisparse.errors import ConfigError
+from semisparse.formats.layout import ALIGNMENT, LARGEST_BLOCK, MetadataLayout
 from semisparse.kernels import packed_values, tile_masks
 from semisparse.kernels.grid import INT32_END, block_at, grid_of
-from semisparse.kernels.launch_checks import (
-    DEFAULT_BLOCK,
-    HOPPER_BLOCK,
-    MODES,
-    Block,
-    block_shape,
-    check_buffers,
-    check_choice,
-    check_sizes,
-)
+from semisparse.kernels.launch_checks import MODES, check_buffers, check_choice, check_sizes
 from semisparse.kernels.launcher import Launcher
 from semisparse.kernels.packed_metadata import repeated, store_metadata
 from semisparse.pattern import GROUP
+
+
+class Block(NamedTuple):
+    """What one program of the kernel covers.
+
+    Attributes:
+        tile_rows: Rows of tiles, a multiple of 8.
+        pairs: Tile pairs per row of tiles, a multiple of 4.
+        warps: Warps per program.
+        registers: Most registers per thread; None leaves it to the compiler.
+    """
+
+    tile_rows: int
+    pairs: int
+    warps: int = 4
+    registers: int | None = 120
+
+
+DEFAULT_BLOCK = Block(tile_rows=LARGEST_BLOCK[0] // GROUP, pairs=LARGEST_BLOCK[1] // 2)
+"""The fewest registers with which no variant spills on sm80, sm90 or sm100."""
+
+HOPPER_BLOCK = Block(tile_rows=16, pairs=16, warps=8, registers=80)
+"""For 16-bit matrices on sm90, where nothing spills with it. Chosen by timing on one H200; no result file is kept."""
 
 _TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
@@ -123,31 +140,37 @@ def launch(
     packed_t: Tensor | None,
     *,
     dtype: torch.dtype,
-    bits: tuple[int, ...],
-    padding: int,
+    layout: MetadataLayout,
     mode: str = "transposable",
     rows_padded: int | None = None,
     codes: Tensor | None = None,
     scale: Tensor | None = None,
     block: Block | None = None,
 ) -> None:
-    """Prune matrix (R x C) and write it into packed, its transpose into packed_t.
+    """Prune a matrix and write it, and its transpose, in packed form. Asynchronous, on the device's current stream.
 
-    Asynchronous, on the current stream of matrix's device.
+    Args:
+        matrix: R x C, fp32, fp16 or bf16, C a multiple of 16. Rows are read in 16-byte pieces; a matrix whose rows are
+            not contiguous and aligned for that is copied first.
+        packed: Contiguous uint8, long enough for the values and whole metadata blocks.
+        packed_t: The same for the transpose; None for modes "row" and "soft", which are 2:4 along the columns only.
+        dtype: Of the packed values, fp16 or bf16. Values are rounded to it once, after the choice.
+        layout: Where the metadata goes.
+        mode: "transposable" equals reference.masks.transposable bit for bit, "row" reference.masks.row. "codes" keeps
+            what codes says. "soft" shrinks the two kept of each row by the larger of the others and multiplies by
+            scale, in fp32.
+        rows_padded: Zero rows are added up to this multiple of 16; default R.
+        codes: Tile codes for mode "codes": int16, R/4 x C/4, contiguous; bit 4 * i + j keeps entry (i, j) of a tile.
+        scale: For mode "soft": one fp32 element on the device.
+        block: What one program covers; None takes what is fastest for the device and dtype.
 
-    matrix: fp32, fp16 or bf16; rows 16-byte aligned and contiguous (other strides are copied first); C a multiple of
-    16. rows_padded: R or more, a multiple of 16: zero rows are added up to it. dtype: of the packed values, fp16 or
-    bf16; rounded to once, after the choice. packed, packed_t: contiguous uint8, long enough for values and whole
-    metadata blocks; packed_t is None for modes "row" and "soft", which are 2:4 along the columns only.
-    bits, padding: order of the metadata in a block, and the nibble of groups outside the matrix (gemm/layout.py).
-    mode: "transposable" is bit for bit reference.masks.transposable, "row" reference.masks.row; "codes" takes the tile
-    codes of codes (int16, R/4 x C/4, contiguous; bit 4 * i + j keeps entry (i, j)); "soft" shrinks each row's kept two
-    by the larger of the others and multiplies by scale (fp32, one element, on the device), in fp32.
-    block: None takes the one that is best for the device and dtype.
-    Raises ShapeError, TensorError, ConfigError.
+    Raises:
+        ShapeError: A size or a buffer does not fit.
+        TensorError: A dtype or a memory layout does not fit.
+        ConfigError: The mode is unknown, or mode or block cannot be used with the other arguments.
     """
     rows, columns = matrix.shape
-    if matrix.stride(1) != 1 or matrix.stride(0) * matrix.itemsize % 16 or matrix.data_ptr() % 16:
+    if matrix.stride(1) != 1 or matrix.stride(0) * matrix.itemsize % ALIGNMENT or matrix.data_ptr() % ALIGNMENT:
         matrix = matrix.clone(memory_format=torch.contiguous_format)
     rows_padded = rows if rows_padded is None else rows_padded
     codes, scale = codes if mode == "codes" else None, scale if mode == "soft" else None
@@ -156,9 +179,18 @@ def launch(
     types, both, index = (matrix.dtype, dtype), packed_t is not None, matrix.get_device()
     block = block or best_block(matrix.dtype, index)
     sizes = rows, rows_padded, columns, words_apart
-    prepared = _prepare(sizes, types, mode, both, bits, padding, block, native=index >= 0)
-    check_buffers(packed, packed_t, rows_padded, columns, bits)
+    prepared = _prepare(sizes, types, mode, both, layout, block, native=index >= 0)
+    check_buffers(packed, packed_t, rows_padded, columns, layout)
     prepared(index, matrix.view(torch.int64), codes, scale, packed, packed_t)
+
+
+def check_block(block: Block, layout: MetadataLayout) -> None:
+    """Raise ConfigError unless a program covers whole metadata blocks, of the matrix and of its transpose."""
+    lines, span = layout.block_rows, layout.block_groups
+    if any(size % lines for size in (GROUP * block.tile_rows, 2 * GROUP * block.pairs)) or any(
+        size % span for size in (block.tile_rows, 2 * block.pairs)
+    ):
+        raise ConfigError(f"a program of {block} does not hold whole metadata blocks of {lines} rows x {span} groups")
 
 
 @lru_cache
@@ -174,28 +206,33 @@ def _prepare(
     types: tuple[torch.dtype, torch.dtype],
     mode: str,
     transposed: bool,
-    bits: tuple[int, ...],
-    padding: int,
+    layout: MetadataLayout,
     block: Block,
     native: bool,
 ) -> Launcher:
     """All of a launch that does not change while shapes repeat, checked once."""
     rows, rows_padded, columns, stride = sizes
-    check_sizes(rows, rows_padded, columns, types, mode, transposed, bits, block)
-    lines, groups = block_shape(bits)
-    row_blocks = [triton.cdiv(size, lines) for size in (rows_padded, columns)]
-    blocks = [triton.cdiv(size // GROUP, groups) for size in (columns, rows_padded)]
+    check_sizes(rows, rows_padded, columns, types, mode, transposed)
+    check_block(block, layout)
+    row_blocks, blocks = layout.blocks(rows_padded, columns)
+    row_blocks_t, blocks_t = layout.blocks(columns, rows_padded)
     height, width = 4 * block.tile_rows, 8 * block.pairs
     even = rows == rows_padded and not (columns % width or rows % height)
     # How far a program's last row lies behind its first, read and written. The lines of the transpose can only lie that
     # far apart where there are so many rows that the grid is flat anyway.
     span = height * max(stride, columns // 4)
     grid, wide = grid_of(rows_padded, columns, height, width, flat=span >= INT32_END)
-    constants = (*(_TYPES[dtype] for dtype in types), MODES.index(mode), transposed, bits, repeated(padding))
+    constants = (
+        *(_TYPES[dtype] for dtype in types),
+        MODES.index(mode),
+        transposed,
+        layout.bits,
+        repeated(layout.padding),
+    )
     return Launcher(
         prune_pack,
         grid,
-        (*sizes, row_blocks[0], blocks[0], row_blocks[1], blocks[1]),
+        (*sizes, row_blocks, blocks, row_blocks_t, blocks_t),
         (*constants, block.tile_rows, block.pairs, even, wide, native),
         num_warps=block.warps,
         maxnreg=None if wide else block.registers,

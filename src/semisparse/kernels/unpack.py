@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from semisparse.errors import ShapeError, TensorError
+from semisparse.formats.layout import SPARSE_MULTIPLE, MetadataLayout
 from semisparse.kernels.grid import block_at, grid_of
 from semisparse.kernels.launch_checks import check_buffer
 from semisparse.kernels.launcher import Launcher
@@ -39,7 +40,7 @@ def unpack(
     tl.store(out + at, values, mask=inside)
 
 
-def launch(packed: Tensor, out: Tensor, *, bits: tuple[int, ...]) -> None:
+def launch(packed: Tensor, out: Tensor, *, layout: MetadataLayout) -> None:
     """Write the matrix that packed holds into out. Asynchronous, on the current stream; exact.
 
     packed: contiguous uint8, as prune_pack.launch or NVIDIA's compressor writes it, its metadata in the order bits.
@@ -48,13 +49,13 @@ def launch(packed: Tensor, out: Tensor, *, bits: tuple[int, ...]) -> None:
     rows, columns = out.shape
     if out.itemsize != 2 or not out.is_contiguous():
         raise TensorError(f"out is {out.dtype}; it must be contiguous fp16 or bf16")
-    if columns % 16:
-        raise ShapeError(f"out is {rows} x {columns}; its columns must be a multiple of 16")
-    check_buffer("packed", packed, rows, columns, bits)
-    _prepare(rows, columns, bits)(out.get_device(), packed, out.view(torch.int64))
+    if columns % SPARSE_MULTIPLE:
+        raise ShapeError(f"out is {rows} x {columns}; its columns must be a multiple of {SPARSE_MULTIPLE}")
+    check_buffer("packed", packed, rows, columns, layout)
+    _prepare(rows, columns, layout)(out.get_device(), packed, out.view(torch.int64))
 
 
 @lru_cache(4096)
-def _prepare(rows: int, columns: int, bits: tuple[int, ...]) -> Launcher:
+def _prepare(rows: int, columns: int, layout: MetadataLayout) -> Launcher:
     grid, flat = grid_of(rows, columns, ROWS, GROUP * GROUPS)
-    return Launcher(unpack, grid, (rows, columns), (bits, ROWS, GROUPS, flat), num_warps=4)
+    return Launcher(unpack, grid, (rows, columns), (layout.bits, ROWS, GROUPS, flat), num_warps=4)

@@ -1,25 +1,16 @@
 """Packing a pruned matrix into kept values plus 2-bit positions, and back. Logical order; engines permute the nibbles.
 
 A matrix (R x C) packs along its columns into values (R x C/2) and nibbles (R x C/4, uint8). Nibble g of a row describes
-columns 4g to 4g + 3: first kept index | second kept index << 2. This is the content of the hardware's format; where
-an engine stores each nibble is that engine's affair (measured, gemm/layout.py).
+columns 4g to 4g + 3: first kept index | second kept index << 2. This is the content of the hardware's format; where an
+engine stores each nibble depends on the engine (measured, formats/layout.py).
 """
-
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from semisparse.errors import ShapeError, TensorError
-from semisparse.pattern import GROUP, KEPT, METADATA_NIBBLES
+from semisparse.pattern import GROUP, KEPT, METADATA_NIBBLES, Packed
 from semisparse.reference.masks import check_shape
-
-
-class Packed(NamedTuple):
-    """values: R x C/2 in the packed dtype; nibbles: R x C/4, uint8 (0 to 15). Both row-major and contiguous."""
-
-    values: Tensor
-    nibbles: Tensor
 
 
 def pack(matrix: Tensor, mask: Tensor, dtype: torch.dtype | None = None) -> Packed:

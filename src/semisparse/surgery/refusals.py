@@ -12,7 +12,7 @@ from torch import nn
 
 from semisparse.arguments import check_module
 from semisparse.errors import NoLayerMatchedError
-from semisparse.gemm.problem import SPARSE_MULTIPLE
+from semisparse.formats.layout import SPARSE_MULTIPLE
 from semisparse.nn import SemiSparseBase
 from semisparse.nn.refusals import refusal
 from semisparse.surgery.coverage import share_outside_linear

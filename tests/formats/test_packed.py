@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from semisparse.errors import EngineError
-from semisparse.gemm import formats
-from semisparse.gemm.formats import packed_format
-from semisparse.gemm.layout import SM90_16BIT, MetadataLayout, NotAPermutation
+from semisparse.formats import packed as formats
+from semisparse.formats.layout import SM90_16BIT, MetadataLayout
+from semisparse.formats.packed import packed_format
+from semisparse.formats.probe import NotAPermutation
 
 BF16 = torch.bfloat16
 
@@ -30,25 +31,25 @@ def machine(monkeypatch):
         compress="compress",
         runtime=runtime,
     )
-    monkeypatch.setattr(formats, "engine", lambda: engine)
     monkeypatch.setattr(formats, "discover", discover)
     monkeypatch.setattr(formats, "find_spec", lambda name: name if made.triton else None)
     monkeypatch.setattr(formats, "_FORMATS", {})
+    made.engine = engine
     return made
 
 
 def test_the_kernel_packs_where_it_can_write_the_engines_layout(machine):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        found = packed_format(2, BF16)
+        found = packed_format(2, BF16, machine.engine)
     assert (found.packer, found.layout, found.reason) == (
         "kernel", SM90_16BIT, "layout verified against NVIDIA's compressor",
     )  # fmt: skip
 
 
 def test_each_dtype_is_probed_once(machine):
-    assert packed_format(2, BF16) is packed_format(2, BF16)
-    packed_format(2, torch.float16)
+    assert packed_format(2, BF16, machine.engine) is packed_format(2, BF16, machine.engine)
+    packed_format(2, torch.float16, machine.engine)
     assert machine.probed == [BF16, torch.float16]
 
 
@@ -63,37 +64,39 @@ def test_each_dtype_is_probed_once(machine):
 def test_the_compressor_packs_where_the_kernel_cannot_with_one_warning(machine, layout, reason):
     machine.layout = layout
     with pytest.warns(RuntimeWarning, match=f"packing on device 2 is slow, by compressor.*{reason}") as caught:
-        found = packed_format(2, BF16)
+        found = packed_format(2, BF16, machine.engine)
     assert (found.packer, found.layout) == ("compressor", layout if isinstance(layout, MetadataLayout) else None)
     assert len(caught) == 1
-    assert packed_format(2, BF16) is found  # and no second warning, which would be an error here
+    assert packed_format(2, BF16, machine.engine) is found  # and no second warning, which would be an error here
 
 
 def test_the_largest_blocks_that_a_program_holds_are_the_kernels(machine):
     machine.layout = MetadataLayout((*range(6), *range(32, 36)))
-    assert packed_format(2, BF16).packer == "kernel"
+    assert packed_format(2, BF16, machine.engine).packer == "kernel"
 
 
 @pytest.mark.parametrize(("ok", "packer"), [(True, "compressor"), (False, "reference")])
 def test_without_triton_it_is_said_who_packs(machine, ok, packer):
     machine.triton, machine.ok = False, ok
     with pytest.warns(RuntimeWarning, match=f"by {packer} instead of the Triton kernel: triton is not installed"):
-        assert packed_format(2, BF16).packer == packer
+        assert packed_format(2, BF16, machine.engine).packer == packer
 
 
 def test_without_an_engine_the_kernel_writes_the_layout_of_sm90_and_nothing_is_probed(machine):
     machine.ok = False
-    found = packed_format(2, BF16)
+    found = packed_format(2, BF16, machine.engine)
     assert (found.packer, found.layout, machine.probed) == ("kernel", SM90_16BIT, [])
     assert found.reason == "no sparse engine: the driver is too old"
 
 
 def test_under_capture_only_what_is_known_is_answered(machine):
     machine.capturing = True
-    with pytest.raises(EngineError, match=r"packing torch\.bfloat16 on device 2 was never tried; run one step before"):
-        packed_format(2, BF16)
+    with pytest.raises(
+        EngineError, match=r"nothing of torch\.bfloat16 was packed on device 2 yet.*run one step before"
+    ):
+        packed_format(2, BF16, machine.engine)
     assert machine.probed == []
     machine.capturing = False
-    known = packed_format(2, BF16)
+    known = packed_format(2, BF16, machine.engine)
     machine.capturing = True
-    assert packed_format(2, BF16) is known
+    assert packed_format(2, BF16, machine.engine) is known

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from semisparse.errors import EngineError
-from semisparse.gemm.race import NOT_REACHED, SECONDS, Race
+from semisparse.gemm.autotune.selection import NOT_REACHED, SECONDS, Selection
 
 
 @dataclass
@@ -42,7 +42,7 @@ class MadeUp:
 
     def run(self, seconds=SECONDS):
         candidates = [name for name in self.times if name is not None]
-        return Race(self, self.clock, seconds).run(candidates, dense=None in self.times)
+        return Selection(self, self.clock, seconds).run(candidates, dense=None in self.times)
 
 
 def test_the_fastest_wins_and_both_times_are_reported():
@@ -64,20 +64,20 @@ def test_without_a_dense_alternative_sparse_is_chosen():
 
 
 def test_a_wrong_algorithm_is_never_chosen_however_fast_and_the_reason_is_kept():
-    trial = MadeUp({0: 150.0, 1: 1.0, 2: 140.0}, faults={1: "wrong: other bits in run 2"})
-    choice = trial.run()
+    made_up = MadeUp({0: 150.0, 1: 1.0, 2: 140.0}, faults={1: "wrong: other bits in run 2"})
+    choice = made_up.run()
     assert choice.algorithm == 2
     assert choice.rejected == ((1, "wrong: other bits in run 2"),)
     assert choice.sparse_us == 140.0
 
 
 def test_a_failing_algorithm_is_dropped_when_checked_and_when_timed():
-    trial = MadeUp(
+    made_up = MadeUp(
         {0: 150.0, 1: 1.0, 2: 2.0},
         raises={1: EngineError("refused")},
         raises_when_timed={2: EngineError("failed later")},
     )
-    choice = trial.run()
+    choice = made_up.run()
     assert choice.algorithm == 0
     assert dict(choice.rejected) == {1: "EngineError: refused", 2: "EngineError: failed later"}
     assert choice.note == ""
@@ -111,17 +111,17 @@ def test_any_other_error_is_not_swallowed(error):
 
 
 def test_the_best_are_timed_in_turns_with_dense():
-    trial = MadeUp({algorithm: 100.0 + algorithm for algorithm in range(21)} | {None: 110.0})
-    trial.run()
-    turns = [algorithm for algorithm, _ in trial.timed[-20:]]
+    made_up = MadeUp({algorithm: 100.0 + algorithm for algorithm in range(21)} | {None: 110.0})
+    made_up.run()
+    turns = [algorithm for algorithm, _ in made_up.timed[-20:]]
     assert turns == [0, 1, 2, None] * 5
 
 
 def test_a_slow_algorithm_is_measured_only_briefly_and_never_checked():
-    trial = MadeUp({0: 100.0, 1: 1_000.0, 2: 101.0, 3: 102.0})
-    trial.run()
-    assert [repeats for algorithm, repeats in trial.timed if algorithm == 1] == [1, 1]
-    assert trial.checked == [0, 2, 3]
+    made_up = MadeUp({0: 100.0, 1: 1_000.0, 2: 101.0, 3: 102.0})
+    made_up.run()
+    assert [repeats for algorithm, repeats in made_up.timed if algorithm == 1] == [1, 1]
+    assert made_up.checked == [0, 2, 3]
 
 
 def test_the_first_launch_which_loads_the_kernel_does_not_count():
@@ -137,24 +137,24 @@ def test_the_first_launch_which_loads_the_kernel_does_not_count():
 @pytest.mark.parametrize("scale", [1.0, 100.0, 2_000.0, 20_000.0])
 def test_the_time_limit_holds_for_small_and_large_problems(scale):
     """Beyond the limit at most what was begun is finished: one batch of each finalist."""
-    trial = MadeUp({algorithm: scale + algorithm for algorithm in range(21)} | {None: 1.2 * scale})
-    trial.check_s = 6 * scale * 1e-6
-    choice = trial.run()
+    made_up = MadeUp({algorithm: scale + algorithm for algorithm in range(21)} | {None: 1.2 * scale})
+    made_up.check_s = 6 * scale * 1e-6
+    choice = made_up.run()
     assert choice.sparse_algorithm is not None
-    assert trial.now <= SECONDS + 4 * 4 * 1.2 * scale * 1e-6 + 0.01
+    assert made_up.now <= SECONDS + 4 * 4 * 1.2 * scale * 1e-6 + 0.01
 
 
 def test_what_is_not_reached_is_said():
-    trial = MadeUp({0: 1e5, 1: 9e4, 2: 8e4, 3: 7e4})
-    choice = trial.run()
+    made_up = MadeUp({0: 1e5, 1: 9e4, 2: 8e4, 3: 7e4})
+    choice = made_up.run()
     assert choice.sparse_algorithm is not None
     assert NOT_REACHED in dict(choice.rejected).values()
 
 
 def test_one_that_is_right_is_looked_for_beyond_the_limit():
-    trial = MadeUp({0: 100.0, 1: 101.0, 2: 102.0}, faults={0: "wrong", 1: "wrong"}, check_s=0.4)
-    choice = trial.run()
-    assert (choice.sparse_algorithm, trial.checked) == (2, [0, 1, 2])
+    made_up = MadeUp({0: 100.0, 1: 101.0, 2: 102.0}, faults={0: "wrong", 1: "wrong"}, check_s=0.4)
+    choice = made_up.run()
+    assert (choice.sparse_algorithm, made_up.checked) == (2, [0, 1, 2])
 
 
 def test_a_noisy_finalist_is_judged_by_its_median():
@@ -175,7 +175,7 @@ def test_a_noisy_finalist_is_judged_by_its_median():
 )
 def test_a_batch_lasts_long_enough_to_be_measured_and_no_longer(once, screen, final):
     """2 and 10 ms, but 3 to 30 and 3 to 100 calls."""
-    trial = MadeUp({0: once})
-    trial.run()
-    assert trial.timed[:3] == [(0, 1), (0, 1), (0, screen)]
-    assert trial.timed[3:5] == [(0, 1), (0, final)]
+    made_up = MadeUp({0: once})
+    made_up.run()
+    assert made_up.timed[:3] == [(0, 1), (0, 1), (0, screen)]
+    assert made_up.timed[3:5] == [(0, 1), (0, final)]

@@ -1,6 +1,6 @@
-"""The decision part of tuning: which candidates are checked and timed, in what order, for how long, and who wins.
+"""Selection of the best candidate: which are checked and timed, in what order, for how long, and which is chosen.
 
-Knows neither CUDA nor tensors: checking, timing and the clock are handed in.
+Knows neither CUDA nor tensors: checking, timing and the clock are passed in.
 """
 
 import statistics
@@ -10,16 +10,16 @@ from typing import Protocol, TypeVar
 import torch
 
 from semisparse.errors import EngineError
-from semisparse.gemm.choice import Choice, clipped, one_line
+from semisparse.gemm.autotune.algorithm import Choice, clipped, one_line
 
 SECONDS = 0.5
-"""Wall time that tuning one problem may take; a quick timing of all gets the first half, checking the next quarter."""
+"""Wall time that tuning one problem may take: half for a rough timing of all candidates, a quarter for checking."""
 
 NOT_REACHED = "not reached within the time limit"
 
 _FINALISTS = 3
 _ROUNDS = 5
-# Microseconds and most calls of a batch: in the quick timing of all, and between the best, where it must be long enough
+# Microseconds and most calls of a batch: in the rough timing of all, and between the best, where it must be long enough
 # for a power-limited GPU to react. The limit on calls is for small problems, whose launches have to be queued first.
 _SCREEN, _FINAL = (2_000.0, 30), (10_000.0, 100)
 _FEWEST = 3
@@ -27,32 +27,37 @@ _FEWEST = 3
 _Result = TypeVar("_Result")
 
 
-class TrialLike(Protocol):
-    """What a race needs to know about the candidates of one problem. None stands for the dense alternative."""
+class CandidatesLike(Protocol):
+    """What a selection asks of the candidates of one problem. None stands for the dense alternative."""
 
     def fault(self, algorithm: int) -> str | None:
         """What is wrong with an algorithm's results, or None."""
 
     def time(self, algorithm: int | None, repeats: int) -> float:
-        """Microseconds a call in a batch of that many calls."""
+        """Microseconds per call in a batch of that many calls."""
 
 
-class Race:
-    """Time all roughly, check the fastest, time the best of the right ones closely and choose.
+class Selection:
+    """Time all candidates roughly, check the fastest, time the best of the right ones precisely, and choose.
 
-    Nothing is chosen unchecked. An algorithm that gives wrong results, fails, runs out of memory or is not reached in
-    time is left out, and `rejected` of the choice says why; one that is merely slow is not checked.
+    No candidate is chosen unchecked. An algorithm that gives wrong results, fails, runs out of memory or is not reached
+    in time is left out, and `rejected` of the choice says why; one that is only slow is not checked.
+
+    Args:
+        candidates: Checks and times them.
+        clock: Seconds.
+        seconds: Wall time that it may take from here on.
     """
 
-    def __init__(self, trial: TrialLike, clock: Callable[[], float], seconds: float = SECONDS) -> None:
-        self._trial, self._clock, self._seconds = trial, clock, seconds
+    def __init__(self, candidates: CandidatesLike, clock: Callable[[], float], seconds: float = SECONDS) -> None:
+        self._candidates, self._clock, self._seconds = candidates, clock, seconds
         self._begin = clock()
         self._rejected: dict[int, str] = {}
         self._note = ""
 
-    def run(self, candidates: Iterable[int], dense: bool) -> Choice:
-        """The choice among the candidates and, if dense, the dense alternative, which also wins a tie."""
-        times = self._screen(candidates)
+    def run(self, algorithms: Iterable[int], dense: bool) -> Choice:
+        """The choice among algorithms and, if dense, the dense alternative, which also wins a tie."""
+        times = self._screen(algorithms)
         finalists: list[int | None] = [*self._check(sorted(times, key=lambda algorithm: times[algorithm]))]
         medians = self._finals(finalists + [None] * dense)
         dense_us = medians.pop(None, None)
@@ -64,31 +69,33 @@ class Race:
         chosen = None if dense_us is not None and dense_us <= sparse_us else fastest
         return Choice(chosen, fastest, sparse_us, dense_us, "tuned", rejected, self._note)
 
-    def _screen(self, candidates: Iterable[int]) -> dict[int, float]:
-        """A rough time of each, whether it is right or not; one that is twice as slow as the best so far is not
-        measured any closer."""
+    def _screen(self, algorithms: Iterable[int]) -> dict[int, float]:
+        """Time every candidate once, correct or not.
+
+        The precise measurement is skipped for one that is over 2x slower than the best so far.
+        """
         times: dict[int, float] = {}
-        for algorithm in candidates:
+        for algorithm in algorithms:
             if times and self._spent(0.5):
                 self._rejected[algorithm] = NOT_REACHED
                 continue
-            # The first launch of a kernel loads it, which must not count.
-            once = self._attempt(algorithm, self._trial.time, algorithm, 1)
+            # The first launch of a kernel loads the kernel; that must not count.
+            once = self._attempt(algorithm, self._candidates.time, algorithm, 1)
             if once is not None:
-                once = self._attempt(algorithm, self._trial.time, algorithm, 1)
+                once = self._attempt(algorithm, self._candidates.time, algorithm, 1)
             if once is not None and once < 2 * min(times.values(), default=once):
-                once = self._attempt(algorithm, self._trial.time, algorithm, _repeats(once, *_SCREEN))
+                once = self._attempt(algorithm, self._candidates.time, algorithm, _repeats(once, *_SCREEN))
             if once is not None:
                 times[algorithm] = once
         return times
 
     def _check(self, ranked: Iterable[int]) -> list[int]:
-        """The fastest whose results are right. At least one is looked for, however long that takes."""
+        """The fastest whose results are right. The search goes on until one is found, however long that takes."""
         sound: list[int] = []
         for algorithm in ranked:
             if len(sound) == _FINALISTS or (sound and self._spent(0.75)):
                 break
-            fault = self._attempt(algorithm, self._trial.fault, algorithm)
+            fault = self._attempt(algorithm, self._candidates.fault, algorithm)
             if fault is not None:
                 self._rejected[algorithm] = fault
             elif algorithm not in self._rejected:
@@ -96,16 +103,16 @@ class Race:
         return sound
 
     def _finals(self, contenders: list[int | None]) -> dict[int | None, float]:
-        """Median times, measured in turns, so that all contenders meet the same clock rate and temperature."""
+        """Median times, measured in turns, so that all contenders run at the same clock rate and temperature."""
         samples: dict[int | None, list[float]] = {contender: [] for contender in contenders}
         repeats: dict[int | None, int] = {}
         for contender in contenders:
-            once = self._attempt(contender, self._trial.time, contender, 1)
+            once = self._attempt(contender, self._candidates.time, contender, 1)
             if once is not None:
                 repeats[contender] = _repeats(once, *_FINAL)
         for _ in range(_ROUNDS):
             for contender in [contender for contender in contenders if contender in repeats]:
-                measured = self._attempt(contender, self._trial.time, contender, repeats[contender])
+                measured = self._attempt(contender, self._candidates.time, contender, repeats[contender])
                 if measured is None:
                     del repeats[contender]
                 else:
@@ -115,7 +122,7 @@ class Race:
         return {contender: statistics.median(samples[contender]) for contender in repeats}
 
     def _attempt(self, contender: int | None, call: Callable[..., _Result], *arguments: int | None) -> _Result | None:
-        """The call's result, or None with the reason noted where the library refuses or memory runs out."""
+        """The call's result, or None, with the reason noted, where the library refuses or memory runs out."""
         try:
             return call(*arguments)
         except (EngineError, torch.OutOfMemoryError) as error:

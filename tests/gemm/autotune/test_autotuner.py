@@ -1,4 +1,4 @@
-"""When a problem is tuned, and where a choice comes from. test_race.py judges the race, test_trial.py the checks."""
+"""When a problem is tuned, and where a choice comes from. See test_selection.py and test_candidates.py for the rest."""
 
 import gc
 import itertools
@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from semisparse.gemm import problem as problems
-from semisparse.gemm import race
-from semisparse.gemm.choice import Choice
-from semisparse.gemm.trial import Operands
-from semisparse.gemm.tuner import tuner
+from semisparse.gemm.autotune import selection
+from semisparse.gemm.autotune.algorithm import Choice
+from semisparse.gemm.autotune.autotuner import autotuner
+from semisparse.gemm.operands import Operands
 from tests.gemm import simulated
 from tests.gemm.simulated import SimulatedLibrary, operands
 from tests.gemm.tuning import FORWARD, call
@@ -50,7 +50,7 @@ def test_dense_is_chosen_where_it_is_faster(make_tuner, timed):
     timed.dense_us = 9.0
     choice = call(make_tuner()[0])
     assert (choice.algorithm, choice.sparse_algorithm) == (None, 4)
-    assert call(make_tuner(cached=False)[0], dense=False).algorithm == 4
+    assert call(make_tuner(stored=False)[0], dense=False).algorithm == 4
 
 
 def test_token_counts_of_one_bucket_share_a_result_and_n_and_k_do_not(make_tuner, timed):
@@ -95,21 +95,21 @@ def test_a_choice_of_another_library_version_is_not_used(make_tuner, timed):
     assert timed.made == 2
 
 
-def test_a_stored_algorithm_that_the_library_has_not_is_ignored_with_a_warning(make_tuner, timed):
+def test_a_stored_algorithm_that_the_library_does_not_offer_is_ignored_and_logged(make_tuner, caplog):
     tuner, _, _ = make_tuner()
     key = tuner.key(FORWARD, -1)
-    tuner._cache.store(key, Choice(900, 900, 1.0, 2.0, "tuned"))
-    with pytest.warns(RuntimeWarning, match="disk.*an algorithm that 32x48.*900 of 6"):
-        assert call(tuner).algorithm == 4
+    tuner._store.save(key, Choice(30, 30, 1.0, 2.0, "tuned"))
+    assert call(tuner).algorithm == 4
+    assert "'disk'): algorithm 30 is not among the 6 that the library offers for 32x48" in caplog.text
     assert call(make_tuner()[0]).algorithm == 4
 
 
-def test_a_damaged_cache_costs_one_warning_and_a_tuning_run(make_tuner, timed, tmp_path):
+def test_a_damaged_file_costs_a_tuning_run(make_tuner, timed, tmp_path, caplog):
     call(make_tuner()[0])
     for path in (tmp_path / "semisparse").iterdir():
         path.write_text("{")
-    with pytest.warns(RuntimeWarning, match="tuning cache"):
-        assert call(make_tuner()[0]).source == "tuned"
+    assert call(make_tuner()[0]).source == "tuned"
+    assert "ignored the stored tuning result" in caplog.text
     assert call(make_tuner()[0]).source == "disk"
     assert timed.made == 2
 
@@ -129,7 +129,7 @@ def test_a_problem_the_library_refuses_goes_dense_with_a_note(make_tuner):
     packed = torch.zeros(1, dtype=torch.uint8)
     library.refuse["matmul"] = 10
     _, b, out, _ = operands(FORWARD)
-    choice = tuner.choose(FORWARD, -1, Operands(packed, b, out, None, lambda: None))
+    choice = tuner.choose(FORWARD, -1, Operands(packed, b, out), lambda: None)
     assert (choice.algorithm, choice.sparse_algorithm) == (None, None)
     assert "NOT_SUPPORTED" in choice.note
 
@@ -168,7 +168,7 @@ def test_nothing_of_a_trial_outlives_the_tuning(make_tuner, timed):
 
     library = SimulatedLibrary()
     library.faults[2] = lambda out: (_ for _ in ()).throw(torch.OutOfMemoryError("out of memory"))
-    tuner, _, _ = make_tuner(library, make_trial=Watched)
+    tuner, _, _ = make_tuner(library, make_candidates=Watched)
     gc.collect()
     gc.disable()
     try:
@@ -188,7 +188,7 @@ def test_the_random_numbers_of_the_user_are_untouched(make_tuner):
 
 
 def test_known_problems_are_bounded(make_tuner, monkeypatch):
-    monkeypatch.setattr("semisparse.gemm.tuner._REMEMBERED", 4)
+    monkeypatch.setattr("semisparse.gemm.autotune.autotuner._REMEMBERED", 4)
     tuner, _, _ = make_tuner()
     for tokens in range(8, 8 * 20, 8):
         call(tuner, problems.grad_input(tokens, 16, 16, BF16))
@@ -197,8 +197,8 @@ def test_known_problems_are_bounded(make_tuner, monkeypatch):
 
 def test_the_default_tuner_touches_nothing_until_used(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    made = tuner()
-    assert made is tuner()
+    made = autotuner()
+    assert made is autotuner()
     assert list(tmp_path.iterdir()) == []
 
 
@@ -216,7 +216,7 @@ def test_the_likely_algorithms_are_tried_first_since_not_all_may_be_reached(
             order.append(algorithm)
             return super().time(algorithm, repeats)
 
-    call(make_tuner(cached=False, make_trial=Noting)[0], problems.grad_input(24, 32, 48, dtype))
+    call(make_tuner(stored=False, make_candidates=Noting)[0], problems.grad_input(24, 32, 48, dtype))
     tried = list(dict.fromkeys(number for number in order if number is not None))
     assert tried[:7] == first
     assert tried[7:] == [number for number in range(30) if number not in first]
@@ -232,7 +232,7 @@ def test_what_the_caller_has_queued_and_the_preparation_do_not_count(make_tuner,
             now[0] += 0.375
             super().__init__(*arguments)
 
-    class Noted(race.Race):
+    class Noted(selection.Selection):
         def __init__(self, trial, clock, seconds):
             given.append(seconds)
             super().__init__(trial, clock, seconds)
@@ -241,8 +241,8 @@ def test_what_the_caller_has_queued_and_the_preparation_do_not_count(make_tuner,
         happened.append("clock")
         return now[0]
 
-    monkeypatch.setattr("semisparse.gemm.tuner.Race", Noted)
-    tuner, _, runtime = make_tuner(cached=False, make_trial=Slow, clock=clock, seconds=0.5)
+    monkeypatch.setattr("semisparse.gemm.autotune.autotuner.Selection", Noted)
+    tuner, _, runtime = make_tuner(stored=False, make_candidates=Slow, clock=clock, seconds=0.5)
     runtime.wait = lambda index: happened.append(f"wait {index}")
     call(tuner)
     assert happened[:3] == ["wait -1", "clock", "trial"]

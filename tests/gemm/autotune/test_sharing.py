@@ -10,7 +10,7 @@ import torch
 
 from semisparse.errors import ConfigError
 from semisparse.gemm import problem as problems
-from semisparse.gemm.tuner import DEFAULT
+from semisparse.gemm.autotune.autotuner import DEFAULT
 from tests.gemm.tuning import call
 
 BF16 = torch.bfloat16
@@ -22,7 +22,7 @@ def test_one_thread_tunes_and_the_others_wait_for_its_result(make_tuner, timed):
             time.sleep(0.02)
             return super().fault(algorithm)
 
-    tuner, _, _ = make_tuner(make_trial=Slow, seconds=5.0)
+    tuner, _, _ = make_tuner(make_candidates=Slow, seconds=5.0)
     results, barrier = [], threading.Barrier(6)
 
     def work():
@@ -45,7 +45,7 @@ def test_a_thread_that_fails_lets_the_next_one_tune(make_tuner, timed):
                 raise RuntimeError("illegal memory access")
             return super().fault(algorithm)
 
-    tuner, _, _ = make_tuner(make_trial=Failing)
+    tuner, _, _ = make_tuner(make_candidates=Failing)
     with pytest.raises(RuntimeError, match="illegal"):
         call(tuner)
     assert tuner._engine.plan_count(-1) == 0
@@ -53,11 +53,11 @@ def test_a_thread_that_fails_lets_the_next_one_tune(make_tuner, timed):
 
 
 def test_ranks_share_the_choices_of_one(make_tuner, timed):
-    first, _, _ = make_tuner(cached=False)
+    first, _, _ = make_tuner(stored=False)
     other = problems.activation_weight(24, 32, 48, BF16)
     mine = [call(first), call(first, other)]
     sent = json.loads(json.dumps(first.state()))
-    second, library, _ = make_tuner(cached=False)
+    second, library, _ = make_tuner(stored=False)
     assert second.load_state(sent) == 2
     assert [call(second), call(second, other)] == [replace(choice, source="shared") for choice in mine]
     assert timed.made == 2
@@ -66,21 +66,21 @@ def test_ranks_share_the_choices_of_one(make_tuner, timed):
 
 
 def test_a_shared_choice_replaces_ones_own(make_tuner, timed):
-    first, _, _ = make_tuner(cached=False)
+    first, _, _ = make_tuner(stored=False)
     call(first)
     timed.dense_us = 1.0
-    second, _, _ = make_tuner(cached=False)
+    second, _, _ = make_tuner(stored=False)
     assert call(second).algorithm is None
     second.load_state(first.state())
     assert call(second).algorithm == 4
 
 
 def test_a_state_of_another_gpu_is_not_used(make_tuner, timed):
-    first, _, runtime = make_tuner(cached=False)
+    first, _, runtime = make_tuner(stored=False)
     identity = runtime.identity(-1)
     runtime.identity = lambda index: identity | {"gpu": "Another"}
     call(first)
-    second, _, _ = make_tuner(cached=False)
+    second, _, _ = make_tuner(stored=False)
     second.load_state(first.state())
     assert call(second).source == "tuned"
 
@@ -94,6 +94,9 @@ def test_a_state_of_another_gpu_is_not_used(make_tuner, timed):
         {"schema": 1, "choices": [{"key": {}}]},
         {"schema": 1, "choices": [{"key": {"gpu": "x"}, "choice": {"algorithm": -1}}]},
         {"schema": 1, "choices": 5},
+        {"schema": True, "choices": []},
+        {"schema": 1, "choices": [{"key": {"gpu": 10**5000}, "choice": DEFAULT.to_record()}]},
+        {"schema": 1, "choices": [{"key": {}, "choice": DEFAULT.to_record() | {"sparse_us": 10**400}}]},
         {"schema": 1, "choices": [{"key": {"gpu": float("nan")}, "choice": DEFAULT.to_record()}]},
     ],
 )
@@ -102,6 +105,6 @@ def test_a_damaged_state_is_refused_whole(make_tuner, state):
     good = {"key": {"gpu": "x"}, "choice": DEFAULT.to_record()}
     if isinstance(state, dict) and isinstance(state.get("choices"), list):
         state["choices"].insert(0, good)
-    with pytest.raises(ConfigError, match=r"make it with Tuner\.state"):
+    with pytest.raises(ConfigError, match=r"make it with tuning\.state"):
         tuner.load_state(state)
     assert list(tuner.choices()) == []

@@ -7,11 +7,11 @@ import torch
 
 from semisparse.errors import ConfigError, EngineError
 from semisparse.gemm import problem as problems
-from semisparse.gemm.choice import Choice
-from semisparse.gemm.trial import Operands
-from semisparse.gemm.tuner import DEFAULT
+from semisparse.gemm.autotune.algorithm import Choice
+from semisparse.gemm.autotune.autotuner import DEFAULT
+from semisparse.gemm.operands import Operands
 from tests.gemm.simulated import operands
-from tests.gemm.tuning import FORWARD, call, shipped_row
+from tests.gemm.tuning import FORWARD, call, shipped_entry
 
 BF16 = torch.bfloat16
 
@@ -56,18 +56,18 @@ def test_without_tuning_a_refused_problem_goes_dense(make_tuner):
 
 @off
 @pytest.mark.usefixtures("no_tuning")
-def test_without_tuning_the_shipped_table_serves_before_the_default(make_tuner):
-    choice = call(make_tuner(rows=[shipped_row()])[0])
+def test_without_tuning_the_shipped_table_serves_before_the_default(make_tuner, caplog):
+    choice = call(make_tuner(shipped=[shipped_entry()])[0])
     assert (choice.algorithm, choice.source) == (2, "shipped")
-    assert call(make_tuner(rows=[shipped_row(gpu="Another")])[0]) is DEFAULT
-    with pytest.warns(RuntimeWarning, match="source 'shipped'.*77 of 6; it is ignored"):
-        assert call(make_tuner(rows=[shipped_row(algorithm=77, sparse_algorithm=77)])[0]) is DEFAULT
+    assert call(make_tuner(shipped=[shipped_entry(gpu="Another")])[0]) is DEFAULT
+    assert call(make_tuner(shipped=[shipped_entry(77, 77)])[0]) is DEFAULT
+    assert "source 'shipped'): algorithm 77 is not among the 6" in caplog.text
 
 
 def test_without_tuning_a_stored_choice_serves_before_both(make_tuner, monkeypatch):
     tuned = call(make_tuner()[0])
     monkeypatch.setenv("SEMISPARSE_TUNE", "0")
-    assert call(make_tuner(rows=[shipped_row()])[0]) == replace(tuned, source="disk")
+    assert call(make_tuner(shipped=[shipped_entry()])[0]) == replace(tuned, source="disk")
 
 
 def test_the_variable_is_read_at_each_new_problem_and_a_default_is_not_kept(make_tuner, timed, monkeypatch):
@@ -85,10 +85,10 @@ def test_the_variable_is_read_at_each_new_problem_and_a_default_is_not_kept(make
 
 def test_a_default_is_neither_written_nor_shared(make_tuner, monkeypatch):
     monkeypatch.setenv("SEMISPARSE_TUNE", "0")
-    tuner, _, _ = make_tuner(rows=[shipped_row()])
+    tuner, _, _ = make_tuner(shipped=[shipped_entry()])
     call(tuner)
     assert tuner.state()["choices"] == []
-    assert not tuner._cache._folder.exists()
+    assert not tuner._store._folder.exists()
 
 
 # ---- capture
@@ -109,7 +109,7 @@ def test_a_cold_capture_raises_and_names_the_way_out(make_tuner, timed):
 
 
 def test_a_cold_capture_uses_what_is_stored_or_shipped(make_tuner):
-    tuner, _, runtime = make_tuner(rows=[shipped_row()])
+    tuner, _, runtime = make_tuner(shipped=[shipped_entry()])
     runtime.is_capturing = True
     assert call(tuner).source == "shipped"
     runtime.is_capturing = False

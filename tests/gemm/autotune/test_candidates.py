@@ -9,8 +9,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from semisparse.errors import EngineError
 from semisparse.gemm import problem as problems
-from semisparse.gemm import trial as trials
-from semisparse.gemm.trial import Operands, Trial, integers, keep_two_of_four, make_sample, within
+from semisparse.gemm.autotune import candidates as module
+from semisparse.gemm.autotune.candidates import Candidates, integers, keep_two_of_four, make_sample, within
+from semisparse.gemm.operands import Operands
 from tests.gemm.simulated import cuSPARSELtError, exact, make_engine, operands, unpack
 
 BF16 = torch.bfloat16
@@ -22,17 +23,17 @@ PRODUCTS = [
 ]
 
 
-def make_trial(problem, library=None, **options):
+def make_candidates(problem, library=None, **options):
     engine, library, _ = make_engine(library)
     a, _, out, bias = operands(problem)
     noise = torch.randn(problem.b_shape).to(problem.dtype)  # sums whose order shows
-    return Trial(engine, problem, Operands(engine.compress(a), noise, out, bias), **options), library, engine
+    return Candidates(engine, problem, Operands(engine.compress(a), noise, out, bias), **options), library, engine
 
 
 @pytest.mark.parametrize("problem", PRODUCTS, ids=str)
 def test_a_right_algorithm_has_no_fault(problem):
-    trial, _, _ = make_trial(problem)
-    assert [trial.fault(algorithm) for algorithm in range(3)] == [None] * 3
+    candidates, _, _ = make_candidates(problem)
+    assert [candidates.fault(algorithm) for algorithm in range(3)] == [None] * 3
 
 
 def one_element(out):
@@ -50,36 +51,36 @@ def swapped_rows(out):
 @pytest.mark.parametrize("problem", PRODUCTS, ids=str)
 @pytest.mark.parametrize("fault", [one_element, unwritten, swapped_rows, torch.Tensor.zero_])
 def test_a_wrong_result_is_found(problem, fault):
-    trial, library, _ = make_trial(problem)
+    candidates, library, _ = make_candidates(problem)
     library.faults[2] = fault
-    assert trial.fault(2) == "wrong: differs from the dense product in run 1"
-    assert trial.fault(1) is None
+    assert candidates.fault(2) == "wrong: differs from the dense product in run 1"
+    assert candidates.fault(1) is None
 
 
 def test_an_algorithm_that_is_wrong_now_and_then_is_found():
-    trial, library, _ = make_trial(PRODUCTS[1])
+    candidates, library, _ = make_candidates(PRODUCTS[1])
     runs = itertools.count()
     library.faults[2] = lambda out: one_element(out) if next(runs) == 2 else None
-    assert trial.fault(2) == "wrong: differs from the dense product in run 3"
+    assert candidates.fault(2) == "wrong: differs from the dense product in run 3"
 
 
 def test_an_algorithm_that_writes_nothing_now_and_then_is_not_judged_by_what_it_wrote_before():
-    trial, library, _ = make_trial(PRODUCTS[1])
+    candidates, library, _ = make_candidates(PRODUCTS[1])
     multiply, runs = library.matmul, itertools.count()
     library.matmul = lambda *arguments: multiply(*arguments) if next(runs) != 1 else None
-    assert trial.fault(2) == "wrong: differs from the dense product in run 2"
+    assert candidates.fault(2) == "wrong: differs from the dense product in run 2"
 
 
 @pytest.mark.parametrize("tile", range(8))
 def test_a_wrong_tile_of_128_rows_is_found_wherever_it_lies(tile):
-    trial, library, _ = make_trial(problems.grad_input(16, 16, 1024, BF16))
+    candidates, library, _ = make_candidates(problems.grad_input(16, 16, 1024, BF16))
     library.faults[2] = lambda out: out[128 * tile : 128 * (tile + 1)].zero_()
-    assert trial.fault(2) == "wrong: differs from the dense product in run 1"
+    assert candidates.fault(2) == "wrong: differs from the dense product in run 1"
 
 
 def test_an_algorithm_that_sums_in_another_order_each_time_is_found():
     """Right on integers, where every order gives the same sum; other last bits on real numbers."""
-    trial, library, _ = make_trial(PRODUCTS[1])
+    candidates, library, _ = make_candidates(PRODUCTS[1])
     runs = itertools.count()
 
     def jitter(out):
@@ -87,19 +88,19 @@ def test_an_algorithm_that_sums_in_another_order_each_time_is_found():
             out[0] *= 1 + 0.01 * next(runs)
 
     library.faults[2] = jitter
-    assert trial.fault(2) == "wrong: other bits in run 2"
+    assert candidates.fault(2) == "wrong: other bits in run 2"
 
 
 def test_equal_nan_results_count_as_equal():
-    trial, _, _ = make_trial(PRODUCTS[1])
-    trial._operands.b[0, 0] = float("nan")
-    assert trial.fault(0) is None
+    candidates, _, _ = make_candidates(PRODUCTS[1])
+    candidates._operands.b[0, 0] = float("nan")
+    assert candidates.fault(0) is None
 
 
 @pytest.mark.parametrize("run", [1, 2])
 def test_an_algorithm_that_ignores_the_bias_of_the_call_is_found(run):
     """The bias altogether, or one that is set when the plan is built already, though another product heeds it."""
-    trial, library, _ = make_trial(PRODUCTS[0])
+    candidates, library, _ = make_candidates(PRODUCTS[0])
     heed = library.matmul_desc_set_attribute
 
     def set_attribute(handle, matmul, *attribute):
@@ -109,38 +110,38 @@ def test_an_algorithm_that_ignores_the_bias_of_the_call_is_found(run):
             heed(handle, matmul, *attribute)
 
     library.matmul_desc_set_attribute = set_attribute
-    assert trial.fault(2) == f"wrong: differs from the dense product in run {run}"
+    assert candidates.fault(2) == f"wrong: differs from the dense product in run {run}"
 
 
 @pytest.mark.parametrize("error", [cuSPARSELtError(10), torch.OutOfMemoryError("out of memory")])
 def test_errors_come_through_for_the_race_to_sort_out(error):
-    trial, library, _ = make_trial(PRODUCTS[1])
+    candidates, library, _ = make_candidates(PRODUCTS[1])
 
     def fail(out):
         raise error
 
     library.faults[0] = fail
     with pytest.raises(EngineError if isinstance(error, cuSPARSELtError) else torch.OutOfMemoryError):
-        trial.fault(0)
+        candidates.fault(0)
 
 
 def test_closing_frees_all_plans_but_the_chosen_one():
-    for problem, memory in ((PRODUCTS[0], trials.MEMORY), (PRODUCTS[0], 16 * 1024)):
-        trial, _, engine = make_trial(problem, memory=memory)
+    for problem, memory in ((PRODUCTS[0], module.MEMORY), (PRODUCTS[0], 16 * 1024)):
+        candidates, _, engine = make_candidates(problem, memory=memory)
         for algorithm in range(5):
-            trial.fault(algorithm)
-        trial.close(keep=3)
+            candidates.fault(algorithm)
+        candidates.close(keep=3)
         assert engine.plan_count(-1) == 1
-        trial.close(keep=None)
+        candidates.close(keep=None)
         assert engine.plan_count(-1) == 0
 
 
 def test_the_users_random_numbers_and_settings_are_left_alone():
     before = torch.get_rng_state()
-    trial, _, _ = make_trial(PRODUCTS[0])
+    candidates, _, _ = make_candidates(PRODUCTS[0])
     torch.set_rng_state(before)
-    make_sample(trial._engine, PRODUCTS[0], trial._operands.out, trials.MEMORY)
-    trial.fault(0)
+    make_sample(candidates._engine, PRODUCTS[0], candidates._operands.out, module.MEMORY)
+    candidates.fault(0)
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -152,7 +153,7 @@ def test_autocast_and_a_low_default_dtype_do_not_spoil_the_exact_sums():
         with torch.autocast("cpu", dtype=BF16):
             engine, _, _ = make_engine()
             out = torch.empty(problem.d_shape, dtype=BF16)
-            sample = make_sample(engine, problem, out, trials.MEMORY)
+            sample = make_sample(engine, problem, out, module.MEMORY)
     finally:
         torch.set_default_dtype(torch.float32)
     a = unpack(sample.packed, problem.rows, problem.reduction, BF16)
@@ -165,7 +166,7 @@ def test_autocast_and_a_low_default_dtype_do_not_spoil_the_exact_sums():
 @pytest.mark.parametrize("problem", PRODUCTS, ids=str)
 def test_the_sample_is_what_it_says(problem):
     engine, _, _ = make_engine()
-    sample = make_sample(engine, problem, torch.empty(problem.d_shape, dtype=problem.dtype), trials.MEMORY)
+    sample = make_sample(engine, problem, torch.empty(problem.d_shape, dtype=problem.dtype), module.MEMORY)
     a = unpack(sample.packed, problem.rows, problem.reduction, problem.dtype)
     assert ((a.view(-1, 4) != 0).sum(-1) <= 2).all()
     assert set(sample.b.unique().tolist()) == {-2.0, -1.0, 0.0, 1.0, 2.0}
@@ -202,7 +203,7 @@ def test_integers_stay_exact_in_every_dtype():
     ids=str,
 )
 def test_a_problem_that_is_too_large_is_checked_on_a_part_of_it(problem):
-    for memory in (trials.MEMORY, trials.MEMORY // 4):
+    for memory in (module.MEMORY, module.MEMORY // 4):
         part = within(problem, memory)
         assert part.refusal() is None
         assert (part.reduction, part.dtype, part.bias) == (problem.reduction, problem.dtype, problem.bias)
@@ -250,8 +251,8 @@ def test_a_full_device_is_checked_with_less(monkeypatch):
             raise torch.OutOfMemoryError("out of memory")
         return make_sample(engine, part, out, memory)
 
-    monkeypatch.setattr(trials, "make_sample", scarce)
+    monkeypatch.setattr(module, "make_sample", scarce)
     a, b, _, _ = operands(replace(problem, rows=16, reduction=16, columns=8))
-    made = Trial(engine, problem, Operands(a, b, torch.empty(problem.d_shape, dtype=BF16)), memory=2**21)
+    made = Candidates(engine, problem, Operands(a, b, torch.empty(problem.d_shape, dtype=BF16)), memory=2**21)
     assert made._sample.problem == tried[2] == within(problem, 2**17)
     assert tried[0].rows > tried[1].rows > tried[2].rows

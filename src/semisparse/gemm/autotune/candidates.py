@@ -1,13 +1,12 @@
-"""Checking and timing the candidates for one problem, on the operands of the call that met it first.
+"""Checking and timing the candidates for one problem, on the operands of the first call with that problem.
 
-A candidate is checked twice before it may be chosen. Against PyTorch's dense product, bit for bit: on operands of
-small integers every partial sum is exact, so a right algorithm has no rounding to hide behind, whatever its order of
-summation. And against itself on the caller's operands, where the order does show: an algorithm that gives other bits on
-a second run is not used.
+A candidate is checked twice before it may be chosen. First against PyTorch's dense product, bit for bit: on operands of
+small integers every partial sum is exact, so a right algorithm gives these bits in any order of summation. Then against
+itself on the caller's operands, where the order matters: an algorithm whose second run gives other bits is not used.
 
 Extra memory stays under MEMORY: the checked problem is the caller's own where that fits, else one with fewer rows and
-columns and the same reduction; the dense result is compared on rows spread over the whole matrix. The random numbers
-come from an own generator. Waits for the current stream only; the memory goes back to PyTorch's allocator.
+columns and the same reduction; the dense result is compared on rows spread over the whole matrix. Random numbers come
+from a generator of its own. Waits for the current stream only; the memory goes back to PyTorch's allocator.
 """
 
 from collections.abc import Callable
@@ -17,32 +16,23 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from semisparse.formats.layout import SPARSE_MULTIPLE
 from semisparse.gemm.engine import Engine
-from semisparse.gemm.problem import DENSE_MULTIPLE, SPARSE_MULTIPLE, Problem
+from semisparse.gemm.operands import Operands
+from semisparse.gemm.problem import DENSE_MULTIPLE, Problem
 from semisparse.pattern import GROUP, ROW_BITS
 
 MEMORY = 256 * 2**20
-"""Bytes on the device that tuning one problem may take beside the caller's tensors."""
+"""Bytes on the device that tuning one problem may take in addition to the caller's tensors."""
 
 _ROWS = 256  # rows of D that are compared: at least one in every 128-row tile up to 32,768 rows
 _REPEATS = 3
-# Bytes for each entry of the compared rows of D (fp32 sums, two 16-bit results and a copy) and of A (16 bits and fp32).
+# Bytes per entry of the compared rows of D (fp32 sums, two 16-bit results and a copy) and of A (16 bits and fp32).
 _D_ENTRY, _A_ENTRY = 10, 6
 
 
-class Operands(NamedTuple):
-    """One call's tensors, as Engine.matmul takes them; out is overwritten. dense: the whole masked-dense alternative,
-    unpacking included, or None where there is none."""
-
-    packed: Tensor
-    b: Tensor
-    out: Tensor
-    bias: Tensor | None = None
-    dense: Callable[[], object] | None = None
-
-
 class Sample(NamedTuple):
-    """Integer operands of a problem and the right answers in the compared rows, one for each bias."""
+    """Integer operands of a problem and the exact results in the compared rows, one per bias."""
 
     problem: Problem
     packed: Tensor
@@ -53,11 +43,26 @@ class Sample(NamedTuple):
     expected: tuple[Tensor, ...]
 
 
-class Trial:
-    """The candidates of one problem, measured on one call's operands. memory: see MEMORY."""
+class Candidates:
+    """The candidates of one problem, checked and timed on one call's operands.
 
-    def __init__(self, engine: Engine, problem: Problem, operands: Operands, memory: int = MEMORY) -> None:
-        self._engine, self._problem, self._operands = engine, problem, operands
+    Args:
+        engine: Runs the candidates.
+        problem: The product.
+        operands: Of this problem; out is overwritten.
+        dense: The whole masked-dense alternative, unpacking included; None where there is none.
+        memory: See MEMORY.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        problem: Problem,
+        operands: Operands,
+        dense: Callable[[], object] | None = None,
+        memory: int = MEMORY,
+    ) -> None:
+        self._engine, self._problem, self._operands, self._dense = engine, problem, operands, dense
         self._index = operands.out.get_device()
         self._sample = _roomy_sample(engine, problem, operands.out, memory)
 
@@ -67,14 +72,14 @@ class Trial:
         for repeat in range(_REPEATS):
             which = repeat % len(sample.biases)
             sample.out.fill_(float("nan"))
-            bias = sample.biases[which]
-            self._engine.matmul(sample.problem, algorithm, sample.packed, sample.b, sample.out, bias)
+            given = Operands(sample.packed, sample.b, sample.out, sample.biases[which])
+            self._engine.matmul(sample.problem, algorithm, given)
             if not torch.equal(_rows_of(sample.problem, sample.out, sample.rows), sample.expected[which]):
                 return f"wrong: differs from the dense product in run {repeat + 1}"
         rows = _spread(self._problem.rows, len(sample.rows), sample.rows.device)
         first: Tensor | None = None
         for repeat in range(_REPEATS):
-            self._run(algorithm)
+            self._engine.matmul(self._problem, algorithm, self._operands)
             bits = _rows_of(self._problem, self._operands.out, rows).view(torch.int16)
             if first is not None and not torch.equal(first, bits):
                 return f"wrong: other bits in run {repeat + 1}"
@@ -82,12 +87,15 @@ class Trial:
         return None
 
     def time(self, algorithm: int | None, repeats: int) -> float:
-        """Microseconds a call, back to back; None is the dense alternative."""
-        if algorithm is None:
-            dense = self._operands.dense
-            assert dense is not None, "the tuner asks for what the operands have"
-            return self._engine.runtime.time(self._index, dense, repeats)
-        return self._engine.runtime.time(self._index, lambda: self._run(algorithm), repeats)
+        """Microseconds per call, back to back; algorithm None is the dense alternative."""
+        call = self._dense
+        if algorithm is not None:
+
+            def call() -> None:
+                self._engine.matmul(self._problem, algorithm, self._operands)
+
+        assert call is not None, "selection asks for dense only where there is one"
+        return self._engine.runtime.time(self._index, call, repeats)
 
     def close(self, keep: int | None) -> None:
         """Free the plans of the algorithms that were not chosen."""
@@ -95,13 +103,9 @@ class Trial:
         if self._sample.problem != self._problem:
             self._engine.release(self._sample.problem, self._index)
 
-    def _run(self, algorithm: int) -> None:
-        packed, b, out, bias, _ = self._operands
-        self._engine.matmul(self._problem, algorithm, packed, b, out, bias)
-
 
 def within(problem: Problem, memory: int) -> Problem:
-    """The problem, or the largest with fewer rows and columns whose check fits into that many bytes.
+    """The problem, or the largest with fewer rows and columns whose check fits into memory bytes.
 
     Of 16 parts, 10 hold A while it is compressed (16-bit dense + 9/16 of that packed). Later A packed has 4, B 6, the
     compared rows of D 3 and of A 2, and what is converted at a time 1.
@@ -127,7 +131,14 @@ def _roomy_sample(engine: Engine, problem: Problem, out: Tensor, memory: int) ->
 
 
 def make_sample(engine: Engine, problem: Problem, out: Tensor, memory: int) -> Sample:
-    """Integer operands for a problem; D is written to the front of out, which must be at least as large."""
+    """Integer operands for a problem.
+
+    Args:
+        engine: Packs A.
+        problem: What the operands are for.
+        out: D is written to its front; it must be at least as large.
+        memory: Bytes that this may take.
+    """
     part, device = memory // 16, out.device
     generator = torch.Generator(device=device).manual_seed(0)
     # The ops that call this may run under the user's autocast, which would round the exact sums.

@@ -1,0 +1,146 @@
+"""Layout of the 2:4 metadata in cuSPARSELt's packed buffer: its description, and encode/decode in plain PyTorch.
+
+A packed matrix (R x C) is one uint8 buffer: the kept values, R x C/2 row by row, then 4 bits per group of four
+(pattern.metadata_nibble). The place of a nibble is undocumented and differs between GPU generations. On sm90 it was
+measured to be a bit permutation: within blocks of a power of two of rows and groups, each bit of a nibble's address is
+one bit of the row or of the group. Blocks are stored row by row, and both axes are padded to whole blocks. At some
+sizes the compressor asks for a little more than that (packed_bytes); it leaves those last bytes unwritten, and nothing
+reads them.
+
+This module holds the facts of the format that kernels and engine share. Each is written down here only.
+"""
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from semisparse.pattern import GROUP, KEPT, Packed
+
+SPARSE_MULTIPLE = 16
+"""Rows and columns of a packed matrix must be multiples of this (16-bit types; measured on cuSPARSELt 0.8.0)."""
+
+ALIGNMENT = 16
+"""Bytes. cuSPARSELt needs every device address to be a multiple of this, and the kernels load rows in such pieces."""
+
+PACKED_DTYPES = (torch.float16, torch.bfloat16)
+"""Dtypes of packed values."""
+
+GROUP_BIT = 32
+"""Added to the number of a group bit in MetadataLayout.bits, to tell it from a row bit."""
+
+ZERO_NIBBLE = 0b1110
+"""What NVIDIA's compressor stores for a group of four zeros, and for padding (measured on one H200)."""
+
+LARGEST_BLOCK = (64, 16)
+"""Rows and groups of the largest metadata block that the pack kernel writes: what its smallest program covers."""
+
+
+class MetadataLayout(NamedTuple):
+    """A bit permutation of (row, group) within blocks.
+
+    Attributes:
+        bits: The source of each bit of a nibble's address within its block, lowest first: r for bit r of the row,
+            GROUP_BIT + g for bit g of the group.
+        padding: The nibble of the groups that fill up the last blocks.
+    """
+
+    bits: tuple[int, ...]
+    padding: int = ZERO_NIBBLE
+
+    @property
+    def block_rows(self) -> int:
+        """Rows in a block."""
+        return 1 << sum(bit < GROUP_BIT for bit in self.bits)
+
+    @property
+    def block_groups(self) -> int:
+        """Groups of four columns in a block."""
+        return 1 << sum(bit >= GROUP_BIT for bit in self.bits)
+
+    def blocks(self, rows: int, columns: int) -> tuple[int, int]:
+        """Rows of blocks and blocks per row of the metadata of a rows x columns matrix."""
+        return -(-rows // self.block_rows), -(-(columns // GROUP) // self.block_groups)
+
+    def metadata_bytes(self, rows: int, columns: int) -> int:
+        """Bytes of metadata of a rows x columns matrix, padding included."""
+        down, across = self.blocks(rows, columns)
+        return (down * across << len(self.bits)) // 2
+
+    def buffer_bytes(self, rows: int, columns: int) -> int:
+        """Bytes of a packed rows x columns matrix of 16-bit values: values and whole metadata blocks."""
+        return rows * columns + self.metadata_bytes(rows, columns)
+
+    def nibble_address(self, rows: Tensor, groups: Tensor, columns: int) -> Tensor:
+        """Addresses of nibbles.
+
+        Args:
+            rows: int64, broadcast with groups.
+            groups: Groups of four columns, int64.
+            columns: Columns of the matrix.
+
+        Returns:
+            int64, in nibbles from the start of the metadata.
+        """
+        across = self.blocks(0, columns)[1]
+        address = (rows // self.block_rows * across + groups // self.block_groups) << len(self.bits)
+        for place, bit in enumerate(self.bits):
+            source = rows >> bit if bit < GROUP_BIT else groups >> (bit - GROUP_BIT)
+            address = address | (source & 1) << place
+        return address
+
+    def encode(self, packed: Packed) -> Tensor:
+        """Values and metadata of a packed matrix as one uint8 buffer that ends with the last whole block."""
+        rows, groups = packed.nibbles.shape
+        nibbles = packed.nibbles.new_full((2 * self.metadata_bytes(rows, groups * GROUP),), self.padding)
+        nibbles[_addresses(self, rows, groups * GROUP, packed.nibbles.device)] = packed.nibbles
+        metadata = nibbles[0::2] | nibbles[1::2] << 4
+        return torch.cat([packed.values.contiguous().view(torch.uint8).flatten(), metadata])
+
+    def decode(self, buffer: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Packed:
+        """Values and nibbles of a packed rows x columns matrix; the inverse of encode.
+
+        Args:
+            buffer: uint8; bytes behind the last metadata block are not read.
+            rows: Rows of the matrix.
+            columns: Columns of the matrix.
+            dtype: Of the values.
+        """
+        size = rows * columns // GROUP * KEPT * dtype.itemsize
+        values = buffer[:size].clone().view(dtype).view(rows, columns // GROUP * KEPT)
+        metadata = buffer[size : size + self.metadata_bytes(rows, columns)]
+        nibbles = torch.stack([metadata & 15, metadata >> 4], dim=1).flatten()
+        return Packed(values, nibbles[_addresses(self, rows, columns, buffer.device)])
+
+
+SM90_16BIT = MetadataLayout((3, 34, 32, 33, 0, 1, 2, 4, 5))
+"""fp16 and bf16 on sm90: blocks of 64 rows x 32 columns (measured on one H200, cuSPARSELt 0.8.0)."""
+
+SM90_8BIT = MetadataLayout((32, 3, 35, 33, 34, 0, 1, 2, 4, 5))
+"""8-bit types on sm90: blocks of 64 rows x 64 columns (measured as above)."""
+
+_ROWS, _COLUMNS = SM90_16BIT.block_rows, SM90_16BIT.block_groups * GROUP
+
+
+def packed_bytes(rows: int, columns: int) -> int:
+    """Bytes of the buffer of a packed rows x columns matrix of 16-bit values; SymInts are accepted.
+
+    This is what the compressor asks for (measured on one H200 at 16 sizes): room for whole metadata blocks, whichever
+    way the blocks are turned.
+    """
+    upright = round_up(rows, _ROWS) * round_up(columns, _COLUMNS)
+    turned = round_up(rows, _COLUMNS) * round_up(columns, _ROWS)
+    return rows * columns + torch.sym_max(upright, turned) // 8
+
+
+def round_up(size: int, multiple: int) -> int:
+    """size rounded up to a multiple; SymInts are accepted."""
+    return -(-size // multiple) * multiple
+
+
+@lru_cache(maxsize=8)
+def _addresses(layout: MetadataLayout, rows: int, columns: int, device: torch.device) -> Tensor:
+    row = torch.arange(rows, device=device)[:, None]
+    group = torch.arange(columns // GROUP, device=device)[None, :]
+    return layout.nibble_address(row, group, columns)

@@ -1,0 +1,278 @@
+"""The autotuner: which algorithm of the sparse engine computes a problem, or masked dense where that is faster.
+
+The first call with a problem times every algorithm and checks the fastest (candidates.py, selection.py), for about half
+a second. Problems whose token counts fall into one bucket share the result; N and K are exact. It is kept in the
+process, for all threads and layers, and on disk (store.py). A stored choice is never timed again. `state` and
+`load_state` carry choices from one rank to the others, so that all ranks sum in the same order.
+
+Tuning is off where SEMISPARSE_TUNE is 0 and while torch.use_deterministic_algorithms is on; both are read at each call
+with a problem that has no measured choice. Then a stored choice is used, else a shipped one, else algorithm 0,
+unchecked. While a CUDA graph is captured, a problem with neither a stored nor a shipped choice raises EngineError.
+Where the engine cannot be used at all, the choice is masked dense, with the reason in its note.
+"""
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+from functools import cache
+from typing import Any
+
+import torch
+
+from semisparse.errors import ConfigError, EngineError
+from semisparse.gemm.autotune.algorithm import Choice, clipped, one_line
+from semisparse.gemm.autotune.candidates import Candidates
+from semisparse.gemm.autotune.selection import SECONDS, Selection
+from semisparse.gemm.autotune.store import (
+    Entry,
+    Key,
+    Store,
+    canonical,
+    find_shipped,
+    from_document,
+    shipped,
+    to_document,
+)
+from semisparse.gemm.engine import Engine, engine
+from semisparse.gemm.operands import Operands
+from semisparse.gemm.problem import Problem
+
+logger = logging.getLogger(__name__)
+
+VARIABLE = "SEMISPARSE_TUNE"
+DEFAULT = Choice(0, 0, None, None, "default")
+
+_LIKELY = {torch.bfloat16: (17, 20, 12, 0, 15, 14, 1), torch.float16: (6, 5, 27, 1, 28, 7, 13)}
+"""Algorithms tried first: the fastest on one H200. The first use of an fp16 kernel takes 0.15 to 0.25 s there, so that
+few are reached in time; for bf16 all are, except at the largest problems."""
+
+_REMEMBERED = 8192  # problems whose choice is found without forming its key; past it all are looked up again
+
+Dense = Callable[[], object]
+
+
+class Autotuner:
+    """Choices of one process. The default object: `autotuner()`.
+
+    Args:
+        engine: Runs the candidates and says which algorithms exist.
+        store: Where choices outlive the process; None for nowhere.
+        make_candidates: Makes what is timed; tests inject made-up times.
+        clock: Seconds; tests inject a clock.
+        shipped: The choices that ship with the package.
+        seconds: Wall time that tuning one problem may take.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        store: Store | None,
+        *,
+        make_candidates: Callable[[Engine, Problem, Operands, Dense | None], Candidates] = Candidates,
+        clock: Callable[[], float] = time.perf_counter,
+        shipped: Callable[[], Iterable[Entry]] = shipped,
+        seconds: float = SECONDS,
+    ) -> None:
+        self._engine, self._store = engine, store
+        self._make_candidates, self._clock, self._shipped, self._seconds = make_candidates, clock, shipped, seconds
+        # One problem is decided at a time: two tuning runs on one GPU would disturb each other's times.
+        self._deciding = threading.Lock()
+        self._measured: dict[str, Entry] = {}  # by canonical key; what state() carries
+        self._known: dict[tuple[Problem, int], Choice] = {}  # the same by problem and device, for the hot path
+        self._provisional: dict[tuple[Problem, int], Choice] = {}  # unmeasured, until tuning is on again
+
+    def known(self, problem: Problem, index: int) -> Choice | None:
+        """The choice for a problem on a device where this process has a final one, else None; one look-up."""
+        return self._known.get((problem, index))
+
+    def choose(self, problem: Problem, index: int, operands: Operands, dense: Dense | None = None) -> Choice:
+        """The choice for a problem on a device; where there is none yet, it is tuned on these operands.
+
+        Tuning takes about half a second and at most 256 MiB on the device, waits for the current stream only, and
+        leaves PyTorch's random numbers alone. Concurrent callers wait for one tuning run. On return operands.out may
+        hold scratch data: run the product afterwards.
+
+        Args:
+            problem: The product.
+            index: Of the device.
+            operands: Of this problem; out is overwritten.
+            dense: The whole masked-dense alternative, unpacking included; None where there is none.
+
+        Raises:
+            EngineError: While a CUDA graph is captured, where there is no choice yet: run a warm-up step first.
+            ConfigError: SEMISPARSE_TUNE is neither 0 nor 1.
+        """
+        choice = self._known.get((problem, index))
+        if choice is not None:
+            return choice
+        verdict = self._engine.available(index)
+        if not verdict.ok:
+            return _remember(self._known, problem, index, _without_engine(verdict.reason))
+        off = _tuning_is_off()
+        if off and (provisional := self._provisional.get((problem, index))):
+            return provisional
+        with self._deciding:
+            choice = self._known.get((problem, index))  # another thread may have decided meanwhile
+            return choice or self._decide(problem, index, operands, dense, off)
+
+    def key(self, problem: Problem, index: int) -> Key:
+        """All that a choice depends on, as JSON values: device, driver, versions, dtype, orders and shape bucket."""
+        bucket = problem.bucket
+        return {
+            **self._engine.runtime.identity(index),
+            "cusparselt": self._engine.available(index).version,
+            "dtype": str(problem.dtype).removeprefix("torch."),
+            "b_order": problem.b_order,
+            "d_order": problem.d_order,
+            "bias": problem.bias,
+            "token_axis": problem.token_axis,
+            "rows": bucket.rows,
+            "reduction": bucket.reduction,
+            "columns": bucket.columns,
+        }
+
+    def state(self) -> dict[str, Any]:
+        """All measured choices of this process as JSON values, for `load_state` on another rank or in a later run."""
+        return to_document(list(self._measured.values()))
+
+    def load_state(self, state: Mapping[str, Any]) -> int:
+        """Adopt choices made elsewhere; they replace this process's own.
+
+        A choice is used only where its whole key agrees, so those of another GPU or version are never used. One whose
+        algorithm this process's library does not offer is dropped, and logged, when its problem is met, and that
+        problem is tuned.
+
+        Args:
+            state: As `state` returns it.
+
+        Returns:
+            How many choices there were.
+
+        Raises:
+            ConfigError: The state is damaged; nothing of it is adopted.
+        """
+        try:
+            named = {canonical(key): (key, choice) for key, choice in from_document(state, "shared")}
+        except ValueError as error:
+            raise ConfigError(
+                f"state is not a state of the autotuner ({error}); make it with tuning.state()"
+            ) from error
+        with self._deciding:
+            self._measured.update(named)
+            self._known.clear()
+            self._provisional.clear()
+        logger.info("adopted %d choices made elsewhere", len(named))
+        return len(named)
+
+    def choices(self) -> list[Entry]:
+        """(key, choice) of each problem bucket with a measured choice, for reports."""
+        return list(self._measured.values())
+
+    def _decide(self, problem: Problem, index: int, operands: Operands, dense: Dense | None, off: bool) -> Choice:
+        key = self.key(problem, index)
+        name = canonical(key)
+        choice = self._stored(name, key, problem, index)
+        if choice is None:
+            if off or self._engine.runtime.capturing():
+                return self._unmeasured(problem, index, key, off)
+            choice = self._tune(problem, index, operands, dense)
+            # A choice with a note was disturbed by something that the next run may not meet.
+            if self._store is not None and not choice.note:
+                self._store.save(key, choice)
+        self._measured[name] = key, choice
+        return _remember(self._known, problem, index, choice)
+
+    def _stored(self, name: str, key: Key, problem: Problem, index: int) -> Choice | None:
+        """From this process (its own, or another rank's), else from disk; only what the library offers here."""
+        _, choice = self._measured.get(name, (None, None))
+        if choice is not None and self._offered(choice, problem, index):
+            return choice
+        self._measured.pop(name, None)
+        choice = None if self._store is None else self._store.load(key)
+        return choice if choice is not None and self._offered(choice, problem, index) else None
+
+    def _offered(self, choice: Choice, problem: Problem, index: int) -> bool:
+        """Whether the library offers what a choice names; logs where it does not."""
+        if choice.sparse_algorithm is None:
+            return True
+        try:
+            offered, reason = self._engine.algorithms(problem, index), ""
+        except EngineError as error:
+            offered, reason = range(0), f": {one_line(error)}"
+        if choice.sparse_algorithm in offered:
+            return True
+        logger.warning(
+            "ignored a choice (source %r): algorithm %d is not among the %d that the library offers for %s%s",
+            choice.source, choice.sparse_algorithm, len(offered), problem, reason,
+        )  # fmt: skip
+        return False
+
+    def _unmeasured(self, problem: Problem, index: int, key: Key, off: bool) -> Choice:
+        """A shipped choice or the default. Not kept among the measured ones: tuning may be switched on later."""
+        choice = find_shipped(self._shipped(), key)
+        if choice is None or not self._offered(choice, problem, index):
+            if not off:
+                raise EngineError(
+                    f"no algorithm has been chosen yet for {problem}, and tuning cannot run while a CUDA graph is "
+                    "captured: run one warm-up step outside the capture first"
+                )
+            choice = self._default(problem, index)
+        logger.info("not tuned: %s by %s", problem, choice)
+        return _remember(self._provisional, problem, index, choice)
+
+    def _default(self, problem: Problem, index: int) -> Choice:
+        try:
+            offered = self._engine.algorithms(problem, index)
+        except EngineError as error:
+            return _without_engine(one_line(error))
+        return DEFAULT if DEFAULT.sparse_algorithm in offered else _without_engine("the library offers no algorithm")
+
+    def _tune(self, problem: Problem, index: int, operands: Operands, dense: Dense | None) -> Choice:
+        logger.info("tuning %s on device %d", problem, index)
+        self._engine.runtime.wait(index)  # work that the caller has queued must not count
+        begin = self._clock()
+        try:
+            algorithms = _likely_first(self._engine.algorithms(problem, index), problem.dtype)
+            candidates = self._make_candidates(self._engine, problem, operands, dense)
+        except EngineError as error:
+            logger.warning("%s cannot be tuned: %s", problem, error)
+            return Choice(None, None, None, None, "tuned", note=one_line(error))
+        choice = None
+        try:
+            selection = Selection(candidates, self._clock, self._seconds - (self._clock() - begin))
+            choice = selection.run(algorithms, dense is not None)
+        finally:
+            candidates.close(None if choice is None else choice.sparse_algorithm)
+        logger.info("tuned %s in %.2f s: %s", problem, self._clock() - begin, choice)
+        return choice
+
+
+def _remember(table: dict[tuple[Problem, int], Choice], problem: Problem, index: int, choice: Choice) -> Choice:
+    if len(table) >= _REMEMBERED:
+        table.clear()
+    table[problem, index] = choice
+    return choice
+
+
+def _without_engine(reason: str) -> Choice:
+    return Choice(None, None, None, None, "default", note=clipped(reason))
+
+
+def _likely_first(algorithms: Iterable[int], dtype: torch.dtype) -> list[int]:
+    likely = _LIKELY[dtype]
+    return sorted(algorithms, key=lambda number: likely.index(number) if number in likely else len(likely))
+
+
+def _tuning_is_off() -> bool:
+    value = os.environ.get(VARIABLE, "1")
+    if value not in ("0", "1"):
+        raise ConfigError(f"{VARIABLE}={value!r} is neither 0 (never tune) nor 1 (tune a problem when it is first met)")
+    return value == "0" or torch.are_deterministic_algorithms_enabled()
+
+
+@cache
+def autotuner() -> Autotuner:
+    """The process's autotuner, on the process's engine and the user's cache folder. Making it reads nothing."""
+    return Autotuner(engine(), Store())

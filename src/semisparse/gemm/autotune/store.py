@@ -1,0 +1,155 @@
+"""Choices as JSON: on disk for later processes, for other ranks, and as a table that ships with the package.
+
+All three are one document, {"schema": 1, "choices": [{"key": ..., "choice": ...}, ...]}, with one reader. A key holds
+all that a choice depends on (GPU, driver, versions, dtype, storage orders, sizes; Autotuner.key). A document may be
+damaged or foreign: from_document() then raises ValueError, and no algorithm runs that the library does not offer.
+
+On disk each problem has a small file of its own, named by a digest of its key. The file also contains the full key, so
+a result of another machine or version is never used, even after a hash collision. Files are written aside and renamed:
+any number of processes may write at once, and a reader sees a complete file or none.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import tempfile
+import warnings
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from semisparse.gemm.autotune.algorithm import Choice, Source, from_record
+
+logger = logging.getLogger(__name__)
+
+SCHEMA = 1
+"""Version of the document; others are not read."""
+
+Key = dict[str, object]
+Entry = tuple[Key, Choice]
+
+
+def canonical(key: Mapping[str, object]) -> str:
+    """A key (JSON values only) as one line of text, equal for equal keys."""
+    return json.dumps(key, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def to_document(entries: Iterable[Entry]) -> dict[str, Any]:
+    """Choices with their keys as one document of JSON values."""
+    return {"schema": SCHEMA, "choices": [{"key": key, "choice": choice.to_record()} for key, choice in entries]}
+
+
+def from_document(content: Any, source: Source) -> list[Entry]:
+    """The entries of a document that may be damaged or foreign.
+
+    Args:
+        content: JSON values.
+        source: Where they come from.
+
+    Raises:
+        ValueError: Something of it cannot be used; nothing is then taken from it.
+    """
+    try:
+        if type(content["schema"]) is not int or content["schema"] != SCHEMA:
+            raise ValueError(f"schema {content['schema']!r}, this version reads {SCHEMA}")
+        entries = [(dict(entry["key"]), from_record(entry["choice"], source)) for entry in content["choices"]]
+        for key, _ in entries:
+            canonical(key)
+    except (AttributeError, KeyError, OverflowError, RecursionError, TypeError) as error:
+        raise ValueError(f"{type(error).__name__}: {error}") from error
+    return entries
+
+
+def default_folder() -> Path:
+    """$XDG_CACHE_HOME/semisparse, or ~/.cache/semisparse where that is unset or not absolute. Read on each call."""
+    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return (base if base.is_absolute() else Path.home() / ".cache") / "semisparse"
+
+
+class Store:
+    """Choices in a folder (default: default_folder() at each use). No method raises.
+
+    A file that cannot be used is ignored and logged; the problem is then tuned again and the file replaced.
+    """
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self._folder = folder
+        self._warned = False
+
+    def load(self, key: Key) -> Choice | None:
+        """The stored choice for exactly this key, or None."""
+        path = None
+        try:
+            path = self._path(key)
+            ((found, choice),) = from_document(json.loads(path.read_bytes()), "disk")
+            if canonical(found) != canonical(key):
+                raise ValueError("the file holds another key than its name says")
+            return choice
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, RecursionError, RuntimeError) as error:
+            logger.warning("ignored the stored tuning result %s: %s", path, error)
+            return None
+
+    def save(self, key: Key, choice: Choice) -> None:
+        """Write a choice in place of an older one. Warns, once, where that is not possible."""
+        try:
+            path = self._path(key)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _replace(path, json.dumps(to_document([(key, choice)]), indent=1, allow_nan=False))
+            logger.debug("wrote %s", path)
+        except (OSError, ValueError, RuntimeError) as error:
+            logger.info("could not store a tuning result: %s", error)
+            if not self._warned:
+                self._warned = True
+                warnings.warn(
+                    f"tuning results cannot be stored ({error}); every process will tune again. Make "
+                    "$XDG_CACHE_HOME/semisparse or ~/.cache/semisparse writable",
+                    RuntimeWarning,
+                    stacklevel=3,
+                )
+
+    def _path(self, key: Key) -> Path:
+        digest = hashlib.sha256(canonical(key).encode()).hexdigest()
+        return (self._folder or default_folder()) / f"{digest}.json"
+
+
+def _replace(path: Path, text: str) -> None:
+    descriptor, aside = tempfile.mkstemp(suffix=".tmp", dir=path.parent)
+    try:
+        with open(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.replace(aside, path)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(aside)
+        raise
+
+
+@cache
+def shipped() -> tuple[Entry, ...]:
+    """The choices that ship with the package, read once.
+
+    shipped.json is made from benchmark results by benchmarks/shipped_table.py. Its keys name the GPU and the library's
+    version (ids change between versions), not driver or torch.
+    """
+    text = resources.files(__package__).joinpath("shipped.json").read_text(encoding="utf-8")
+    return tuple(from_document(json.loads(text), "shipped"))
+
+
+def find_shipped(entries: Iterable[Entry], key: Mapping[str, object]) -> Choice | None:
+    """The first choice whose key agrees with a tuning key, its tokens up to a factor of two, or None."""
+    axis = str(key["token_axis"])
+    for conditions, choice in entries:
+        exact = all(key.get(name) == value for name, value in conditions.items() if name != axis)
+        if exact and _near(conditions[axis], key[axis]):
+            return choice
+    return None
+
+
+def _near(tokens: object, others: object) -> bool:
+    return isinstance(tokens, int) and isinstance(others, int) and tokens // 2 <= others <= 2 * tokens
