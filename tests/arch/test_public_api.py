@@ -67,6 +67,7 @@ TESTING = {
     "TOKEN_COUNTS",
     "assert_as_good_as_torch",
     "assert_bit_equal",
+    "assert_same_up_to_rounding",
     "small_integers",
 }
 

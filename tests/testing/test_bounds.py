@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from semisparse import testing
-from semisparse.testing import assert_as_good_as_torch, assert_bit_equal, small_integers
+from semisparse.testing import assert_as_good_as_torch, assert_bit_equal, assert_same_up_to_rounding, small_integers
 
 NAN, INF = float("nan"), float("inf")
 
@@ -132,3 +132,15 @@ def test_the_grids_hold_the_awkward_cases() -> None:
     assert all(size % 4 == 0 for size in sizes)
     assert any(size % 16 for size in sizes)
     assert set(testing.HALF_DTYPES) < set(testing.DTYPES)
+
+
+def test_the_same_formula_may_differ_by_one_unit_per_operation() -> None:
+    expected = torch.tensor([1.0, -3.0], dtype=torch.float64)
+    unit = 2 * torch.finfo(torch.float64).eps  # at the largest value, 3
+    assert_same_up_to_rounding(expected + torch.tensor([3 * unit, 0]), expected, operations=3)
+    with pytest.raises(AssertionError, match=r"3 units in torch\.float64"):
+        assert_same_up_to_rounding(expected + torch.tensor([0, 4 * unit]), expected, operations=3)
+    with pytest.raises(AssertionError, match="expected"):
+        assert_same_up_to_rounding(expected.float(), expected, operations=3)
+    with pytest.raises(AssertionError, match="exceeds"):
+        assert_same_up_to_rounding(expected * torch.nan, expected, operations=3)

@@ -3,7 +3,7 @@
 Nothing in the package imports this one. The helpers take and return plain tensors, so they judge any layer or kernel.
 """
 
-from semisparse.testing.bounds import assert_as_good_as_torch, assert_bit_equal
+from semisparse.testing.bounds import assert_as_good_as_torch, assert_bit_equal, assert_same_up_to_rounding
 from semisparse.testing.inputs import DTYPES, HALF_DTYPES, LINEAR_SHAPES, TOKEN_COUNTS, small_integers
 
 __all__ = [
@@ -13,5 +13,6 @@ __all__ = [
     "TOKEN_COUNTS",
     "assert_as_good_as_torch",
     "assert_bit_equal",
+    "assert_same_up_to_rounding",
     "small_integers",
 ]

@@ -46,6 +46,30 @@ def assert_as_good_as_torch(
         allowed = max(allowed, _sample_error(*sample))
 
 
+def assert_same_up_to_rounding(ours: Tensor, expected: Tensor, *, operations: int) -> None:
+    """Raise AssertionError unless two results of one formula in one dtype differ by its roundings at most.
+
+    For results that nothing more exact can judge, such as a formula in fp64. Each operation rounds by at most half a
+    unit in the last place, in either result, so the two may differ by operations units of the largest value. The sums
+    of the formula must not cancel.
+
+    Args:
+        ours: The result under test.
+        expected: The same formula, written in another way; same shape and dtype.
+        operations: How many operations in a row round on the way from the inputs to one value of the result.
+
+    Raises:
+        AssertionError: The results differ by more, or in shape or dtype.
+    """
+    _assert_same_kind(ours, expected)
+    error = _largest(ours.detach().double() - expected.detach().double())
+    allowed = operations * 2 * _half_unit(_largest(expected.detach().double()), ours.dtype)
+    if not error <= allowed:
+        raise AssertionError(
+            f"largest difference {error:.3e} exceeds {allowed:.3e}, {operations} units in {ours.dtype}"
+        )
+
+
 def assert_bit_equal(ours: Tensor, expected: Tensor) -> None:
     """Raise AssertionError unless both tensors have the same shape, dtype and bits, NaN payloads set aside.
 
