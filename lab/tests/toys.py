@@ -10,7 +10,8 @@ from torch import Tensor
 
 from semisparse_lab.data.images import Dataset, make_dataset
 from semisparse_lab.models.vit import ViTConfig
-from semisparse_lab.tasks.classification import Batch, Forward, ImageClassification
+from semisparse_lab.tasks.classification import ImageClassification
+from semisparse_lab.tasks.task import Batch, Forward
 from semisparse_lab.train.config import TrainConfig
 
 MODEL = ViTConfig(image_size=8, patch_size=4, width=16, depth=1, heads=2, classes=4)

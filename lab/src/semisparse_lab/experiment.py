@@ -22,7 +22,7 @@ from semisparse_lab.provenance import commit
 from semisparse_lab.report.run_report import finite, write_results
 from semisparse_lab.runs import sparsify_model
 from semisparse_lab.strict_json import read
-from semisparse_lab.tasks.classification import Forward, Task
+from semisparse_lab.tasks.task import Forward, Task
 from semisparse_lab.train.config import TrainConfig, adamw
 from semisparse_lab.train.loop import Progress, fit
 from semisparse_lab.train.results import RunResult

@@ -11,7 +11,7 @@ from semisparse.config import SparseConfig
 from semisparse.errors import ConfigError, NoLayerMatchedError
 from semisparse.schedule.phases import share_of
 from semisparse_lab.models.vit import VisionTransformer, ViTConfig, build_model
-from semisparse_lab.tasks.classification import Forward, Task
+from semisparse_lab.tasks.task import Forward, Task
 from semisparse_lab.train.config import TrainConfig, resolve_device
 from semisparse_lab.train.loop import Progress, fit
 from semisparse_lab.train.results import RunResult

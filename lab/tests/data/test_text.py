@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 
 from semisparse.errors import ConfigError, ShapeError
-from semisparse_lab.data.text import Corpus, NextByte, bits_per_byte, standard_library
+from semisparse_lab.data.text import Corpus, standard_library
 from semisparse_lab.errors import DataError
 from semisparse_lab.models.gpt import GPT, GPTConfig, build_gpt
+from semisparse_lab.tasks.next_byte import NextByte, bits_per_byte
 
 TINY = GPTConfig(context=8, width=16, depth=2, heads=2)
 

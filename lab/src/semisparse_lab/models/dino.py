@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from semisparse.errors import ConfigError, ShapeError
 from semisparse_lab.checks import check_counts, check_ranges, is_number
-from semisparse_lab.models.vit import VisionTransformer, ViTConfig, patches, seeded
+from semisparse_lab.models.transformer import seeded
+from semisparse_lab.models.vit import VisionTransformer, ViTConfig, patches
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

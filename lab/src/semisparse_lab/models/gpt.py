@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from semisparse.errors import ConfigError, ShapeError
 from semisparse_lab.checks import check_counts
-from semisparse_lab.models.vit import LARGEST_SIZE, Block, Transformer, seeded
+from semisparse_lab.models.transformer import LARGEST_SIZE, Block, Transformer, seeded
 
 BYTES = 256
 _INIT_STD = 0.02

@@ -1,21 +1,16 @@
-"""Small transformers made of plain nn.Linear layers, as the demo and the examples train them: here the ViT."""
+"""A small ViT made of plain nn.Linear layers."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from semisparse.errors import ConfigError, ShapeError
 from semisparse_lab.checks import check_counts, shown
+from semisparse_lab.models.transformer import LARGEST_SIZE, Block, Transformer, seeded
 
-Built = TypeVar("Built", bound=nn.Module)
-
-LARGEST_SIZE = 1 << 24
 LARGEST_MODEL = 1 << 50
-"""Bounds of a config: far beyond this demo, but below what overflows in torch."""
+"""Bound of a config, as LARGEST_SIZE."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,80 +69,6 @@ class ViTConfig:
         return 12 * self.depth + 7
 
 
-class Attention(nn.Module):
-    """Multi-head self-attention. x: (B, T, width), any float dtype; returns the same shape.
-
-    causal: a token sees only itself and those before it.
-    """
-
-    def __init__(self, width: int, heads: int, causal: bool = False) -> None:
-        super().__init__()
-        self.heads, self.causal = heads, causal
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Attention over the T tokens of each sequence."""
-        batch, tokens, width = x.shape
-        q, k, v = self.qkv(x).view(batch, tokens, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
-        return self.proj(mixed.transpose(1, 2).reshape(batch, tokens, width))
-
-
-class MLP(nn.Module):
-    """Two linear layers with GELU between them. x: (..., width); returns the same shape."""
-
-    def __init__(self, width: int, ratio: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(width, ratio * width)
-        self.fc2 = nn.Linear(ratio * width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """fc2(gelu(fc1(x)))."""
-        return self.fc2(F.gelu(self.fc1(x)))
-
-
-class Block(nn.Module):
-    """Pre-norm transformer block: attention, then MLP, each added to its input."""
-
-    def __init__(self, width: int, heads: int, mlp_ratio: int, causal: bool = False) -> None:
-        super().__init__()
-        self.norm1 = nn.LayerNorm(width)
-        self.attn = Attention(width, heads, causal)
-        self.norm2 = nn.LayerNorm(width)
-        self.mlp = MLP(width, mlp_ratio)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x: (B, T, width); returns the same shape."""
-        x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
-
-
-class Transformer(nn.Module):
-    """What the demo's models share: embed, then blocks, then read_out. Subclasses say what the first and last do."""
-
-    blocks: nn.ModuleList
-
-    def embed(self, inputs: Tensor) -> Tensor:
-        """Inputs of a batch to tokens (B, T, width)."""
-        raise NotImplementedError
-
-    def read_out(self, x: Tensor) -> Tensor:
-        """Tokens after the last block (B, T, width) to outputs."""
-        raise NotImplementedError
-
-    def tokens(self, inputs: Tensor) -> Tensor:
-        """Tokens after the last block (B, T, width)."""
-        x = self.embed(inputs)
-        for block in self.blocks:
-            x = block(x)
-        return x
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        """Outputs of a batch."""
-        return self.read_out(self.tokens(inputs))
-
-
 class VisionTransformer(Transformer):
     """ViT classifier (arXiv 2010.11929) with learned positions and mean pooling instead of a class token.
 
@@ -194,10 +115,3 @@ def patches(images: Tensor, config: ViTConfig) -> Tensor:
 def build_model(config: ViTConfig, seed: int, device: torch.device | str = "cpu") -> VisionTransformer:
     """A new model on device; its weights depend on config and seed alone, not on device or earlier draws."""
     return seeded(lambda: VisionTransformer(config), seed).to(device)
-
-
-def seeded(build: Callable[[], Built], seed: int) -> Built:
-    """What build makes on the CPU with random numbers of seed alone; the global generator stays as it was."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return build()

@@ -1,8 +1,7 @@
-"""What is learnt: batches, loss and scores. The training loop knows nothing else of the data."""
+"""Image classification: batches with augmentation, loss and scores."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -10,31 +9,10 @@ from torch import Tensor
 
 from semisparse.errors import ConfigError
 from semisparse_lab.data.images import Dataset, Split
+from semisparse_lab.tasks.task import Batch, Forward
 from semisparse_lab.train.results import Scores
 
-Forward = Callable[[Tensor], Tensor]
-Batch = tuple[Tensor, Tensor]
-
 _EVALUATION_BATCH = 1000
-
-
-class Task(Protocol):
-    """One learning problem. forward maps a batch's inputs to outputs: the model, or what wraps it."""
-
-    def steps_per_epoch(self, batch_size: int) -> int:
-        """Batches in one epoch. Raises ConfigError for a batch size that does not fit."""
-
-    def batches(self, batch_size: int, generator: torch.Generator) -> Iterator[Batch]:
-        """One epoch of (inputs, targets); their order and augmentation depend on the CPU generator alone."""
-
-    def loss(self, forward: Forward, batch: Batch) -> Tensor:
-        """Mean loss of one batch, a scalar on the device."""
-
-    def validate(self, forward: Forward) -> Scores:
-        """Scores on the validation split."""
-
-    def test(self, forward: Forward) -> Scores:
-        """Scores on the test split; for the end of a run only."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

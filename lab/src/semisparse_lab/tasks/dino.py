@@ -15,8 +15,9 @@ from semisparse.errors import ConfigError
 from semisparse.nn import SemiSparseBase
 from semisparse_lab.data.images import Dataset, Split
 from semisparse_lab.models.dino import DinoConfig, DinoStudent
-from semisparse_lab.tasks.classification import Batch, Forward, ImageClassification
+from semisparse_lab.tasks.classification import ImageClassification
 from semisparse_lab.tasks.probes import knn_votes, linear_probe
+from semisparse_lab.tasks.task import Batch, Forward
 from semisparse_lab.train.config import Precision, autocast
 from semisparse_lab.train.results import Scores
 
