@@ -8,14 +8,39 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from semisparse import recipes
 from semisparse_lab.data.images import Dataset, make_dataset
-from semisparse_lab.models.vit import ViTConfig
+from semisparse_lab.experiment import Row, train_row
+from semisparse_lab.models.vit import VisionTransformer, ViTConfig, build_model
 from semisparse_lab.tasks.classification import ImageClassification
-from semisparse_lab.tasks.task import Batch, Forward
+from semisparse_lab.tasks.task import Batch, Forward, Task
 from semisparse_lab.train.config import TrainConfig
+from semisparse_lab.train.results import RunResult
 
 MODEL = ViTConfig(image_size=8, patch_size=4, width=16, depth=1, heads=2, classes=4)
 TRAIN = TrainConfig(epochs=3, batch_size=16, lr=1e-2)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A trained row and its model."""
+
+    result: RunResult
+    weights: str
+    model: VisionTransformer
+
+
+def train_toy(row: Row, task: Task, config: TrainConfig = TRAIN, **options: object) -> Run:
+    """Train a new MODEL as row says."""
+    model = build_model(MODEL, config.seed, config.device)
+    trained = train_row(row, model, task, config, **options)
+    return Run(trained.result, trained.weights, model)
+
+
+def sparse_row(fraction: float) -> Row:
+    """Exact masks for a share of the steps, then dense."""
+    return Row("toy", "toy", recipes.dinov2(sparse_fraction=fraction))
+
 
 FASHION_FILES = [f"{p}-{kind}" for p in ("train", "t10k") for kind in ("images-idx3-ubyte", "labels-idx1-ubyte")]
 FASHION_SIZES = {"train": 120, "t10k": 20}

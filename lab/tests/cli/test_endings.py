@@ -14,8 +14,8 @@ import pytest
 import semisparse_lab as package
 from lab.tests.cli.shell import TINY, semisparse_lab
 from lab.tests.rewriting import with_info
-from semisparse_lab import job
 from semisparse_lab.cli.main import run
+from semisparse_lab.studies.three_runs import FILES
 
 PROGRAM = [sys.executable, "-m", "semisparse_lab"]
 
@@ -45,8 +45,7 @@ def test_a_value_out_of_range_is_named_by_its_flag_at_once(flag: str, value: obj
 
 def test_the_largest_seed_is_taken(tmp_path: Path) -> None:
     assert semisparse_lab("train", *TINY, "--seed", 2**64 - 1, "--out", tmp_path / "out").code == 0
-    settings = json.loads((tmp_path / "out" / "results.json").read_text())["settings"]
-    assert settings["train"]["seed"] == 2**64 - 1
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["runs"][0]["seed"] == 2**64 - 1
 
 
 @pytest.fixture(scope="module")
@@ -65,8 +64,8 @@ def test_a_run_that_diverges_is_no_ordinary_end(diverged) -> None:
     rows = [[cell.strip() for cell in line.split("│")[1:3]] for line in outcome.out.splitlines() if line[:1] == "│"]
     assert [row[1] for row in rows] == ["diverged"] * 3
     document = json.loads((folder / "results.json").read_text())
-    assert [run["diverged"] for run in document["runs"]] == [True] * 3 and document["finished"]
-    assert {path.name for path in folder.iterdir()} == set(job.FILES)
+    assert [run["value"] for run in document["runs"]] == [None] * 3 and document["finished"]
+    assert {path.name for path in folder.iterdir()} == set(FILES)
 
 
 def test_a_diverged_checkpoint_has_no_ordinary_score(diverged) -> None:
@@ -105,7 +104,7 @@ def test_ctrl_c_after_the_first_run_says_what_is_kept_and_it_is_there(tmp_path: 
     files = "dense.safetensors, results.json, curves.png"
     assert ended.stderr == f"interrupted: kept {files} in {tmp_path}; no other file was changed\n"
     document = json.loads((tmp_path / "results.json").read_text())
-    assert [run["name"] for run in document["runs"]] == ["dense"] and document["finished"] is False
+    assert [run["row_title"] for run in document["runs"]] == ["dense"] and document["finished"] is False
     assert semisparse_lab("evaluate", tmp_path / "dense.safetensors", "--device", "cpu").code == 0
     assert (tmp_path / "notes.txt").read_text() == "mine"
     assert (tmp_path / "fully-sparse.safetensors").read_text() == "old"
@@ -134,14 +133,12 @@ def test_ctrl_c_before_any_command(monkeypatch: pytest.MonkeyPatch, capsys: pyte
 
 @pytest.mark.parametrize("fault", [("--layers", "mpl"), ("--epochs", "0"), ("--data-dir", "somewhere"), ("--lr", "nan"),
                                    ("--batch-size", "5000"), ("--sparse-fraction", "1e-9")])  # fmt: skip
-def test_force_deletes_nothing_where_a_check_fails(fault, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in (*job.FILES, "notes.txt"):
+def test_force_deletes_nothing_where_a_check_fails(fault, tmp_path: Path) -> None:
+    for name in (*FILES, "notes.txt"):
         (tmp_path / name).write_text(f"old {name}")
     assert semisparse_lab("train", *TINY, "--out", tmp_path, "--force", *fault).code == 2
-    monkeypatch.setattr(job, "_PACKAGES", ("a_package_that_is_not_there",))
-    assert semisparse_lab("train", *TINY, "--out", tmp_path, "--force").code == 2
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
-        name: f"old {name}" for name in (*job.FILES, "notes.txt")
+        name: f"old {name}" for name in (*FILES, "notes.txt")
     }
 
 

@@ -22,7 +22,7 @@ def copied(trained: Trained, tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize(("place", "slug"), [(0, "dense"), (1, "sparse-then-dense"), (2, "fully-sparse")])
 def test_it_reproduces_the_accuracy_of_the_table(place: int, slug: str, trained: Trained) -> None:
-    run = json.loads((trained.folder / "results.json").read_text())["runs"][place]
+    run = json.loads((trained.folder / "results.json").read_text())["runs"][place]["run"]
     accuracy = f"test accuracy {100 * run['test']['accuracy']:.2f} %"
     path = trained.folder / f"{slug}.safetensors"
     outcome = semisparse_lab("evaluate", path, "--device", "cpu")

@@ -12,7 +12,6 @@ import torch
 
 from lab.tests.cli.shell import TINY, Trained, semisparse_lab
 from lab.tests.toys import write_fashion_mnist
-from semisparse_lab import job
 
 FILES = {"results.json", "curves.png"} | {
     f"{run}.safetensors" for run in ("dense", "sparse-then-dense", "fully-sparse")
@@ -31,29 +30,33 @@ def test_it_ends_well_and_leaves_its_files(trained: Trained) -> None:
 
 def test_the_table_says_what_the_results_file_says(trained: Trained) -> None:
     runs = json.loads((trained.folder / "results.json").read_text())["runs"]
-    assert [run["name"] for run in runs] == ["dense", "sparse then dense (70 %)", "fully sparse"]
+    assert [run["row_title"] for run in runs] == ["dense", "sparse then dense (70 %)", "fully sparse"]
     rows = [line.split("│")[1:-1] for line in trained.outcome.out.splitlines() if line.startswith("│")]
-    assert [row[0].strip() for row in rows] == [run["name"] for run in runs]
+    assert [row[0].strip() for row in rows] == [run["row_title"] for run in runs]
     for row, run in zip(rows, runs, strict=True):
-        accuracy = 100 * run["test"]["accuracy"]
+        accuracy = 100 * run["run"]["test"]["accuracy"]
         assert row[1].strip() == f"{accuracy:.2f} %"
-        difference = accuracy - 100 * runs[0]["test"]["accuracy"]
+        difference = accuracy - 100 * runs[0]["run"]["test"]["accuracy"]
         assert row[2].strip() == ("" if run is runs[0] else f"{difference:+.2f} points")
-        assert row[3].strip() == f"{run['seconds_per_step']:.4f}"
-        assert row[4].strip() == f"{run['peak_memory']['bytes'] / 2**20:.0f} MiB"
+        assert row[3].strip() == f"{run['run']['seconds_per_step']:.4f}"
+        assert row[4].strip() == f"{run['run']['peak_memory']['bytes'] / 2**20:.0f} MiB"
 
 
 def test_the_layers_and_the_path_they_take_are_printed(trained: Trained) -> None:
     lines = trained.outcome.out.splitlines()
-    swapped = {line.split()[0] for line in lines if line.endswith("swapped") and line.startswith("blocks")}
+    swapped = {line.split()[0] for line in lines if " swapped " in line and line.startswith("blocks")}
     assert swapped == {f"blocks.{block}.mlp.{layer}" for block in (0, 1) for layer in ("fc1", "fc2")}
-    settings = json.loads((trained.folder / "results.json").read_text())["settings"]
-    assert set(settings["sparse_layers"]) == swapped
+    first = json.loads((trained.folder / "results.json").read_text())["runs"][0]
+    assert set(first["settings"]["sparse_layers"]) == swapped
     assert "sparse layers computed by: masked dense (reference) (CPU)" in lines
 
 
-def test_progress_is_silent_in_a_pipe(trained: Trained) -> None:
+def test_progress_is_lines_in_a_pipe(trained: Trained) -> None:
     assert trained.outcome.err == ""
+    lines = [line for line in trained.outcome.out.splitlines() if ": step " in line]
+    assert [line.partition(":")[0] for line in lines] == [
+        name for name in ("dense", "sparse then dense (70 %)", "fully sparse") for _ in range(2)  # epochs
+    ]  # fmt: skip
     assert not re.search(r"[\x00-\x09\x0b-\x1f]", trained.outcome.out)  # no carriage return, no colour
 
 
@@ -63,13 +66,15 @@ def test_options_arrive_in_the_run(tmp_path: Path) -> None:
     outcome = semisparse_lab("train", *TINY, *options, "--out", tmp_path / "out")
     assert outcome.code == 0
     document = json.loads((tmp_path / "out" / "results.json").read_text())
-    expected = {"epochs": 2, "batch_size": 128, "sparse_fraction": 0.25, "layers": "blocks.1.*", "seed": 5,
-                "lr": 0.001, "precision": "bf16", "device": "cpu"}  # fmt: skip
-    assert expected.items() <= document["settings"]["train"].items()
-    assert {name.split(".")[1] for name in document["settings"]["sparse_layers"]} == {"1"}
-    assert document["runs"][1]["name"] == "sparse then dense (25 %)"
-    spans = [(phase["kind"], phase["start"], phase["end"]) for phase in document["runs"][1]["phases"]]
-    steps = document["runs"][1]["steps"]
+    expected = {"epochs": 2, "batch_size": 128, "layers": "blocks.1.*", "lr": 0.001, "precision": "bf16",
+                "device": "cpu"}  # fmt: skip
+    middle = document["runs"][1]
+    assert expected.items() <= middle["settings"]["train"].items()
+    assert (middle["seed"], middle["recipe"]["sparse_fraction"]) == (5, 0.25)
+    assert {name.split(".")[1] for name in middle["settings"]["sparse_layers"]} == {"1"}
+    assert middle["row_title"] == "sparse then dense (25 %)"
+    spans = [(phase["kind"], phase["start"], phase["end"]) for phase in middle["run"]["phases"]]
+    steps = middle["run"]["steps"]
     assert spans == [("sparse", 0, round(steps / 4)), ("dense", round(steps / 4), steps)]
 
 
@@ -78,7 +83,7 @@ def test_fashion_mnist_trains_from_its_folder(tmp_path: Path) -> None:
     options = ["--data", "fashion-mnist", "--data-dir", tmp_path, "--epochs", "1", "--batch-size", "32"]
     outcome = semisparse_lab("train", *options, "--device", "cpu", "--out", tmp_path / "out")
     assert outcome.code == 0
-    assert json.loads((tmp_path / "out" / "results.json").read_text())["settings"]["data"] == "fashion-mnist"
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["runs"][0]["settings"]["data"] == "fashion-mnist"
 
 
 def test_results_are_never_overwritten_unasked(trained: Trained) -> None:
@@ -155,14 +160,6 @@ def test_an_output_folder_that_is_a_file_is_refused(tmp_path: Path) -> None:
     assert outcome.code == 2
     assert "is a file, not a folder" in outcome.err
     assert (tmp_path / "out").read_text() == "mine"
-
-
-def test_a_missing_package_is_named_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(job, "_PACKAGES", ("safetensors", "a_package_that_is_not_there"))
-    outcome = semisparse_lab("train", *TINY, "--out", tmp_path / "out")
-    assert outcome.code == 2
-    assert "needs a_package_that_is_not_there: pip install 'semisparse-lab'" in outcome.err
-    assert not (tmp_path / "out").exists()
 
 
 def test_the_module_runs_as_a_program() -> None:

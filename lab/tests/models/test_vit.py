@@ -9,7 +9,7 @@ from lab.tests.toys import MODEL
 from semisparse.errors import ConfigError, ShapeError
 from semisparse_lab.data.images import DATA_NAMES
 from semisparse_lab.models.vit import VisionTransformer, ViTConfig, build_model
-from semisparse_lab.presets import preset
+from semisparse_lab.studies.three_runs import preset
 
 
 def by_hand(model: VisionTransformer, images: torch.Tensor) -> torch.Tensor:

@@ -9,8 +9,8 @@ from matplotlib.image import imread
 
 from semisparse.errors import ConfigError
 from semisparse_lab.errors import DataError
-from semisparse_lab.experiment import KIND
 from semisparse_lab.report import cards
+from semisparse_lab.report.run_document import KIND
 
 
 def result(row: str, seed: int, value: float | None, *, order: int, flips: bool = True, **changes) -> dict:

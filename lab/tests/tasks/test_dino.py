@@ -11,10 +11,9 @@ from lab.tests.toys import toy_data
 from semisparse import recipes
 from semisparse.errors import ConfigError, NoLayerMatchedError, ShapeError
 from semisparse.nn import SemiSparseLinear
-from semisparse_lab.experiment import Row, train_row
+from semisparse_lab.experiment import Row, sparsify_model, train_row
 from semisparse_lab.models.dino import DinoConfig, DinoHead, build_student
 from semisparse_lab.models.vit import ViTConfig
-from semisparse_lab.runs import sparsify_model
 from semisparse_lab.tasks.dino import DinoTask, crops, dino_loss
 from semisparse_lab.tasks.probes import knn_votes, linear_probe
 from semisparse_lab.train.capture import compiled_blocks
@@ -249,14 +248,14 @@ def test_a_run_follows_its_phases_repeats_bit_for_bit_and_ends_plain(fraction):
     row = Row("row", "row", recipes.dinov2(sparse_fraction=fraction))
     config = TrainConfig(epochs=2, batch_size=16, lr=3e-3, clip=3.0)
     start = copy.deepcopy(task.student.state_dict())
-    result = train_row(row, task.student, task, config)
+    result = train_row(row, task.student, task, config).result
     kinds = [(phase.kind, phase.end) for phase in result.phases]
     assert kinds == {0.0: [("dense", 10)], 0.6: [("sparse", 6), ("dense", 10)], 1.0: [("sparse", 10)]}[fraction]
     assert all(type(m) is nn.Linear for m in task.student.modules() if isinstance(m, nn.Linear))
     assert task.test(task.student) == result.test  # what was scored is what is left
     again = toy_task()
     assert all(torch.equal(value, start[name]) for name, value in again.student.state_dict().items())
-    repeated = train_row(row, again.student, again, config)
+    repeated = train_row(row, again.student, again, config).result
     assert (repeated.epochs, repeated.test) == (result.epochs, result.test)
 
 

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.filterwarnings(
 WIDE = ViTConfig(image_size=8, patch_size=4, width=64, depth=2, heads=2, classes=4)
 
 
-def test_only_the_demos_models_have_blocks_to_compile() -> None:
+def test_only_the_labs_models_have_blocks_to_compile() -> None:
     with pytest.raises(ConfigError, match="model=Linear"):
         compiled_blocks(nn.Linear(4, 4))
 
@@ -51,7 +51,7 @@ def test_a_graphed_run_is_the_run_without_a_graph(name: str) -> None:
     results = {}
     for graph in (False, True):
         model = build_model(WIDE, 0, "cuda")
-        result = train_row(row, model, task, config, graph=graph)
+        result = train_row(row, model, task, config, graph=graph).result
         results[graph] = (result.epochs, result.test), {k: v.cpu() for k, v in model.state_dict().items()}
         spans = [(phase.kind, phase.start, phase.end, phase.sparse_products) for phase in result.phases]
         assert spans == results.setdefault("spans", spans)
@@ -66,7 +66,7 @@ def test_a_compiled_and_graphed_run_learns(name: str) -> None:
     task = ImageClassification(toy_data("cuda"))
     config = replace(TRAIN, device="cuda", precision="bf16", epochs=10)
     row = Row("half", "half", recipes.PRESETS[name](sparse_fraction=0.5, engine="cusparselt"))
-    result = train_row(row, build_model(WIDE, 0, "cuda"), task, config, wrap=compiled_blocks, graph=True)
+    result = train_row(row, build_model(WIDE, 0, "cuda"), task, config, wrap=compiled_blocks, graph=True).result
     assert result.test.accuracy > 0.9
 
 

@@ -5,12 +5,13 @@ import pytest
 import torch
 from torch import nn
 
-from lab.tests.toys import MODEL, TRAIN, OverflowingTask, kept_per_group, toy_data
+from lab.tests.toys import MODEL, TRAIN, OverflowingTask, kept_per_group, sparse_row, toy_data, train_toy
 from semisparse import SparseSchedule
 from semisparse.errors import ConfigError, NoLayerMatchedError
 from semisparse.metrics import MaskMetrics
+from semisparse_lab.experiment import sparsify_model
 from semisparse_lab.models.vit import build_model
-from semisparse_lab.runs import RunPlan, sparsify_model, three_runs, train_run
+from semisparse_lab.studies import three_runs
 from semisparse_lab.tasks.classification import Augmentation, ImageClassification, augment, classification_scores
 from semisparse_lab.train import measure
 from semisparse_lab.train.config import TrainConfig, learning_rate, resolve_device
@@ -18,8 +19,8 @@ from semisparse_lab.train.loop import fit, phase_spans
 from semisparse_lab.train.results import PeakMemory
 
 STEPS = 5  # an epoch of the 88 toy training images in batches of 16
-FULLY_SPARSE = RunPlan("fully sparse", "fully-sparse", 1.0)
-DENSE = RunPlan("dense", "dense", 0.0)
+ROWS = three_runs.rows(0.7)
+DENSE, _, FULLY_SPARSE = ROWS
 
 
 def toy_task(augmentation: Augmentation | None = None) -> ImageClassification:
@@ -32,21 +33,21 @@ def numbers(run) -> object:
     return result.epochs, result.test, [(phase.kind, phase.start, phase.end) for phase in result.phases]
 
 
-@pytest.mark.parametrize("plan", three_runs(0.7), ids=lambda plan: plan.slug)
-def test_the_same_seed_gives_identical_numbers_and_another_seed_does_not(plan):
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.slug)
+def test_the_same_seed_gives_identical_numbers_and_another_seed_does_not(row):
     task = toy_task(Augmentation())
-    first, second = train_run(plan, MODEL, task, TRAIN), train_run(plan, MODEL, task, TRAIN)
+    first, second = train_toy(row, task, TRAIN), train_toy(row, task, TRAIN)
     assert numbers(first) == numbers(second)
     states = first.model.state_dict(), second.model.state_dict()
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
-    assert numbers(train_run(plan, MODEL, task, replace(TRAIN, seed=1))) != numbers(first)
+    assert numbers(train_toy(row, task, replace(TRAIN, seed=1))) != numbers(first)
 
 
 def test_the_dense_run_is_bit_for_bit_that_of_a_model_never_swapped():
     task = toy_task(Augmentation())
     plain = build_model(MODEL, TRAIN.seed)
     result = fit(plain, task, TRAIN, name="dense")
-    run = train_run(DENSE, MODEL, task, TRAIN)
+    run = train_toy(DENSE, task, TRAIN)
     # Only a swapped layer has a mask to follow.
     assert result.epochs == tuple(replace(record, flip_rate=None, kept_magnitude=None) for record in run.result.epochs)
     assert result.test == run.result.test
@@ -61,9 +62,9 @@ def test_every_configuration_sees_the_same_batches():
             seen[-1].append(batch)
             return super().loss(forward, batch)
 
-    for plan in three_runs(0.5):
+    for row in three_runs.rows(0.5):
         seen.append([])
-        train_run(plan, MODEL, Recorder(toy_data(), Augmentation()), TRAIN)
+        train_toy(row, Recorder(toy_data(), Augmentation()), TRAIN)
     for other in seen[1:]:
         assert len(other) == len(seen[0]) == 3 * STEPS
         assert all(torch.equal(a, b) for mine, yours in zip(other, seen[0], strict=True)
@@ -76,10 +77,10 @@ def test_phases_follow_the_plan_and_the_model_ends_plain():
         "sparse-then-dense": [("sparse", 0, 10), ("dense", 10, 15)],
         "fully-sparse": [("sparse", 0, 15)],
     }
-    for plan in three_runs(0.7):
-        run = train_run(plan, MODEL, toy_task(), TRAIN)
-        assert [(phase.kind, phase.start, phase.end) for phase in run.result.phases] == expected[plan.slug]
-        assert run.weights == ("masked" if plan.slug == "fully-sparse" else "dense")
+    for row in ROWS:
+        run = train_toy(row, toy_task(), TRAIN)
+        assert [(phase.kind, phase.start, phase.end) for phase in run.result.phases] == expected[row.slug]
+        assert run.weights == ("masked" if row.slug == "fully-sparse" else "dense")
         assert run.result.steps == 15 and run.result.skipped_steps == 0
         assert [record.step for record in run.result.epochs] == [5, 10, 15]
         linears = [module for module in run.model.modules() if isinstance(module, nn.Linear)]
@@ -88,20 +89,20 @@ def test_phases_follow_the_plan_and_the_model_ends_plain():
 
 def test_only_the_fully_sparse_run_leaves_pruned_weights_and_they_score_what_was_measured():
     task = toy_task()
-    for plan in three_runs(0.7):
-        run = train_run(plan, MODEL, task, TRAIN)
+    for row in ROWS:
+        run = train_toy(row, task, TRAIN)
         with torch.no_grad():
             assert classification_scores(run.model, task.data.test) == run.result.test
         weight = run.model.blocks[0].mlp.fc1.weight.detach()
-        if plan == FULLY_SPARSE:
+        if row == FULLY_SPARSE:
             assert kept_per_group(weight).max() == 2 and kept_per_group(weight.T).max() == 2
         else:
             assert kept_per_group(weight).max() == 4
         assert kept_per_group(run.model.blocks[0].attn.qkv.weight.detach()).max() == 4
 
 
-@pytest.mark.parametrize("plan", three_runs(0.7), ids=lambda plan: plan.slug)
-def test_every_epoch_has_flip_rate_and_kept_magnitude_of_its_last_step(plan, monkeypatch):
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.slug)
+def test_every_epoch_has_flip_rate_and_kept_magnitude_of_its_last_step(row, monkeypatch):
     masks, kept = [], []
 
     class Recorder(MaskMetrics):
@@ -116,7 +117,7 @@ def test_every_epoch_has_flip_rate_and_kept_magnitude_of_its_last_step(plan, mon
             return super().update()
 
     monkeypatch.setattr(measure, "MaskMetrics", Recorder)
-    run = train_run(plan, MODEL, toy_task(), TRAIN)
+    run = train_toy(row, toy_task(), TRAIN)
     assert len(masks) == run.result.steps == 3 * STEPS
     for epoch, record in enumerate(run.result.epochs, start=1):
         before, after = masks[epoch * STEPS - 2], masks[epoch * STEPS - 1]
@@ -129,14 +130,14 @@ def test_every_epoch_has_flip_rate_and_kept_magnitude_of_its_last_step(plan, mon
 def test_skipped_steps_are_not_followed():
     task = OverflowingTask(toy_data(), frozenset(range(STEPS)))
     config = replace(TRAIN, precision="fp16")
-    records = train_run(FULLY_SPARSE, MODEL, task, config).result.epochs
+    records = train_toy(FULLY_SPARSE, task, config).result.epochs
     assert records[0].kept_magnitude is None
     assert records[0].flip_rate is None and records[1].flip_rate is not None
 
 
 def test_training_learns_the_toy():
-    for plan in three_runs(0.7):
-        result = train_run(plan, MODEL, toy_task(), replace(TRAIN, epochs=12)).result
+    for row in ROWS:
+        result = train_toy(row, toy_task(), replace(TRAIN, epochs=12)).result
         assert result.epochs[-1].train_loss < result.epochs[0].train_loss
         assert result.test.accuracy > 0.5  # chance is 0.25
 
@@ -171,19 +172,19 @@ def test_without_overflow_fp16_skips_nothing_more_than_the_forced_steps():
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_autocast_runs_train_with_fp32_weights(precision):
-    run = train_run(FULLY_SPARSE, MODEL, toy_task(), replace(TRAIN, precision=precision))
+    run = train_toy(FULLY_SPARSE, toy_task(), replace(TRAIN, precision=precision))
     assert {parameter.dtype for parameter in run.model.parameters()} == {torch.float32}
     assert math.isfinite(run.result.test.loss)
-    assert run.result.epochs != train_run(FULLY_SPARSE, MODEL, toy_task(), TRAIN).result.epochs
+    assert run.result.epochs != train_toy(FULLY_SPARSE, toy_task(), TRAIN).result.epochs
 
 
 def test_progress_is_reported_after_each_step_and_each_epoch():
     reports = []
-    run = train_run(RunPlan("half", "half", 0.5), MODEL, toy_task(), TRAIN, on_progress=reports.append)
+    run = train_toy(sparse_row(0.5), toy_task(), TRAIN, on_progress=reports.append)
     steps = [report for report in reports if report.record is None]
     assert [report.step for report in steps] == list(range(1, 16))
     assert [report.phase for report in steps] == ["sparse"] * 8 + ["dense"] * 7
-    assert {(report.name, report.total_steps) for report in reports} == {("half", 15)}
+    assert {(report.name, report.total_steps) for report in reports} == {("toy", 15)}
     assert tuple(report.record for report in reports if report.record) == run.result.epochs
 
 
@@ -198,19 +199,19 @@ def test_wrap_is_what_trains_while_scores_come_from_the_model():
         return forward
 
     task = toy_task()
-    wrapped = train_run(DENSE, MODEL, task, TRAIN, wrap=wrap)
+    wrapped = train_toy(DENSE, task, TRAIN, wrap=wrap)
     assert calls == [True] * 15
-    assert numbers(wrapped) == numbers(train_run(DENSE, MODEL, task, TRAIN))
+    assert numbers(wrapped) == numbers(train_toy(DENSE, task, TRAIN))
 
 
 def test_an_unknown_layer_is_refused_with_the_closest_names():
     with pytest.raises(NoLayerMatchedError, match=r"'mpl'.*blocks\.0\.mlp"):
-        train_run(DENSE, MODEL, toy_task(), replace(TRAIN, layers="mpl"))
+        train_toy(DENSE, toy_task(), replace(TRAIN, layers="mpl"))
 
 
 def test_a_batch_larger_than_the_data_is_refused():
     with pytest.raises(ConfigError, match="batch_size=89 exceeds the 88 training images"):
-        train_run(DENSE, MODEL, toy_task(), replace(TRAIN, batch_size=89))
+        train_toy(DENSE, toy_task(), replace(TRAIN, batch_size=89))
 
 
 @pytest.mark.parametrize(
@@ -248,7 +249,6 @@ def test_a_batch_larger_than_the_data_is_refused():
         ({"warmup_fraction": 1.1}, "warmup_fraction=1.1"),
         ({"hold_fraction": 0.91}, "hold_fraction=0.91"),
         ({"hold_fraction": -0.1}, "hold_fraction=-0.1"),
-        ({"sparse_fraction": math.nan}, "sparse_fraction=nan"),
         ({"precision": "fp8"}, "'fp32', 'bf16', 'fp16'"),
         ({"device": "tpu"}, "device='tpu'"),
         ({"device": "meta"}, "device='meta'"),
@@ -260,17 +260,11 @@ def test_settings_outside_their_range_are_named(changes, message):
         replace(TRAIN, **changes)
 
 
-@pytest.mark.parametrize("fraction", [0.0, 1.0, -0.5, math.nan])
-def test_the_middle_run_needs_both_phases(fraction):
-    with pytest.raises(ConfigError, match="both excluded"):
-        three_runs(fraction)
-
-
 @pytest.mark.parametrize(
     "changes", [{"seed": 2**64 - 1}, {"lr": 1e30}, {"lr": 1e30, "weight_decay": 1e6}, {"lr": 1e30, "clip": 1e300}]
 )
 def test_the_largest_settings_train_and_end(changes):
-    run = train_run(FULLY_SPARSE, MODEL, toy_task(), replace(TRAIN, epochs=1, **changes))
+    run = train_toy(FULLY_SPARSE, toy_task(), replace(TRAIN, epochs=1, **changes))
     assert run.result.diverged is ("lr" in changes)
 
 
@@ -307,7 +301,7 @@ def test_phase_spans_carry_the_median_after_warm_up():
 
 
 def test_seconds_per_step_of_two_phases_are_weighted_by_their_steps():
-    run = train_run(RunPlan("half", "half", 0.5), MODEL, toy_task(), TRAIN)
+    run = train_toy(sparse_row(0.5), toy_task(), TRAIN)
     sparse, dense = run.result.phases
     assert sparse.seconds_per_step > 0 and dense.seconds_per_step > 0
     expected = (8 * sparse.seconds_per_step + 7 * dense.seconds_per_step) / 15
@@ -361,7 +355,7 @@ def test_half_of_the_images_are_mirrored_and_whole_pixels_stay_sharp():
 def test_the_same_loop_runs_on_cuda(precision):
     config = replace(TRAIN, device="cuda", precision=precision)
     task = ImageClassification(toy_data("cuda"), Augmentation())
-    for plan in three_runs(0.5):
-        result = train_run(plan, MODEL, task, config).result
+    for row in three_runs.rows(0.5):
+        result = train_toy(row, task, config).result
         assert math.isfinite(result.test.loss) and result.seconds_per_step > 0
         assert result.peak_memory.kind == "allocated on the GPU" and result.peak_memory.bytes > 0

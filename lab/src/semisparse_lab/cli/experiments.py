@@ -97,11 +97,11 @@ def build_group() -> typer.Typer:
 
 
 def _run(experiment: "Experiment", row: list[str] | None, seeds: int, out: Path, kept: list[Path]) -> None:
-    from semisparse_lab.cli.tables import progress_bar
-    from semisparse_lab.experiment import diverged_runs, run_experiment
+    from semisparse_lab.cli.tables import progress_for
+    from semisparse_lab.pipeline import diverged_runs, run_experiment
     from semisparse_lab.report.cards import write_cards
 
-    paths = run_experiment(experiment, experiment.chosen(row or ()), range(seeds), out, progress_bar, keep=kept.append)
+    paths = run_experiment(experiment, experiment.chosen(row or ()), range(seeds), out, progress_for, keep=kept.append)
     for card in write_cards(out, out):
         typer.echo(card)
     end_if_diverged(diverged_runs(paths))

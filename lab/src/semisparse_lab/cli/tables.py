@@ -1,39 +1,72 @@
-"""Rich output: the table of results and a progress bar that is silent where nobody watches."""
+"""What commands draw: the table of results, and progress as a bar on a terminal, as lines elsewhere."""
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from semisparse_lab.report.run_report import TableRow
-from semisparse_lab.train import loop as training
+from semisparse_lab.experiment import OnProgress
+from semisparse_lab.train import loop
+
+LINES_PER_RUN = 10
+"""Lines of progress per run where there is no terminal, at most."""
 
 
-def results_table(rows: Sequence[TableRow]) -> Table:
-    """The table of the runs."""
+def results_table(documents: Sequence[dict[str, Any]]) -> Table:
+    """The table of runs, as run_document makes them; the others are compared with the first."""
     table = Table("configuration")
-    for header in ("test accuracy", "difference to dense", "seconds a step", "peak memory"):
+    for header in ("test accuracy", "difference to dense", "seconds per step", "peak memory"):
         table.add_column(header, justify="right")
-    for row in rows:
+    base = documents[0]["value"]
+    for document in documents:
+        value, seconds = document["value"], document["run"]["seconds_per_step"]
+        memory = document["run"]["peak_memory"]["bytes"]
+        compared = document is not documents[0] and value is not None and base is not None
         table.add_row(
-            row.name,
-            "diverged" if row.accuracy is None else f"{row.accuracy:.2f} %",
-            "" if row.difference is None else f"{row.difference:+.2f} points",
-            "" if row.seconds_per_step is None else f"{row.seconds_per_step:.4f}",
-            "" if row.peak_memory is None else f"{row.peak_memory / 2**20:.0f} MiB",
+            document["row_title"],
+            "diverged" if value is None else f"{value:.2f} %",
+            f"{value - base:+.2f} points" if compared else "",
+            "" if seconds is None else f"{seconds:.4f}",
+            "" if memory is None else f"{memory / 2**20:.0f} MiB",
         )
     return table
 
 
 @contextmanager
-def progress_bar(name: str) -> Iterator[Callable[[training.Progress], None]]:
-    """A bar on standard error for one run, as fit's on_progress; nothing unless both outputs are terminals."""
-    if not (sys.stdout.isatty() and sys.stderr.isatty()):
-        yield lambda progress: None
-        return
+def progress_for(name: str) -> Iterator[OnProgress]:
+    """The on_progress of the run called name: a bar on standard error where both outputs are terminals, else lines."""
+    if sys.stdout.isatty() and sys.stderr.isatty():
+        with _bar(name) as show:
+            yield show
+    else:
+        yield _lines(name)
+
+
+def _lines(name: str) -> OnProgress:
+    """Prints a line at the end of an epoch, LINES_PER_RUN lines at most, and always one at the end."""
+    start, printed = time.monotonic(), 0
+
+    def show(progress: loop.Progress) -> None:
+        nonlocal printed
+        part = LINES_PER_RUN * progress.step // progress.total_steps
+        if progress.record is not None and part > printed:
+            printed = part
+            print(
+                f"{name}: step {progress.step} of {progress.total_steps}, {progress.phase}, "
+                f"validation {100 * progress.record.validation.accuracy:.1f} %, {time.monotonic() - start:.0f} s",
+                flush=True,
+            )
+
+    return show
+
+
+@contextmanager
+def _bar(name: str) -> Iterator[OnProgress]:
     columns = (
         TextColumn("{task.description:<26}"),
         BarColumn(),
@@ -45,7 +78,7 @@ def progress_bar(name: str) -> Iterator[Callable[[training.Progress], None]]:
         run = bar.add_task(name, total=None, state="")
         accuracy = ""
 
-        def show(progress: training.Progress) -> None:
+        def show(progress: loop.Progress) -> None:
             nonlocal accuracy
             if progress.record is not None:
                 accuracy = f", validation {100 * progress.record.validation.accuracy:.1f} %"

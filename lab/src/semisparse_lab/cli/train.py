@@ -1,8 +1,8 @@
-"""`semisparse-lab train`: the main job."""
+"""`semisparse-lab train`: the three runs, dense, sparse then dense and fully sparse."""
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -16,10 +16,6 @@ from semisparse_lab.cli.common import (
     Precision,
     end_if_diverged,
 )
-
-if TYPE_CHECKING:
-    from semisparse_lab.train.results import RunResult
-
 
 DEFAULT_OUT = "semisparse-train"
 
@@ -37,7 +33,7 @@ def train(
     device: DeviceOption = Device.AUTO,
     out: Annotated[Path, typer.Option(help="Output folder.")] = Path(DEFAULT_OUT),
     force: Annotated[bool, typer.Option("--force", help="Overwrite results in the output folder.")] = False,
-    batch_size: Annotated[int | None, typer.Option(help="Images a step (default: depends on the data).")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Images per step (default: depends on the data).")] = None,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate (default: depends on the data).")] = None,
     precision: Annotated[Precision, typer.Option(help="fp32, or autocast over fp32 weights.")] = Precision.FP32,
 ) -> None:
@@ -47,20 +43,19 @@ def train(
         from dataclasses import replace
 
         from semisparse.cli.common import console
-        from semisparse_lab import job
-        from semisparse_lab.cli.tables import progress_bar
+        from semisparse_lab.cli.tables import progress_for
         from semisparse_lab.data.images import load_dataset
-        from semisparse_lab.presets import preset
-        from semisparse_lab.runs import three_runs
+        from semisparse_lab.output import prepare_output
+        from semisparse_lab.pipeline import run_rows
+        from semisparse_lab.studies import three_runs
         from semisparse_lab.train.config import resolve_device
 
-        settings = preset(data.value)
+        settings = three_runs.preset(data.value)
         config = replace(
             settings.train,
             epochs=settings.train.epochs if epochs is None else epochs,
             batch_size=settings.train.batch_size if batch_size is None else batch_size,
             lr=settings.train.lr if lr is None else lr,
-            sparse_fraction=sparse_fraction,
             layers=layers,
             seed=seed,
             device=str(resolve_device(device.value)),
@@ -68,28 +63,27 @@ def train(
         )
         settings = replace(settings, train=config)
         # Everything that can be refused is refused before the output folder is touched and before any training.
-        job.check_packages()
-        three_runs(sparse_fraction)
-        report = job.swap_report(settings.model, layers)
+        three_runs.rows(sparse_fraction)
+        report = three_runs.swap_report(settings.model, layers)
         images = load_dataset(data.value, data_dir, config.device)
-        job.check_data(images, settings)
-        job.prepare_output(out, force=force)
+        experiment = three_runs.experiment(images, settings, sparse_fraction, out=out, keep=kept.append)
+        prepare_output(out, three_runs.FILES, force=force)
         console().print(str(report), soft_wrap=True)
-        results = job.run_job(images, settings, out, progress_bar, keep=kept.append)
-        _print_results(results, config.device, out)
-        end_if_diverged([result.name for result in results if result.diverged])
+        console().print(f"training {len(experiment.rows)} runs of {config.epochs} epochs on {config.device}")
+        documents = run_rows(experiment, seed, out, progress_for, keep=kept.append)
+        _print_results(documents, config.device, out)
+        end_if_diverged([document["row_title"] for document in documents if document["value"] is None])
 
 
-def _print_results(results: "Sequence[RunResult]", device: str, out: Path) -> None:
+def _print_results(documents: Sequence[dict[str, Any]], device: str, out: Path) -> None:
     from semisparse.cli.common import console
     from semisparse.environment import capabilities
     from semisparse_lab.cli.tables import results_table
-    from semisparse_lab.report.run_report import table_rows
 
     screen = console()
     sparse_gemm = capabilities(device)[-1]
-    screen.print(results_table(table_rows(results)))
-    screen.print("seconds a step: median after warm-up, without data preparation")
-    screen.print(f"peak memory: {results[0].peak_memory.kind}")
+    screen.print(results_table(documents))
+    screen.print("seconds per step: median after warm-up, without data preparation")
+    screen.print(f"peak memory: {documents[0]['run']['peak_memory']['kind']}")
     screen.print(f"sparse layers computed by: {sparse_gemm.path} ({sparse_gemm.reason})")
     screen.print(f"results, curves and checkpoints: {out}", soft_wrap=True)

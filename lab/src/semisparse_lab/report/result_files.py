@@ -7,7 +7,7 @@ from typing import Any
 
 from semisparse_lab.checks import is_number, shown
 from semisparse_lab.errors import DataError
-from semisparse_lab.experiment import KIND
+from semisparse_lab.report.run_document import KIND
 from semisparse_lab.strict_json import read
 
 Result = dict[str, Any]

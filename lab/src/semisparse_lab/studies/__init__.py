@@ -4,6 +4,11 @@ STUDIES = ("vit-fashion-mnist", "gpt-stdlib", "dino-fashion-mnist")
 """Names of the experiments, as `semisparse-lab experiment` takes them."""
 
 
+def command(study: str, *variants: str) -> str:
+    """The command that runs a study with the options called variants."""
+    return " ".join([f"semisparse-lab experiment {study}", *(f"--{variant}" for variant in variants)])
+
+
 def command_of(name: str) -> str | None:
     """The command that makes the results of an experiment, None for one that is not of the lab.
 
@@ -12,6 +17,5 @@ def command_of(name: str) -> str | None:
     """
     for study in STUDIES:
         if name == study or name.startswith(f"{study}-"):
-            variants = name.removeprefix(study).split("-")[1:]
-            return " ".join([f"semisparse-lab experiment {study}", *(f"--{variant}" for variant in variants)])
+            return command(study, *name.removeprefix(study).split("-")[1:])
     return None

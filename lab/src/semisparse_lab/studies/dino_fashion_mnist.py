@@ -17,6 +17,7 @@ from semisparse_lab.data.images import load_dataset
 from semisparse_lab.experiment import Experiment, OnProgress, Outcome, Row, train_row, train_settings
 from semisparse_lab.models.dino import DinoConfig, build_student
 from semisparse_lab.models.vit import ViTConfig
+from semisparse_lab.studies import command
 from semisparse_lab.tasks.dino import DinoTask
 from semisparse_lab.train.capture import compiled_blocks
 from semisparse_lab.train.config import TrainConfig, resolve_device
@@ -80,7 +81,7 @@ def experiment(data_dir: Path, device: str = "auto", *, small: bool = False, epo
         student = build_student(model_config, dino, seed, config.device)
         task = DinoTask(data, student, dino, wrap)
         seeded = replace(config, seed=seed)
-        result = train_row(row, student, task, seeded, on_progress=on_progress, wrap=wrap, graph=on_gpu)
+        result = train_row(row, student, task, seeded, on_progress=on_progress, wrap=wrap, graph=on_gpu).result
         untrained = build_student(model_config, dino, seed, config.device)
         return Outcome(100 * result.test.accuracy, result, task.frozen_scores(config.precision, untrained))
 
@@ -96,6 +97,6 @@ def experiment(data_dir: Path, device: str = "auto", *, small: bool = False, epo
             "train": train_settings(config),
             "data": {"training_images": len(data.train), "sha256": data.sha256},
         },
-        command="semisparse-lab experiment dino-fashion-mnist",
+        command=command("dino-fashion-mnist"),
         train=train,
     )

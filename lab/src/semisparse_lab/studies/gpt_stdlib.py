@@ -16,6 +16,7 @@ from semisparse.config import Engine
 from semisparse_lab.data.text import standard_library
 from semisparse_lab.experiment import Experiment, OnProgress, Outcome, Row, train_row, train_settings
 from semisparse_lab.models.gpt import GPTConfig, build_gpt
+from semisparse_lab.studies import command
 from semisparse_lab.tasks.next_byte import NextByte, bits_per_byte
 from semisparse_lab.train.capture import compiled_blocks
 from semisparse_lab.train.config import TrainConfig, resolve_device
@@ -80,7 +81,7 @@ def experiment(
         model = build_gpt(model_config, seed, config.device)
         wrap = compiled_blocks if on_gpu else None
         seeded = replace(config, seed=seed)
-        result = train_row(row, model, task, seeded, on_progress=on_progress, wrap=wrap, graph=on_gpu)
+        result = train_row(row, model, task, seeded, on_progress=on_progress, wrap=wrap, graph=on_gpu).result
         more = {"parameters": sum(parameter.numel() for parameter in model.parameters())}
         return Outcome(bits_per_byte(result.test.loss), result, more)
 
@@ -95,6 +96,6 @@ def experiment(
             "train": train_settings(config),
             "text": {"files": corpus.files, "training_bytes": len(corpus.train), "sha256": corpus.sha256},
         },
-        command="semisparse-lab experiment gpt-stdlib",
+        command=command("gpt-stdlib"),
         train=train,
     )

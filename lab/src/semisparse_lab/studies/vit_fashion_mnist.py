@@ -14,6 +14,7 @@ from semisparse.config import Engine, Mask
 from semisparse_lab.data.images import load_dataset
 from semisparse_lab.experiment import Experiment, OnProgress, Outcome, Row, train_row, train_settings
 from semisparse_lab.models.vit import ViTConfig, build_model
+from semisparse_lab.studies import command
 from semisparse_lab.tasks.classification import Augmentation, ImageClassification
 from semisparse_lab.train.capture import compiled_blocks
 from semisparse_lab.train.config import TrainConfig, resolve_device
@@ -101,7 +102,7 @@ def experiment(
         model = build_model(model_config, seed, config.device)
         wrap = compiled_blocks if on_gpu else None
         seeded = replace(config, seed=seed)
-        result = train_row(row, model, task, seeded, on_progress=on_progress, wrap=wrap, graph=on_gpu)
+        result = train_row(row, model, task, seeded, on_progress=on_progress, wrap=wrap, graph=on_gpu).result
         return Outcome(100 * result.test.accuracy, result, {})
 
     return Experiment(
@@ -118,6 +119,6 @@ def experiment(
             "train": train_settings(config),
             "data": {"sha256": data.sha256},
         },
-        command=" ".join(["semisparse-lab experiment vit-fashion-mnist", *(f"--{name}" for name in variants)]),
+        command=command("vit-fashion-mnist", *variants),
         train=train,
     )

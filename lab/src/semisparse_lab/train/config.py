@@ -23,14 +23,22 @@ _AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 class TrainConfig:
     """Settings of a run. Immutable, checked when it is built.
 
-    epochs: at most MOST_EPOCHS; batch_size: samples a step; lr: peak learning rate; warmup_fraction: share of the steps
-    over which it rises from 0; hold_fraction: share of the steps over which it then stays, before a cosine to 0;
-    weight_decay: of tensors with 2 or more dimensions; betas: Adam's; clip: largest norm of all gradients together, 0
-    for any; sparse_fraction: share of the steps that are sparse, from the start; layers: which linear layers are
-    sparse, as sparsify's select; seed: of initial weights, data order and augmentation, at most LARGEST_SEED; device:
-    "auto", "cpu", "cuda" or "cuda:<i>"; precision: "fp32", or autocast to "bf16" or "fp16" (the latter with gradient
-    scaling) over fp32 weights.
-    Raises ConfigError, naming the setting.
+    Args:
+        epochs: At most MOST_EPOCHS.
+        batch_size: Samples per step.
+        lr: Peak learning rate.
+        warmup_fraction: Share of the steps over which the learning rate rises from 0.
+        hold_fraction: Share of the steps over which it then stays, before a cosine to 0.
+        weight_decay: Of tensors with 2 or more dimensions.
+        betas: Adam's.
+        clip: Largest norm of all gradients together, 0 for any.
+        layers: Which linear layers a recipe makes sparse, as sparsify's select.
+        seed: Of initial weights, data order and augmentation, at most LARGEST_SEED.
+        device: "auto", "cpu", "cuda" or "cuda:<i>".
+        precision: "fp32", or autocast to "bf16" or "fp16" (the latter with gradient scaling) over fp32 weights.
+
+    Raises:
+        ConfigError: A setting is outside its range; the message names it.
     """
 
     epochs: int = 40
@@ -41,7 +49,6 @@ class TrainConfig:
     weight_decay: float = 0.05
     betas: tuple[float, float] = (0.9, 0.999)
     clip: float = 0.0
-    sparse_fraction: float = 0.7
     layers: str = "mlp"
     seed: int = 0
     device: str = "cpu"
@@ -51,7 +58,7 @@ class TrainConfig:
         check_counts(self, ("epochs",), most=MOST_EPOCHS)
         check_counts(self, ("batch_size",))
         check_counts(self, ("seed",), least=0, most=LARGEST_SEED)
-        check_ranges(self, ("warmup_fraction", "sparse_fraction"))
+        check_ranges(self, ("warmup_fraction",))
         check_ranges(self, ("hold_fraction",), high=1 - self.warmup_fraction)
         check_ranges(self, ("clip",), high=math.inf)
         check_ranges(self, ("weight_decay",), high=LARGEST_DECAY)

@@ -56,7 +56,7 @@ def fit(
     config); its learning rates are set here, by learning_rate. name: for the result and on_progress, which is called
     after each step. wrap: what the training forward goes through instead of model itself (torch.compile, say); scores
     are taken on model. graph: replay forward and backward from a CUDA graph (see GraphedGradients).
-    config.sparse_fraction and config.layers are not read here. On a CPU equal arguments give equal numbers, bit for
+    config.layers is not read here. On a CPU equal arguments give equal numbers, bit for
     bit; on CUDA as far as the kernels are deterministic. Raises ConfigError when the batch size does not fit, and for
     a graph without CUDA or with fp16, whose gradient scaling it does not have.
     """
