@@ -52,7 +52,7 @@ def curves(results: Sequence[dict[str, Any]], *, log_loss: bool = False) -> byte
                 place.fill_between(steps, [min(v) for v in shown], [max(v) for v in shown], alpha=0.15, linewidth=0,
                                    color=style["color"])  # fmt: skip
             if len(titles) == len(results):
-                _shade(place, mine[0]["phases"], style["color"])
+                _shade(place, mine[0]["phases"], style["color"], f"sparse phase of {label}")
     for place, (title, _) in zip(axes, panels, strict=True):
         place.set(title=title, xlabel="optimizer steps")
         place.grid(alpha=0.3)
@@ -65,8 +65,8 @@ def curves(results: Sequence[dict[str, Any]], *, log_loss: bool = False) -> byte
     return image.getvalue()
 
 
-def _shade(axes: "Axes", phases: Sequence[dict[str, Any]], color: str) -> None:
+def _shade(axes: "Axes", phases: Sequence[dict[str, Any]], color: str, label: str) -> None:
     if len({phase["kind"] for phase in phases}) > 1:
         for phase in phases:
             if phase["kind"] == "sparse":
-                axes.axvspan(phase["start"], phase["end"], color=color, alpha=0.12, linewidth=0)
+                axes.axvspan(phase["start"], phase["end"], color=color, alpha=0.12, linewidth=0, label=label)
