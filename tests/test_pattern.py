@@ -35,8 +35,12 @@ def test_each_column_count_has_its_complement() -> None:
 
 
 def test_the_90_tiles_are_those_found_by_enumeration() -> None:
-    found = {int(code) for code in brute.CODES if brute.BINARY_TILES[code].sum() == 8
-             and set(brute.BINARY_TILES[code].sum(0)) == set(brute.BINARY_TILES[code].sum(1)) == {2}}  # fmt: skip
+    found = {
+        int(code)
+        for code in brute.CODES
+        if brute.BINARY_TILES[code].sum() == 8
+        and set(brute.BINARY_TILES[code].sum(0)) == set(brute.BINARY_TILES[code].sum(1)) == {2}
+    }
     assert len(pattern.TRANSPOSABLE_TILES) == 90
     assert set(pattern.TRANSPOSABLE_TILES) == found
 

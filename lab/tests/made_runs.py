@@ -32,7 +32,13 @@ def documents(*results: RunResult) -> list[dict[str, Any]]:
         raise NotImplementedError
 
     experiment = Experiment(
-        name="toy", title="Toys", metric="accuracy", higher_is_better=True, rows=rows, settings={"seed": 3},
-        command="make toys", train=train,
-    )  # fmt: skip
+        name="toy",
+        title="Toys",
+        metric="accuracy",
+        higher_is_better=True,
+        rows=rows,
+        settings={"seed": 3},
+        command="make toys",
+        train=train,
+    )
     return [run_document(experiment, row, 0, outcome) for row, outcome in zip(rows, outcomes, strict=True)]

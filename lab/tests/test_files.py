@@ -133,8 +133,12 @@ def test_file_and_folder_are_synced_in_this_order(tmp_path, monkeypatch):
 def test_orphans_of_the_same_file_are_swept_and_nothing_else(tmp_path):
     path = tmp_path / "model.safetensors"
     left = orphan(path)
-    others = [orphan(tmp_path / "other"), tmp_path / ".model.safetensors.tmp", tmp_path / ".semisparse-x.tmp",
-              tmp_path / f"{left.name}.bak"]  # fmt: skip
+    others = [
+        orphan(tmp_path / "other"),
+        tmp_path / ".model.safetensors.tmp",
+        tmp_path / ".semisparse-x.tmp",
+        tmp_path / f"{left.name}.bak",
+    ]
     for other in others:
         other.write_bytes(b"mine")
     files.write_atomically(path, b"new")

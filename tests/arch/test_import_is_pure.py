@@ -56,8 +56,9 @@ print("pure")
 
 def run(code: str) -> subprocess.CompletedProcess[str]:
     environment = {key: value for key, value in os.environ.items() if not key.startswith("SEMISPARSE")}
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=120,
-                          check=False)  # fmt: skip
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=120, check=False
+    )
 
 
 def probe(extra: str) -> str:
@@ -70,15 +71,18 @@ def test_importing_defines_names_and_nothing_else(extra: str) -> None:
     assert result.stdout.strip() == "pure", result.stderr
 
 
-@pytest.mark.parametrize(("extra", "message"), [
-    ("import triton", "triton"),
-    ("torch.cuda.is_available()", "cuda is_available"),
-    ("os.environ.get('SEMISPARSE_TUNE')", "environ SEMISPARSE_TUNE"),
-    ("os.getenv('SEMISPARSE_TUNE')", "environ SEMISPARSE_TUNE"),
-    ("torch.nn.Linear.forward = None", "Linear.forward was changed"),
-    ("torch.nn.functional.linear = None", "torch.nn.functional.linear was changed"),
-    ("torch.set_default_dtype(torch.float64)", "AssertionError"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ("import triton", "triton"),
+        ("torch.cuda.is_available()", "cuda is_available"),
+        ("os.environ.get('SEMISPARSE_TUNE')", "environ SEMISPARSE_TUNE"),
+        ("os.getenv('SEMISPARSE_TUNE')", "environ SEMISPARSE_TUNE"),
+        ("torch.nn.Linear.forward = None", "Linear.forward was changed"),
+        ("torch.nn.functional.linear = None", "torch.nn.functional.linear was changed"),
+        ("torch.set_default_dtype(torch.float64)", "AssertionError"),
+    ],
+)
 def test_the_probe_notices_what_it_should(extra: str, message: str) -> None:
     result = run(probe(extra))
     assert result.returncode != 0

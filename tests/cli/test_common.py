@@ -38,11 +38,13 @@ def context() -> typer.Context:
         ("out='a seed=3 data_dir' is", "--out='a seed=3 data_dir' is"),
         ('out="it\'s seed=3" is', '--out="it\'s seed=3" is'),
         ("the model's lr=3 and the run's", "the model's --lr=3 and the run's"),
-        ("folder/data_dir/x, a/seed=3, data_dir.json, x.lr=3, my_lr=3, precisions=3",
-         "folder/data_dir/x, a/seed=3, data_dir.json, x.lr=3, my_lr=3, precisions=3"),
+        (
+            "folder/data_dir/x, a/seed=3, data_dir.json, x.lr=3, my_lr=3, precisions=3",
+            "folder/data_dir/x, a/seed=3, data_dir.json, x.lr=3, my_lr=3, precisions=3",
+        ),
         ("steps=3 and context=4", "steps=3 and context=4"),
     ],
-)  # fmt: skip
+)
 def test_messages_name_the_options_of_the_command(message: str, expected: str) -> None:
     assert with_flags(message, context()) == expected
 
@@ -87,8 +89,9 @@ def test_ctrl_c_before_any_command(monkeypatch: pytest.MonkeyPatch, capsys: pyte
 
 
 @pytest.mark.parametrize("terminal", [True, False])
-def test_a_pipe_gets_lines_of_a_fixed_width_without_markup(terminal: bool, monkeypatch: pytest.MonkeyPatch,
-                                                           capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+def test_a_pipe_gets_lines_of_a_fixed_width_without_markup(
+    terminal: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
     monkeypatch.setenv("COLUMNS", "77")
     screen = console()

@@ -43,8 +43,10 @@ def test_the_kernel_packs_where_it_can_write_the_engines_layout(machine):
         warnings.simplefilter("error")
         found = packed_format(2, BF16, machine.engine)
     assert (found.packer, found.layout, found.reason) == (
-        "kernel", SM90_16BIT, "layout verified against NVIDIA's compressor",
-    )  # fmt: skip
+        "kernel",
+        SM90_16BIT,
+        "layout verified against NVIDIA's compressor",
+    )
 
 
 def test_each_dtype_is_probed_once(machine):

@@ -272,9 +272,14 @@ class SimulatedRuntime(CudaRuntime):
 
     def identity(self, index: int) -> dict[str, str | int]:
         return {
-            "gpu": "Simulated", "sm_count": 1, "capability": "9.0", "driver": "1.2.3", "cuda": "13.0",
-            "torch": "2.11.0", "triton": "3.6.0",
-        }  # fmt: skip
+            "gpu": "Simulated",
+            "sm_count": 1,
+            "capability": "9.0",
+            "driver": "1.2.3",
+            "cuda": "13.0",
+            "torch": "2.11.0",
+            "triton": "3.6.0",
+        }
 
 
 def make_engine(library: SimulatedLibrary | None = None) -> tuple[Engine, SimulatedLibrary, SimulatedRuntime]:

@@ -95,8 +95,11 @@ def test_every_device_has_a_kernel_and_a_stream_of_its_own_and_the_current_one_s
         launcher(index, at(0))
         assert cuda.device == 0
     assert [(entry[0], entry[-1]) for entry in kernel.log] == [
-        ("compile", 0), ("compile", 1), ("start 2", 1), ("start 1", 0),
-    ]  # fmt: skip
+        ("compile", 0),
+        ("compile", 1),
+        ("start 2", 1),
+        ("start 1", 0),
+    ]
     assert [entry[3] for entry in kernel.log[2:]] == [71, 70]
 
 

@@ -111,8 +111,9 @@ def test_the_soft_mask_needs_its_recipe() -> None:
 
 
 @WITH_FROZEN
-@pytest.mark.parametrize("make_copy", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))],
-                         ids=["deepcopy", "pickle"])  # fmt: skip
+@pytest.mark.parametrize(
+    "make_copy", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))], ids=["deepcopy", "pickle"]
+)
 def test_a_copy_computes_the_same_with_a_frozen_tensor_of_its_own(setting: str, make_copy) -> None:
     layer, x = layer_of(setting), small_integers((7, K), seed=3)
     other = make_copy(layer)

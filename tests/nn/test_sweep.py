@@ -59,8 +59,12 @@ def operands(case: Case, *, whole: bool) -> tuple[Tensor, Tensor, Tensor | None,
     def draw(*shape: int) -> Tensor:
         return (torch.randint(-2, 3, shape) if whole else torch.randn(shape)).to(case.dtype)
 
-    x, weight, grad = (laid_out(draw(*shape), layout) for shape, layout in zip(
-        [(*case.leading, case.k), (case.n, case.k), (*case.leading, case.n)], case.layouts, strict=True))  # fmt: skip
+    x, weight, grad = (
+        laid_out(draw(*shape), layout)
+        for shape, layout in zip(
+            [(*case.leading, case.k), (case.n, case.k), (*case.leading, case.n)], case.layouts, strict=True
+        )
+    )
     return x, weight, draw(case.n) if case.bias else None, grad
 
 
@@ -75,8 +79,9 @@ def run(case: Case, x: Tensor, weight: Tensor, bias: Tensor | None, grad: Tensor
 
 
 def fp64_result(case: Case, x: Tensor, weight: Tensor, bias: Tensor | None, grad: Tensor) -> Result:
-    return masked_dense(case.layer_class, x.double(), weight.double(), None if bias is None else bias.double(),
-                        grad.double())  # fmt: skip
+    return masked_dense(
+        case.layer_class, x.double(), weight.double(), None if bias is None else bias.double(), grad.double()
+    )
 
 
 def torch_and_truth(case: Case) -> tuple[Result, Result]:

@@ -25,8 +25,13 @@ def test_there_are_75_weak_orderings() -> None:
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
 @pytest.mark.parametrize("lowest", [0.0, 1.0])
 def test_row_mask_follows_the_rule_on_all_orderings_and_signs(dtype: torch.dtype, lowest: float) -> None:
-    groups = np.array([[(rank + lowest) * sign for rank, sign in zip(ranks, signs, strict=True)]
-                       for ranks in WEAK_ORDERINGS for signs in SIGNS])  # fmt: skip
+    groups = np.array(
+        [
+            [(rank + lowest) * sign for rank, sign in zip(ranks, signs, strict=True)]
+            for ranks in WEAK_ORDERINGS
+            for signs in SIGNS
+        ]
+    )
     kept = masks.row(torch.from_numpy(groups).to(dtype))
     np.testing.assert_array_equal(kept.numpy(), [brute.row(group) for group in groups])
 

@@ -46,8 +46,12 @@ def test_metrics_of_replaced_layers_are_refused() -> None:
 @pytest.mark.parametrize("wrong", [None, 3, "model"])
 def test_what_is_no_module_is_named(wrong: object) -> None:
     schedule = SparseSchedule.sparse_then_dense(net(), 4)
-    for call in (lambda: SparseSchedule.sparse_then_dense(wrong, 4), lambda: schedule.follow(wrong),
-                 lambda: schedule.unfollow(wrong), lambda: MaskMetrics(wrong)):  # fmt: skip
+    for call in (
+        lambda: SparseSchedule.sparse_then_dense(wrong, 4),
+        lambda: schedule.follow(wrong),
+        lambda: schedule.unfollow(wrong),
+        lambda: MaskMetrics(wrong),
+    ):
         with pytest.raises(ConfigError, match=r"pass a torch\.nn\.Module"):
             call()
     with pytest.raises(ScheduleError, match="must be a list of Phase"):

@@ -41,10 +41,14 @@ class Snapshot:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.modules = [(name, id(module), type(module), dict(vars(module)))
-                        for name, module in model.named_modules(remove_duplicate=False)]  # fmt: skip
-        self.bits = {name: (id(p), None if nn.parameter.is_lazy(p) else p.detach().clone())
-                     for name, p in model.named_parameters(remove_duplicate=False)}  # fmt: skip
+        self.modules = [
+            (name, id(module), type(module), dict(vars(module)))
+            for name, module in model.named_modules(remove_duplicate=False)
+        ]
+        self.bits = {
+            name: (id(p), None if nn.parameter.is_lazy(p) else p.detach().clone())
+            for name, p in model.named_parameters(remove_duplicate=False)
+        }
 
     def assert_unchanged(self) -> None:
         now = dict(self.model.named_modules(remove_duplicate=False))
@@ -53,8 +57,9 @@ class Snapshot:
             assert id(now[name]) == identity
             assert type(now[name]) is cls, name
             assert vars(now[name]).keys() == attributes.keys(), name
-            assert all(vars(now[name])[key] is value or vars(now[name])[key] == value
-                       for key, value in attributes.items()), name  # fmt: skip
+            assert all(
+                vars(now[name])[key] is value or vars(now[name])[key] == value for key, value in attributes.items()
+            ), name
         parameters = dict(self.model.named_parameters(remove_duplicate=False))
         assert list(parameters) == list(self.bits)
         for name, (identity, value) in self.bits.items():

@@ -78,7 +78,7 @@ REFUSED = {
     "post_hook": (lambda: hooked("register_post_accumulate_grad_hook"), "gradient hooks"),
     "tied": (lambda: sharing(tied_linear), r"bad\.0\.weight and bad\.1\.weight share"),
     "view": (lambda: sharing(lambda layer: nn.ParameterList([layer.weight.detach().view(64)])), r"bad\.1\.0 must keep"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", REFUSED)

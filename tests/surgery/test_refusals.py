@@ -71,13 +71,19 @@ REFUSED = {
     "subclass": (lambda: nn.Sequential(type("Mine", (nn.Linear,), {})(8, 8)), "0", "Mine is a subclass"),
     "attention": (lambda: nn.ModuleDict({"attn": nn.MultiheadAttention(8, 2)}), "attn.out_proj", "MultiheadAttention"),
     "encoder_linear1": (lambda: nn.TransformerEncoderLayer(8, 2, 16), "linear1", "TransformerEncoderLayer's fast path"),
-    "encoder_linear2": (lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16), 2), "layers.1.linear2",
-                        "TransformerEncoderLayer's fast path"),
-    "xformers": (lambda: module_named("xformers.ops.swiglu_op", "SwiGLU", w12=nn.Linear(8, 32)), "w12",
-                 "SwiGLU reads its weights"),
+    "encoder_linear2": (
+        lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16), 2),
+        "layers.1.linear2",
+        "TransformerEncoderLayer's fast path",
+    ),
+    "xformers": (
+        lambda: module_named("xformers.ops.swiglu_op", "SwiGLU", w12=nn.Linear(8, 32)),
+        "w12",
+        "SwiGLU reads its weights",
+    ),
     "xformers_subclass": (subclass_of_swiglu, "w3", "SwiGLU reads its weights"),
     "timm_qkv": (lambda: timm_attention(torch.zeros(8)), "qkv", "timm's Attention.*reads qkv.weight"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.filterwarnings("ignore:enable_nested_tensor")

@@ -20,14 +20,16 @@ SELECTIONS = {
     "glob": ("blocks.*.fc1", ["blocks.0.mlp.fc1", "blocks.1.mlp.fc1"]),
     "glob_question_mark": ("*.fc?", [name for name in LINEAR_NAMES if "fc" in name]),
     "glob_choice": ("blocks.[1].mlp.*", ["blocks.1.mlp.fc1", "blocks.1.mlp.fc2"]),
-    "regex": (re.compile(r"^blocks\.\d+\.(attn\.proj|mlp\.fc2)$"),
-              [name for name in LINEAR_NAMES if name.endswith(("proj", "fc2"))]),
+    "regex": (
+        re.compile(r"^blocks\.\d+\.(attn\.proj|mlp\.fc2)$"),
+        [name for name in LINEAR_NAMES if name.endswith(("proj", "fc2"))],
+    ),
     "regex_searches": (re.compile("qk"), ["blocks.0.attn.qkv", "blocks.1.attn.qkv"]),
     "callable": (lambda name, layer: layer.out_features == 24, ["blocks.0.attn.qkv", "blocks.1.attn.qkv"]),
     "list": (["fc1", "blocks.1.*.proj"], ["blocks.0.mlp.fc1", "blocks.1.attn.proj", "blocks.1.mlp.fc1"]),
     "tuple": (("qkv", re.compile("1.*fc2")), ["blocks.0.attn.qkv", "blocks.1.attn.qkv", "blocks.1.mlp.fc2"]),
     "generator": ((name for name in ["qkv", "fc2"]), [n for n in LINEAR_NAMES if n.endswith(("qkv", "fc2"))]),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", [kind for kind in SELECTIONS if kind != "generator"])
@@ -68,13 +70,16 @@ def test_the_example_key_of_torchao_suggests_the_right_name() -> None:
     assert type(model[0]) is nn.Linear
 
 
-@pytest.mark.parametrize(("asked", "first"), [
-    ("blocks.0.mlp.fc3", "blocks.0.mlp.fc1"),
-    ("block.1.attn.proj", "blocks.1.attn.proj"),
-    ("model.blocks.1.mlp.fc2", "blocks.1.mlp.fc2"),
-    ("blocks.0.attn.qk", "blocks.0.attn.qkv"),
-    ("heads", "head"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("asked", "first"),
+    [
+        ("blocks.0.mlp.fc3", "blocks.0.mlp.fc1"),
+        ("block.1.attn.proj", "blocks.1.attn.proj"),
+        ("model.blocks.1.mlp.fc2", "blocks.1.mlp.fc2"),
+        ("blocks.0.attn.qk", "blocks.0.attn.qkv"),
+        ("heads", "head"),
+    ],
+)
 def test_the_closest_names_are_suggested(asked: str, first: str) -> None:
     names = [*LINEAR_NAMES, "head"]
     assert closest(asked, names)[0] == first
@@ -118,8 +123,11 @@ def test_layers_inside_wrappers_answer_to_their_plain_names(make) -> None:
 @pytest.mark.parametrize("make", [compiled, checkpointed])
 def test_layers_inside_wrappers_answer_to_their_full_names_too(make) -> None:
     model, _ = make()
-    full = next(found.name for found in linear_layers(model) if found.name.endswith("1.attn.proj")
-                or clean_name(found.name) == "blocks.1.attn.proj")  # fmt: skip
+    full = next(
+        found.name
+        for found in linear_layers(model)
+        if found.name.endswith("1.attn.proj") or clean_name(found.name) == "blocks.1.attn.proj"
+    )
     assert full != "blocks.1.attn.proj"
     assert swap_linear_with_semi_sparse_linear(model, {full: SemiSparseLinear}).swapped == (full,)
 

@@ -27,14 +27,18 @@ def test_the_version_is_printed() -> None:
 
 
 HUGE = {
-    "--seed": [2**64, -1, 10**30], "--epochs": [0, -1, 10**12, 10**400], "--batch-size": [0, -5, 10**18, 10**400],
-    "--lr": ["nan", "inf", "-inf", 0, -1, "1e400", "1e308"], "--sparse-fraction": ["nan", "inf", -1, 0, 1, 2, "1e-300"],
+    "--seed": [2**64, -1, 10**30],
+    "--epochs": [0, -1, 10**12, 10**400],
+    "--batch-size": [0, -5, 10**18, 10**400],
+    "--lr": ["nan", "inf", "-inf", 0, -1, "1e400", "1e308"],
+    "--sparse-fraction": ["nan", "inf", -1, 0, 1, 2, "1e-300"],
     "--layers": ["", "[", "*.nothing", "x" * 5000],
-}  # fmt: skip
+}
 
 
-@pytest.mark.parametrize(("flag", "value"), [(flag, value) for flag in HUGE for value in HUGE[flag]],
-                         ids=lambda value: str(value)[:12])  # fmt: skip
+@pytest.mark.parametrize(
+    ("flag", "value"), [(flag, value) for flag in HUGE for value in HUGE[flag]], ids=lambda value: str(value)[:12]
+)
 def test_a_value_out_of_range_is_named_by_its_flag_at_once(flag: str, value: object, tmp_path: Path) -> None:
     outcome = semisparse_lab("train", *TINY, "--out", tmp_path / "out", f"{flag}={value}")
     assert (outcome.code, outcome.out) == (2, "")
@@ -77,9 +81,12 @@ def interrupt(folder: Path, *options: object, when) -> subprocess.CompletedProce
     """Train for long, and press ctrl-C when when() says so."""
     command = [*PROGRAM, "train", "--device", "cpu", "--batch-size", "128", "--out", folder, *options]
     process = subprocess.Popen(
-        [str(word) for word in command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        [str(word) for word in command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    )
     while not when():
         assert process.poll() is None, process.communicate()
         time.sleep(0.02)

@@ -40,8 +40,10 @@ def test_each_run_is_compared_with_the_first_and_what_was_not_measured_stays_emp
 
 def test_nothing_is_compared_with_a_run_that_diverged() -> None:
     assert [row[1:3] for row in cells(DENSE, DIVERGED, MIXED)] == [
-        ["90.00 %", ""], ["diverged", ""], ["87.50 %", "-2.50 points"]
-    ]  # fmt: skip
+        ["90.00 %", ""],
+        ["diverged", ""],
+        ["87.50 %", "-2.50 points"],
+    ]
     assert [row[1:3] for row in cells(DIVERGED, MIXED)] == [["diverged", ""], ["87.50 %", ""]]
 
 

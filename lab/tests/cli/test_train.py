@@ -55,8 +55,10 @@ def test_progress_is_lines_in_a_pipe(trained: Trained) -> None:
     assert trained.outcome.err == ""
     lines = [line for line in trained.outcome.out.splitlines() if ": step " in line]
     assert [line.partition(":")[0] for line in lines] == [
-        name for name in ("dense", "sparse then dense (70 %)", "fully sparse") for _ in range(2)  # epochs
-    ]  # fmt: skip
+        name
+        for name in ("dense", "sparse then dense (70 %)", "fully sparse")
+        for _ in range(2)  # epochs
+    ]
     assert not re.search(r"[\x00-\x09\x0b-\x1f]", trained.outcome.out)  # no carriage return, no colour
 
 
@@ -66,8 +68,14 @@ def test_options_arrive_in_the_run(tmp_path: Path) -> None:
     outcome = semisparse_lab("train", *TINY, *options, "--out", tmp_path / "out")
     assert outcome.code == 0
     document = json.loads((tmp_path / "out" / "results.json").read_text())
-    expected = {"epochs": 2, "batch_size": 128, "layers": "blocks.1.*", "lr": 0.001, "precision": "bf16",
-                "device": "cpu"}  # fmt: skip
+    expected = {
+        "epochs": 2,
+        "batch_size": 128,
+        "layers": "blocks.1.*",
+        "lr": 0.001,
+        "precision": "bf16",
+        "device": "cpu",
+    }
     middle = document["runs"][1]
     assert expected.items() <= middle["settings"]["train"].items()
     assert (middle["seed"], middle["recipe"]["sparse_fraction"]) == (5, 0.25)

@@ -97,9 +97,13 @@ def test_impossible_sizes_are_refused_by_name(changes):
 
 @pytest.mark.parametrize(
     "config",
-    [MODEL, preset("digits").model, preset("fashion-mnist").model,
-     ViTConfig(image_size=6, patch_size=2, channels=3, classes=5, width=8, depth=3, heads=2, mlp_ratio=3)],
-)  # fmt: skip
+    [
+        MODEL,
+        preset("digits").model,
+        preset("fashion-mnist").model,
+        ViTConfig(image_size=6, patch_size=2, channels=3, classes=5, width=8, depth=3, heads=2, mlp_ratio=3),
+    ],
+)
 def test_what_a_model_holds_is_known_without_building_it(config):
     state = VisionTransformer(config).state_dict()
     assert (config.parameters, config.tensors) == (sum(tensor.numel() for tensor in state.values()), len(state))

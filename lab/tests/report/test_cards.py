@@ -14,8 +14,10 @@ from semisparse_lab.report.run_document import KIND
 
 
 def result(row: str, seed: int, value: float | None, *, order: int, flips: bool = True, **changes) -> dict:
-    phases = [{"kind": "sparse", "start": 0, "end": 10, "seconds_per_step": 0.25, "sparse_products": 40 + seed},
-              {"kind": "dense", "start": 10, "end": 20, "seconds_per_step": 0.5, "sparse_products": 0}]  # fmt: skip
+    phases = [
+        {"kind": "sparse", "start": 0, "end": 10, "seconds_per_step": 0.25, "sparse_products": 40 + seed},
+        {"kind": "dense", "start": 10, "end": 20, "seconds_per_step": 0.5, "sparse_products": 0},
+    ]
     epochs = [{"step": step, "train_loss": 1 / step, "flip_rate": 0.01 if flips else None,
                "validation": {"loss": 0.5, "accuracy": 0.9}} for step in (10, 20)]  # fmt: skip
     return {
@@ -30,10 +32,13 @@ def result(row: str, seed: int, value: float | None, *, order: int, flips: bool 
 
 
 RESULTS = [
-    result("late", 0, 91.0, order=2), result("late", 1, 92.5, order=2),
-    result("dense", 0, 92.0, order=0, flips=False), result("dense", 1, 93.0, order=0, flips=False),
-    result("dense", 2, 95.0, order=0, flips=False), result("early", 2, 94.0, order=1),
-]  # fmt: skip
+    result("late", 0, 91.0, order=2),
+    result("late", 1, 92.5, order=2),
+    result("dense", 0, 92.0, order=0, flips=False),
+    result("dense", 1, 93.0, order=0, flips=False),
+    result("dense", 2, 95.0, order=0, flips=False),
+    result("early", 2, 94.0, order=1),
+]
 
 
 def test_mean_spread_and_differences_seed_by_seed() -> None:
@@ -158,8 +163,11 @@ WRONG = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "value"), [(name, value) for name in WRONG for value in WRONG[name]],
-                         ids=lambda value: repr(value)[:20] if not isinstance(value, int) else "number")  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [(name, value) for name in WRONG for value in WRONG[name]],
+    ids=lambda value: repr(value)[:20] if not isinstance(value, int) else "number",
+)
 def test_a_result_with_a_value_of_another_type_is_refused_by_name(tmp_path: Path, name: str, value: object) -> None:
     (tmp_path / "a.seed0.json").write_text(json.dumps(result("dense", 0, 1.0, order=0) | {name: value}))
     with pytest.raises(DataError, match=rf"a\.seed0\.json is not a (whole )?result: .*'{name}") as found:
@@ -169,10 +177,16 @@ def test_a_result_with_a_value_of_another_type_is_refused_by_name(tmp_path: Path
 
 @pytest.mark.parametrize(
     ("text", "reason"),
-    [("[" * 100_000, "nested too deeply"), ('{"kind": NaN}', "NaN"), ('{"a": 1, "a": 2}', "twice"),
-     ('{"a": 1e999}', "too large"), ('{"a": ' + "9" * 5000 + "}", "digits"), ("", "Expecting value")],
+    [
+        ("[" * 100_000, "nested too deeply"),
+        ('{"kind": NaN}', "NaN"),
+        ('{"a": 1, "a": 2}', "twice"),
+        ('{"a": 1e999}', "too large"),
+        ('{"a": ' + "9" * 5000 + "}", "digits"),
+        ("", "Expecting value"),
+    ],
     ids=["deep", "nan", "twice", "infinite", "long", "empty"],
-)  # fmt: skip
+)
 def test_a_file_that_is_not_plain_json_is_refused_with_the_reason(tmp_path: Path, text: str, reason: str) -> None:
     (tmp_path / "a.seed0.json").write_text(text)
     with pytest.raises(DataError, match=rf"a\.seed0\.json cannot be read as a result: .*{reason}"):

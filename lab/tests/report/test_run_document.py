@@ -25,8 +25,11 @@ def test_a_document_is_strict_json_with_everything_needed_to_judge_it(tmp_path: 
     assert broken["run"].keys() == whole["run"].keys() == keys
     assert broken["run"]["test"] == {"loss": None, "accuracy": 0.1}
     assert whole["run"]["epochs"][1] == {
-        "step": 20, "train_loss": 1.0, "validation": {"loss": 0.5, "accuracy": 0.6}, "flip_rate": 0.02,
+        "step": 20,
+        "train_loss": 1.0,
+        "validation": {"loss": 0.5, "accuracy": 0.6},
+        "flip_rate": 0.02,
         "kept_magnitude": None,
-    }  # fmt: skip
+    }
     phase = {"kind": "sparse", "start": 0, "end": 20, "seconds_per_step": 0.25, "sparse_products": 0}
     assert whole["run"]["phases"][0] == phase

@@ -86,8 +86,11 @@ def test_a_checkpoint_in_a_plain_model_scores_exactly_what_the_run_did(place: in
 def test_the_fully_sparse_checkpoint_holds_pruned_weights_and_the_others_do_not(done: Done) -> None:
     for slug in SLUGS:
         weights = plain_model(done.folder / f"{slug}.safetensors").state_dict()
-        kept = [int(kept_per_group(turned).max()) for name in SPARSE
-                for turned in (weights[f"{name}.weight"], weights[f"{name}.weight"].T)]  # fmt: skip
+        kept = [
+            int(kept_per_group(turned).max())
+            for name in SPARSE
+            for turned in (weights[f"{name}.weight"], weights[f"{name}.weight"].T)
+        ]
         assert kept == [2 if slug == "fully-sparse" else 4] * 4
         assert kept_per_group(weights["blocks.0.attn.qkv.weight"]).max() == 4
 

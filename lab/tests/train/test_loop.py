@@ -67,8 +67,11 @@ def test_every_configuration_sees_the_same_batches():
         train_toy(row, Recorder(toy_data(), Augmentation()), TRAIN)
     for other in seen[1:]:
         assert len(other) == len(seen[0]) == 3 * STEPS
-        assert all(torch.equal(a, b) for mine, yours in zip(other, seen[0], strict=True)
-                   for a, b in zip(mine, yours, strict=True))  # fmt: skip
+        assert all(
+            torch.equal(a, b)
+            for mine, yours in zip(other, seen[0], strict=True)
+            for a, b in zip(mine, yours, strict=True)
+        )
 
 
 def test_phases_follow_the_plan_and_the_model_ends_plain():
