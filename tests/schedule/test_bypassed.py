@@ -1,4 +1,4 @@
-"""Layers whose weight somebody else trains: the first step tells, and raises no alarm where nothing is wrong."""
+"""Layers whose weight something else trains: the first step raises, and only then."""
 
 import gc
 import warnings

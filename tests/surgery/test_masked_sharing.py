@@ -1,11 +1,11 @@
-"""densify(weights="masked") never writes into memory that somebody else reads."""
+"""densify(weights="masked") never writes into memory that is used elsewhere."""
 
 import copy
 
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, prune
 
 from semisparse import SparseConfig, densify, recipes, sparsify
 from semisparse.errors import LayerRefusedError
@@ -121,7 +121,7 @@ def test_a_weight_that_two_layers_prune_alike_is_pruned_once(mask: str) -> None:
 COMPUTED = {
     "weight_norm": lambda layer: parametrizations.weight_norm(layer),
     "spectral_norm hook": lambda layer: nn.utils.spectral_norm(layer),
-    "prune": lambda layer: torch.nn.utils.prune.l1_unstructured(layer, "weight", 0.5),
+    "prune": lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
 }
 
 

@@ -62,7 +62,7 @@ def outside(module: "Meanings", x: Tensor) -> Tensor:
 
 
 class Meanings(nn.Module):
-    """`a` is read by a penalty and called in ways that have several meanings, or by somebody who is handed self."""
+    """`a` is read by a penalty and called in ways that have several meanings, or by a function that is given self."""
 
     def __init__(self) -> None:
         super().__init__()
