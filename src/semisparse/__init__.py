@@ -18,8 +18,7 @@ from semisparse.surgery.densify import densify
 from semisparse.surgery.report import SwapReport
 from semisparse.surgery.swap import sparsify
 from semisparse.surgery.torchao import swap_linear_with_semi_sparse_linear, swap_semi_sparse_linear_with_linear
-
-__version__ = "0.1.0"
+from semisparse.versions import __version__ as __version__
 
 __all__ = [
     "CheckReport",

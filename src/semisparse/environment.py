@@ -1,17 +1,14 @@
 """Versions and hardware of this machine, and which path each capability will take here. Collecting it never raises."""
 
-import importlib.metadata
 import platform
-import shutil
-import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
-import semisparse
 from semisparse.formats.packed import Packer, packed_format
 from semisparse.gemm.engine import available, engine
+from semisparse.versions import __version__, driver_version, package_version
 
 _NOT_FOUND = "not found"
 _WHERE_PACKED = "packed in fp16 and bf16 with N and K multiples of 16, otherwise masked dense"
@@ -58,12 +55,12 @@ def environment() -> Environment:
     """Facts of this process and machine, for `semisparse env`, result files and benchmarks. Never raises."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     facts = {
-        "semisparse": semisparse.__version__,
+        "semisparse": __version__,
         "Python": platform.python_version(),
         "platform": platform.platform(),
         "torch": torch.__version__,
         "GPU": _guarded(_gpu),
-        "driver": _guarded(_driver),
+        "driver": _guarded(driver_version),
         "CUDA of torch": torch.version.cuda or "none (CPU build)",
         "triton": _package("triton"),
         "cuSPARSELt": _guarded(_cusparselt),
@@ -116,7 +113,7 @@ def _product(device: str) -> tuple[str, str]:
     return f"{verdict.reason} or masked dense", "whichever is faster, measured per problem at its first use"
 
 
-def _guarded(fact: Callable[[], str]) -> str:
+def _guarded(fact: Callable[[], str | None]) -> str:
     """The fact, or why it is unknown: a driver or library can fail in any way."""
     try:
         return fact() or _NOT_FOUND
@@ -132,20 +129,8 @@ def _gpu() -> str:
     return ", ".join(names)
 
 
-def _driver() -> str:
-    command = shutil.which("nvidia-smi")
-    if command is None:
-        return _NOT_FOUND
-    query = [command, "--query-gpu=driver_version", "--format=csv,noheader"]
-    answer = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)
-    return ", ".join(sorted(set(answer.stdout.split())))
-
-
 def _package(name: str) -> str:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return _NOT_FOUND
+    return package_version(name) or _NOT_FOUND
 
 
 def _cusparselt() -> str:

@@ -8,7 +8,7 @@ import pytest
 from tests.arch.source import FILES, NAMES, PACKAGE, imported, module_name
 
 LEVELS = {
-    1: {"errors", "arguments", "config", "pattern", "reference"},
+    1: {"errors", "arguments", "config", "pattern", "reference", "versions"},
     2: {"formats", "kernels", "gemm"},
     3: {"calls", "tracing", "ops", "cpu_ops", "cuda_ops", "flops", "autograd", "functional"},
     4: {"nn", "surgery"},

@@ -19,7 +19,7 @@ import torch
 from semisparse.errors import EngineError
 from semisparse.formats.layout import ALIGNMENT
 from semisparse.gemm.problem import Order, Problem
-from semisparse.gemm.runtime import package_version
+from semisparse.versions import package_version
 
 MIN_CAPABILITY = (8, 0)
 """The first GPUs with sparse tensor cores."""

@@ -1,21 +1,19 @@
-"""What the engine and the tuner ask of CUDA, in one small object, so that both run on the CPU in tests.
+"""What the engine and the autotuner ask of CUDA, in one small object, so that both run on the CPU in tests.
 
-The calls go to torch's C layer: the public wrappers check for lazy initialisation on every call, and a tensor on the
-device is proof enough that it happened.
+The calls go to torch's C layer: the public wrappers check for lazy initialisation on every call, and callers always
+hold a CUDA tensor, so CUDA is already initialised.
 """
 
-import re
+import subprocess
 from collections.abc import Callable
 from contextlib import suppress
-from importlib import metadata
-from pathlib import Path
 
 import torch
 
-_DRIVER_REPORT = Path("/proc/driver/nvidia/version")
+from semisparse.versions import driver_version, package_version
 
 _SPIN_CYCLES_PER_CALL = 100_000
-"""GPU cycles to spin for each call queued behind the spin: about 60 us, above the host cost of any call here."""
+"""GPU cycles to spin per call queued behind the spin: about 60 us, more than any call here costs the host."""
 
 
 class CudaRuntime:
@@ -44,7 +42,7 @@ class CudaRuntime:
         return torch.cuda.is_current_stream_capturing()
 
     def index_of(self, device: torch.device | str | int | None) -> int | None:
-        """Device index, None where the device is no CUDA device; a device without index is the current one."""
+        """Device index, None where the device is not a CUDA device; a device without index is the current one."""
         if isinstance(device, int):
             return device
         device = torch.device(self.kind if device is None else device)
@@ -65,27 +63,35 @@ class CudaRuntime:
         return None
 
     def identity(self, index: int) -> dict[str, str | int]:
-        """What a measured choice depends on besides the engine: GPU, driver and library versions."""
+        """What a measured choice depends on in addition to the engine: GPU, driver and library versions."""
         properties = torch.cuda.get_device_properties(index)
         return {
             "gpu": properties.name,
             "sm_count": properties.multi_processor_count,
             "capability": f"{properties.major}.{properties.minor}",
-            "driver": driver_version(),
+            "driver": _driver(),
             "cuda": str(torch.version.cuda),
             "torch": str(torch.__version__),
-            "triton": package_version("triton"),
+            "triton": package_version("triton") or "none",
         }
 
     def wait(self, index: int) -> None:
-        """Wait for what the current stream of a device has been given so far."""
+        """Wait for the work queued so far on the current stream of a device."""
         torch.cuda.current_stream(index).synchronize()
 
     def time(self, index: int, call: Callable[[], object], repeats: int) -> float:
-        """Microseconds of device time per call, over a back-to-back batch on the current stream.
+        """Device time per call of a back-to-back batch on the current stream. Waits for this stream only.
 
         A spin kernel in front keeps the device busy until the batch is queued, so the host's launch cost is not in the
-        result. Waits for this stream only.
+        result.
+
+        Args:
+            index: Of the device.
+            call: Launches the work.
+            repeats: Calls in the batch.
+
+        Returns:
+            Microseconds.
         """
         stream = torch.cuda.current_stream(index)
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -98,18 +104,7 @@ class CudaRuntime:
         return float(begin.elapsed_time(end)) * 1e3 / repeats
 
 
-def package_version(name: str) -> str:
-    """Version of an installed package without importing it, or "none"."""
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return "none"
-
-
-def driver_version() -> str:
-    """The NVIDIA kernel driver's version as it reports it, or "unknown"."""
-    with suppress(OSError):
-        first = _DRIVER_REPORT.read_text(encoding="utf-8", errors="replace").partition("\n")[0]
-        if found := re.search(r"\b\d+\.\d+(\.\d+)?\b", first):
-            return found.group()
+def _driver() -> str:
+    with suppress(OSError, subprocess.SubprocessError):
+        return driver_version() or "unknown"
     return "unknown"
