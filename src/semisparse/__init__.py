@@ -3,7 +3,7 @@
 Importing this package does nothing but define names: no CUDA call, no environment read, no patching.
 """
 
-from semisparse import recipes
+from semisparse import recipes, tuning
 from semisparse._check import CheckReport, check
 from semisparse.config import SparseConfig
 from semisparse.errors import SemiSparseError, TokenMixingWarning
@@ -44,4 +44,5 @@ __all__ = [
     "sparsify",
     "swap_linear_with_semi_sparse_linear",
     "swap_semi_sparse_linear_with_linear",
+    "tuning",
 ]

@@ -7,7 +7,7 @@ import pytest
 
 import semisparse
 import semisparse.testing
-from semisparse import errors, recipes
+from semisparse import errors, recipes, tuning
 from tests.arch.source import ROOT
 
 PUBLIC = {
@@ -34,6 +34,7 @@ PUBLIC = {
     "sparsify",
     "swap_linear_with_semi_sparse_linear",
     "swap_semi_sparse_linear_with_linear",
+    "tuning",
 }
 ERRORS = {
     "ConfigError",
@@ -60,6 +61,7 @@ RECIPES = {
     "sr_ste",
     "step",
 }
+TUNING = {"Choice", "choices", "load_state", "share", "state"}
 TESTING = {
     "DTYPES",
     "HALF_DTYPES",
@@ -86,6 +88,10 @@ def test_the_recipes_names_are_these() -> None:
     assert set(recipes.__all__) == RECIPES
 
 
+def test_the_tuning_names_are_these() -> None:
+    assert set(tuning.__all__) == TUNING
+
+
 def test_the_testing_names_are_these() -> None:
     assert set(semisparse.testing.__all__) == TESTING
 
@@ -95,6 +101,7 @@ def test_the_page_of_public_names_lists_each_of_them_once() -> None:
         r"^\| `semisparse\.([\w.]+)` \| \S", (ROOT / "docs" / "public.md").read_text(), flags=re.MULTILINE
     )
     names = [*PUBLIC, *(f"recipes.{name}" for name in RECIPES), *(f"testing.{name}" for name in TESTING)]
+    names += [f"tuning.{name}" for name in TUNING]
     names += [f"errors.{name}" for name in ERRORS - PUBLIC]
     assert sorted(listed) == sorted(names)
 
@@ -116,9 +123,9 @@ def documented(value: object) -> list[tuple[str, object]]:
 
 ITEMS = [
     item
-    for module in (semisparse, recipes, semisparse.testing, errors)
+    for module in (semisparse, recipes, tuning, semisparse.testing, errors)
     for name, value in vars(module).items()
-    if not name.startswith("_") and callable(value)
+    if not name.startswith("_") and callable(value) and name in getattr(module, "__all__", vars(module))
     for item in documented(value)
 ]
 
