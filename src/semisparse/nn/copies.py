@@ -1,18 +1,18 @@
-"""Copies of layers, remembered while they live, so that a schedule can see the copies nobody switches."""
+"""Copies of layers, remembered while they live, so that a schedule finds copies that no schedule switches."""
 
 from typing import Any
 from weakref import ReferenceType, WeakKeyDictionary, WeakSet, ref
 
 from torch import nn
 
-# Layer -> its living copies, those of its copies among them.
+# Layer -> its living copies, including copies of its copies.
 _COPIES: WeakKeyDictionary[nn.Module, WeakSet[nn.Module]] = WeakKeyDictionary()
-# Copy -> the layers that it stems from.
+# Copy -> the layers that it was copied from, directly or not.
 _ORIGINS: WeakKeyDictionary[nn.Module, tuple[ReferenceType[nn.Module], ...]] = WeakKeyDictionary()
 
 
 class Origin:
-    """What a layer's state carries to a copy made in this process: where it was copied from. Pickles to nothing."""
+    """Part of a layer's state that tells a copy in this process what it was copied from. Pickles to nothing."""
 
     __slots__ = ("_layers",)
 
@@ -20,7 +20,7 @@ class Origin:
         self._layers = () if layer is None else (ref(layer), *_ORIGINS.get(layer, ()))
 
     def note(self, copy: nn.Module) -> None:
-        """Remember copy with those of its origins that still live."""
+        """Remember copy for those of its origins that still live."""
         _ORIGINS[copy] = self._layers
         for reference in self._layers:
             layer = reference()
@@ -35,5 +35,5 @@ class Origin:
 
 
 def copies_of(layer: nn.Module) -> list[nn.Module]:
-    """The living copies of layer, and those of its copies."""
+    """The living copies of layer, including copies of its copies."""
     return list(_COPIES.get(layer, ()))

@@ -1,4 +1,7 @@
-"""Why a single layer cannot be made semi-sparse, or can no longer be one. Looks at the layer alone, not around it."""
+"""Why a layer by itself cannot be made semi-sparse, or can no longer be semi-sparse.
+
+Only the layer is examined; surgery/refusals.py adds what its place in a model says against it.
+"""
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +13,7 @@ from semisparse.reference.masks import FLOAT_DTYPES
 
 
 def refusal(layer: nn.Linear) -> str | None:
-    """Why this layer cannot be made semi-sparse, or None when it can."""
+    """Why this layer cannot be made semi-sparse, or None."""
     if isinstance(layer, nn.modules.lazy.LazyModuleMixin):
         return "it is lazy, without sizes yet: run one forward first, then swap"
     reason = weight_refusal(layer)
@@ -36,7 +39,7 @@ def refusal(layer: nn.Linear) -> str | None:
 
 
 def weight_refusal(layer: nn.Linear) -> str | None:
-    """Why the layer's weight as it is held now cannot be pruned, or None; also asked of layers swapped before."""
+    """Why the layer's current weight cannot be pruned, or None; also for layers that are semi-sparse already."""
     if parametrize.is_parametrized(layer):
         return "it is parametrised: call torch.nn.utils.parametrize.remove_parametrizations first"
     if "weight" not in layer._parameters:
@@ -52,7 +55,7 @@ def weight_refusal(layer: nn.Linear) -> str | None:
     if weight.layout is not torch.strided:
         return f"its weight has the layout {weight.layout}; make it dense first (weight.to_dense())"
     shape = (layer.out_features, layer.in_features)
-    if weight.numel() and tuple(weight.shape) != shape:  # DeepSpeed's ZeRO-3 leaves an empty one outside of forwards
+    if weight.numel() and tuple(weight.shape) != shape:  # DeepSpeed's ZeRO-3 has an empty one outside of forwards
         return f"its weight has shape {tuple(weight.shape)}, not {shape}"
     if weight.dtype not in FLOAT_DTYPES:
         return f"its weight has dtype {weight.dtype}; use float64, float32, float16 or bfloat16"
@@ -60,7 +63,7 @@ def weight_refusal(layer: nn.Linear) -> str | None:
 
 
 def _is_plain(weight: Tensor) -> bool:
-    """A Parameter, a sharded one (inside a forward FSDP shows the whole weight), or a fake of one."""
+    """Whether weight is a Parameter, a sharded one (inside a forward FSDP gives the whole weight), or a fake one."""
     return (
         type(weight) in (nn.Parameter, Tensor)
         or hasattr(weight, "full_tensor")

@@ -102,8 +102,9 @@ class SparseSchedule:
             process_group: As for SparseSchedule.
 
         Raises:
-            ScheduleError: total_steps is not a number of steps, or sparse_fraction not between 0 and 1.
-            NoLayerMatchedError: As for SparseSchedule; RankMismatchError likewise.
+            ScheduleError: total_steps is not a number of steps, or sparse_fraction is not between 0 and 1.
+            NoLayerMatchedError: As for SparseSchedule.
+            RankMismatchError: As for SparseSchedule.
         """
         return cls.__new__(cls)._start(
             model, lambda: sparse_then_dense(total_steps, sparse_fraction), None, process_group
@@ -129,8 +130,9 @@ class SparseSchedule:
             process_group: As for SparseSchedule.
 
         Raises:
-            ScheduleError: total_steps is not a number of steps, or the fractions are not between 0 and 1 together.
-            NoLayerMatchedError: As for SparseSchedule; RankMismatchError likewise.
+            ScheduleError: total_steps is not a number of steps, or a fraction or their sum is not between 0 and 1.
+            NoLayerMatchedError: As for SparseSchedule.
+            RankMismatchError: As for SparseSchedule.
         """
         return cls.__new__(cls)._start(
             model,

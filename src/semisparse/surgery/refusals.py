@@ -1,10 +1,10 @@
 """May this layer of this model be swapped? The one place that answers, with the reason if not.
 
-What speaks against a layer by itself is in nn/refusals.py, because the layers' from_dense asks it, too. Here comes what
-speaks against it where it stands in a model: its weight is read by a module that does not call the layer, so that a
-swap would silently do nothing. There are two ways to know: the source of the modules above it (source_reads.py), and a
-list of classes that have no readable source or that decide by a flag. They are recognised by name, because their
-packages need not be installed. Sources of the list: torch.nn.TransformerEncoderLayer's fast path,
+Reasons in the layer itself are in nn/refusals.py, because the layers' from_dense also needs them. This module adds the
+reasons in its place in a model: its weight is read by a module that does not call the layer, so that a swap would
+silently do nothing. There are two ways to know: the source of the modules above it (source/), and a list of classes
+that have no readable source or that decide by a flag. They are recognised by name, because their packages need not be
+installed. Sources of the list: torch.nn.TransformerEncoderLayer's fast path,
 torch.nn.MultiheadAttention, xFormers' SwiGLU, and timm's attention blocks that call F.linear on qkv.weight.
 """
 
