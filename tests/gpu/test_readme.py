@@ -6,7 +6,11 @@ import torch
 from tests.arch.source import ROOT
 from tests.arch.test_docs_examples import BLOCK
 
-pytestmark = pytest.mark.gpu
+pytestmark = [
+    pytest.mark.gpu,
+    # torch's own, of cuBLAS on the autograd thread
+    pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS, but there was no current CUDA context"),
+]
 
 
 def test_the_first_example_of_readme_runs_sparse_products() -> None:
