@@ -18,8 +18,7 @@ import torch.nn.functional as F
 import semisparse
 from benchmarks.models import CARDS, Card, sparsified
 from benchmarks.timing import device, interleaved, peak_memory, ratio, synchronize
-from semisparse import SwapReport, ops
-from semisparse.gemm.autotune.autotuner import autotuner
+from semisparse import SwapReport, ops, tuning
 from semisparse.surgery.layers import semi_sparse_layers
 
 PACKED_BEFORE = "packed beforehand"
@@ -73,7 +72,7 @@ def benchmark(name: str, rounds: int, toy: bool = False) -> dict[str, Any]:
         "peak_memory_bytes": memory,
         "compile_seconds": compile_seconds,
         "layers": sorted({repr(layer) for layer in semi_sparse_layers(sparse).values()}),
-        "tuning": autotuner().state(),
+        "tuning": tuning.state(),
         "swapped": len(report.swapped),
         "skipped": report.skipped,
         "errors": errors,

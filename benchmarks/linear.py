@@ -21,8 +21,7 @@ import torch.nn.functional as F
 
 import semisparse
 from benchmarks.timing import Timing, captured, device, interleaved, peak_memory, ratio, synchronize
-from semisparse import SemiSparseActivationLinear, SemiSparseLinear, ops
-from semisparse.gemm.autotune.autotuner import autotuner
+from semisparse import SemiSparseActivationLinear, SemiSparseLinear, ops, tuning
 
 SHAPES = ((13008, 1024, 4096), (13008, 4096, 1024), (16384, 2048, 8192), (16384, 4096, 11008))
 """M x K x N: tokens, in features, out features. ViT-L's MLP as the seed document has it, and two Llama-like MLPs."""
@@ -73,7 +72,7 @@ def benchmark(tokens: int, in_features: int, out_features: int, rounds: int) -> 
         "tflops": _tflops(times, tokens * in_features * out_features),
         "peak_memory_bytes": memory,
         "layer": {name: repr(layer) for name, (layer, _) in steps.items()},
-        "tuning": autotuner().state(),
+        "tuning": tuning.state(),
         "errors": errors,
     }
 
@@ -91,7 +90,7 @@ def small(tokens: int, in_features: int, out_features: int, rounds: int) -> dict
         "mkn": [tokens, in_features, out_features],
         "times_ms": {name: timing.as_dict() for name, timing in times.items()},
         **_ratios(times, list(whole)),
-        "tuning": autotuner().state(),
+        "tuning": tuning.state(),
     }
 
 
