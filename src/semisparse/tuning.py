@@ -41,7 +41,7 @@ def load_state(state: Mapping[str, Any]) -> int:
     """Adopt choices made elsewhere; they replace this process's own.
 
     A choice is used only where its whole key agrees, so those of another GPU or version do nothing. One whose algorithm
-    the library does not offer here is dropped and logged when its problem is met, and that problem is tuned.
+    the library does not offer here is dropped and logged at the first call with its problem, and that problem is tuned.
 
     Args:
         state: As `state` returns it.
@@ -58,8 +58,8 @@ def load_state(state: Mapping[str, Any]) -> int:
 def share(group: ProcessGroup | None = None) -> int:
     """Make all ranks of a group use the same choices: those of all ranks together. A collective call.
 
-    Where several ranks measured one problem, the lowest rank's choice is used on all. Problems that are met later are
-    not covered: call it after the first steps, or again.
+    Where several ranks measured one problem, the lowest rank's choice is used on all. Problems that come up
+    later are not covered: call it after the first steps, or again.
 
     Args:
         group: The process group; default: all ranks.

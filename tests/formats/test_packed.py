@@ -1,5 +1,6 @@
 """Which packer a device gets, that it is found out once, and that anything but the fast one is said aloud."""
 
+import logging
 import warnings
 from types import SimpleNamespace
 
@@ -47,6 +48,12 @@ def test_the_kernel_packs_where_it_can_write_the_engines_layout(machine):
         SM90_16BIT,
         "layout verified against NVIDIA's compressor",
     )
+
+
+def test_what_was_found_is_logged(machine, caplog):
+    caplog.set_level(logging.INFO, "semisparse")
+    packed_format(2, BF16, machine.engine)
+    assert "torch.bfloat16 on device 2: packed by the Triton kernel; layout verified" in caplog.text
 
 
 def test_each_dtype_is_probed_once(machine):

@@ -159,7 +159,7 @@ def test_sizes_the_library_cannot_take_are_refused_before_it_is_asked():
     engine, library, _ = make_engine()
     problem = replace(FORWARD, columns=20)
     _, b, out, _ = operands(problem)
-    with pytest.raises(EngineError, match="columns=20 is no multiple of 8; use the masked-dense"):
+    with pytest.raises(EngineError, match="columns=20 is not a multiple of 8; use the masked-dense"):
         engine.matmul(problem, 0, Operands(torch.zeros(1, dtype=torch.uint8), b, out))
     assert not any(kind == "matmul" for kind, _ in library.live.values())
 

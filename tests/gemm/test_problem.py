@@ -89,7 +89,7 @@ def test_a_pickled_problem_is_found_in_another_process():
         ({"rows": 24}, "rows=24"),
         ({"reduction": 8}, "reduction=8"),
         ({"columns": 12}, "columns=12"),
-        ({"rows": 4, "columns": 1}, "rows=4 is no multiple of 16, columns=1 is no multiple of 8"),
+        ({"rows": 4, "columns": 1}, "rows=4 is not a multiple of 16, columns=1 is not a multiple of 8"),
     ],
 )
 def test_sizes_the_engine_cannot_take_are_named(change, refused):

@@ -148,7 +148,7 @@ class Engine:
         return handle.make_plan(*key, address)
 
     def _bias_follows(self, index: int) -> bool:
-        """Whether a finished plan heeds a bias address that is set after it was built.
+        """Whether a finished plan follows a bias address that is set after it was built.
 
         The library does not document it, so it is tried once per device, on a product of zeros. The trial waits for the
         device. Under capture, where that is forbidden, the answer is no: the plan is then built again, which is safe.

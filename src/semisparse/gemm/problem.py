@@ -1,8 +1,8 @@
-"""What to multiply: the description of one sparse product D = A B + bias, before any engine is asked.
+"""Description of one sparse product D = A B + bias: sizes, dtype and storage, without tensors.
 
 A (rows x reduction) is the 2:4 operand, packed along its columns; B (reduction x columns) and D (rows x columns) are
 dense. Both may be stored row by row or column by column. A column-major matrix is handled everywhere as the row-major
-tensor of its transpose, which is what PyTorch holds: x (M x K, contiguous) *is* B = x^T in column order.
+tensor of its transpose: x (M x K, contiguous), as PyTorch holds it, is B = x^T in column order.
 
 The four products of the library (M tokens, K in_features, N out_features, W~ and x~ the pruned operands):
 
@@ -38,13 +38,20 @@ BUCKET_BITS = 3
 class Problem:
     """One product D = A B (+ bias), A 2:4 sparse. Immutable and hashable; the hash is computed once.
 
-    rows, reduction, columns: A is rows x reduction, B reduction x columns, D rows x columns.
-    dtype: of A, B, D and bias; float16 or bfloat16. Sums are kept in fp32 and rounded once.
-    b_order, d_order: storage order of B and D, "row" or "column".
-    bias: one value per row of D is added before rounding.
-    token_axis: which of the three sizes counts tokens, and so changes from step to step.
+    Attributes:
+        rows: Of A and D.
+        reduction: Columns of A, rows of B.
+        columns: Of B and D.
+        dtype: Of A, B, D and bias; float16 or bfloat16. Sums are kept in fp32 and rounded once.
+        b_order: Storage order of B, "row" or "column".
+        d_order: Storage order of D.
+        bias: Whether one value per row of D is added before rounding.
+        token_axis: Which of the three sizes counts tokens, and so changes from step to step.
 
-    Raises ShapeError for a size below 1, TensorError for another dtype, ConfigError for another order or axis.
+    Raises:
+        ShapeError: A size is below 1.
+        TensorError: The dtype is another one.
+        ConfigError: An order or the axis is another one.
     """
 
     rows: int
@@ -73,7 +80,7 @@ class Problem:
         object.__setattr__(self, "_hash", hash((*fields, self.token_axis)))
 
     def __hash__(self) -> int:
-        # Look-ups happen on every call, and hashing eight fields each time would cost more than the look-up.
+        # Look-ups happen on every call; hashing eight fields each time would cost more than the look-up.
         return self._hash
 
     def __reduce__(self) -> tuple[type["Problem"], tuple[object, ...]]:
@@ -106,10 +113,10 @@ class Problem:
         return replace(self, rows=size["rows"], reduction=size["reduction"], columns=size["columns"])
 
     def refusal(self) -> str | None:
-        """Why the sparse engine cannot take these sizes, or None when it can; masked dense takes all of them."""
+        """Why the sparse engine cannot take these sizes, or None where it can; masked dense takes all of them."""
         limits = {"rows": SPARSE_MULTIPLE, "reduction": SPARSE_MULTIPLE, "columns": DENSE_MULTIPLE}
         wrong = [
-            f"{name}={getattr(self, name)} is no multiple of {limit}"
+            f"{name}={getattr(self, name)} is not a multiple of {limit}"
             for name, limit in limits.items()
             if getattr(self, name) % limit
         ]
@@ -129,28 +136,49 @@ def bucket_of(tokens: int) -> int:
     return round_up(tokens, 1 << max(0, tokens.bit_length() - BUCKET_BITS))
 
 
-# The constructors are cached, so that a repeated call gives the identical object: look-ups then compare no fields.
-# The bound covers 1,000 token counts of four products; past it objects are merely built again.
+# The constructors are cached, so that a repeated call returns the identical object: look-ups then compare no fields.
+# The bound covers 1,000 token counts of four products; past it objects are only built again.
 _CACHED = 4096
 
 
 @lru_cache(_CACHED)
 def forward(tokens: int, out_features: int, in_features: int, dtype: torch.dtype, bias: bool = False) -> Problem:
-    """y = x W~^T + b with A = W~ (N x K). columns: tokens (M) padded to a multiple of 8; the caller pads x and y."""
+    """y = x W~^T + b with A = W~ (N x K).
+
+    Args:
+        tokens: M. The problem has M rounded up to a multiple of 8 as columns; the caller pads x and y.
+        out_features: N.
+        in_features: K.
+        dtype: Of all operands.
+        bias: Whether b is added.
+    """
     return Problem(out_features, in_features, round_up(tokens, DENSE_MULTIPLE), dtype, bias=bias)
 
 
 @lru_cache(_CACHED)
 def grad_input(tokens: int, out_features: int, in_features: int, dtype: torch.dtype) -> Problem:
-    """dx = dy W~ with A = W~^T (K x N). columns: tokens (M) padded to a multiple of 8; the caller pads dy and dx."""
+    """dx = dy W~ with A = W~^T (K x N).
+
+    Args:
+        tokens: M. The problem has M rounded up to a multiple of 8 as columns; the caller pads dy and dx.
+        out_features: N.
+        in_features: K.
+        dtype: Of all operands.
+    """
     return Problem(in_features, out_features, round_up(tokens, DENSE_MULTIPLE), dtype)
 
 
 @lru_cache(_CACHED)
 def activation_forward(tokens: int, out_features: int, in_features: int, dtype: torch.dtype) -> Problem:
-    """y = x~ W^T with A = x~ (M x K). rows: tokens padded to a multiple of 16; D is y itself, row-major.
+    """y = x~ W^T with A = x~ (M x K); D is y itself, row-major.
 
-    No bias: the engine's runs along the rows of D, which are tokens here; add it afterwards.
+    Without a bias: the engine's has one value per row of D, which is a token here. Add it afterwards.
+
+    Args:
+        tokens: M. The problem has M rounded up to a multiple of 16 as rows.
+        out_features: N.
+        in_features: K.
+        dtype: Of all operands.
     """
     return Problem(
         round_up(tokens, SPARSE_MULTIPLE), in_features, out_features, dtype, "column", "row", token_axis="rows"
@@ -159,9 +187,13 @@ def activation_forward(tokens: int, out_features: int, in_features: int, dtype: 
 
 @lru_cache(_CACHED)
 def activation_weight(tokens: int, out_features: int, in_features: int, dtype: torch.dtype) -> Problem:
-    """dW = dy^T x~, computed as dW^T = x~^T dy with A = x~^T (K x M).
+    """dW = dy^T x~, computed as dW^T = x~^T dy with A = x~^T (K x M); D is stored as dW, row-major N x K.
 
-    reduction: tokens padded to a multiple of 16 (pad dy with zero rows); D is stored as dW, row-major N x K.
+    Args:
+        tokens: M. The problem has M rounded up to a multiple of 16 as reduction; pad dy with zero rows.
+        out_features: N.
+        in_features: K.
+        dtype: Of all operands.
     """
     reduction = round_up(tokens, SPARSE_MULTIPLE)
     return Problem(in_features, reduction, out_features, dtype, "row", "column", token_axis="reduction")

@@ -1,7 +1,7 @@
 """A bias added to every row of a matrix, in place, at the speed of memory.
 
-The sparse engine adds a bias only along the rows of its result. Where these are tokens (a pruned activation), the bias
-comes afterwards; PyTorch's broadcast addition takes 2.4 times as long as this kernel's traffic would (measured).
+The sparse engine adds one bias value per row of its result. Where these rows are tokens (a pruned activation), the bias
+is added afterwards; PyTorch's broadcast addition takes 2.4 times as long as this kernel's memory traffic (measured).
 """
 
 from functools import lru_cache
@@ -33,9 +33,15 @@ def add_bias(matrix, bias, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.conste
 
 
 def launch(matrix: Tensor, bias: Tensor) -> None:
-    """matrix (M x N, contiguous) += bias (N,); both fp16 or bf16. Asynchronous, on the current stream.
+    """matrix += bias, in place. Asynchronous, on the current stream.
 
-    Raises ShapeError, TensorError.
+    Args:
+        matrix: M x N, contiguous, fp16 or bf16.
+        bias: (N,), contiguous, of the same dtype.
+
+    Raises:
+        ShapeError: The sizes differ.
+        TensorError: A dtype or a memory layout does not fit.
     """
     if matrix.dtype != bias.dtype or matrix.itemsize != 2 or not (matrix.is_contiguous() and bias.is_contiguous()):
         raise TensorError(f"matrix is {matrix.dtype}, bias {bias.dtype}; both must be contiguous fp16 or both bf16")

@@ -1,9 +1,9 @@
-"""How many programs a kernel starts and which block of a matrix each handles, within what CUDA can start.
+"""How many programs a kernel starts and which block of a matrix each handles, within the limits of CUDA.
 
-Of the three axes of a grid only x is long: 2^31 - 1 programs, where y and z end at 65,535, which a million tokens
-exceed. A matrix with more rows of blocks than that gets a *flat* grid, all programs along x. Both kinds go through the
-matrix row of blocks by row of blocks, so neighbours in time share cache lines alike. Finding its block costs a program
-of a flat grid registers (unpack takes 40 instead of 32, the pack kernel spills), so it is left to the tall matrices.
+Of the three axes of a grid only x is long: 2^31 - 1 programs. y and z end at 65,535, which a million tokens exceed. A
+matrix with more rows of blocks than that gets a *flat* grid, all programs along x. Both kinds go through the matrix row
+of blocks by row of blocks, so programs that run at the same time share cache lines in both. In a flat grid finding its
+block costs a program registers (unpack takes 40 instead of 32, the pack kernel spills), so only tall matrices get one.
 """
 
 import triton
@@ -22,10 +22,20 @@ INT32_END = 2**31
 
 
 def grid_of(rows: int, columns: int, height: int, width: int, flat: bool = False) -> tuple[tuple[int, int, int], bool]:
-    """A grid with one program for each height x width block of a matrix, and whether it is flat; see block_at.
+    """A grid with one program per block of a matrix.
 
-    flat: make it so in any case. Raises ShapeError where the matrix has more rows or columns than kernels can count, or
-    more blocks than CUDA starts.
+    Args:
+        rows: Of the matrix.
+        columns: Of the matrix.
+        height: Rows of a block.
+        width: Columns of a block.
+        flat: Make the grid flat in any case.
+
+    Returns:
+        The grid, and whether it is flat, which block_at must know.
+
+    Raises:
+        ShapeError: The matrix has more rows or columns than kernels can count, or more blocks than CUDA starts.
     """
     if max(rows, columns) > LARGEST_SIZE:
         raise ShapeError(

@@ -1,8 +1,8 @@
 """Low-overhead repeated launches of a Triton kernel.
 
-Triton looks at every argument of every launch to find the compiled kernel that fits, which takes longer than a small
-kernel runs (64 us of 77 us for a whole pack op, measured with one NVIDIA H200). Where sizes and constants repeat, as
-they do from step to step, the kernel found at the first launch fits again, as long as its addresses are aligned alike.
+Triton inspects every argument of every launch to find the compiled kernel that fits, which takes longer than a small
+kernel runs (64 us of 77 us for a whole pack op, measured on one NVIDIA H200). Where sizes and constants repeat, as they
+do from step to step, the kernel found at the first launch fits again if the addresses are aligned as they were then.
 """
 
 from collections.abc import Callable
@@ -18,9 +18,16 @@ from semisparse.kernels.grid import check_grid
 class Launcher:
     """A Triton kernel whose grid, sizes and constants are fixed; only the addresses change from call to call.
 
-    kernel: takes the pointers, then sizes, then constants, in this order. Dtypes of the pointers, and which are None,
-    must be the same at every call. options: Triton's own (num_warps, ...). Raises ShapeError for a grid that CUDA
-    cannot start.
+    Args:
+        kernel: Takes the pointers, then sizes, then constants, in this order. Dtypes of the pointers, and which of them
+            are None, must be the same at every call.
+        grid: Programs along x, y and z.
+        sizes: Run-time integers.
+        constants: Compile-time constants.
+        **options: Triton's own (num_warps, ...).
+
+    Raises:
+        ShapeError: CUDA cannot start such a grid.
     """
 
     __slots__ = ("_constants", "_grid", "_kernel", "_options", "_sizes", "_started")

@@ -9,7 +9,7 @@ line within the tile, bit 2 the tile within the pair. For W the lines are rows a
 W^T the lines are columns of W and the pair differs in row bit 2. The words of a program form a 1-D tensor of N = tile
 rows x tile pairs entries. The bits of a word's index are 2 bits of the pair, 3 of the tile row (these 5 are the lane of
 a warp), the rest of the pair, the rest of the tile row. The engine's words hold three other address bits, so position
-bits change places with bits of the index: each *exchange* is one shuffle between two threads. Afterwards every thread
+bits change places with bits of the index: each *exchange* is one shuffle between two threads. Afterwards each thread
 stores a full word.
 """
 

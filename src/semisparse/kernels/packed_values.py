@@ -1,4 +1,4 @@
-"""Triton functions on packed words: 16-bit values in and out of 32-bit registers. Every tensor holds one word a tile.
+"""Triton functions on packed words: 16-bit values in and out of 32-bit registers. Every tensor holds one word per tile.
 
 A tile is 8 words (int32), two for each row: entries 0 and 1 in the first, 2 and 3 in the second, as 16-bit values, the
 lower index in the lower half. Moving values as words halves the instructions, and a kept pair is stored as it is.

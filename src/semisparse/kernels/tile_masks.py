@@ -1,4 +1,4 @@
-"""Triton tile functions: which entries of a 4x4 tile are kept. Every tensor holds one value a tile.
+"""Triton tile functions: which entries of a 4x4 tile are kept. Every tensor holds one value per tile.
 
 The kept entries travel as a *choice* (int32): the tile code (bit 4 * i + j is set when entry (i, j) is kept) in the
 lower 16 bits, the code of the transposed tile in the upper 16. With both directions in one word, the metadata of all 8

@@ -1,4 +1,4 @@
-"""The pruned matrix out of its packed form, one thread a group of four. Used where a dense product is faster."""
+"""Unpack the pruned matrix, one thread per group of four. Used where a dense product is faster."""
 
 from functools import lru_cache
 
@@ -43,8 +43,14 @@ def unpack(
 def launch(packed: Tensor, out: Tensor, *, layout: MetadataLayout) -> None:
     """Write the matrix that packed holds into out. Asynchronous, on the current stream; exact.
 
-    packed: contiguous uint8, as prune_pack.launch or NVIDIA's compressor writes it, its metadata in the order bits.
-    out: rows x columns (a multiple of 16), fp16 or bf16, contiguous. Raises ShapeError, TensorError.
+    Args:
+        packed: Contiguous uint8, as prune_pack.launch or NVIDIA's compressor writes it.
+        out: rows x columns (a multiple of 16), fp16 or bf16, contiguous.
+        layout: Of the metadata in packed.
+
+    Raises:
+        ShapeError: A size does not fit.
+        TensorError: A dtype or a memory layout does not fit.
     """
     rows, columns = out.shape
     if out.itemsize != 2 or not out.is_contiguous():

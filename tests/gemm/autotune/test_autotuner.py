@@ -2,6 +2,8 @@
 
 import gc
 import itertools
+import logging
+import re
 import weakref
 from dataclasses import replace
 
@@ -28,6 +30,17 @@ def test_the_first_call_tunes_and_later_calls_do_not(make_tuner, timed):
     assert call(tuner) is choice
     assert tuner.known(FORWARD, -1) is choice
     assert (timed.made, len(library.products)) == (1, products)
+
+
+def test_start_result_and_duration_of_tuning_are_logged_once(make_tuner, caplog):
+    caplog.set_level(logging.INFO, "semisparse")
+    tuner, _, _ = make_tuner()
+    for _ in range(2):
+        call(tuner)
+    lines = [record.getMessage() for record in caplog.records if record.name == "semisparse.gemm.autotune.autotuner"]
+    assert lines[0] == f"tuning {FORWARD} on device -1"
+    assert re.fullmatch(rf"tuned {re.escape(str(FORWARD))} in \d\.\d\d s: cuSPARSELt algorithm 4 \(.*tuned\)", lines[1])
+    assert len(lines) == 2
 
 
 def test_wrong_algorithms_are_quarantined_end_to_end(make_tuner):

@@ -65,7 +65,7 @@ def from_record(record: dict[str, Any], source: Source) -> Choice:
         source: Where the record comes from.
 
     Returns:
-        A choice. Whether the library offers its algorithm is checked when the problem is met, and again by the engine.
+        A choice. Whether the library offers its algorithm is checked at the first call with its problem.
 
     Raises:
         AttributeError, KeyError, OverflowError, TypeError, ValueError: The record is damaged.

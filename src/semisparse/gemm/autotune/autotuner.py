@@ -141,8 +141,8 @@ class Autotuner:
         """Adopt choices made elsewhere; they replace this process's own.
 
         A choice is used only where its whole key agrees, so those of another GPU or version are never used. One whose
-        algorithm this process's library does not offer is dropped, and logged, when its problem is met, and that
-        problem is tuned.
+        algorithm this process's library does not offer is dropped, and logged, at the first call with its problem; the
+        problem is then tuned.
 
         Args:
             state: As `state` returns it.
@@ -268,7 +268,7 @@ def _likely_first(algorithms: Iterable[int], dtype: torch.dtype) -> list[int]:
 def _tuning_is_off() -> bool:
     value = os.environ.get(VARIABLE, "1")
     if value not in ("0", "1"):
-        raise ConfigError(f"{VARIABLE}={value!r} is neither 0 (never tune) nor 1 (tune a problem when it is first met)")
+        raise ConfigError(f"{VARIABLE}={value!r} is neither 0 (never tune) nor 1 (tune a problem at its first call)")
     return value == "0" or torch.are_deterministic_algorithms_enabled()
 
 

@@ -159,7 +159,7 @@ def make_sample(engine: Engine, problem: Problem, out: Tensor, memory: int) -> S
             sums[:, chunk] = compared @ columns.float()
         biases: tuple[Tensor | None, ...] = (None,)
         if problem.bias:
-            # Two, used in turns: the library must heed the address of each call.
+            # Two, used in turns: the library must use the address of each call.
             biases = tuple(integers((problem.rows,), problem.dtype, device, generator) for _ in range(2))
         expected = []
         for bias in biases:
