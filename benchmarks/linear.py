@@ -41,7 +41,7 @@ TOY_SHAPES = ((32, 64, 128),)
 """Enough to try the program on a CPU."""
 
 WEIGHT, ACTIVATION = "semisparse weight", "semisparse activation"
-PACKED_BEFORE = f"{WEIGHT}, packed beforehand"
+PACKED_BEFORE = "packed beforehand"
 
 Call = Callable[[], object]
 Contexts = dict[str, Callable[[], AbstractContextManager[object]]]
