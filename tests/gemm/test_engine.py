@@ -257,3 +257,13 @@ def test_packed_bytes_and_algorithms_leave_nothing_behind():
     assert engine.packed_bytes(32, 48, BF16, -1) == engine.compress(two_of_four(32, 48, BF16)).numel()
     assert engine.algorithms(FORWARD, -1) == range(6)
     assert {kind for kind, _ in library.live.values()} == {"handle"}
+
+
+def test_tensors_on_the_host_are_refused_where_the_engine_drives_a_gpu():
+    engine, library, runtime = make_engine()
+    a, b, out, _ = operands(FORWARD)
+    packed = engine.compress(a)
+    runtime.kind, runtime.device_now = "cuda", 0
+    with pytest.raises(TensorError, match="out is on cpu; sparse products need tensors on a CUDA device"):
+        engine.matmul(FORWARD, 0, Operands(packed, b, out))
+    assert library.products == []

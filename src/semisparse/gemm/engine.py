@@ -91,15 +91,14 @@ class Engine:
             TensorError, ShapeError: A tensor does not fit.
             EngineError: The engine cannot be used here, or the library refuses.
         """
-        index = operands.out.get_device()
-        if self.runtime.current_device() == index:
-            self._multiply(index, problem, algorithm, operands)
-            return
-        with self._on(index):
-            self._multiply(index, problem, algorithm, operands)
-
-    def _multiply(self, index: int, problem: Problem, algorithm: int, operands: Operands) -> None:
         packed, b, out, bias = operands
+        index = out.get_device()
+        if self.runtime.current_device() != index:
+            if out.device.type != self.runtime.kind:
+                raise TensorError(f"out is on {out.device}; sparse products need tensors on a CUDA device")
+            with self._on(index):
+                self.matmul(problem, algorithm, operands)
+            return
         try:
             handle: Handle = self._local.handles[index]
         except (AttributeError, KeyError):
