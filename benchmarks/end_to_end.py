@@ -99,8 +99,8 @@ def _saved_ms(report: SwapReport, card: Card, dtype: torch.dtype, toy: bool) -> 
         calls = {
             "dense forward": lambda x=x, w=weight: F.linear(x, w),
             "dense grad_input": lambda g=grad_output, w=weight: g @ w,
-            "sparse forward": lambda x=x, p=packed, n=out_features: ops.packed_linear(x, p, None, n, "cusparselt"),
-            "sparse grad_input": lambda g=grad_output, p=packed_t, k=in_features: ops.packed_linear(
+            "sparse forward": lambda x=x, p=packed, n=out_features: ops.packed_matmul(x, p, None, n, "cusparselt"),
+            "sparse grad_input": lambda g=grad_output, p=packed_t, k=in_features: ops.packed_matmul(
                 g, p, None, k, "cusparselt"
             ),
         }

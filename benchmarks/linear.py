@@ -181,14 +181,14 @@ def _parts(
         "part: dense grad_input": lambda: grad_output @ weight,
         "part: dense grad_weight": lambda: grad_output.mT @ x,
         "part: pack weight": lambda: ops.pack(weight, weight.dtype, "transposable"),
-        "part: sparse forward": lambda: ops.packed_linear(x, packed, bias, out_features, "cusparselt"),
-        "part: sparse grad_input": lambda: ops.packed_linear(grad_output, packed_t, None, in_features, "cusparselt"),
+        "part: sparse forward": lambda: ops.packed_matmul(x, packed, bias, out_features, "cusparselt"),
+        "part: sparse grad_input": lambda: ops.packed_matmul(grad_output, packed_t, None, in_features, "cusparselt"),
         "part: pack tokens": lambda: ops.pack_tokens(x, x.dtype),
         "part: bias grad": lambda: grad_output.sum(0),
-        "part: sparse tokens forward, bias": lambda: ops.packed_tokens_linear(
+        "part: sparse tokens forward, bias": lambda: ops.packed_tokens_matmul(
             packed_x, weight, bias, tokens, "cusparselt"
         ),
-        "part: sparse tokens forward": lambda: ops.packed_tokens_linear(packed_x, weight, None, tokens, "cusparselt"),
+        "part: sparse tokens forward": lambda: ops.packed_tokens_matmul(packed_x, weight, None, tokens, "cusparselt"),
         "part: sparse tokens grad_weight": lambda: ops.packed_tokens_grad_weight(
             packed_xt, grad_output, in_features, "cusparselt"
         ),

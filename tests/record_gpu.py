@@ -25,9 +25,9 @@ sys.path.insert(0, str(ROOT))
 def recorded_files() -> dict[str, str]:
     """Path -> sha256 of each file that a GPU record speaks for."""
     package = ROOT / "src" / "semisparse"
-    folders = ("formats", "kernels", "gemm")
+    folders = ("formats", "kernels", "gemm", "ops")
     files = [path for folder in folders for end in ("py", "json") for path in package.glob(f"{folder}/**/*.{end}")]
-    files += [*package.glob("*ops.py"), package / "functional.py", package / "autograd.py"]
+    files += [package / "masks.py", package / "functional.py", package / "autograd.py"]
     return {str(path.relative_to(ROOT)): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(files)}
 
 

@@ -8,11 +8,42 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from semisparse import SemiSparseActivationLinear, SemiSparseLinear
+from semisparse import SemiSparseActivationLinear, SemiSparseLinear, SparseConfig
+from semisparse.config import Backend
 from semisparse.nn import SemiSparseBase
 from tests.reference import brute
 
 LAYER_CLASSES = [SemiSparseLinear, SemiSparseActivationLinear]
+
+
+def config_of(operand: str, mask: str = "transposable", backend: Backend = "auto") -> SparseConfig:
+    """The config that prunes operand ("weight" or "activation") and leaves the other one dense."""
+    pruned = {"weight": None, "activation": None} | {operand: mask}
+    return SparseConfig(**pruned, backend=backend)  # type: ignore[arg-type]
+
+
+class MaskArguments(NamedTuple):
+    """A mask as ops take it: its name and, where a recipe holds something, tile codes or a scale."""
+
+    mask: str
+    codes: Tensor | None = None
+    scale: Tensor | None = None
+
+    @property
+    def held(self) -> dict[str, Tensor | None]:
+        """The arguments of SemiSparseLinear.hold, with tensors of their own."""
+        return {name: None if t is None else t.clone() for name, t in (("codes", self.codes), ("scale", self.scale))}
+
+    def to(self, device: str) -> "MaskArguments":
+        """On another device."""
+        return MaskArguments(self.mask, *(None if t is None else t.to(device) for t in (self.codes, self.scale)))
+
+
+def held_by(layer: nn.Module) -> Tensor | None:
+    """The tensor that a recipe holds on layer, None where there is none."""
+    codes, scale = getattr(layer, "held_codes", None), getattr(layer, "held_scale", None)
+    assert codes is None or scale is None
+    return scale if codes is None else codes
 
 
 class Result(NamedTuple):

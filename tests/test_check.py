@@ -119,16 +119,16 @@ def test_a_forward_that_writes_into_parameters_is_undone() -> None:
 
 def test_the_packed_route_and_a_dense_phase(monkeypatch: pytest.MonkeyPatch) -> None:
     net = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16)).bfloat16()
-    sparsify(net, SparseConfig(engine="dense"), select="0")
+    sparsify(net, SparseConfig(backend="dense"), select="0")
     sparsify(net, select="1")
     net[1].sparse_enabled = False
     assert [row.forward for row in check(net, X.bfloat16())] == [
-        "masked dense: engine='dense' asks for it",
+        "masked dense: backend='dense' asks for it",
         "dense (dense phase)",
     ]
     net[1].sparse_enabled = True
-    monkeypatch.setattr(functional, "packs", lambda weight, dtype, engine: engine != "dense")
-    monkeypatch.setattr(functional, "why_masked_dense", lambda weight, dtype, engine: "")
+    monkeypatch.setattr(functional, "packs", lambda weight, dtype, backend: backend != "dense")
+    monkeypatch.setattr(functional, "why_masked_dense", lambda weight, dtype, backend: "")
     assert check(net, X.bfloat16()).rows[1].forward == "packed"
 
 
@@ -140,15 +140,15 @@ def test_products_are_told_to_the_layer_that_ran_them(monkeypatch: pytest.Monkey
 
     net = nn.Sequential(nn.Linear(16, 32), nn.Linear(32, 16)).bfloat16()
     sparsify(net)
-    monkeypatch.setattr(functional, "packs", lambda weight, dtype, engine: True)
-    real = ops.packed_linear
+    monkeypatch.setattr(functional, "packs", lambda weight, dtype, backend: True)
+    real = ops.packed_matmul
 
-    def product(x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, engine: str) -> Tensor:
+    def product(x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, backend: str) -> Tensor:
         asked = problem.forward(x.shape[0], out_features, x.shape[1], x.dtype, bias is not None)
         dispatch.tell(asked, out_features, Choice(out_features, out_features, 1.0, 2.0, "tuned"))
-        return real(x, packed, bias, out_features, engine)
+        return real(x, packed, bias, out_features, backend)
 
-    monkeypatch.setattr(ops, "packed_linear", product)
+    monkeypatch.setattr(ops, "packed_matmul", product)
     rows = check(net, X.bfloat16().requires_grad_()).rows
     assert [(row.forward, row.backward) for row in rows] == [
         ("cuSPARSELt algorithm 32 (tuned)", "cuSPARSELt algorithm 16 (tuned)"),

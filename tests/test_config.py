@@ -1,58 +1,96 @@
-"""SparseConfig: frozen, keyword-only, checked when built."""
+"""SparseConfig: frozen, keyword-only, by operand, checked when built."""
 
 import pickle
 from dataclasses import FrozenInstanceError, replace
+from typing import get_args
 
 import pytest
 
 from semisparse import SparseConfig
+from semisparse.config import ActivationMask
 from semisparse.errors import ConfigError
+from semisparse.masks import MASKS, MaskName
+
+ACTIVATION = {"weight": None, "activation": "transposable"}
 
 
 def test_defaults_are_the_transposable_weight_recipe() -> None:
     config = SparseConfig()
-    assert (config.operand, config.mask) == ("weight", "transposable")
+    assert (config.weight, config.activation, config.backend) == ("transposable", None, "auto")
+    assert (config.grad_output, config.precision) == (None, None)
+    assert config.operand == "weight"
+    assert SparseConfig(**ACTIVATION).operand == "activation"
+
+
+def test_the_names_of_masks_are_the_tables() -> None:
+    assert get_args(MaskName) == tuple(MASKS)
+    assert all(MASKS[name].both_ways for name in get_args(ActivationMask))  # the weight gradient needs the transpose
+    assert len({mask.constant for mask in MASKS.values()} | {0}) == len(MASKS) + 1
+
+
+MASK_CHOICES = "None, 'transposable', 'row', 'soft', 'greedy', 'signed_greedy'"
 
 
 @pytest.mark.parametrize(("field", "value", "choices"), [
-    ("operand", "weights", "'weight', 'activation'"),
-    ("operand", None, "'weight', 'activation'"),
-    ("mask", "sideways", "'transposable', 'row', 'soft', 'greedy', 'signed_greedy'"),
-    ("mask", "codes", "'transposable', 'row', 'soft', 'greedy', 'signed_greedy'"),
-    ("mask", True, "'transposable', 'row'"),
-    ("mask", ["row"], "'transposable', 'row'"),
+    ("weight", "sideways", MASK_CHOICES),
+    ("weight", "codes", MASK_CHOICES),
+    ("weight", True, MASK_CHOICES),
+    ("weight", ["row"], MASK_CHOICES),
+    ("activation", "row", "None, 'transposable'"),
+    ("grad_output", "transposable", "None"),
+    ("precision", "fp16", "None"),
+    ("backend", "engine", "'auto', 'cusparselt', 'dense'"),
+    ("backend", None, "'auto', 'cusparselt', 'dense'"),
 ])  # fmt: skip
 def test_a_value_outside_its_choices_is_named_with_the_choices(field: str, value: object, choices: str) -> None:
     with pytest.raises(ConfigError) as caught:
         SparseConfig(**{field: value})  # type: ignore[arg-type]
-    assert f"{field}={value!r}" in str(caught.value)
-    assert choices in str(caught.value)
+    assert str(caught.value) == f"{field}={value!r} is not one of {choices}"
+
+
+@pytest.mark.parametrize(("field", "value"), [("grad_output", "mvue"), ("precision", "fp8")])
+def test_what_is_planned_says_that_it_is_not_available_yet(field: str, value: str) -> None:
+    with pytest.raises(ConfigError, match=f"{field}='{value}' is not available yet; leave it at None"):
+        SparseConfig(**{field: value})  # type: ignore[arg-type]
 
 
 def test_settings_that_exclude_each_other_are_refused() -> None:
-    for mask in ("row", "soft", "greedy", "signed_greedy"):
-        expected = rf"mask='{mask}' cannot serve operand='activation'.*use mask='transposable'"
-        with pytest.raises(ConfigError, match=expected):
-            SparseConfig(operand="activation", mask=mask)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"weight='row' and activation='transposable': .*set one of them to None"):
+        SparseConfig(weight="row", activation="transposable")
+    with pytest.raises(ConfigError, match="weight=None and activation=None prune nothing"):
+        SparseConfig(weight=None)
 
 
-def test_it_is_frozen_keyword_only_and_has_no_other_fields() -> None:
+@pytest.mark.parametrize(("settings", "products"), [
+    ({}, ("sparse", "sparse", "dense")),
+    ({"weight": "greedy"}, ("sparse", "sparse", "dense")),
+    ({"weight": "row"}, ("sparse", "dense", "dense")),
+    ({"weight": "soft"}, ("sparse", "dense", "dense")),
+    (ACTIVATION, ("sparse", "dense", "sparse")),
+    ({"backend": "cusparselt"}, ("sparse", "sparse", "dense")),
+    ({"backend": "dense"}, ("masked dense", "masked dense", "dense")),
+])  # fmt: skip
+def test_the_products_follow_from_the_settings(settings: dict, products: tuple[str, ...]) -> None:
+    config = SparseConfig(**settings)
+    assert config.products == dict(zip(("forward", "grad_input", "grad_weight"), products, strict=True))
+    assert str(config).endswith(", ".join(f"{name} {how}" for name, how in config.products.items()))
+
+
+def test_it_is_frozen_and_keyword_only() -> None:
     config = SparseConfig()
     with pytest.raises(FrozenInstanceError):
-        config.mask = "row"  # type: ignore[misc]
+        config.weight = "row"  # type: ignore[misc]
     with pytest.raises(TypeError):
-        SparseConfig("weight")  # type: ignore[misc]
-    with pytest.raises(TypeError, match="precision"):
-        SparseConfig(precision="fp8")  # type: ignore[call-arg]
+        SparseConfig("row")  # type: ignore[misc]
 
 
 def test_replace_checks_again() -> None:
-    assert replace(SparseConfig(), mask="row") == SparseConfig(mask="row")
+    assert replace(SparseConfig(), weight="row") == SparseConfig(weight="row")
     with pytest.raises(ConfigError):
-        replace(SparseConfig(mask="row"), operand="activation")
+        replace(SparseConfig(weight="row"), activation="transposable")
 
 
 def test_it_compares_hashes_and_pickles_by_value() -> None:
-    config = SparseConfig(operand="activation")
+    config = SparseConfig(**ACTIVATION)
     assert config == pickle.loads(pickle.dumps(config))
-    assert len({config, SparseConfig(operand="activation"), SparseConfig()}) == 2
+    assert len({config, SparseConfig(**ACTIVATION), SparseConfig()}) == 2

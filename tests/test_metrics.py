@@ -34,7 +34,7 @@ def step(net: nn.Module, scale: float = 0.3) -> None:
 @pytest.mark.parametrize("mask", ["transposable", "row"])
 @pytest.mark.parametrize("interval", [2, 3, 5])
 def test_the_flip_rate_is_that_of_the_measured_step(mask: str, interval: int) -> None:
-    net = model(mask=mask)
+    net = model(weight=mask)
     followed = MaskMetrics(net, interval)
     assert followed.read() == {} and followed.step is None
     for count in range(1, 3 * interval + 1):
@@ -114,7 +114,7 @@ def test_measuring_leaves_weights_gradients_and_random_numbers_alone() -> None:
 
 def test_only_layers_with_a_mask_of_their_own_are_followed() -> None:
     mixed = nn.Sequential(SemiSparseLinear(8, 8), nn.Linear(8, 8))
-    sparsify(mixed, SparseConfig(operand="activation"), select=lambda name, layer: name == "1")
+    sparsify(mixed, SparseConfig(weight=None, activation="transposable"), select=lambda name, layer: name == "1")
     assert set(mask_statistics(mixed)) == {"kept_magnitude/0", "dead_rows/0"}
     for nothing in (nn.Sequential(nn.Linear(8, 8)), mixed[1]):
         with pytest.raises(NoLayerMatchedError, match="sparsify"):

@@ -118,7 +118,7 @@ def test_a_run_that_diverged_has_no_value_and_is_named(tmp_path: Path) -> None:
     [
         ({"settings": {"train": {"epochs": 99}}}, HALF, "settings="),
         ({}, replace(HALF, recipe=recipes.dinov2(sparse_fraction=0.9)), "recipe="),
-        ({}, replace(HALF, recipe=recipes.dinov2(sparse_fraction=0.5, engine="cusparselt")), "recipe="),
+        ({}, replace(HALF, recipe=recipes.dinov2(sparse_fraction=0.5, backend="cusparselt")), "recipe="),
     ],
 )
 def test_results_of_another_configuration_are_never_mixed_or_overwritten(tmp_path, changes, row, named) -> None:
@@ -176,7 +176,7 @@ def test_a_file_that_is_no_result_is_left_alone(tmp_path: Path, content: bytes) 
 
 
 def test_a_sparse_phase_without_sparse_products_fails_where_the_engine_was_asked_for(tmp_path: Path) -> None:
-    row = Row("half", "half", recipes.dinov2(engine="cusparselt"))
+    row = Row("half", "half", recipes.dinov2(backend="cusparselt"))
     idle = outcome(phases=(PhaseSpan("sparse", 0, 2, None, 0), PhaseSpan("dense", 2, 3, None, 0)))
     with pytest.raises(EngineError, match="steps 0 to 2"):
         run_experiment(experiment(train=lambda *_: idle), (row,), [0], tmp_path, silent, say=len)

@@ -209,6 +209,6 @@ def _route(layer: SemiSparseBase, operand: Any) -> str:
         return "dense (dense phase)"
     if not isinstance(operand, Tensor):
         return "unknown"
-    dtype, engine = functional.compute_dtype(operand, layer.weight), layer.sparse_config.engine
-    reason = functional.why_masked_dense(layer.weight, dtype, engine)
+    dtype = functional.compute_dtype(operand, layer.weight)
+    reason = functional.why_masked_dense(layer.weight, dtype, layer.sparse_config.backend)
     return f"masked dense: {reason}" if reason else "packed"

@@ -1,174 +1,172 @@
-"""The autograd functions, and in them the only gradient formulas of the package (written out in functional.py).
+"""The gradient formulas of the package, and the only ones (written out in functional.py).
 
-Their operands are checked and converted by functional.py; none of them is public.
+Each formula has the forms that its callers need, from the same two functions (what to save, and the backward):
+    an autograd.Function that gets ctx first, for eager and compiled steps, because it costs the host least;
+    one with setup_context, which torch.func transforms ask for and torch.compile does not take with rules for vmap;
+    a formula registered for an op, which is what an exported graph or an op that is called by itself has.
+
+The operands are checked and converted by functional.py.
 """
 
-import inspect
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from semisparse import ops
-from semisparse.cpu_ops import ROW_WISE
+from semisparse import masks, ops
+from semisparse.ops.register import LIBRARY
 
 
-class _Given:
-    """Arguments as they were passed."""
-
-    __slots__ = ("args", "kwargs")
-
-    def __init__(self, args: tuple[Any, ...]) -> None:
-        self.args, self.kwargs = args, dict[str, Any]()
-
-    def apply_defaults(self) -> None:
-        """There are none."""
+def _save_prune(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.dtype, ctx.compute_dtype = inputs[0].dtype, inputs[1]
 
 
-class _AllGiven(inspect.Signature):
-    """Signature of a function that is always called with all its arguments, by position."""
-
-    __slots__ = ()
-
-    def bind(self, /, *args: Any, **kwargs: Any) -> _Given:  # type: ignore[override]
-        return _Given(args)
+def _prune_backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    """Straight through, in the dtype of what was pruned."""
+    return grads[0].to(ctx.dtype), None, None, None, None
 
 
-def _signed(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Spare the calls of an autograd function most of their host time.
-
-    PyTorch inspects the signature of forward and binds the arguments at every call. That was some 130 of the 400 Python
-    calls of a whole training step of one layer (counted on a CPU); with this signature it takes five.
-    """
-    signature = _AllGiven([*inspect.signature(forward).parameters.values()])
-    forward.__signature__ = signature  # type: ignore[attr-defined]
-    return forward
+def _prune_tokens_backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+    return grads[0].to(ctx.dtype), None
 
 
-class PruneWeight(torch.autograd.Function):
-    """W -> W~ in the compute dtype; the gradient reaches W unchanged, in W's dtype."""
-
-    @staticmethod
-    @_signed
-    def forward(weight: Tensor, dtype: torch.dtype, mask: str, frozen: Tensor | None) -> Tensor:
-        return ops.prune(weight, dtype, mask, frozen)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.dtype, ctx.compute_dtype = inputs[0].dtype, inputs[1]
-
-    @staticmethod
-    def backward(ctx: Any, grad_pruned: Tensor) -> tuple[Tensor, None, None, None]:
-        return grad_pruned.to(ctx.dtype), None, None, None
-
-
-class PruneTokens(torch.autograd.Function):
-    """x -> x~ in the compute dtype; the gradient reaches x unchanged, in x's dtype."""
-
-    @staticmethod
-    @_signed
-    def forward(x: Tensor, dtype: torch.dtype) -> Tensor:
-        return ops.prune_tokens(x, dtype)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.dtype, ctx.compute_dtype = inputs[0].dtype, inputs[1]
-
-    @staticmethod
-    def backward(ctx: Any, grad_pruned: Tensor) -> tuple[Tensor, None]:
-        return grad_pruned.to(ctx.dtype), None
-
-
-class TransformedPruneWeight(PruneWeight):
-    """PruneWeight with the rules that vmap and forward mode ask for; torch.compile refuses functions that have them."""
+class TransformedPruneWeight(torch.autograd.Function):
+    """W -> W~ in the compute dtype inside torch.func transforms; the gradient reaches W unchanged, in W's dtype."""
 
     generate_vmap_rule = True  # from the op's own rule
 
     @staticmethod
+    def forward(weight: Tensor, dtype: torch.dtype, mask: str, codes: Tensor | None, scale: Tensor | None) -> Tensor:
+        return ops.prune(weight, dtype, mask, codes, scale)
+
+    setup_context = staticmethod(_save_prune)
+    backward = staticmethod(_prune_backward)
+
+    @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *others: None) -> Tensor:
         return tangent.to(ctx.compute_dtype)
 
 
-class TransformedPruneTokens(PruneTokens):
-    """PruneTokens with the rules that vmap and forward mode ask for."""
+class TransformedPruneTokens(torch.autograd.Function):
+    """x -> x~ in the compute dtype inside torch.func transforms; the gradient reaches x unchanged, in x's dtype."""
 
     generate_vmap_rule = True
 
     @staticmethod
+    def forward(x: Tensor, dtype: torch.dtype) -> Tensor:
+        return ops.prune_tokens(x, dtype)
+
+    setup_context = staticmethod(_save_prune)
+    backward = staticmethod(_prune_tokens_backward)
+
+    @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *others: None) -> Tensor:
         return tangent.to(ctx.compute_dtype)
 
 
+def _save_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    """Of the packings only what dx needs lives on: W~^T, or W~ where the mask is 2:4 along K only."""
+    x, weight, _, packed, packed_t, mask, ctx.backend = inputs
+    ctx.both_ways = masks.get(mask).both_ways
+    ctx.weight_dtype, ctx.weight_shape, ctx.dtype = weight.dtype, weight.shape, x.dtype
+    ctx.save_for_backward(
+        x if ctx.needs_input_grad[1] else None,
+        (packed_t if ctx.both_ways else packed) if ctx.needs_input_grad[0] else None,
+    )
+
+
+@once_differentiable
+def _linear_backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
+    """dx = dy W~, as a masked dense product where W~^T has no packed form; dW = dy^T x; db = the sum of dy."""
+    (grad_output,), (x, packed) = grad_outputs, ctx.saved_tensors
+    grad_x = grad_weight = grad_bias = None
+    if ctx.needs_input_grad[0] and ctx.both_ways:
+        grad_x = ops.packed_matmul(grad_output, packed, None, ctx.weight_shape[1], ctx.backend)
+    elif ctx.needs_input_grad[0]:
+        rows, columns = ctx.weight_shape
+        grad_x = grad_output @ ops.unpack(packed, rows, columns, ctx.dtype)
+    if ctx.needs_input_grad[1]:
+        grad_weight = (grad_output.mT @ x).to(ctx.weight_dtype)
+    if ctx.needs_input_grad[2]:
+        grad_bias = grad_output.sum(0)
+    return grad_x, grad_weight, grad_bias, None, None, None, None
+
+
 class PackedLinear(torch.autograd.Function):
-    """y = x W~^T + b from the packed weight; x (M, K) and bias in the compute dtype, weight only receives its gradient.
-
-    Of the packings only the one that the input gradient needs lives on to the backward pass: W~^T, or W~ where the mask
-    is 2:4 along K only and the input gradient is therefore a masked dense product. A double backward raises.
-    """
+    """y = x W~^T + b from the packed weight; the operands of ops.packed_linear. A double backward raises."""
 
     @staticmethod
-    @_signed
-    def forward(
-        x: Tensor, weight: Tensor, bias: Tensor | None, packed: Tensor, packed_t: Tensor, mask: str, engine: str
-    ) -> Tensor:
-        return ops.packed_linear(x, packed, bias, weight.shape[0], engine)
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        x, weight, bias, packed, _, _, backend = inputs
+        output = ops.packed_matmul(x, packed, bias, weight.shape[0], backend)
+        _save_linear(ctx, inputs, output)
+        return output
+
+    backward = staticmethod(_linear_backward)  # type: ignore[assignment]
+
+
+class TransformedPackedLinear(torch.autograd.Function):
+    """PackedLinear inside torch.func.grad."""
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, weight, _, packed, packed_t, mask, ctx.engine = inputs
-        ctx.both_ways = mask not in ROW_WISE
-        ctx.weight_dtype, ctx.weight_shape, ctx.dtype = weight.dtype, weight.shape, x.dtype
-        ctx.save_for_backward(
-            x if ctx.needs_input_grad[1] else None,
-            (packed_t if ctx.both_ways else packed) if ctx.needs_input_grad[0] else None,
-        )
+    def forward(*inputs: Any) -> Tensor:
+        x, weight, bias, packed, _, _, backend = inputs
+        return ops.packed_matmul(x, packed, bias, weight.shape[0], backend)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        x, packed = ctx.saved_tensors
-        grad_x = grad_weight = grad_bias = None
-        if ctx.needs_input_grad[0] and ctx.both_ways:
-            grad_x = ops.packed_linear(grad_output, packed, None, ctx.weight_shape[1], ctx.engine)
-        elif ctx.needs_input_grad[0]:
-            rows, columns = ctx.weight_shape
-            grad_x = grad_output @ ops.unpack(packed, rows, columns, ctx.dtype)
-        if ctx.needs_input_grad[1]:
-            grad_weight = (grad_output.mT @ x).to(ctx.weight_dtype)
-        if ctx.needs_input_grad[2]:
-            grad_bias = grad_output.sum(0)
-        return grad_x, grad_weight, grad_bias, None, None, None, None
+    setup_context = staticmethod(_save_linear)
+    backward = staticmethod(_linear_backward)  # type: ignore[assignment]
+
+
+def _save_tokens_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, _, _, packed_t, ctx.backend = inputs
+    ctx.x_dtype, ctx.in_features = x.dtype, x.shape[1]
+    ctx.save_for_backward(weight if ctx.needs_input_grad[0] else None, packed_t if ctx.needs_input_grad[1] else None)
+
+
+@once_differentiable
+def _tokens_linear_backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
+    """dx = dy W, straight through the pruning; dW = dy^T x~; db = the sum of dy."""
+    (grad_output,), (weight, packed_t) = grad_outputs, ctx.saved_tensors
+    grad_x = grad_weight = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        grad_x = (grad_output @ weight).to(ctx.x_dtype)
+    if ctx.needs_input_grad[1]:
+        grad_weight = ops.packed_tokens_grad_weight(packed_t, grad_output, ctx.in_features, ctx.backend)
+    if ctx.needs_input_grad[2]:
+        grad_bias = grad_output.sum(0)
+    return grad_x, grad_weight, grad_bias, None, None, None
 
 
 class PackedTokensLinear(torch.autograd.Function):
-    """y = x~ W^T + b from the packed input; weight and bias in the compute dtype, x only receives its gradient."""
+    """y = x~ W^T + b from the packed input; the operands of ops.packed_tokens_linear. A double backward raises."""
 
     @staticmethod
-    @_signed
-    def forward(
-        x: Tensor, weight: Tensor, bias: Tensor | None, packed: Tensor, packed_t: Tensor, engine: str
-    ) -> Tensor:
-        return ops.packed_tokens_linear(packed, weight, bias, x.shape[0], engine)
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        x, weight, bias, packed, _, backend = inputs
+        output = ops.packed_tokens_matmul(packed, weight, bias, x.shape[0], backend)
+        _save_tokens_linear(ctx, inputs, output)
+        return output
+
+    backward = staticmethod(_tokens_linear_backward)  # type: ignore[assignment]
+
+
+class TransformedPackedTokensLinear(torch.autograd.Function):
+    """PackedTokensLinear inside torch.func.grad."""
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, weight, _, _, packed_t, ctx.engine = inputs
-        ctx.x_dtype, ctx.in_features = x.dtype, x.shape[1]
-        ctx.save_for_backward(
-            weight if ctx.needs_input_grad[0] else None, packed_t if ctx.needs_input_grad[1] else None
-        )
+    def forward(*inputs: Any) -> Tensor:
+        x, weight, bias, packed, _, backend = inputs
+        return ops.packed_tokens_matmul(packed, weight, bias, x.shape[0], backend)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        weight, packed_t = ctx.saved_tensors
-        grad_x = grad_weight = grad_bias = None
-        if ctx.needs_input_grad[0]:
-            grad_x = (grad_output @ weight).to(ctx.x_dtype)
-        if ctx.needs_input_grad[1]:
-            grad_weight = ops.packed_tokens_grad_weight(packed_t, grad_output, ctx.in_features, ctx.engine)
-        if ctx.needs_input_grad[2]:
-            grad_bias = grad_output.sum(0)
-        return grad_x, grad_weight, grad_bias, None, None, None
+    setup_context = staticmethod(_save_tokens_linear)
+    backward = staticmethod(_tokens_linear_backward)  # type: ignore[assignment]
+
+
+for _name, _backward, _save in (
+    ("prune", _prune_backward, _save_prune),
+    ("prune_tokens", _prune_tokens_backward, _save_prune),
+    ("packed_linear", _linear_backward, _save_linear),
+    ("packed_tokens_linear", _tokens_linear_backward, _save_tokens_linear),
+):
+    torch.library.register_autograd(f"semisparse::{_name}", _backward, setup_context=_save, lib=LIBRARY)

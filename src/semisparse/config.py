@@ -1,55 +1,105 @@
 """Frozen settings of a semi-sparse layer."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 from semisparse.errors import ConfigError
+from semisparse.masks import MASKS, MaskName
 
+Backend = Literal["auto", "cusparselt", "dense"]
+ActivationMask = Literal["transposable"]
 Operand = Literal["weight", "activation"]
-Mask = Literal["transposable", "row", "soft", "greedy", "signed_greedy"]
-Engine = Literal["auto", "cusparselt", "dense"]
+Product = Literal["sparse", "masked dense", "dense"]
+
+BACKENDS: tuple[Backend, ...] = get_args(Backend)
+"""What may multiply."""
+
+_PLANNED = {"grad_output": "mvue", "precision": "fp8"}
+"""Values that the design has and that no code computes yet."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SparseConfig:
-    """How one linear layer is made 2:4 sparse. Immutable, checked when it is built.
+    """Which operands of one linear layer are pruned to 2:4, and what multiplies. Immutable, checked when it is built.
 
-    operand: which operand of the forward product is pruned.
-        "weight": W (N x K). Forward and input gradient use the pruned weight; the weight gradient goes to the dense
-        master weight unchanged (straight-through estimator).
-        "activation": x (M x K), pruned by 4x4 tiles over (tokens, features), so that the forward product and the
-        weight gradient both have a 2:4 operand; the gradient of x passes straight through. A tile spans 4 tokens, so
-        the output of one token depends on its neighbours, later ones included: not for causal models.
-    mask: how the kept entries are chosen, always by magnitude.
-        "transposable": the best of the 90 4x4 tiles that are 2:4 along both axes (arXiv 2102.08124); exact.
-        "row": the 2 largest of each 4 along K. It keeps more magnitude, but is 2:4 along K only, so the input
-        gradient is no sparse product. Weight operand only.
-        "soft": as "row", but what is kept is shrunk by the third magnitude and scaled (S-STE, arXiv 2409.09099). The
-        scale is a recipe's: start semisparse.recipes.s_ste(). Weight operand only.
-        "greedy", "signed_greedy": for comparison only, and slow. The greedy 4x4 mask by magnitude and by signed value,
-        which is what torchao.sparsity.training did by default. Weight operand only.
-    engine: what multiplies.
-        "auto": sparse tensor cores where they can run and the product alone measured faster than the masked dense one;
-        masked dense everywhere else, with the same mask. Packing is on neither side of that comparison: the operand is
-        packed either way, and where dense wins a step packs it once and unpacks it for each product.
-        "cusparselt": always cuSPARSELt; a forward that cannot use it raises EngineError.
-        "dense": always a masked dense product.
+    The layer computes y = x W^T + b, and in the backward pass dx = dy W and dW = dy^T x.
 
-    Raises ConfigError when a value is outside its choices or two values exclude each other.
+    Args:
+        weight: Mask that prunes W (N x K) in y and in dx; None leaves W dense. The gradient passes straight through to
+            the dense master weight (straight-through estimator). Entries are always chosen by magnitude.
+            "transposable": the best of the 90 4x4 tiles that are 2:4 along both axes (arXiv 2102.08124); exact.
+            "row": the 2 largest of each 4 along K. It keeps more magnitude, but is 2:4 along K only, so dx is not a
+            sparse product.
+            "soft": as "row", but what is kept is shrunk by the third magnitude and scaled (S-STE, arXiv 2409.09099).
+            The scale is a recipe's: start semisparse.recipes.s_ste().
+            "greedy", "signed_greedy": for comparison only, and slow. The greedy 4x4 mask by magnitude and by signed
+            value, which is what torchao.sparsity.training did by default.
+        activation: "transposable" prunes x (M x K) by 4x4 tiles over (tokens, features) in y and in dW; the gradient
+            of x passes straight through. A tile spans 4 tokens, so the output of one token depends on its neighbours,
+            later ones included: not for causal models. Needs weight=None.
+        grad_output: None. "mvue", which will prune dy in dW, is not available yet.
+        precision: None, the 16-bit dtype of the call. "fp8" is not available yet.
+        backend: "auto": sparse tensor cores where they can run and the product alone measured faster than the masked
+            dense one; masked dense everywhere else, with the same mask. Packing is on neither side of that comparison:
+            the operand is packed either way, and where dense wins a step packs it once and unpacks it for each product.
+            "cusparselt": always cuSPARSELt; a forward that cannot use it raises EngineError.
+            "dense": always a masked dense product.
+
+    Raises:
+        ConfigError: A value is not among its choices or not available yet, or two values exclude each other.
     """
 
-    operand: Operand = "weight"
-    mask: Mask = "transposable"
-    engine: Engine = "auto"
+    weight: MaskName | None = "transposable"
+    activation: ActivationMask | None = None
+    grad_output: Literal["mvue"] | None = None
+    precision: Literal["fp8"] | None = None
+    backend: Backend = "auto"
 
     def __post_init__(self) -> None:
-        choices = {"operand": get_args(Operand), "mask": get_args(Mask), "engine": get_args(Engine)}
-        for field in fields(self):
-            value, allowed = getattr(self, field.name), choices[field.name]
-            if value not in allowed:
-                raise ConfigError(f"{field.name}={value!r} is not one of {', '.join(map(repr, allowed))}")
-        if self.operand == "activation" and self.mask != "transposable":
+        for name, planned in _PLANNED.items():
+            value = getattr(self, name)
+            if value == planned:
+                raise ConfigError(f"{name}={value!r} is not available yet; leave it at None")
+            _check(name, value, (None,))
+        _check("weight", self.weight, (None, *MASKS))
+        _check("activation", self.activation, (None, *get_args(ActivationMask)))
+        _check("backend", self.backend, BACKENDS)
+        if self.weight is not None and self.activation is not None:
             raise ConfigError(
-                f"mask={self.mask!r} cannot serve operand='activation', whose weight gradient needs groups along the "
-                "tokens too; use mask='transposable'"
+                f"weight={self.weight!r} and activation={self.activation!r}: sparse tensor cores take one sparse "
+                "operand per product; set one of them to None"
             )
+        if self.weight is None and self.activation is None:
+            raise ConfigError(
+                "weight=None and activation=None prune nothing: name a mask for one of them, or keep the layer dense"
+            )
+
+    @property
+    def operand(self) -> Operand:
+        """The operand of the forward product that is pruned."""
+        return "activation" if self.weight is None else "weight"
+
+    @property
+    def products(self) -> dict[str, Product]:
+        """How the three products of a layer are computed in a sparse phase, where device, dtype and sizes allow it.
+
+        Keys: "forward" (y), "grad_input" (dx), "grad_weight" (dW). Values: "sparse", "dense", or "masked dense" where a
+        2:4 operand is multiplied as a dense one because of backend="dense".
+        """
+        if self.weight is None:
+            pruned = {"forward": True, "grad_input": False, "grad_weight": True}
+        else:
+            pruned = {"forward": True, "grad_input": MASKS[self.weight].both_ways, "grad_weight": False}
+        two_to_four: Product = "masked dense" if self.backend == "dense" else "sparse"
+        return {product: two_to_four if found else "dense" for product, found in pruned.items()}
+
+    def __str__(self) -> str:
+        """The settings that differ from dense, and the products that follow."""
+        named = [f"{name}={getattr(self, name)}" for name in ("weight", "activation") if getattr(self, name)]
+        products = ", ".join(f"{product} {how}" for product, how in self.products.items())
+        return f"{', '.join(named)}, backend={self.backend}: {products}"
+
+
+def _check(name: str, value: object, choices: tuple[object, ...]) -> None:
+    if value not in choices:
+        raise ConfigError(f"{name}={value!r} is not one of {', '.join(map(repr, choices))}")

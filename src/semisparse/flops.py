@@ -11,17 +11,23 @@ they take time, but they are no FLOPs of the model.
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from semisparse.ops import _OPS as OPS
+import torch
+
+from semisparse import ops  # noqa: F401 - the ops must be registered before they are named
 
 Shape = Sequence[int]
 
 
-def _packed_linear(x: Shape, packed: Shape, bias: Shape | None, out_features: int, *_: Any, **__: Any) -> int:
+def _packed_matmul(x: Shape, packed: Shape, bias: Shape | None, out_features: int, *_: Any, **__: Any) -> int:
     return 2 * x[0] * x[1] * out_features
 
 
-def _packed_tokens_linear(packed: Shape, weight: Shape, bias: Shape | None, tokens: int, *_: Any, **__: Any) -> int:
+def _packed_tokens_matmul(packed: Shape, weight: Shape, bias: Shape | None, tokens: int, *_: Any, **__: Any) -> int:
     return 2 * tokens * weight[0] * weight[1]
+
+
+def _linear(x: Shape, weight: Shape, *_: Any, **__: Any) -> int:
+    return 2 * x[0] * weight[0] * weight[1]
 
 
 def _packed_tokens_grad_weight(packed_t: Shape, grad_output: Shape, in_features: int, *_: Any, **__: Any) -> int:
@@ -30,10 +36,13 @@ def _packed_tokens_grad_weight(packed_t: Shape, grad_output: Shape, in_features:
 
 def flop_formulas() -> dict[Any, Callable[..., int]]:
     """Op -> formula over the shapes of its arguments, as FlopCounterMode's custom_mapping takes them."""
+    registered = torch.ops.semisparse
     return {
-        OPS.packed_linear: _packed_linear,
-        OPS.packed_tokens_linear: _packed_tokens_linear,
-        OPS.packed_tokens_grad_weight: _packed_tokens_grad_weight,
+        registered.packed_matmul: _packed_matmul,
+        registered.packed_linear: _linear,
+        registered.packed_tokens_matmul: _packed_tokens_matmul,
+        registered.packed_tokens_linear: _linear,
+        registered.packed_tokens_grad_weight: _packed_tokens_grad_weight,
     }
 
 

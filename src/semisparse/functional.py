@@ -3,15 +3,15 @@
 Both functions prune in the forward pass and let the gradient pass straight through the pruning (straight-through
 estimator): with W~ the pruned weight and x~ the pruned input,
 
-    weight operand        y = x W~^T + b    dx = dy W~    dW = dy^T x
-    activation operand    y = x~ W^T + b    dx = dy W     dW = dy^T x~
+    pruned weight        y = x W~^T + b    dx = dy W~    dW = dy^T x
+    pruned activation    y = x~ W^T + b    dx = dy W     dW = dy^T x~
 
 Under autocast the operand is pruned from its stored dtype (an fp32 master weight, say) and rounded to the autocast
 dtype in the same pass; gradients come back in the parameter's dtype.
 
 There are two routes with the same masks. *Masked dense* prunes and calls F.linear: any device, dtype and size, and
 every torch.func transform. *Packed* is for fp16 and bf16 on CUDA with N and K multiples of 16: the operand is packed
-once for both directions and multiplied by the packed_* ops, whose engine may still choose a dense product inside.
+once for both directions and multiplied by the packed ops, whose engine may still choose a dense product inside.
 """
 
 from collections.abc import Callable
@@ -25,16 +25,19 @@ from semisparse import ops
 from semisparse.autograd import (
     PackedLinear,
     PackedTokensLinear,
-    PruneTokens,
-    PruneWeight,
+    TransformedPackedLinear,
+    TransformedPackedTokensLinear,
     TransformedPruneTokens,
     TransformedPruneWeight,
 )
-from semisparse.errors import ConfigError, EngineError, ShapeError, TensorError
+from semisparse.config import Backend
+from semisparse.errors import EngineError, ShapeError, TensorError
 from semisparse.formats.layout import PACKED_DTYPES, SPARSE_MULTIPLE
+from semisparse.formats.packed import PackedMatrix
+from semisparse.masks import MaskName
 from semisparse.pattern import GROUP
 from semisparse.reference.masks import FLOAT_DTYPES
-from semisparse.tracing import transforming
+from semisparse.tracing import exporting, transforming
 
 
 def semi_sparse_linear(
@@ -42,68 +45,107 @@ def semi_sparse_linear(
     weight: Tensor,
     bias: Tensor | None = None,
     *,
-    mask: str = "transposable",
-    frozen: Tensor | None = None,
-    engine: str = "auto",
-    packed: tuple[Tensor, Tensor] | None = None,
+    mask: MaskName = "transposable",
+    codes: Tensor | None = None,
+    scale: Tensor | None = None,
+    backend: Backend = "auto",
+    packed: PackedMatrix | None = None,
 ) -> Tensor:
-    """y = x W~^T + b with W~ the weight pruned to 2:4 by magnitude at this call. Returns (..., N).
+    """y = x W~^T + b with W~ the weight pruned to 2:4 by magnitude at this call.
 
-    input: (..., K), or a jagged nested tensor of such rows; weight: (N, K) with N and K multiples of 4; bias: (N,) or
-    None; any strides, fp64, fp32, fp16 or bf16, all of one dtype unless autocast is on. mask, engine: as in
-    SparseConfig. frozen: what a recipe holds fixed: int16 tile codes (N/4 x K/4) of the transposable mask, used instead
-    of choosing one (that they are transposable is not checked), or, for mask "soft", its scale (one fp32). packed: the
-    result of ops.pack for this weight, mask, frozen and compute dtype, when it is to be used again. The mask is exact;
-    products err as PyTorch's own in the compute dtype do. Raises ShapeError, TensorError, and ConfigError for mask
-    "soft" without its scale.
+    The mask is exact; products err as PyTorch's own in the compute dtype do.
+
+    Args:
+        input: (..., K), or a jagged nested tensor of such rows.
+        weight: (N, K), N and K multiples of 4.
+        bias: (N,) or None. All operands have any strides and one dtype of fp64, fp32, fp16 and bf16; under autocast
+            the dtypes may differ.
+        mask: As SparseConfig's weight.
+        codes: Tile codes of a fixed transposable mask to use instead of choosing one (int16, N/4 x K/4; that they are
+            transposable is not checked).
+        scale: What mask "soft" multiplies by (one fp32 number), required by it.
+        backend: As SparseConfig's.
+        packed: ops.pack's result for this weight, mask, codes, scale and compute dtype, to use it again.
+
+    Returns:
+        (..., N), in the compute dtype.
+
+    Raises:
+        ShapeError, TensorError: The operands do not fit together.
+        ConfigError: codes or scale do not fit mask.
+        EngineError: backend="cusparselt" cannot run here.
     """
     if input.is_nested:
-        again = partial(semi_sparse_linear, mask=mask, frozen=frozen, engine=engine, packed=packed)
-        return _in_rows(input, lambda rows: again(rows, weight, bias))
-    mask = frozen_mask(mask, frozen)
+        held = partial(semi_sparse_linear, mask=mask, codes=codes, scale=scale, backend=backend, packed=packed)
+        return _in_rows(input, lambda rows: held(rows, weight, bias))
     check_operands(input, weight, bias)
     dtype = compute_dtype(input, weight)
-    if (transformed := _transformed(engine)) or not packs(weight, dtype, engine):
-        if transformed and torch.compiler.is_compiling():
-            return F.linear(input, _through(weight, ops.prune(weight.detach(), dtype, mask, frozen)), bias)
-        prune = TransformedPruneWeight if transformed else PruneWeight
-        pruned: Tensor = prune.apply(weight, dtype, mask, frozen)
-        return F.linear(input, pruned, bias)
-    forward, transposed = ops.pack(weight.detach(), dtype, mask, frozen) if packed is None else packed
+    if (transform := _transform(backend)) == "other" or not packs(weight, dtype, backend):
+        return F.linear(input, _pruned_weight(weight, dtype, mask, codes, scale, transform), bias)
+    if packed is None:
+        packed = PackedMatrix(*ops.pack(weight.detach(), dtype, mask, codes, scale))
     tokens, bias = _distinct(_in(dtype, _tokens(input))), None if bias is None else _in(dtype, bias)
-    y: Tensor = PackedLinear.apply(tokens, weight, bias, forward, transposed, mask, engine)
+    operands = tokens, weight, bias, packed.matrix, packed.transposed, mask, backend
+    if torch.compiler.is_compiling() and exporting():
+        y = ops.packed_linear(*operands)
+    else:
+        y = (TransformedPackedLinear if transform else PackedLinear).apply(*operands)
     return y if input.dim() == 2 else y.view(*input.shape[:-1], weight.shape[0])
 
 
 def semi_sparse_activation_linear(
-    input: Tensor, weight: Tensor, bias: Tensor | None = None, *, engine: str = "auto"
+    input: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: Backend = "auto"
 ) -> Tensor:
-    """y = x~ W^T + b with x~ the input pruned by 4x4 tiles over (tokens, features). Returns (..., N).
+    """y = x~ W^T + b with x~ the input pruned by 4x4 tiles over (tokens, features).
 
-    Leading dimensions of input are flattened to tokens in order; a token count that is no multiple of 4 counts zero
-    rows. Shapes, dtypes, engine, exactness and errors as semi_sparse_linear. The gradient of the input passes straight
-    through. What is kept of a token depends on the other tokens of its tile.
+    Leading dimensions of input are flattened to tokens in order; a token count that is not a multiple of 4 counts rows
+    of zeros. The gradient of the input passes straight through. What is kept of a token depends on the other tokens of
+    its tile.
+
+    Args:
+        input, weight, bias: As semi_sparse_linear's.
+        backend: As SparseConfig's.
+
+    Returns:
+        (..., N), in the compute dtype; exact as semi_sparse_linear is.
+
+    Raises:
+        ShapeError, TensorError, EngineError: As semi_sparse_linear.
     """
     if input.is_nested:
-        return _in_rows(input, lambda rows: semi_sparse_activation_linear(rows, weight, bias, engine=engine))
+        return _in_rows(input, lambda rows: semi_sparse_activation_linear(rows, weight, bias, backend=backend))
     check_operands(input, weight, bias)
     dtype = compute_dtype(input, weight)
     tokens = _tokens(input)
-    if (transformed := _transformed(engine)) or not packs(weight, dtype, engine):
-        if transformed and torch.compiler.is_compiling():
-            straight = _through(tokens, ops.prune_tokens(tokens.detach(), dtype))
-            return F.linear(straight.view(input.shape), weight, bias)
-        prune = TransformedPruneTokens if transformed else PruneTokens
-        pruned: Tensor = prune.apply(tokens, dtype)
-        return F.linear(pruned.view(input.shape), weight, bias)
-    packed, packed_t = ops.pack_tokens(tokens.detach(), dtype)
+    if (transform := _transform(backend)) == "other" or not packs(weight, dtype, backend):
+        return F.linear(_pruned_tokens(tokens, dtype, transform).view(input.shape), weight, bias)
+    buffers = ops.pack_tokens(tokens.detach(), dtype)
     weight, bias = _in(dtype, weight), None if bias is None else _in(dtype, bias)
     # The engine adds no bias along these rows, so the op passes over y again. A compiler fuses that into what follows.
     compiling = torch.compiler.is_compiling()
-    inside = None if compiling else bias
-    y: Tensor = PackedTokensLinear.apply(_distinct(tokens), weight, inside, packed, packed_t, engine)
+    operands = _distinct(tokens), weight, None if compiling else bias, *buffers, backend
+    if compiling and exporting():
+        y = ops.packed_tokens_linear(*operands)
+    else:
+        y = (TransformedPackedTokensLinear if transform else PackedTokensLinear).apply(*operands)
     y = y + bias if compiling and bias is not None else y
     return y if input.dim() == 2 else y.view(*input.shape[:-1], weight.shape[0])
+
+
+def _pruned_weight(
+    weight: Tensor, dtype: torch.dtype, mask: str, codes: Tensor | None, scale: Tensor | None, transform: str
+) -> Tensor:
+    if transform and torch.compiler.is_compiling():
+        return _through(weight, ops.prune(weight.detach(), dtype, mask, codes, scale))
+    prune = TransformedPruneWeight.apply if transform else ops.prune
+    return prune(weight, dtype, mask, codes, scale)
+
+
+def _pruned_tokens(tokens: Tensor, dtype: torch.dtype, transform: str) -> Tensor:
+    if transform and torch.compiler.is_compiling():
+        return _through(tokens, ops.prune_tokens(tokens.detach(), dtype))
+    prune = TransformedPruneTokens.apply if transform else ops.prune_tokens
+    return prune(tokens, dtype)
 
 
 def _distinct(tokens: Tensor) -> Tensor:
@@ -125,24 +167,27 @@ def _through(matrix: Tensor, pruned: Tensor) -> Tensor:
     return stored + (pruned - stored.detach())
 
 
-def _transformed(engine: str) -> bool:
-    """Whether vmap or forward mode is at work, for which the packed ops have no rules; in compiled code any transform.
+def _transform(backend: Backend) -> str:
+    """ "" outside torch.func transforms; "grad" inside torch.func.grad alone; "other" where packed ops have no rules.
 
-    torch.compile ignores the backward of an autograd.Function inside torch.func transforms, and differentiates its
-    forward instead: the gradient would be zero. Raises EngineError for engine="cusparselt", which asked for packed ops.
+    Those are vmap, forward mode and, in compiled code, any transform: torch.compile ignores the backward of an
+    autograd.Function inside torch.func transforms and differentiates its forward, so that the gradient would be zero.
+
+    Raises:
+        EngineError: backend="cusparselt" asks for packed ops where they have no rules.
     """
     if torch.compiler.is_compiling():
-        found = transforming()
+        found = "other" if transforming() else ""
     elif torch._C._functorch.maybe_current_level() is not None:
         kinds = torch._C._functorch.TransformType
         levels = torch._C._functorch.get_interpreter_stack() or ()
-        found = any(level.key() in (kinds.Vmap, kinds.Jvp) for level in levels)
+        found = "other" if any(level.key() in (kinds.Vmap, kinds.Jvp) for level in levels) else "grad"
     else:
-        found = torch.autograd.forward_ad._current_level >= 0
-    if found and engine == "cusparselt":
+        found = "other" if torch.autograd.forward_ad._current_level >= 0 else ""
+    if found == "other" and backend == "cusparselt":
         raise EngineError(
-            "engine='cusparselt' cannot run inside vmap or forward-mode derivatives, nor in compiled torch.func "
-            "transforms: use engine='auto', which computes masked dense there"
+            "backend='cusparselt' cannot run inside vmap or forward-mode derivatives, nor in compiled torch.func "
+            "transforms: use backend='auto', which computes masked dense there"
         )
     return found
 
@@ -163,18 +208,6 @@ def _in_rows(nested: Tensor, call: Callable[[Tensor], Tensor]) -> Tensor:
     )
 
 
-def frozen_mask(mask: str, frozen: Tensor | None) -> str:
-    """The mask that ops.pack and ops.prune are asked for: "codes" where tile codes are frozen, else mask.
-
-    Raises ConfigError for frozen codes of a mask that is not transposable: they would be packed for both directions.
-    """
-    if frozen is None or mask == "soft":
-        return mask
-    if mask != "transposable":
-        raise ConfigError(f"mask={mask!r} cannot be frozen, only 'transposable' and 'soft' can; leave frozen out")
-    return "codes"
-
-
 def _tokens(x: Tensor) -> Tensor:
     """x as a matrix of tokens, M x K."""
     return x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
@@ -184,24 +217,24 @@ def _in(dtype: torch.dtype, tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype is dtype else tensor.to(dtype)
 
 
-def packs(weight: Tensor, dtype: torch.dtype, engine: str) -> bool:
+def packs(weight: Tensor, dtype: torch.dtype, backend: Backend) -> bool:
     """Whether a layer with this weight takes the packed route; a fact of device, dtype and sizes alone.
 
-    Raises EngineError, with the reason, where engine="cusparselt" asks for a route that is not there.
+    Raises EngineError, with the reason, where backend="cusparselt" asks for a route that is not there.
     """
     possible = weight.is_cuda and dtype in PACKED_DTYPES and _sizes_fit(weight)
-    if engine == "cusparselt" and not possible:
+    if backend == "cusparselt" and not possible:
         raise EngineError(
-            f"engine='cusparselt' needs a CUDA weight in fp16 or bf16 with N and K multiples of {SPARSE_MULTIPLE}; "
-            f"it is {tuple(weight.shape)} on {weight.device}, computed in {dtype}: use engine='auto' or torch.autocast"
+            f"backend='cusparselt' needs a CUDA weight in fp16 or bf16 with N and K multiples of {SPARSE_MULTIPLE}; "
+            f"it is {tuple(weight.shape)} on {weight.device}, computed in {dtype}: use backend='auto' or torch.autocast"
         )
-    return possible and engine != "dense"
+    return possible and backend != "dense"
 
 
-def why_masked_dense(weight: Tensor, dtype: torch.dtype, engine: str) -> str:
+def why_masked_dense(weight: Tensor, dtype: torch.dtype, backend: Backend) -> str:
     """Why packs() says no, in words; empty where it says yes."""
-    if engine == "dense":
-        return "engine='dense' asks for it"
+    if backend == "dense":
+        return "backend='dense' asks for it"
     if not weight.is_cuda:
         return f"the weight is on {weight.device}, and sparse products need CUDA"
     if dtype not in PACKED_DTYPES:

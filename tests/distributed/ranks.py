@@ -51,7 +51,7 @@ def other_weights_without_held_masks(rank: int) -> None:
 
 
 def other_config(rank: int) -> None:
-    SparseSchedule.sparse_then_dense(net(0, config=SparseConfig(mask="row" if rank else "transposable")), 10)
+    SparseSchedule.sparse_then_dense(net(0, config=SparseConfig(weight="row" if rank else "transposable")), 10)
 
 
 def other_layers(rank: int) -> None:

@@ -10,7 +10,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from semisparse import Phase, SparseConfig, SparseSchedule, densify, sparsify
+from semisparse import Phase, SparseSchedule, densify, sparsify
+from tests.support import config_of
 
 WORLD = 2
 STEPS = 6
@@ -60,7 +61,7 @@ def build(scenario: Scenario) -> tuple[nn.Module, SparseSchedule]:
     first, second, third, last = FEATURES
     model = nn.Sequential(nn.Linear(first, second), nn.GELU(), nn.Linear(second, third, bias=False), nn.GELU(),
                           nn.Linear(third, last)).double()  # fmt: skip
-    sparsify(model, SparseConfig(operand=scenario.operand), exclude="4")  # type: ignore[arg-type]
+    sparsify(model, config_of(scenario.operand), exclude="4")  # type: ignore[arg-type]
     return model, SparseSchedule(model, PHASES)
 
 

@@ -68,9 +68,9 @@ def test_the_row_mask_prunes_along_k_only() -> None:
 @pytest.mark.parametrize("function", FUNCTIONS.values())
 def test_the_dense_engine_is_the_same_function_and_cusparselt_needs_a_gpu(function: Callable[..., Tensor]) -> None:
     x, weight = torch.randn(4, 16), torch.randn(16, 16)
-    assert_bit_equal(function(x, weight, engine="dense"), function(x, weight, engine="auto"))
-    with pytest.raises(EngineError, match=r"engine='cusparselt' needs a CUDA weight.*use engine='auto'"):
-        function(x, weight, engine="cusparselt")
+    assert_bit_equal(function(x, weight, backend="dense"), function(x, weight, backend="auto"))
+    with pytest.raises(EngineError, match=r"backend='cusparselt' needs a CUDA weight.*use backend='auto'"):
+        function(x, weight, backend="cusparselt")
 
 
 BAD_OPERANDS = {

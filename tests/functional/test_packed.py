@@ -4,10 +4,11 @@ import pytest
 import torch
 
 import semisparse
-from semisparse import SemiSparseActivationLinear, SemiSparseLinear, SparseConfig, functional, ops
+from semisparse import SemiSparseActivationLinear, SemiSparseLinear, functional, ops
 from semisparse.errors import EngineError
 from semisparse.testing import assert_bit_equal, small_integers
 from tests.functional.counting import CountOps
+from tests.support import config_of
 
 LAYERS = {"weight": SemiSparseLinear, "activation": SemiSparseActivationLinear}
 CASES = [
@@ -18,23 +19,23 @@ CASES = [
 
 @pytest.fixture
 def packed_on_cpu(monkeypatch):
-    def packs(weight, dtype, engine):
-        return dtype in (torch.float16, torch.bfloat16) and engine != "dense"
+    def packs(weight, dtype, backend):
+        return dtype in (torch.float16, torch.bfloat16) and backend != "dense"
 
     monkeypatch.setattr(functional, "packs", packs)
 
 
-def layer_of(operand, mask="transposable", engine="auto", dtype=torch.bfloat16):
-    """mask "codes": frozen tile codes of another matrix."""
-    config = SparseConfig(operand=operand, mask="transposable" if mask == "codes" else mask, engine=engine)
+def layer_of(operand, mask="transposable", backend="auto", dtype=torch.bfloat16):
+    """mask "codes": tile codes of another matrix are held."""
+    config = config_of(operand, mask="transposable" if mask == "codes" else mask, backend=backend)
     layer = LAYERS[operand](48, 80, dtype=dtype, config=config)
     with torch.no_grad():
         for seed, parameter in enumerate(layer.parameters()):
             parameter.copy_(small_integers(parameter.shape, seed=seed, dtype=dtype))
     if mask == "codes":
-        layer._frozen = ops.tile_codes(small_integers((80, 48), seed=9), "transposable")
+        layer.hold(codes=ops.tile_codes(small_integers((80, 48), seed=9), "transposable"))
     elif mask == "soft":
-        layer._frozen = torch.tensor(0.5)
+        layer.hold(scale=torch.tensor(0.5))
     return layer
 
 
@@ -132,7 +133,7 @@ def test_reuse_packs_once_for_eight_micro_batches(packed_on_cpu):
 
 
 @pytest.mark.parametrize("mask", ["greedy", "signed_greedy", "soft", "codes"])
-def test_reuse_packs_what_a_recipe_froze(packed_on_cpu, mask):
+def test_reuse_packs_what_a_recipe_holds(packed_on_cpu, mask):
     layer = layer_of("weight", mask)
     x = small_integers((16, 48), seed=7, dtype=torch.bfloat16)
     expected = layer(x)
@@ -142,10 +143,13 @@ def test_reuse_packs_what_a_recipe_froze(packed_on_cpu, mask):
         assert count == 1 and counter.counts["pack"] == 1
         for y in ours:
             assert_bit_equal(y, expected.detach())
-        if layer._frozen is not None:  # refreshed in place between blocks, as a recipe does
+        if layer.holds:  # refreshed in place between blocks, as a recipe does
             before = expected
             other = ops.tile_codes(small_integers((80, 48), seed=10 + block), "transposable")
-            layer._frozen.copy_(other if mask == "codes" else torch.tensor(block + 2.0))
+            if mask == "codes":
+                layer.held_codes.copy_(other)
+            else:
+                layer.held_scale.fill_(block + 2.0)
             expected = layer(x)
             assert not torch.equal(expected, before)
 
@@ -164,6 +168,6 @@ def test_a_layer_inside_a_block_has_the_same_state_dict(packed_on_cpu):
 
 @pytest.mark.parametrize("operand", LAYERS)
 def test_cusparselt_by_name_on_the_cpu_is_an_error_with_the_way_out(operand):
-    layer = layer_of(operand, engine="cusparselt")
-    with pytest.raises(EngineError, match=r"engine='cusparselt' needs a CUDA weight.*engine='auto'"):
+    layer = layer_of(operand, backend="cusparselt")
+    with pytest.raises(EngineError, match=r"backend='cusparselt' needs a CUDA weight.*backend='auto'"):
         layer(torch.randn(4, 48, dtype=torch.bfloat16))

@@ -1,5 +1,7 @@
 """semi_sparse_linear with the masks of recipes, against autograd of F.linear on the weight that they leave."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,14 +12,15 @@ from semisparse.errors import ConfigError, ShapeError, TensorError
 from semisparse.functional import semi_sparse_linear
 from semisparse.reference import linear, masks
 from semisparse.testing import DTYPES, assert_as_good_as_torch, assert_bit_equal, small_integers
+from tests.support import MaskArguments
 
 pytestmark = pytest.mark.usefixtures("poison")
 
-SETTINGS = {  # mask, and what is frozen
-    "greedy": ("greedy", None),
-    "signed_greedy": ("signed_greedy", None),
-    "soft": ("soft", torch.tensor(0.5)),
-    "codes": ("transposable", ops.tile_codes(small_integers((20, 36), seed=9), "transposable")),
+SETTINGS = {
+    "greedy": MaskArguments("greedy"),
+    "signed_greedy": MaskArguments("signed_greedy"),
+    "soft": MaskArguments("soft", scale=torch.tensor(0.5)),
+    "codes": MaskArguments("transposable", ops.tile_codes(small_integers((20, 36), seed=9), "transposable")),
 }
 EVERY_SETTING = pytest.mark.parametrize("setting", SETTINGS)
 ALL_DTYPES = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -26,11 +29,11 @@ M, K, N = 13, 36, 20
 
 def pruned_by(setting: str, weight: Tensor) -> Tensor:
     """The weight as the setting leaves it, by the reference."""
-    mask, frozen = SETTINGS[setting]
-    if frozen is not None:
-        if mask == "soft":
-            return linear.soft_threshold(weight, frozen)
-        return linear.prune(weight, masks.from_codes(frozen))
+    mask, codes, scale = SETTINGS[setting]
+    if scale is not None:
+        return linear.soft_threshold(weight, scale)
+    if codes is not None:
+        return linear.prune(weight, masks.from_codes(codes))
     return linear.prune(weight, masks.greedy(weight, signed=mask == "signed_greedy"))
 
 
@@ -41,8 +44,8 @@ def results(function, tensors: list[Tensor], grad_output: Tensor) -> list[Tensor
 
 
 def ours(setting: str, tensors: list[Tensor], grad_output: Tensor) -> list[Tensor]:
-    mask, frozen = SETTINGS[setting]
-    return results(lambda *leaves: semi_sparse_linear(*leaves, mask=mask, frozen=frozen), tensors, grad_output)
+    arguments = SETTINGS[setting]._asdict()
+    return results(lambda *leaves: semi_sparse_linear(*leaves, **arguments), tensors, grad_output)
 
 
 def dense(setting: str, tensors: list[Tensor], grad_output: Tensor) -> list[Tensor]:
@@ -83,23 +86,26 @@ def test_the_weight_gradient_reaches_what_is_pruned(setting: str) -> None:
     assert grad_weight[pruned_by(setting, weight) == 0].any()
 
 
-def test_a_frozen_mask_does_not_follow_the_weight() -> None:
-    mask, codes = SETTINGS["codes"]
-    kept = masks.from_codes(codes)
+def test_codes_do_not_follow_the_weight() -> None:
+    arguments = SETTINGS["codes"]._asdict()
+    kept = masks.from_codes(arguments["codes"])
     for seed in range(3):
         weight = small_integers((N, K), seed=seed, limit=9)
-        y = semi_sparse_linear(torch.eye(K), weight, mask=mask, frozen=codes)
+        y = semi_sparse_linear(torch.eye(K), weight, **arguments)
         assert_bit_equal(y.mT + 0, torch.where(kept, weight, 0) + 0)
         assert not torch.equal(masks.transposable(weight), kept)
 
 
 @pytest.mark.parametrize("setting", ["codes", "soft"])
-def test_what_is_frozen_is_read_at_every_call(setting: str) -> None:
-    mask, frozen = SETTINGS[setting]
-    frozen, weight = frozen.clone(), torch.randn(N, K)
-    before = semi_sparse_linear(torch.eye(K), weight, mask=mask, frozen=frozen)
-    frozen.copy_(ops.tile_codes(weight, "transposable") if setting == "codes" else torch.tensor(2.0))
-    after = semi_sparse_linear(torch.eye(K), weight, mask=mask, frozen=frozen)
+def test_what_is_held_is_read_at_every_call(setting: str) -> None:
+    held, weight = SETTINGS[setting].held, torch.randn(N, K)
+    call = partial(semi_sparse_linear, torch.eye(K), weight, mask=SETTINGS[setting].mask, **held)
+    before = call()
+    if held["codes"] is not None:
+        held["codes"].copy_(ops.tile_codes(weight, "transposable"))
+    else:
+        held["scale"].fill_(2.0)
+    after = call()
     expected = (
         linear.soft_threshold(weight, 2.0) if setting == "soft" else linear.prune(weight, masks.transposable(weight))
     )
@@ -109,30 +115,29 @@ def test_what_is_frozen_is_read_at_every_call(setting: str) -> None:
 
 @EVERY_SETTING
 def test_fp32_weights_under_autocast_are_rounded_once(setting: str) -> None:
-    mask, frozen = SETTINGS[setting]
     x, weight = torch.eye(K), torch.randn(N, K, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16):
-        y = semi_sparse_linear(x, weight, mask=mask, frozen=frozen)
+        y = semi_sparse_linear(x, weight, **SETTINGS[setting]._asdict())
     assert_bit_equal(y.detach().mT + 0, pruned_by(setting, weight.detach()).bfloat16() + 0)
     y.sum().backward()
     assert weight.grad is not None and weight.grad.dtype == torch.float32
 
 
 def test_what_does_not_fit_is_refused_by_name() -> None:
-    x, weight, codes = torch.ones(4, K), torch.ones(N, K), SETTINGS["codes"][1]
-    with pytest.raises(ConfigError, match=r"mask='soft' needs what a recipe froze: start one \(semisparse\.recipes\)"):
+    x, weight, codes = torch.ones(4, K), torch.ones(N, K), SETTINGS["codes"].codes
+    with pytest.raises(ConfigError, match=r"mask='soft' needs its scale: start its recipe \(semisparse\.recipes\)"):
         semi_sparse_linear(x, weight, mask="soft")
-    with pytest.raises(TensorError, match=r"frozen is torch\.int32"):
-        semi_sparse_linear(x, weight, frozen=codes.int())
-    with pytest.raises(ShapeError, match=r"frozen has shape \(4, 9\); mask='codes' needs \(5, 9\)"):
-        semi_sparse_linear(x, weight, frozen=codes[:4])
+    with pytest.raises(TensorError, match=r"codes is torch\.int32"):
+        semi_sparse_linear(x, weight, codes=codes.int())
+    with pytest.raises(ShapeError, match=r"codes has shape \(4, 9\); for a \(20, 36\) weight it must be \(5, 9\)"):
+        semi_sparse_linear(x, weight, codes=codes[:4])
     with pytest.raises(TensorError, match="start the recipe after moving the model"):
-        semi_sparse_linear(x, weight, mask="soft", frozen=codes)
+        semi_sparse_linear(x, weight, mask="soft", scale=codes)
 
 
 @pytest.mark.parametrize("mask", ["row", "greedy", "signed_greedy"])
-def test_only_transposable_masks_can_be_frozen(mask: str) -> None:
+def test_only_transposable_masks_can_be_given_as_codes(mask: str) -> None:
     weight = torch.randn(16, 16)
     codes = ops.tile_codes(weight, mask)
-    with pytest.raises(ConfigError, match=f"mask='{mask}' cannot be frozen"):
-        semi_sparse_linear(torch.randn(2, 16), weight, mask=mask, frozen=codes)
+    with pytest.raises(ConfigError, match=f"mask='{mask}' cannot be given as codes"):
+        semi_sparse_linear(torch.randn(2, 16), weight, mask=mask, codes=codes)

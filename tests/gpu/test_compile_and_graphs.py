@@ -8,19 +8,20 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import semisparse
 from semisparse.testing import assert_bit_equal, small_integers
+from tests.support import config_of
 
 # PyTorch starts each pool of graphs with an empty one, and warns of it.
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")]
 
 
-def model(engine="cusparselt", operand="weight"):
+def model(backend="cusparselt", operand="weight"):
     """Two linears with small-integer weights: with integer inputs every product and sum is exact, in any order."""
     net = torch.nn.Sequential(torch.nn.Linear(256, 512), torch.nn.ReLU(), torch.nn.Linear(512, 256))
     net = net.to("cuda", torch.bfloat16)
     with torch.no_grad():
         for seed, parameter in enumerate(net.parameters()):
             parameter.copy_(small_integers(parameter.shape, seed=seed, dtype=torch.bfloat16, device="cuda"))
-    semisparse.sparsify(net, semisparse.SparseConfig(operand=operand, engine=engine))
+    semisparse.sparsify(net, config_of(operand, backend=backend))
     return net
 
 

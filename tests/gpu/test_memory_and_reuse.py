@@ -13,10 +13,10 @@ from tests.functional.counting import CountOps
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")]
 
 
-def layers(engine="cusparselt", count=8, size=1024):
+def layers(backend="cusparselt", count=8, size=1024):
     torch.manual_seed(0)
     net = torch.nn.Sequential(*(torch.nn.Linear(size, size) for _ in range(count))).to("cuda", torch.bfloat16)
-    semisparse.sparsify(net, semisparse.SparseConfig(engine=engine))
+    semisparse.sparsify(net, semisparse.SparseConfig(backend=backend))
     return net
 
 
@@ -51,7 +51,7 @@ def test_eight_micro_batches_pack_once():
             net(x).sum().backward()
     assert packed == 2
     assert counter.counts["pack"] == 2
-    assert counter.counts["packed_linear"] == 2 * 2 * 8
+    assert counter.counts["packed_matmul"] == 2 * 2 * 8
 
 
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])

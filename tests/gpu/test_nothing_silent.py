@@ -11,6 +11,7 @@ from semisparse import SparseConfig, SparseSchedule, check, ops, reuse_packed, s
 from semisparse.errors import ScheduleError
 from semisparse.functional import semi_sparse_activation_linear, semi_sparse_linear
 from semisparse.testing import assert_bit_equal
+from tests.support import config_of
 
 pytestmark = [
     pytest.mark.gpu,
@@ -70,7 +71,7 @@ class Bypass(nn.Module):
 
 def test_check_tells_kernel_and_algorithm_of_each_layer() -> None:
     model = Bypass().to("cuda", BF16)
-    sparsify(model, SparseConfig(engine="cusparselt"))
+    sparsify(model, SparseConfig(backend="cusparselt"))
     before = [p.detach().clone() for p in model.parameters()]
     report = check(model, randn(N, N).requires_grad_())
     rows = {row.name: row for row in report}
@@ -91,7 +92,7 @@ def test_bypassed_layers_stop_the_first_step_and_called_ones_do_not(how: str, op
         model = Bypass().to("cuda", BF16)
         if not bypassed:
             model.forward = lambda x, model=model: model.last(model.proj(model.first(x)))
-        sparsify(model, SparseConfig(operand=operand))
+        sparsify(model, config_of(operand))
         optimizer = torch.optim.AdamW(model.parameters(), fused=True)
         schedule = SparseSchedule.sparse_then_dense(model, 10)
         torch._dynamo.reset()
@@ -149,7 +150,7 @@ def test_a_packing_knows_its_dtype_and_its_mode() -> None:
 @pytest.mark.parametrize("operand", ["weight", "activation"])
 def test_jagged_tensors_and_vmap(operand: str) -> None:
     model = nn.Sequential(nn.Linear(N, N)).to("cuda", BF16)
-    sparsify(model, SparseConfig(operand=operand))
+    sparsify(model, config_of(operand))
     parts = [randn(3, N, seed=1), randn(5, N, seed=2)]
     nested = torch.nested.nested_tensor(parts, layout=torch.jagged)
     assert_bit_equal(model(nested).values().detach(), model(torch.cat(parts)).detach())

@@ -10,6 +10,7 @@ from semisparse import SemiSparseActivationLinear, SemiSparseLinear, SparseConfi
 from semisparse.reference import linear as reference
 from semisparse.reference import masks
 from semisparse.testing import assert_as_good_as_torch, assert_bit_equal, small_integers
+from tests.support import config_of
 
 # PyTorch's warning when a cuBLAS product is the first CUDA call of its autograd thread; seen once, in a tiny backward.
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS, but there was no current")]
@@ -55,8 +56,8 @@ def operands(tokens, features, dtype, bias, integers=False):
     return made["x"], made["weight"], made.get("bias"), made["grad"]
 
 
-def ours(operand, x, weight, bias, grad, engine="cusparselt"):
-    config = SparseConfig(operand=operand, engine=engine)
+def ours(operand, x, weight, bias, grad, backend="cusparselt"):
+    config = config_of(operand, backend=backend)
     layer = LAYERS[operand](weight.shape[1], weight.shape[0], bias is not None, "cuda", weight.dtype, config=config)
     layer.load_state_dict({"weight": weight} | ({} if bias is None else {"bias": bias}))
     x = x.clone().requires_grad_()
@@ -91,7 +92,7 @@ def test_packed_route_errs_at_most_twice_as_much_as_torch(operand, dtype, tokens
 def test_sizes_that_are_no_multiple_of_16_run_masked_dense(operand, tokens, features):
     given = operands(tokens, features, torch.bfloat16, bias=True)
     for result, same_dtype, exact in zip(
-        ours(operand, *given, engine="auto"),
+        ours(operand, *given, backend="auto"),
         plain(operand, *given, torch.bfloat16),
         plain(operand, *given, torch.float64),
         strict=True,
@@ -147,7 +148,7 @@ def test_masks_are_the_cpu_masks_bit_for_bit():
 
 
 def test_autocast_chooses_the_mask_from_the_fp32_master_weight():
-    layer = SemiSparseLinear(256, 512, bias=False, device="cuda", config=SparseConfig(engine="cusparselt"))
+    layer = SemiSparseLinear(256, 512, bias=False, device="cuda", config=SparseConfig(backend="cusparselt"))
     with torch.no_grad():  # bf16 would round these to ties; fp32 tells them apart
         layer.weight.copy_(1 + torch.rand_like(layer.weight) * 1e-4)
     x = torch.eye(256, device="cuda")

@@ -31,7 +31,7 @@ def test_the_first_example_of_readme_runs_sparse_products() -> None:
 def test_activation_checkpointing_gives_the_same_bits() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(256, 512), nn.GELU(), nn.Linear(512, 256)).to("cuda", torch.bfloat16)
-    sparsify(model, SparseConfig(engine="cusparselt"))
+    sparsify(model, SparseConfig(backend="cusparselt"))
     x = torch.randn(128, 256, device="cuda", dtype=torch.bfloat16)
     outputs, gradients = [], []
     for call in (model, lambda x: checkpoint(model, x, use_reentrant=False)):

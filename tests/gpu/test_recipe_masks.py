@@ -8,6 +8,7 @@ import semisparse
 from semisparse import SemiSparseLinear, SparseConfig, ops
 from semisparse.reference import linear, masks
 from semisparse.testing import assert_as_good_as_torch, assert_bit_equal, small_integers
+from tests.support import MaskArguments
 
 # PyTorch starts each pool of graphs with an empty one, and warns of it. The second: a cuBLAS product as the first CUDA
 # call of its autograd thread.
@@ -39,18 +40,14 @@ def matrices(dtype, special=True):
     return [matrix.to(dtype).cuda() for matrix in [*found, torch.randn(SHAPE[::-1]).mT]]
 
 
-def frozen_for(mask, shape=SHAPE, seed=3):
-    """Tile codes of another matrix, or a scale; on the CPU."""
-    if mask == "soft":
-        return torch.tensor(1.0 + seed / 16)
-    if mask == "codes":
+def arguments_for(setting, shape=SHAPE, seed=3):
+    """The mask, with tile codes of another matrix for "codes" and a scale for "soft"; on the CPU."""
+    if setting == "soft":
+        return MaskArguments("soft", scale=torch.tensor(1.0 + seed / 16))
+    if setting == "codes":
         other = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-        return ops.tile_codes(other, "transposable")
-    return None
-
-
-def on_gpu(tensor):
-    return None if tensor is None else tensor.cuda()
+        return MaskArguments("transposable", ops.tile_codes(other, "transposable"))
+    return MaskArguments(setting)
 
 
 @EVERY_DTYPE
@@ -63,21 +60,21 @@ def test_tile_codes_are_the_cpu_codes_bit_for_bit(mask, dtype):
 @EVERY_DTYPE
 @pytest.mark.parametrize("mask", ALL)
 def test_prune_is_the_cpus_bit_for_bit(mask, dtype):
-    frozen = frozen_for(mask)
+    given = arguments_for(mask)
     for matrix in matrices(dtype):
         for out in (dtype, torch.bfloat16):
-            found = ops.prune(matrix, out, mask, on_gpu(frozen))
-            assert_bit_equal(found.cpu(), ops.prune(matrix.cpu(), out, mask, frozen))
+            found = ops.prune(matrix, out, *given.to("cuda"))
+            assert_bit_equal(found.cpu(), ops.prune(matrix.cpu(), out, *given))
 
 
 @EVERY_DTYPE
 @pytest.mark.parametrize("mask", ALL)
 @pytest.mark.parametrize("packed_as", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
 def test_unpacking_what_was_packed_is_pruning_on_the_cpu(packed_as, mask, dtype):
-    frozen = frozen_for(mask)
+    given = arguments_for(mask)
     for matrix in matrices(dtype, special=False):
-        expected = ops.prune(matrix.cpu(), packed_as, mask, frozen)
-        packed, packed_t = ops.pack(matrix, packed_as, mask, on_gpu(frozen))
+        expected = ops.prune(matrix.cpu(), packed_as, *given)
+        packed, packed_t = ops.pack(matrix, packed_as, *given.to("cuda"))
         assert_bit_equal(ops.unpack(packed, *SHAPE, packed_as).cpu(), expected)
         if mask in ("row", "soft"):
             assert packed_t.numel() == 0
@@ -91,25 +88,23 @@ def test_fp64_goes_through_the_reference_and_gives_the_same():
         assert_bit_equal(ops.tile_codes(matrix.cuda(), mask).cpu(), ops.tile_codes(matrix, mask))
 
 
-def layer_of(setting, weight, bias, engine="cusparselt"):
-    """A layer on the GPU with copies of weight and bias and, where the setting asks for it, something frozen."""
-    mask = "transposable" if setting == "codes" else setting
-    config = SparseConfig(mask=mask, engine=engine)
+def layer_of(setting, weight, bias, backend="cusparselt"):
+    """A layer on the GPU with copies of weight and bias and, where the setting asks for it, something held."""
+    given = arguments_for(setting, tuple(weight.shape)).to("cuda")
+    config = SparseConfig(weight=given.mask, backend=backend)
     layer = SemiSparseLinear(weight.shape[1], weight.shape[0], device="cuda", dtype=weight.dtype, config=config)
     layer.load_state_dict({"weight": weight, "bias": bias})
-    frozen = frozen_for(setting, tuple(weight.shape))
-    if frozen is not None:
-        layer._frozen = frozen.cuda()
+    layer.hold(**given.held)
     return layer
 
 
 def pruned_by(layer, dtype):
     """The layer's weight as the reference prunes it, computed in dtype."""
-    weight, mask = layer.weight.detach(), layer.sparse_config.mask
+    weight, mask = layer.weight.detach(), layer.sparse_config.weight
     if mask == "soft":
-        return linear.soft_threshold(weight.to(dtype), layer._frozen)
-    if layer._frozen is not None:
-        kept = masks.from_codes(layer._frozen)
+        return linear.soft_threshold(weight.to(dtype), layer.held_scale)
+    if layer.held_codes is not None:
+        kept = masks.from_codes(layer.held_codes)
     else:
         kept = masks.row(weight) if mask == "row" else masks.greedy(weight, signed=mask == "signed_greedy")
     return linear.prune(weight, kept).to(dtype)
@@ -143,14 +138,14 @@ def test_a_layer_errs_at_most_twice_as_much_as_torch(tokens, features, dtype, se
         assert_as_good_as_torch(result, same_dtype, exact)
 
 
-def network(setting, engine):
+def network(setting, backend):
     """Two layers with small whole numbers for weights, the same at every call."""
     sizes, dtype = ((512, 256), (256, 512)), torch.bfloat16
     made = []
     for seed, shape in enumerate(sizes):
         weight = small_integers(shape, seed=seed, limit=9, dtype=dtype, device="cuda")
         bias = small_integers(shape[:1], seed=seed + 5, dtype=dtype, device="cuda")
-        made.append(layer_of(setting, weight / 64, bias / 8, engine))
+        made.append(layer_of(setting, weight / 64, bias / 8, backend))
     return torch.nn.Sequential(made[0], torch.nn.ReLU(), made[1])
 
 
@@ -182,9 +177,9 @@ def captured(step):
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
-@pytest.mark.parametrize("engine", ["cusparselt", "dense"])
-def test_a_captured_step_equals_eager_and_sees_what_is_refreshed(engine, setting):
-    nets = [network(setting, engine) for _ in range(2)]
+@pytest.mark.parametrize("backend", ["cusparselt", "dense"])
+def test_a_captured_step_equals_eager_and_sees_what_is_refreshed(backend, setting):
+    nets = [network(setting, backend) for _ in range(2)]
     x = torch.randn(208, 256, device="cuda", dtype=torch.bfloat16)
     steps = [step_of(net, x) for net in nets]
     graph, loss = captured(steps[0])
@@ -201,14 +196,16 @@ def test_a_captured_step_equals_eager_and_sees_what_is_refreshed(engine, setting
 
 def refresh(net, setting, seed):
     for layer in (net[0], net[2]):
-        if layer._frozen is not None:
-            layer._frozen.copy_(frozen_for(setting, tuple(layer.weight.shape), seed))
+        fresh = arguments_for(setting, tuple(layer.weight.shape), seed)
+        for held, tensor in ((layer.held_codes, fresh.codes), (layer.held_scale, fresh.scale)):
+            if held is not None:
+                held.copy_(tensor)
 
 
 @pytest.mark.parametrize("setting", ["soft", "codes"])
-@pytest.mark.parametrize("engine", ["cusparselt", "dense"])
-def test_a_replay_reads_what_is_frozen_then(engine, setting):
-    net = network(setting, engine)
+@pytest.mark.parametrize("backend", ["cusparselt", "dense"])
+def test_a_replay_reads_what_is_held_then(backend, setting):
+    net = network(setting, backend)
     x = small_integers((64, 256), seed=7, dtype=torch.bfloat16, device="cuda")
     with torch.no_grad():
         net(x)  # probes the engine, which capture does not allow
@@ -225,13 +222,13 @@ def test_a_replay_reads_what_is_frozen_then(engine, setting):
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning")
 @pytest.mark.parametrize("mask", ALL)
 def test_nothing_waits_for_the_device(mask):
-    matrix, frozen = torch.randn(SHAPE, device="cuda", dtype=torch.bfloat16), on_gpu(frozen_for(mask))
+    matrix, given = torch.randn(SHAPE, device="cuda", dtype=torch.bfloat16), arguments_for(mask).to("cuda")
 
     def call():
         if mask in CHOSEN:
             ops.tile_codes(matrix, mask)
-        ops.prune(matrix, torch.bfloat16, mask, frozen)
-        ops.pack(matrix, torch.bfloat16, mask, frozen)
+        ops.prune(matrix, torch.bfloat16, *given)
+        ops.pack(matrix, torch.bfloat16, *given)
 
     call()
     torch.cuda.synchronize()
@@ -243,7 +240,7 @@ def test_nothing_waits_for_the_device(mask):
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_reuse_packs_what_is_frozen(setting):
+def test_reuse_packs_what_is_held(setting):
     net = network(setting, "cusparselt")
     x = small_integers((64, 256), seed=7, dtype=torch.bfloat16, device="cuda")
     with torch.no_grad():

@@ -17,9 +17,9 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from semisparse import masks
 from semisparse.formats.layout import SM90_16BIT
 from semisparse.kernels import bias, prune_pack, tile_codes, unpack
-from semisparse.kernels.launch_checks import MODES
 from semisparse.kernels.packed_metadata import repeated
 from semisparse.kernels.prune_pack import DEFAULT_BLOCK, HOPPER_BLOCK
 
@@ -42,17 +42,18 @@ def compiled(kernel, types, constants, arch, divisible, **options):
     return {"registers": int(registers), "stack": int(stack) + int(local[1] if local else 0)}
 
 
-def pack(arch, source, target, mode, even, wide=False):
+def pack(arch, source, target, mask, even, wide=False, given_codes=False):
     pointers = {"matrix": "*i64", "codes": "*i16", "scale": "*fp32", "packed": "*u8", "packed_t": "*u8"}
     sizes = ("rows", "rows_padded", "columns", "stride", "row_blocks", "blocks", "row_blocks_t", "blocks_t")
-    both = MODES[mode] in ("transposable", "codes")
     block = HOPPER_BLOCK if arch == 90 and source is tl.bfloat16 else DEFAULT_BLOCK
+    constant = masks.GIVEN_CODES if given_codes else mask.constant
     constants = {
-        "IN": source, "OUT": target, "MODE": mode, "TRANSPOSED": both, "BITS": BITS, "PADDING": repeated(0b1110),
+        "IN": source, "OUT": target, "MASK": constant, "TRANSPOSED": mask.both_ways, "BITS": BITS,
+        "PADDING": repeated(0b1110),
         "TILE_ROWS": block.tile_rows, "PAIRS": block.pairs, "EVEN": even, "WIDE": wide,
         "NATIVE": True,
     }  # fmt: skip
-    absent = {"codes": MODES[mode] != "codes", "scale": MODES[mode] != "soft", "packed_t": not both}
+    absent = {"codes": not given_codes, "scale": not mask.needs_scale, "packed_t": not mask.both_ways}
     constants |= {name: None for name, missing in absent.items() if missing}
     divisible = [name for name in (*pointers, "rows_padded", "columns") if name not in constants and name != "scale"]
     types = pointers | dict.fromkeys(sizes, "i32")
@@ -63,25 +64,29 @@ def pack(arch, source, target, mode, even, wide=False):
     return taken if wide else taken | {"most registers": block.registers}
 
 
-def codes(arch, source, mode, turned):
+def codes(arch, source, mask, turned):
     """A contiguous matrix, or the transpose of one that is a single row of tiles: Triton makes sizes of 1 constants."""
     types = {"matrix": f"*{source}", "codes": "*i16"}
     types |= dict.fromkeys(("tile_rows", "tile_columns", "row_stride", "column_stride"), "i32")
     ones = dict.fromkeys(("tile_rows", "row_stride") if turned else ("column_stride",), 1)
-    constants = ones | {"MODE": mode, "TILES": tile_codes.TILES}
+    constants = ones | {"MASK": mask.constant, "TILES": tile_codes.TILES}
     return compiled(tile_codes.tile_codes, types, constants, arch, ["matrix", "codes"], num_warps=4)
 
 
 def main(arch):
     found = {}
-    for mode, name in enumerate(tile_codes.MODES):
+    for name, mask in masks.MASKS.items():
         for source, turned in ((tl.bfloat16, False), (tl.float16, False), (tl.float32, False), (tl.float32, True)):
-            found[f"tile_codes {name} {source}{' turned' * turned}"] = codes(arch, source, mode, turned)
-    for mode, name in enumerate(MODES):
+            found[f"tile_codes {name} {source}{' turned' * turned}"] = codes(arch, source, mask, turned)
+    packable = {name: mask for name, mask in masks.MASKS.items() if mask.chosen_while_packing}
+    for name, mask in (*packable.items(), ("codes", packable["transposable"])):
+        given = name == "codes"
         for source, target in ((tl.bfloat16, tl.bfloat16), (tl.float32, tl.float16)):
             for even in (True, False) if name == "transposable" else (False,):
-                found[f"pack {name} {source} {'even' if even else 'edges'}"] = pack(arch, source, target, mode, even)
-        found[f"pack {name} wide"] = pack(arch, tl.bfloat16, tl.bfloat16, mode, False, wide=True)
+                found[f"pack {name} {source} {'even' if even else 'edges'}"] = pack(
+                    arch, source, target, mask, even, False, given
+                )
+        found[f"pack {name} wide"] = pack(arch, tl.bfloat16, tl.bfloat16, mask, False, True, given)
     for flat in (False, True):
         grid = {"FLAT": flat}
         types = {"packed": "*u8", "out": "*i64", "rows": "i32", "columns": "i32"}

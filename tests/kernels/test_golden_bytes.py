@@ -82,11 +82,11 @@ def tensor(content):
     return torch.frombuffer(bytearray(content), dtype=torch.uint8).to(DEVICE)
 
 
-def packed_by_kernel(matrix, mode, dtype=BF16, turned=False):
+def packed_by_kernel(matrix, mask, dtype=BF16, turned=False):
     rows, columns = matrix.shape
     buffers = [torch.zeros(rows * columns * 9 // 8 + 4096, dtype=torch.uint8, device=DEVICE) for _ in range(1 + turned)]
     packed_t = buffers[1] if turned else None
-    prune_pack.launch(matrix, buffers[0], packed_t, dtype=dtype, layout=LAYOUT, mode=mode)
+    prune_pack.launch(matrix, buffers[0], packed_t, dtype=dtype, layout=LAYOUT, mask=mask)
     return buffers
 
 

@@ -17,7 +17,7 @@ TALL = (1_048_560, 1_048_576, 4_194_240, 4_194_304, 4_194_368, 67_108_864, LARGE
 
 def pack(rows, columns, block=DEFAULT_BLOCK):
     types, sizes = (BF16, BF16), (rows, rows, columns, columns // 4)
-    return prune_pack._prepare(sizes, types, "transposable", True, SM90_16BIT, block, False)
+    return prune_pack._prepare(sizes, types, "transposable", False, True, SM90_16BIT, block, False)
 
 
 PREPARED = {
@@ -25,7 +25,7 @@ PREPARED = {
     "unpack": lambda rows, columns: unpack._prepare(rows, columns, SM90_16BIT),
     "prune_pack": pack,
     "prune_pack on Hopper": lambda rows, columns: pack(rows, columns, HOPPER_BLOCK),
-    "tile_codes": lambda rows, columns: tile_codes._prepare(rows // 4, columns // 4, columns, 1, "row", BF16),
+    "tile_codes": lambda rows, columns: tile_codes._prepare(rows // 4, columns // 4, columns, 1, 2, BF16),
 }
 BLOCK = {"add_bias": (16, 512), "unpack": (16, 256), "prune_pack": (64, 64), "prune_pack on Hopper": (64, 128)}
 
@@ -92,7 +92,7 @@ def test_an_empty_matrix_needs_no_program():
 )
 def test_64_bits_are_taken_where_a_program_needs_them_and_nowhere_else(sizes, wide):
     types = (BF16, BF16)
-    launcher = prune_pack._prepare(sizes, types, "row", False, SM90_16BIT, DEFAULT_BLOCK, False)
+    launcher = prune_pack._prepare(sizes, types, "row", False, False, SM90_16BIT, DEFAULT_BLOCK, False)
     names = prune_pack.prune_pack.arg_names
     assert launcher._constants[names.index("WIDE") - len(names)] is wide
     assert launcher._options["maxnreg"] == (None if wide else DEFAULT_BLOCK.registers)

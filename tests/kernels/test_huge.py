@@ -47,8 +47,8 @@ def test_a_flat_grid_packs_the_same():
 @pytest.mark.usefixtures("flat")
 def test_a_flat_grid_pads_and_takes_codes_and_shrinks():
     test_prune_pack.test_rows_are_padded_with_zeros(71)
-    test_prune_pack.test_codes_mode_applies_a_given_mask()
-    test_prune_pack.test_soft_mode_shrinks_the_kept_two(BF16)
+    test_prune_pack.test_codes_apply_a_given_mask()
+    test_prune_pack.test_soft_shrinks_the_kept_two(BF16)
 
 
 @pytest.mark.parametrize("columns", [16, 528])
@@ -135,7 +135,7 @@ def test_tiles_whose_lines_lie_further_apart_than_32_bits_reach_are_chosen(turne
     given = spread.mT if turned else spread
     codes = torch.zeros(given.shape[0] // 4, given.shape[1] // 4, dtype=torch.int16)
     with only_programs((0, 0)):
-        tile_codes.launch(given, codes, mode="transposable")
+        tile_codes.launch(given, codes, mask="transposable")
     assert torch.equal(codes, masks.to_codes(masks.transposable(given.contiguous())).to(torch.int16))
 
 
@@ -190,7 +190,7 @@ def test_more_than_two_to_the_31_codes_are_followed_up_to_the_last():
     mask = masks.transposable(torch.randn(64, 64))
     codes[-16:, -16:] = masks.to_codes(mask).to(torch.int16)
     with only_programs((1023, 8192)):
-        prune_pack.launch(matrix, packed, None, dtype=BF16, layout=SM90_16BIT, mode="codes", codes=codes)
+        prune_pack.launch(matrix, packed, None, dtype=BF16, layout=SM90_16BIT, codes=codes)
     last_block(packed, rows, columns, packing.pack(part, mask))
 
 

@@ -110,7 +110,7 @@ def test_more_than_two_to_the_31_entries():
     expect_packed(packed, matrix, BF16, (0, middle, 2**19))
     expect_transposed(packed_t, matrix, BF16, (0, columns - 64))
     codes = torch.empty(rows // 4, columns // 4, dtype=torch.int16, device="cuda")
-    tile_codes.launch(matrix, codes, mode="transposable")
+    tile_codes.launch(matrix, codes, mask="transposable")
     out = torch.empty_like(matrix)
     unpack.launch(packed, out, layout=SM90_16BIT)
     added = torch.randn(columns, device="cuda").to(BF16)
@@ -144,5 +144,5 @@ def test_lines_of_a_tile_further_apart_than_32_bits_reach(turned):
     spread.copy_(torch.randn(4, 64))
     given = spread.mT if turned else spread
     codes = torch.empty(given.shape[0] // 4, given.shape[1] // 4, dtype=torch.int16, device="cuda")
-    tile_codes.launch(given, codes, mode="transposable")
+    tile_codes.launch(given, codes, mask="transposable")
     assert torch.equal(codes, masks.to_codes(masks.transposable(given.contiguous())).to(torch.int16))

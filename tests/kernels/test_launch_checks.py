@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from semisparse import masks
 from semisparse.errors import ConfigError, ShapeError, TensorError
 from semisparse.formats.layout import SM90_16BIT, MetadataLayout
 from semisparse.kernels import bias, prune_pack, tile_codes
@@ -12,8 +13,8 @@ from semisparse.kernels.prune_pack import DEFAULT_BLOCK, Block, check_block
 BF16, FP16 = torch.bfloat16, torch.float16
 
 
-def sizes(rows=32, rows_padded=32, columns=32, types=(BF16, BF16), mode="row", transposed=False, block=DEFAULT_BLOCK):
-    check_sizes(rows, rows_padded, columns, types, mode, transposed)
+def sizes(rows=32, rows_padded=32, columns=32, types=(BF16, BF16), mask="row", transposed=False, block=DEFAULT_BLOCK):
+    check_sizes(rows, rows_padded, columns, types, masks.get(mask), transposed)
     check_block(block, SM90_16BIT)
 
 
@@ -25,8 +26,8 @@ def sizes(rows=32, rows_padded=32, columns=32, types=(BF16, BF16), mode="row", t
         ({"columns": 40}, ShapeError, "matrix is 32 x 40"),
         ({"types": (torch.float64, BF16)}, TensorError, "matrix is torch.float64"),
         ({"types": (BF16, torch.float32)}, TensorError, "packed as torch.float32"),
-        ({"transposed": True}, ConfigError, "mode='row' keeps 2:4 along the columns only: pass packed_t=None"),
-        ({"transposed": True, "mode": "soft"}, ConfigError, "mode='soft' keeps 2:4 along the columns only"),
+        ({"transposed": True}, ConfigError, "mask='row' keeps 2:4 along the columns only: pass packed_t=None"),
+        ({"transposed": True, "mask": "soft"}, ConfigError, "mask='soft' keeps 2:4 along the columns only"),
         ({"block": Block(tile_rows=8, pairs=8)}, ConfigError, "whole metadata blocks of 64 rows x 8 groups"),
         ({"block": Block(tile_rows=16, pairs=4)}, ConfigError, "whole metadata blocks of 64 rows x 8 groups"),
         ({"block": Block(tile_rows=20, pairs=8)}, ConfigError, "whole metadata blocks of 64 rows x 8 groups"),
@@ -48,24 +49,28 @@ def test_a_block_must_hold_whole_metadata_blocks_along_both_axes_of_both_results
 @pytest.mark.parametrize(
     ("codes", "error", "message"),
     [
-        (None, TensorError, "needs codes, contiguous int16"),
         (torch.zeros(8, 16, dtype=torch.int32), TensorError, "contiguous int16"),
         (torch.zeros(16, 8, dtype=torch.int16).mT, TensorError, "contiguous int16"),
         (torch.zeros(16, 8, dtype=torch.int16), ShapeError, "codes has shape (16, 8); it must be (8, 16)"),
     ],
 )
 def test_codes_that_do_not_fit(codes, error, message):
-    check_choice("codes", torch.zeros(8, 16, dtype=torch.int16), None, 32, 64)
+    check_choice(masks.get("transposable"), torch.zeros(8, 16, dtype=torch.int16), None, 32, 64)
     with pytest.raises(error) as caught:
-        check_choice("codes", codes, None, 32, 64)
+        check_choice(masks.get("transposable"), codes, None, 32, 64)
     assert message in str(caught.value)
+
+
+def test_codes_are_of_a_transposable_mask():
+    with pytest.raises(TensorError, match="tile codes of a transposable mask"):
+        check_choice(masks.get("row"), torch.zeros(8, 16, dtype=torch.int16), None, 32, 64)
 
 
 @pytest.mark.parametrize("scale", [None, torch.ones(2), torch.ones(1, dtype=torch.float64)])
 def test_a_scale_that_does_not_fit(scale):
-    check_choice("soft", None, torch.ones(()), 32, 64)
-    with pytest.raises(TensorError, match="mode='soft' needs scale, one float32 element"):
-        check_choice("soft", None, scale, 32, 64)
+    check_choice(masks.get("soft"), None, torch.ones(()), 32, 64)
+    with pytest.raises(TensorError, match="mask='soft' needs scale, one float32 element"):
+        check_choice(masks.get("soft"), None, scale, 32, 64)
 
 
 def test_a_buffer_needs_whole_blocks_to_the_last_byte():
@@ -81,7 +86,7 @@ def test_a_buffer_needs_whole_blocks_to_the_last_byte():
 def test_a_kernel_that_was_compiled_for_a_dtype_never_serves_another():
     """The interpreter compiles nothing, so on the CPU only the key of the launcher can show it."""
     assert bias._prepare(16, 16, BF16) is not bias._prepare(16, 16, FP16)
-    codes = [tile_codes._prepare(4, 4, 16, 1, "row", dtype) for dtype in (torch.float32, BF16, FP16)]
+    codes = [tile_codes._prepare(4, 4, 16, 1, 2, dtype) for dtype in (torch.float32, BF16, FP16)]
     assert len({id(launcher) for launcher in codes}) == 3
 
 
@@ -93,9 +98,9 @@ def test_each_launch_asks_for_the_launcher_of_its_dtype(monkeypatch):
     for dtype in (BF16, FP16):
         matrix = torch.zeros(64, 64, dtype=dtype)
         bias.launch(matrix, matrix[0])
-        tile_codes.launch(matrix, torch.zeros(16, 16, dtype=torch.int16), mode="row")
+        tile_codes.launch(matrix, torch.zeros(16, 16, dtype=torch.int16), mask="row")
         packed = torch.zeros(64 * 72, dtype=torch.uint8)
-        prune_pack.launch(matrix, packed, None, dtype=BF16, layout=SM90_16BIT, mode="row")
+        prune_pack.launch(matrix, packed, None, dtype=BF16, layout=SM90_16BIT, mask="row")
     assert len(set(map(repr, asked))) == 6
 
 
@@ -106,5 +111,5 @@ def test_rows_that_are_not_16_byte_aligned_are_copied_first(monkeypatch, columns
     asked = []
     monkeypatch.setattr(prune_pack, "_prepare", lambda sizes, *_, **more: asked.append(sizes) or (lambda *_: None))
     matrix, packed = torch.zeros(64, columns, dtype=BF16)[:, :96], torch.zeros(64 * 96 * 9 // 8, dtype=torch.uint8)
-    prune_pack.launch(matrix, packed, None, dtype=BF16, layout=SM90_16BIT, mode="row")
+    prune_pack.launch(matrix, packed, None, dtype=BF16, layout=SM90_16BIT, mask="row")
     assert asked == [(64, 64, 96, 26 if columns == 104 else 24)]

@@ -7,6 +7,7 @@ from semisparse.errors import ConfigError, ShapeError, TensorError
 from semisparse.formats.layout import SM90_16BIT, MetadataLayout, packed_bytes
 from semisparse.kernels import prune_pack
 from semisparse.kernels.prune_pack import Block
+from semisparse.masks import MASKS
 from semisparse.reference import masks, packing
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -22,11 +23,11 @@ def buffers(rows: int, columns: int, transposed: bool = True) -> tuple[torch.Ten
     return first, turned if transposed else None
 
 
-def pack(matrix, dtype, mode="transposable", layout=SM90_16BIT, rows_padded=None, **kwargs):
+def pack(matrix, dtype, mask="transposable", layout=SM90_16BIT, rows_padded=None, **kwargs):
     rows = rows_padded or matrix.shape[0]
-    packed, packed_t = buffers(rows, matrix.shape[1], mode in ("transposable", "codes"))
+    packed, packed_t = buffers(rows, matrix.shape[1], MASKS[mask].both_ways)
     prune_pack.launch(
-        matrix, packed, packed_t, dtype=dtype, layout=layout, mode=mode,
+        matrix, packed, packed_t, dtype=dtype, layout=layout, mask=mask,
         rows_padded=rows_padded, **kwargs,
     )  # fmt: skip
     return packed, packed_t
@@ -63,8 +64,8 @@ def test_every_block_size_writes_the_same(source, block):
 @pytest.mark.parametrize("source", DTYPES, ids=str)
 def test_ties_follow_the_reference(source):
     matrix = torch.randint(-2, 3, (64, 128), device=DEVICE).to(source)
-    for mode, chosen in (("transposable", masks.transposable(matrix)), ("row", masks.row(matrix))):
-        expect(pack(matrix, torch.float16, mode)[0], matrix, chosen, torch.float16)
+    for name, chosen in (("transposable", masks.transposable(matrix)), ("row", masks.row(matrix))):
+        expect(pack(matrix, torch.float16, name)[0], matrix, chosen, torch.float16)
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
@@ -81,8 +82,8 @@ def test_nan_infinity_and_negative_zero(source):
     special = torch.tensor([float("nan"), float("inf"), -float("inf"), -0.0, 0.0], device=DEVICE).to(source)
     at = torch.randint(0, 64 * 64, (900,), device=DEVICE)
     matrix.view(-1)[at] = special[torch.arange(900, device=DEVICE) % 5]
-    for mode, chosen in (("transposable", masks.transposable(matrix)), ("row", masks.row(matrix))):
-        packed, packed_t = pack(matrix, torch.bfloat16, mode)
+    for name, chosen in (("transposable", masks.transposable(matrix)), ("row", masks.row(matrix))):
+        packed, packed_t = pack(matrix, torch.bfloat16, name)
         for buffer, values, mask in ((packed, matrix, chosen), (packed_t, matrix.mT, chosen.mT)):
             if buffer is None:
                 continue
@@ -106,22 +107,22 @@ def test_rows_are_padded_with_zeros(tokens):
 
 
 @pytest.mark.parametrize("source", DTYPES, ids=str)
-def test_row_mode_keeps_the_two_largest_of_a_row(source):
+def test_row_keeps_the_two_largest_of_a_row(source):
     matrix = torch.randn(48, 144, device=DEVICE).to(source)
     packed, _ = pack(matrix, torch.bfloat16, "row")
     expect(packed, matrix, masks.row(matrix), torch.bfloat16)
 
 
-def test_codes_mode_applies_a_given_mask():
+def test_codes_apply_a_given_mask():
     matrix, other = (torch.randn(48, 80, device=DEVICE).to(torch.bfloat16) for _ in range(2))
     mask = masks.transposable(other)
-    packed, packed_t = pack(matrix, torch.bfloat16, "codes", codes=masks.to_codes(mask).to(torch.int16))
+    packed, packed_t = pack(matrix, torch.bfloat16, codes=masks.to_codes(mask).to(torch.int16))
     expect(packed, matrix, mask, torch.bfloat16)
     expect(packed_t, matrix.mT, mask.mT, torch.bfloat16)
 
 
 @pytest.mark.parametrize("source", DTYPES, ids=str)
-def test_soft_mode_shrinks_the_kept_two(source):
+def test_soft_shrinks_the_kept_two(source):
     matrix = torch.randn(48, 80, device=DEVICE).to(source)
     scale = torch.tensor([1.5], device=DEVICE)
     packed, _ = pack(matrix, torch.float16, "soft", scale=scale)
@@ -162,10 +163,10 @@ def test_bad_arguments_are_named():
         pack(matrix[:, :24], torch.bfloat16)
     with pytest.raises(TensorError, match=r"torch\.float64"):
         pack(matrix.double(), torch.bfloat16)
-    with pytest.raises(ConfigError, match="mode='greedy'"):
+    with pytest.raises(ConfigError, match="mask='greedy'"):
         pack(matrix, torch.bfloat16, "greedy")
     with pytest.raises(TensorError, match="int16 tile codes"):
-        pack(matrix, torch.bfloat16, "codes")
+        pack(matrix, torch.bfloat16, codes=torch.zeros(8, 8, dtype=torch.int32, device=DEVICE))
     with pytest.raises(TensorError, match="scale"):
         pack(matrix, torch.bfloat16, "soft")
     with pytest.raises(ShapeError, match="packed_t has 16 bytes"):

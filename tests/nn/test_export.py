@@ -4,27 +4,81 @@ import pytest
 import torch
 from torch import nn
 
-from semisparse import SemiSparseActivationLinear, SparseConfig, densify, sparsify
+from semisparse import SemiSparseActivationLinear, densify, functional, sparsify
 from semisparse.errors import ExportError
-from semisparse.testing import assert_bit_equal
+from semisparse.functional import semi_sparse_activation_linear, semi_sparse_linear
+from semisparse.testing import assert_bit_equal, small_integers
+from tests.support import config_of
 
 X = torch.randn(4, 16, generator=torch.Generator().manual_seed(1))
 OPERANDS = pytest.mark.parametrize("operand", ["weight", "activation"])
 
 
-def net(operand: str = "weight") -> nn.Sequential:
+def net(operand: str = "weight", mask: str = "transposable") -> nn.Sequential:
     model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16))
-    sparsify(model, SparseConfig(operand=operand))
+    sparsify(model, config_of(operand, mask))
     return model
 
 
+@pytest.fixture(params=["masked dense", "packed"])
+def route(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both routes run on the CPU: the packed ops have a CPU implementation, only the choice is forced."""
+    if request.param == "packed":
+        monkeypatch.setattr(functional, "packs", lambda weight, dtype, backend: True)
+    return request.param
+
+
+def gradients(model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
+    """Output and gradients of one step: of the input, then of the parameters."""
+    leaf = x.clone().requires_grad_()
+    y = model(leaf)
+    y.square().sum().backward()
+    return [y.detach(), leaf.grad, *(parameter.grad for parameter in model.parameters())]
+
+
 @OPERANDS
+@pytest.mark.parametrize("mask", ["transposable", "row"])
 @pytest.mark.parametrize("strict", [False, True])
-def test_export_of_a_model_in_training_is_refused(operand: str, strict: bool) -> None:
-    with pytest.raises(Exception, match=r"torch\.export of a sparse layer in training") as caught:
-        torch.export.export(net(operand), (X,), strict=strict)
-    if not strict:  # in strict mode dynamo wraps what traced code raises
-        assert isinstance(caught.value, ExportError)
+def test_an_exported_model_trains(route: str, operand: str, mask: str, strict: bool) -> None:
+    if operand == "activation" and mask == "row":
+        return
+    model, other = (net(operand, mask).to(torch.bfloat16) for _ in range(2))
+    for layer, seed in ((0, 1), (2, 2)):  # whole numbers: on the packed route the exported graph adds a bias later
+        for parameters in (model[layer].parameters(), other[layer].parameters()):
+            for parameter in parameters:
+                parameter.data = small_integers(parameter.shape, seed=seed, limit=2, dtype=torch.bfloat16)
+    x = small_integers((4, 16), seed=5, limit=2, dtype=torch.bfloat16)
+    program = torch.export.export(model, (x.clone().requires_grad_(),), strict=strict)
+    assert any(("packed" if route == "packed" else "prune") in str(node.target) for node in program.graph.nodes)
+    for ours, expected in zip(gradients(program.module(), x), gradients(other, x), strict=True):
+        assert_bit_equal(ours, expected)
+
+
+@OPERANDS
+def test_the_functions_export_in_training_from_a_module_of_ones_own(route: str, operand: str) -> None:
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(small_integers((32, 16), seed=1, dtype=torch.bfloat16))
+            self.bias = nn.Parameter(small_integers((32,), seed=2, dtype=torch.bfloat16))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            call = {"weight": semi_sparse_linear, "activation": semi_sparse_activation_linear}[operand]
+            return call(x, self.weight, self.bias)
+
+    own, x = Own(), small_integers((4, 16), seed=5, dtype=torch.bfloat16)
+    module = torch.export.export(own, (x,)).module()
+    for ours, other in zip(gradients(module, x), gradients(Own(), x), strict=True):
+        assert_bit_equal(ours, other)
+
+
+def test_a_second_derivative_of_an_exported_packed_product_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(functional, "packs", lambda weight, dtype, backend: True)
+    x = X.bfloat16().requires_grad_()
+    module = torch.export.export(net().to(torch.bfloat16), (x,)).module()
+    (first,) = torch.autograd.grad(module(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
 
 
 @OPERANDS
@@ -94,12 +148,15 @@ def test_onnx_is_told_to_densify(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.export.export(net().eval(), (X,))
 
 
-def test_what_an_activation_layer_would_cut_off_is_refused_too() -> None:
-    """A frozen layer that prunes its input has no gradient formula in the graph; layers before it would get none."""
+def test_gradients_pass_an_exported_layer_that_does_not_train() -> None:
     model = nn.Sequential(nn.Linear(16, 16), SemiSparseActivationLinear(16, 16), nn.Linear(16, 16))
     model[1].requires_grad_(False)
-    with pytest.raises(ExportError, match="would lose gradients"):
-        torch.export.export(model, (X,))
+    module = torch.export.export(model, (X,)).module()
+    module(X).sum().backward()
+    model(X).sum().backward()
+    for ours, expected in zip(module.parameters(), model.parameters(), strict=True):
+        assert (ours.grad is None) is (expected.grad is None)
+        assert ours.grad is None or torch.equal(ours.grad, expected.grad)
 
 
 def test_fx_and_hooks_of_the_layer() -> None:

@@ -244,7 +244,7 @@ def test_a_broken_weight_that_is_kept_shows_in_the_output() -> None:
 
 
 def test_the_row_mask_layer() -> None:
-    layer = SemiSparseLinear(K, N, config=SparseConfig(mask="row"))
+    layer = SemiSparseLinear(K, N, config=SparseConfig(weight="row"))
     x, grad = torch.randn(8, K), torch.randn(8, N)
     pruned = torch.where(masks.row(layer.weight), layer.weight, 0).detach().requires_grad_()
     expected = F.linear(x, pruned, layer.bias)
@@ -284,7 +284,7 @@ def test_a_forward_writes_neither_to_its_input_nor_to_its_weight(layer_class: ty
 def test_the_repr_says_what_the_layer_does(layer_class: type) -> None:
     layer = layer_class(K, N)
     text = repr(layer)
-    for part in (layer_class.__name__, f"in_features={K}", f"operand={layer_class.operand}", "mask=transposable",
+    for part in (layer_class.__name__, f"in_features={K}", f"{layer_class.operand}=transposable", "backend=auto",
                  "sparse=on"):  # fmt: skip
         assert part in text
     layer.sparse_enabled = False

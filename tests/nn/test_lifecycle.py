@@ -21,7 +21,11 @@ CLASSES = pytest.mark.parametrize("layer_class", LAYER_CLASSES, ids=lambda cls: 
 
 def model_of(layer_class: type[SemiSparseBase]) -> nn.Sequential:
     """Two layers: one with another than the default setting where there is one, one in a dense phase."""
-    other = SparseConfig(mask="row") if layer_class is SemiSparseLinear else SparseConfig(operand="activation")
+    other = (
+        SparseConfig(weight="row")
+        if layer_class is SemiSparseLinear
+        else SparseConfig(weight=None, activation="transposable")
+    )
     model = nn.Sequential(layer_class(K, N, config=other), nn.ReLU(), layer_class(N, K, bias=False))
     model[2].sparse_enabled = False
     return model
@@ -231,9 +235,9 @@ def test_from_dense_and_to_dense_leave_no_trace(layer_class: type) -> None:
 
 def test_the_two_classes_keep_their_settings_apart() -> None:
     assert SemiSparseLinear(K, N).sparse_config == SparseConfig()
-    assert SemiSparseActivationLinear(K, N).sparse_config == SparseConfig(operand="activation")
-    assert SemiSparseLinear(K, N, config=SparseConfig(mask="row")).sparse_config.mask == "row"
-    assert SemiSparseLinear.sparse_config.mask == "transposable"
+    assert SemiSparseActivationLinear(K, N).sparse_config == SparseConfig(weight=None, activation="transposable")
+    assert SemiSparseLinear(K, N, config=SparseConfig(weight="row")).sparse_config.weight == "row"
+    assert SemiSparseLinear.sparse_config.weight == "transposable"
 
 
 def test_the_base_class_alone_is_no_layer() -> None:

@@ -18,7 +18,9 @@ X = torch.randn(8, 16, generator=torch.Generator().manual_seed(1))
 @pytest.fixture(params=["packed", "masked dense"])
 def route(request, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "packed":
-        monkeypatch.setattr(functional, "packs", lambda weight, dtype, engine: dtype in (torch.float16, torch.bfloat16))
+        monkeypatch.setattr(
+            functional, "packs", lambda weight, dtype, backend: dtype in (torch.float16, torch.bfloat16)
+        )
     return request.param
 
 
@@ -166,14 +168,14 @@ def test_an_engine_that_was_asked_for_says_that_it_cannot(monkeypatch: pytest.Mo
     )
     weight = torch.randn(16, 16)
     with pytest.raises(EngineError, match="cannot run inside vmap"):
-        vmap(lambda x: call(x, weight, engine="cusparselt"))(X.view(2, 4, 16))
+        vmap(lambda x: call(x, weight, backend="cusparselt"))(X.view(2, 4, 16))
 
 
 def test_masked_gradients_of_torch_func_use_the_packed_ops_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(functional, "packs", lambda weight, dtype, engine: True)
+    monkeypatch.setattr(functional, "packs", lambda weight, dtype, backend: True)
     seen = []
-    real = ops.packed_linear
-    monkeypatch.setattr(ops, "packed_linear", lambda *args: seen.append(1) or real(*args))
+    real = ops.packed_matmul
+    monkeypatch.setattr(ops, "packed_matmul", lambda *args: seen.append(1) or real(*args))
     layer = SemiSparseLinear(16, 16, dtype=torch.bfloat16)
     grad(lambda p: functional_call(layer, p, (X.bfloat16(),)).float().sum())(parameters(layer))
     assert seen  # only vmap and forward mode have no rule for them

@@ -19,10 +19,10 @@ X = torch.arange(64.0).reshape(4, 16).sub(31).div(16)
 
 @pytest.fixture(autouse=True)
 def packed_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    def packs(weight: Tensor, dtype: torch.dtype, engine: str) -> bool:
-        if engine == "cusparselt":
+    def packs(weight: Tensor, dtype: torch.dtype, backend: str) -> bool:
+        if backend == "cusparselt":
             raise EngineError("there is none")
-        return dtype in (torch.float16, torch.bfloat16) and engine != "dense"
+        return dtype in (torch.float16, torch.bfloat16) and backend != "dense"
 
     monkeypatch.setattr(functional, "packs", packs)
 
@@ -112,7 +112,7 @@ def test_a_block_inside_a_block_leaves_the_outer_packing() -> None:
         outer = model[0]._packed
         with reuse_packed(model[0]) as inner:
             assert inner == 1
-            assert model[0]._packed.forward is not outer.forward  # packed again, in buffers of its own
+            assert model[0]._packed.packed.matrix is not outer.packed.matrix  # packed again, in buffers of its own
             assert_bit_equal(model(x), expected)
         assert model[0]._packed is outer
         assert_bit_equal(model(x), expected)
@@ -132,7 +132,7 @@ def test_a_block_in_another_dtype_inside_a_block_uses_other_buffers() -> None:
         assert_bit_equal(model(X), expected[torch.bfloat16])
 
 
-@pytest.mark.parametrize("how", ["in place", "a new Parameter", "functional_call", "frozen"])
+@pytest.mark.parametrize("how", ["in place", "a new Parameter", "functional_call", "held"])
 def test_a_weight_that_changed_inside_a_block_is_seen(how: str) -> None:
     model, x = model_of(), X.bfloat16()
     with reuse_packed(model):
@@ -147,11 +147,11 @@ def test_a_weight_that_changed_inside_a_block_is_seen(how: str) -> None:
             zero = {"0.weight": torch.zeros_like(model[0].weight)}
             call = lambda x: torch.func.functional_call(model, zero, (x,))  # noqa: E731
         else:
-            model[0]._frozen = ops.tile_codes(torch.zeros(16, 16), "transposable")
+            model[0].hold(codes=ops.tile_codes(torch.zeros(16, 16), "transposable"))
         with pytest.warns(UserWarning, match="another weight or mask"):
             y = call(x)
         fresh = copy.deepcopy(model)
-        assert_bit_equal(y, torch.zeros_like(y) if how != "frozen" else fresh(x))
+        assert_bit_equal(y, torch.zeros_like(y) if how != "held" else fresh(x))
 
 
 def test_the_buffers_stay_where_they_are() -> None:
@@ -159,14 +159,14 @@ def test_the_buffers_stay_where_they_are() -> None:
     places = []
     for _ in range(3):
         with reuse_packed(model):
-            places.append((model[0]._packed.forward.data_ptr(), model[0]._packed.transposed.data_ptr()))
+            places.append((model[0]._packed.packed.matrix.data_ptr(), model[0]._packed.packed.transposed.data_ptr()))
         with torch.no_grad():
             model[0].weight.add_(1)
     assert len(set(places)) == 1
 
 
 def test_an_entry_that_fails_leaves_every_layer_as_it_was() -> None:
-    model = nn.Sequential(model_of(), SemiSparseLinear(16, 16, config=SparseConfig(engine="cusparselt")))
+    model = nn.Sequential(model_of(), SemiSparseLinear(16, 16, config=SparseConfig(backend="cusparselt")))
     with pytest.raises(EngineError), reuse_packed(model):
         pass
     assert model[0][0]._packed is None

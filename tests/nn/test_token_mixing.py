@@ -12,7 +12,7 @@ import semisparse
 from semisparse import SemiSparseActivationLinear, SparseConfig, TokenMixingWarning, sparsify
 from semisparse.nn import activation
 
-CONFIG = SparseConfig(operand="activation")
+CONFIG = SparseConfig(weight=None, activation="transposable")
 
 
 @pytest.fixture(autouse=True)

@@ -1,15 +1,16 @@
 """Plain tensors skip the dispatcher; everything that a mode, a transform or autograd must see does not."""
 
 from contextlib import nullcontext
-from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from semisparse import cpu_ops, ops
+from semisparse import ops
+from semisparse.ops import register
+from semisparse.ops.register import register as registered
 
-BF16 = torch.bfloat16
+DIRECT: list[str] = []
 
 
 class Watching(TorchDispatchMode):
@@ -21,46 +22,57 @@ class Subclass(torch.Tensor):
     pass
 
 
+def _on_the_gpu(matrix, other=None, factor=2.0):
+    DIRECT.append("test_doubled")
+    return matrix * factor
+
+
+@registered(
+    "test_doubled(Tensor matrix, Tensor? other=None, float factor=2.0) -> Tensor",
+    fake=lambda matrix, other=None, factor=2.0: torch.empty_like(matrix),
+    cuda=_on_the_gpu,
+    shortcut=True,
+)
+def doubled(matrix, other=None, factor=2.0):
+    """An op of this test."""
+    return matrix * factor
+
+
 @pytest.fixture
 def direct_calls(monkeypatch):
     """Names of the ops that were called directly; the CPU plays the part of the GPU."""
-    calls = []
-
-    def named(name):
-        def call(*args):
-            calls.append(name)
-            return getattr(cpu_ops, name)(*args)
-
-        return call
-
-    names = ("pack", "pack_tokens", "packed_linear", "packed_tokens_linear", "packed_tokens_grad_weight")
-    monkeypatch.setattr(ops, "_DIRECT_DEVICE", "cpu")
-    monkeypatch.setattr(ops, "_cuda", lambda: SimpleNamespace(**{name: named(name) for name in names}))
-    return calls
+    monkeypatch.setattr(register, "_EAGER_DEVICE", "cpu")
+    DIRECT.clear()
+    return DIRECT
 
 
 def call_all():
-    weight, x = torch.randn(32, 16, dtype=BF16), torch.randn(5, 16, dtype=BF16)
-    packed, _ = ops.pack(weight, BF16, "transposable")
-    ops.packed_linear(x, packed, None, 32, "auto")
-    packed_x, packed_xt = ops.pack_tokens(x, BF16)
-    ops.packed_tokens_linear(packed_x, weight, weight[:, 0].contiguous(), 5, "auto")
-    ops.packed_tokens_grad_weight(packed_xt, torch.randn(5, 32, dtype=BF16), 16, "auto")
+    matrix = torch.ones(4, 4)
+    assert torch.equal(doubled(matrix), matrix * 2)
+    assert torch.equal(doubled(matrix, None, 3.0), matrix * 3)
+    assert torch.equal(doubled(matrix, matrix), matrix * 2)
 
 
 def test_plain_tensors_go_directly(direct_calls):
     call_all()
-    assert direct_calls == [
-        "pack",
-        "packed_linear",
-        "pack_tokens",
-        "packed_tokens_linear",
-        "packed_tokens_grad_weight",
-    ]
+    assert direct_calls == ["test_doubled"] * 3
+
+
+def test_keywords_go_through_the_dispatcher(direct_calls):
+    assert torch.equal(doubled(torch.ones(2), factor=3.0), torch.full((2,), 3.0))
+    assert direct_calls == []
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["pack", "pack_tokens", "unpack", "packed_matmul", "packed_tokens_matmul", "packed_tokens_grad_weight"],
+)
+def test_the_ops_of_a_training_step_have_the_shortcut(name):
+    assert getattr(ops, name).__code__.co_name == "call"
 
 
 def test_other_devices_go_through_the_dispatcher(direct_calls, monkeypatch):
-    monkeypatch.setattr(ops, "_DIRECT_DEVICE", "cuda")
+    monkeypatch.setattr(register, "_EAGER_DEVICE", "cuda")
     call_all()
     assert direct_calls == []
 
@@ -83,7 +95,7 @@ def test_a_dispatch_mode_sees_every_op(direct_calls):
 )
 def test_what_autograd_or_a_subclass_must_see_is_dispatched(direct_calls, make, mode, direct):
     with mode:
-        ops.pack(make(), BF16, "transposable")
+        doubled(make())
     assert bool(direct_calls) is direct
 
 
@@ -91,10 +103,10 @@ def test_transforms_and_compilers_see_every_op(direct_calls):
     weight = torch.randn(16, 16)
 
     def total(scale):
-        return ops.pack(weight, BF16, "transposable")[0].sum() * scale
+        return doubled(weight).sum() * scale
 
     torch.func.grad(lambda scale: total(scale))(torch.tensor(2.0))
     assert direct_calls == []
-    compiled = torch.compile(lambda matrix: ops.pack(matrix, BF16, "transposable"), backend="eager", fullgraph=True)
+    compiled = torch.compile(lambda matrix: doubled(matrix), backend="eager", fullgraph=True)
     compiled(weight)
     assert direct_calls == []

@@ -24,7 +24,7 @@ def registered(monkeypatch):
 
 @pytest.fixture
 def packed_on_cpu(monkeypatch):
-    monkeypatch.setattr(functional, "packs", lambda weight, dtype, engine: True)
+    monkeypatch.setattr(functional, "packs", lambda weight, dtype, backend: True)
 
 
 def flops_of_a_step(layer, x):
@@ -36,11 +36,13 @@ def flops_of_a_step(layer, x):
 @pytest.mark.parametrize("bias", [None, torch.zeros(N, dtype=torch.bfloat16)], ids=["no_bias", "bias"])
 def test_each_product_counts_as_the_dense_one(bias):
     x, weight = torch.randn(M, K, dtype=torch.bfloat16), torch.randn(N, K, dtype=torch.bfloat16)
-    packed, _ = ops.pack(weight, torch.bfloat16, "transposable")
+    packed, packed_t = ops.pack(weight, torch.bfloat16, "transposable")
     tokens, tokens_t = ops.pack_tokens(x, torch.bfloat16)
     for product in (
-        lambda: ops.packed_linear(x, packed, bias, N, "auto"),
-        lambda: ops.packed_tokens_linear(tokens, weight, bias, M, "auto"),
+        lambda: ops.packed_matmul(x, packed, bias, N, "auto"),
+        lambda: ops.packed_linear(x, weight, bias, packed, packed_t, "transposable", "auto"),
+        lambda: ops.packed_tokens_matmul(tokens, weight, bias, M, "auto"),
+        lambda: ops.packed_tokens_linear(x, weight, bias, tokens, tokens_t, "auto"),
         lambda: ops.packed_tokens_grad_weight(tokens_t, x.new_zeros(M, N), K, "auto"),
     ):
         with FlopCounterMode(display=False) as counter:
@@ -87,7 +89,7 @@ def test_a_model_on_meta_counts_too():
     x, weight = torch.randn(M, K, device="meta"), torch.randn(N, K, device="meta")
     packed, _ = ops.pack(weight.bfloat16(), torch.bfloat16, "transposable")
     with FlopCounterMode(display=False) as counter:
-        ops.packed_linear(x.bfloat16(), packed, None, N, "auto")
+        ops.packed_matmul(x.bfloat16(), packed, None, N, "auto")
     assert counter.get_total_flops() == 2 * M * N * K
 
 
@@ -99,7 +101,7 @@ def test_registering_again_changes_nothing_and_a_formula_of_somebody_else_stays(
     monkeypatch.setattr(flop_counter, "flop_registry", dict(mine))
     register_flop_formulas()
     assert flop_counter.flop_registry[torch.ops.semisparse.packed_linear] is next(iter(mine.values()))
-    assert len(flop_counter.flop_registry) == 3
+    assert len(flop_counter.flop_registry) == 5
 
 
 def test_importing_registers_nothing_and_does_not_import_the_counter():

@@ -125,7 +125,9 @@ def test_tokens_need_features_in_fours_and_a_float_dtype() -> None:
         ops.prune_tokens(torch.ones(4, 8, dtype=torch.int64), torch.float32)
 
 
-def test_ops_have_no_gradient_of_their_own() -> None:
+def test_pruning_passes_the_gradient_straight_through_in_the_dtype_of_the_matrix() -> None:
     matrix = torch.randn(8, 8, requires_grad=True)
-    assert not ops.prune(matrix, torch.float32, "transposable").requires_grad
-    assert not ops.prune_tokens(matrix, torch.float32).requires_grad
+    for pruned in (ops.prune(matrix, torch.bfloat16, "transposable"), ops.prune_tokens(matrix, torch.bfloat16)):
+        grad_output = torch.randn(8, 8).bfloat16()
+        (gradient,) = torch.autograd.grad(pruned, matrix, grad_output)
+        assert_bit_equal(gradient, grad_output.float())

@@ -1,4 +1,4 @@
-"""The ops with the masks of recipes: frozen tile codes, the soft threshold and the greedy masks."""
+"""The ops with the masks of recipes: held tile codes, the soft threshold and the greedy masks."""
 
 import numpy as np
 import pytest
@@ -6,18 +6,19 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
-from semisparse import cpu_ops, ops
+from semisparse import ops
 from semisparse.errors import ConfigError, ShapeError, TensorError
 from semisparse.formats.layout import packed_bytes
+from semisparse.ops.masks import prune_anywhere
 from semisparse.reference import linear, masks
 from semisparse.testing import DTYPES, HALF_DTYPES, assert_as_good_as_torch, assert_bit_equal
 from tests.reference import brute
-from tests.support import brute_mask
+from tests.support import MaskArguments, brute_mask
 
 pytestmark = pytest.mark.usefixtures("poison")
 
 CHOSEN = ["transposable", "row", "greedy", "signed_greedy"]
-ALL = [*CHOSEN, "codes", "soft"]
+ALL = [*CHOSEN, "codes", "soft"]  # "codes": a transposable mask that is given as codes
 TILE_CODES, PRUNE, PACK = (getattr(torch.ops.semisparse, name).default for name in ("tile_codes", "prune", "pack"))
 SCALE = 1.1875  # exact in fp32, and most products with it must be rounded
 
@@ -33,14 +34,14 @@ def brute_of(matrix: Tensor, mask: str) -> Tensor:
     return torch.from_numpy(brute.from_tiles(tiles, *values.shape))
 
 
-def frozen_for(matrix: Tensor, mask: str) -> Tensor | None:
-    """What mask needs frozen: the codes of another matrix's best tiles, or a scale."""
-    if mask == "soft":
-        return torch.tensor(SCALE)
-    if mask == "codes":
+def arguments_for(matrix: Tensor, setting: str) -> MaskArguments:
+    """The mask, with the codes of another matrix's best tiles for "codes" and a scale for "soft"."""
+    if setting == "soft":
+        return MaskArguments("soft", scale=torch.tensor(SCALE))
+    if setting == "codes":
         other = torch.randn(matrix.shape, generator=torch.Generator().manual_seed(5))
-        return masks.to_codes(brute_mask(other)).to(torch.int16)
-    return None
+        return MaskArguments("transposable", masks.to_codes(brute_mask(other)).to(torch.int16))
+    return MaskArguments(setting)
 
 
 def calls(op: torch._ops.OpOverload, matrix: Tensor) -> dict[str, tuple[object, ...]]:
@@ -48,7 +49,7 @@ def calls(op: torch._ops.OpOverload, matrix: Tensor) -> dict[str, tuple[object, 
     if op is TILE_CODES:
         return {mask: (matrix, mask) for mask in CHOSEN}
     dtype = torch.bfloat16
-    return {mask: (matrix, dtype, mask, frozen_for(matrix, mask)) for mask in ALL}
+    return {mask: (matrix, dtype, *arguments_for(matrix, mask)) for mask in ALL}
 
 
 MATRICES = {
@@ -83,7 +84,7 @@ def test_fake_and_meta_agree_with_the_real_result(op: torch._ops.OpOverload, nam
         for other in (faked, abstract):
             assert (other.shape, other.dtype, other.stride()) == (ours.shape, ours.dtype, ours.stride())
         assert (faked.device.type, abstract.device.type) == ("cpu", "meta")
-        assert ours.is_contiguous() and not ours.requires_grad
+        assert ours.is_contiguous() and ours.requires_grad is (op is PRUNE and name == "needs_grad")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -100,9 +101,9 @@ def test_tile_codes_describe_the_mask(mask: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("mask", ["greedy", "signed_greedy", "codes"])
 def test_prune_chooses_before_rounding_and_rounds_once(mask: str, dtype: torch.dtype, out_dtype: torch.dtype) -> None:
     matrix = torch.randn(24, 36).to(dtype)
-    frozen = frozen_for(matrix, mask)
-    kept = brute_of(matrix, mask) if frozen is None else masks.from_codes(frozen)
-    assert_bit_equal(ops.prune(matrix, out_dtype, mask, frozen), torch.where(kept, matrix, 0).to(out_dtype))
+    given = arguments_for(matrix, mask)
+    kept = brute_of(matrix, mask) if given.codes is None else masks.from_codes(given.codes)
+    assert_bit_equal(ops.prune(matrix, out_dtype, *given), torch.where(kept, matrix, 0).to(out_dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -110,7 +111,7 @@ def test_prune_chooses_before_rounding_and_rounds_once(mask: str, dtype: torch.d
 def test_soft_prune_is_computed_wide_and_rounded_once(dtype: torch.dtype, out_dtype: torch.dtype) -> None:
     matrix, scale = torch.randn(24, 36).to(dtype), torch.tensor(SCALE)
     wide = matrix.to(torch.promote_types(dtype, torch.float32))
-    pruned = ops.prune(matrix, out_dtype, "soft", scale)
+    pruned = ops.prune(matrix, out_dtype, "soft", scale=scale)
     assert_bit_equal(pruned, linear.soft_threshold(wide, scale).to(out_dtype))
     if out_dtype.itemsize <= wide.dtype.itemsize:
         exact = linear.soft_threshold(matrix.double(), scale)
@@ -120,13 +121,13 @@ def test_soft_prune_is_computed_wide_and_rounded_once(dtype: torch.dtype, out_dt
         assert not torch.equal(pruned, twice)
 
 
-def test_frozen_codes_do_not_follow_the_matrix() -> None:
+def test_codes_do_not_follow_the_matrix() -> None:
     matrix = torch.randn(16, 32)
     codes = ops.tile_codes(matrix, "transposable")
-    first = ops.prune(matrix, torch.float32, "codes", codes)
+    first = ops.prune(matrix, torch.float32, "transposable", codes)
     assert_bit_equal(first, ops.prune(matrix, torch.float32, "transposable"))
     other = torch.randn(16, 32)
-    assert_bit_equal(ops.prune(other, torch.float32, "codes", codes), torch.where(brute_mask(matrix), other, 0))
+    assert_bit_equal(ops.prune(other, torch.float32, "transposable", codes), torch.where(brute_mask(matrix), other, 0))
     assert not torch.equal(brute_mask(matrix), brute_mask(other))
 
 
@@ -135,9 +136,9 @@ def test_frozen_codes_do_not_follow_the_matrix() -> None:
 @pytest.mark.parametrize("mask", ALL)
 def test_unpacking_what_was_packed_is_pruning(mask: str, dtype: torch.dtype, source: torch.dtype) -> None:
     for matrix in (torch.randn(32, 48).to(source), torch.randint(-2, 3, (32, 48)).to(source)):
-        frozen = frozen_for(matrix, mask)
-        pruned = ops.prune(matrix, dtype, mask, frozen)
-        packed, packed_t = ops.pack(matrix, dtype, mask, frozen)
+        given = arguments_for(matrix, mask)
+        pruned = ops.prune(matrix, dtype, *given)
+        packed, packed_t = ops.pack(matrix, dtype, *given)
         assert_bit_equal(ops.unpack(packed, 32, 48, dtype), pruned)
         if mask in ("row", "soft"):
             assert packed_t.numel() == 0
@@ -147,48 +148,52 @@ def test_unpacking_what_was_packed_is_pruning(mask: str, dtype: torch.dtype, sou
 
 
 @pytest.mark.parametrize("mask", ALL)
-def test_results_never_alias_an_input_and_leave_frozen_alone(mask: str) -> None:
+def test_results_never_alias_an_input_and_leave_what_is_held_alone(mask: str) -> None:
     matrix = torch.zeros(16, 16)
-    frozen = frozen_for(matrix, mask)
-    before = None if frozen is None else frozen.clone()
-    ops.prune(matrix, torch.float32, mask, frozen).fill_(1)
-    for buffer in ops.pack(matrix, torch.bfloat16, mask, frozen):
+    given = arguments_for(matrix, mask)
+    before = given.held
+    ops.prune(matrix, torch.float32, *given).fill_(1)
+    for buffer in ops.pack(matrix, torch.bfloat16, *given):
         buffer.fill_(1)
     assert not matrix.any()
-    assert frozen is None or (before is not None and torch.equal(frozen, before))
+    for name, tensor in given.held.items():
+        assert tensor is None or torch.equal(tensor, before[name])
 
 
 CODES = torch.zeros(4, 4, dtype=torch.int16)
-BAD_FROZEN = {
-    "codes_missing": (ConfigError, "codes", "needs what a recipe froze", lambda: None),
-    "soft_missing": (ConfigError, "soft", "needs what a recipe froze", lambda: None),
-    "codes_dtype": (TensorError, "codes", r"frozen is torch\.int32 on cpu", lambda: CODES.int()),
-    "codes_shape": (ShapeError, "codes", r"frozen has shape \(4, 3\).*needs \(4, 4\)", lambda: CODES[:, :3]),
-    "codes_flat": (ShapeError, "codes", r"frozen has shape \(16,\)", lambda: CODES.view(-1)),
-    "codes_scale": (TensorError, "codes", "float32", lambda: torch.tensor(1.0)),
-    "soft_dtype": (TensorError, "soft", r"torch\.float64", lambda: torch.tensor(1.0).double()),
-    "soft_shape": (ShapeError, "soft", r"frozen has shape \(1,\)", lambda: torch.ones(1)),
-    "soft_codes": (TensorError, "soft", "int16", lambda: CODES),
+BAD_HELD = {
+    "scale_missing": (ConfigError, "needs its scale: start its recipe", lambda: MaskArguments("soft")),
+    "row_codes": (ConfigError, "mask='row' cannot be given as codes", lambda: MaskArguments("row", CODES)),
+    "soft_codes": (ConfigError, "mask='soft' cannot be given as codes", lambda: MaskArguments("soft", CODES)),
+    "row_scale": (ConfigError, "mask='row' takes no scale", lambda: MaskArguments("row", scale=torch.tensor(1.0))),
+    "codes_dtype": (TensorError, r"codes is torch\.int32 on cpu", lambda: MaskArguments("transposable", CODES.int())),
+    "codes_shape": (
+        ShapeError,
+        r"codes has shape \(4, 3\); for a \(16, 16\) weight it must be \(4, 4\)",
+        lambda: MaskArguments("transposable", CODES[:, :3]),
+    ),
+    "codes_flat": (ShapeError, r"codes has shape \(16,\)", lambda: MaskArguments("transposable", CODES.view(-1))),
+    "scale_dtype": (TensorError, r"torch\.float64", lambda: MaskArguments("soft", scale=torch.tensor(1.0).double())),
+    "scale_shape": (ShapeError, r"scale has shape \(1,\)", lambda: MaskArguments("soft", scale=torch.ones(1))),
+    "scale_codes": (TensorError, "int16", lambda: MaskArguments("soft", scale=CODES)),
 }
 
 
-@pytest.mark.parametrize("case", BAD_FROZEN)
-def test_what_is_frozen_is_checked(case: str) -> None:
-    error, mask, message, make = BAD_FROZEN[case]
+@pytest.mark.parametrize("case", BAD_HELD)
+def test_what_is_held_is_checked(case: str) -> None:
+    error, message, make = BAD_HELD[case]
     with pytest.raises(error, match=message):
-        ops.prune(torch.ones(16, 16), torch.float32, mask, make())
+        ops.prune(torch.ones(16, 16), torch.float32, *make())
     with pytest.raises(error, match=message):
-        ops.pack(torch.ones(16, 16), torch.bfloat16, mask, make())
+        ops.pack(torch.ones(16, 16), torch.bfloat16, *make())
 
 
 @pytest.mark.parametrize("mask", ["codes", "soft"])
-def test_what_is_frozen_must_be_on_the_matrix_device(mask: str) -> None:
+def test_what_is_held_must_be_on_the_matrix_device(mask: str) -> None:
     # Not through the dispatcher: it would take the meta device for the one to run on.
     matrix = torch.ones(16, 16)
-    frozen = frozen_for(matrix, mask)
-    assert frozen is not None
     with pytest.raises(TensorError, match=r"on meta; .* start the recipe after moving the model"):
-        cpu_ops.prune(matrix, torch.float32, mask, frozen.to("meta"))
+        prune_anywhere(matrix, torch.float32, *arguments_for(matrix, mask).to("meta"))
 
 
 BAD_MATRICES = {
@@ -203,7 +208,7 @@ BAD_MATRICES = {
 def test_bad_matrices_raise_typed_errors(mask: str, case: str) -> None:
     error, make = BAD_MATRICES[case]
     with pytest.raises(error, match="matrix"):
-        ops.prune(make(), torch.float32, mask, torch.tensor(1.0) if mask == "soft" else CODES)
+        ops.prune(make(), torch.float32, *arguments_for(torch.ones(16, 16), mask))
     if mask in CHOSEN:
         with pytest.raises(error, match="matrix"):
             ops.tile_codes(make(), mask)
@@ -213,20 +218,21 @@ def test_bad_matrices_raise_typed_errors(mask: str, case: str) -> None:
 def test_codes_need_whole_tiles_and_row_wise_masks_any_rows(rows: int) -> None:
     matrix = torch.randn(rows, 16)
     with pytest.raises(ShapeError, match="both sizes must be a multiple of 4"):
-        ops.prune(matrix, torch.float32, "codes", torch.zeros(rows // 4, 4, dtype=torch.int16))
+        ops.prune(matrix, torch.float32, "transposable", torch.zeros(rows // 4, 4, dtype=torch.int16))
     for mask in CHOSEN:
         with pytest.raises(ShapeError, match="both sizes must be a multiple of 4"):
             ops.tile_codes(matrix, mask)
-    assert ops.prune(matrix, torch.float32, "soft", torch.tensor(1.0)).shape == (rows, 16)
+    assert ops.prune(matrix, torch.float32, "soft", scale=torch.tensor(1.0)).shape == (rows, 16)
 
 
-def test_an_unknown_mask_is_named_with_those_there_are() -> None:
+@pytest.mark.parametrize("mask", ["sideways", "codes"])
+def test_an_unknown_mask_is_named_with_those_there_are(mask: str) -> None:
     matrix = torch.ones(16, 16)
-    everything = "'transposable', 'row', 'greedy', 'signed_greedy', 'codes', 'soft'$"
-    with pytest.raises(ConfigError, match=f"mask='sideways' is not one of {everything}"):
-        ops.prune(matrix, torch.float32, "sideways")
-    with pytest.raises(ConfigError, match=f"mask='sideways' is not one of {everything}"):
-        ops.pack(matrix, torch.bfloat16, "sideways")
-    for mask in ("sideways", "soft", "codes"):
-        with pytest.raises(ConfigError, match=f"mask='{mask}' is not one of .*'signed_greedy'$"):
-            ops.tile_codes(matrix, mask)
+    expected = f"mask='{mask}' is not one of 'transposable', 'row', 'soft', 'greedy', 'signed_greedy'$"
+    for call in (
+        lambda: ops.prune(matrix, torch.float32, mask),
+        lambda: ops.pack(matrix, torch.bfloat16, mask),
+        lambda: ops.tile_codes(matrix, mask),
+    ):
+        with pytest.raises(ConfigError, match=expected):
+            call()

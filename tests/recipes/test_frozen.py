@@ -14,6 +14,7 @@ from semisparse.errors import ConfigError
 from semisparse.recipes import Recipe, RecipeSchedule, fst, s_ste
 from semisparse.testing import assert_bit_equal
 from tests.recipes.training import DECAY, SPARSE, Run, assert_same, by_hand, kept, row_mask, scale_by_hand, shrunk
+from tests.support import held_by
 
 
 def held_run(steps: int = 5, every: int = 100) -> tuple[Run, dict[str, torch.Tensor]]:
@@ -47,7 +48,7 @@ def test_densify_masked_writes_what_the_held_mask_keeps() -> None:
     before = run.model(x)
     densify(run.model, weights="masked")
     for name in SPARSE:
-        assert type(run.layer(name)) is nn.Linear and "_frozen" not in vars(run.layer(name))
+        assert type(run.layer(name)) is nn.Linear and held_by(run.layer(name)) is None
         assert_bit_equal(run.layer(name).weight.detach(), wanted[name])
     assert_bit_equal(run.model(x), before)
     run.schedule.finish()
@@ -88,7 +89,7 @@ def test_scales_stay_as_they_were_at_the_start() -> None:
 def test_a_soft_layer_without_its_scale_says_so() -> None:
     run = Run(s_ste())
     run.schedule.finish()
-    with pytest.raises(ConfigError, match="start one"):
+    with pytest.raises(ConfigError, match="start its recipe"):
         run.model(torch.randn(2, 8))
 
 
@@ -100,7 +101,7 @@ def test_layers_that_share_a_weight_share_what_is_frozen_of_it(mask: str) -> Non
     sparsify(model, recipe.config)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     schedule = RecipeSchedule(recipe, model, optimizer, 20)
-    assert model[0]._frozen is model[1]._frozen
+    assert held_by(model[0]) is held_by(model[1])
     assert list(schedule.state_dict()[mask]) == ["0"]
     for _ in range(3):
         optimizer.zero_grad()
@@ -109,16 +110,16 @@ def test_layers_that_share_a_weight_share_what_is_frozen_of_it(mask: str) -> Non
         schedule.step()
     assert_bit_equal(model[0].pruned_weight(), model[1].pruned_weight())
     schedule.finish()
-    assert all("_frozen" not in vars(layer) for layer in model)
+    assert all(held_by(layer) is None for layer in model)
 
 
 def test_a_refresh_keeps_the_address() -> None:
     run = Run(fst(refresh_every=2))
-    tensors = {name: run.layer(name)._frozen for name in SPARSE}
+    tensors = {name: held_by(run.layer(name)) for name in SPARSE}
     before = {name: tensor.clone() for name, tensor in tensors.items()}
     run.steps(0, 4)
     for name, tensor in tensors.items():
-        assert run.layer(name)._frozen is tensor
+        assert held_by(run.layer(name)) is tensor
         assert not torch.equal(tensor, before[name])
 
 
@@ -230,4 +231,4 @@ def test_a_plain_schedule_beside_frozen_masks_is_untouched() -> None:
     model = nn.Sequential(nn.Linear(8, 8))
     sparsify(model, SparseConfig())
     SparseSchedule(model, [Phase("sparse", 3)]).step()
-    assert model[0]._frozen is None
+    assert held_by(model[0]) is None

@@ -2,7 +2,7 @@
 
 import copy
 import pickle
-from dataclasses import FrozenInstanceError
+from dataclasses import FrozenInstanceError, asdict
 from typing import Any
 
 import pytest
@@ -24,7 +24,7 @@ PLAIN = {"sparse_fraction": 1.0, "decay": 0.0, "refresh_every": 1, "dense_range"
 @pytest.mark.parametrize("name", WANTED)
 def test_a_preset_is_its_papers_recipe(name: str) -> None:
     wanted = dict(WANTED[name])
-    layers = {"operand": "weight", "mask": wanted.pop("mask"), "engine": "auto"}
+    layers = asdict(SparseConfig(weight=wanted.pop("mask")))
     assert PRESETS[name]().describe() == {"name": name, "config": layers, **PLAIN, **wanted}
 
 
@@ -35,16 +35,16 @@ def test_the_presets_are_all_named() -> None:
 
 @pytest.mark.parametrize("name", WANTED)
 def test_a_preset_takes_an_engine_and_its_own_settings(name: str) -> None:
-    assert PRESETS[name](engine="dense").config.engine == "dense"
+    assert PRESETS[name](backend="dense").config.backend == "dense"
     assert fst(decay=1e-3, refresh_every=7, sparse_fraction=0.5).describe() == {
         "name": "fst",
-        "config": {"operand": "weight", "mask": "transposable", "engine": "auto"},
+        "config": asdict(SparseConfig()),
         "decay": 1e-3,
         "refresh_every": 7,
         "sparse_fraction": 0.5,
         "dense_range": None,
     }
-    assert sr_ste(mask="row").config.mask == "row"
+    assert sr_ste(mask="row").config.weight == "row"
     assert step(mask="transposable", dense_range=(0.2, 0.3)).dense_range == (0.2, 0.3)
 
 
@@ -82,13 +82,15 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "range nan": ({"dense_range": (float("nan"), 0.5)}, r"dense_range=\(nan, 0\.5\) must be two shares"),
     "range of nothing": ({"dense_range": (0, 0)}, r"dense_range=\(0, 0\) must be two shares of the steps, .* not 0"),
     "range of text": ({"dense_range": ("a", "b")}, r"dense_range=\('a', 'b'\) must be two shares"),
-    "activation": ({"config": SparseConfig(operand="activation")}, "config.operand='activation': recipes prune"),
-    "rows held": ({"config": SparseConfig(mask="row"), "refresh_every": 2}, "refresh_every=2 holds masks fixed, which "
-                  "config.mask='row' cannot be: use mask='transposable' or refresh_every=1"),
-    "soft held": ({"config": SparseConfig(mask="soft"), "refresh_every": 2}, "refresh_every=2 holds masks fixed"),
-    "soft decay": ({"config": SparseConfig(mask="soft"), "decay": 1e-4}, r"decay=0\.0001: mask='soft' .* use decay=0"),
-    "soft after dense": ({"config": SparseConfig(mask="soft"), "dense_range": (0.1, 0.5)}, "mask='soft' takes its "
-                         "scale at the start, .* use mask='row' or no dense_range"),
+    "activation": ({"config": SparseConfig(weight=None, activation="transposable")},
+                   "config.weight=None: recipes prune weights"),
+    "rows held": ({"config": SparseConfig(weight="row"), "refresh_every": 2}, "refresh_every=2 holds masks fixed, "
+                  "which config.weight='row' cannot be: use weight='transposable' or refresh_every=1"),
+    "soft held": ({"config": SparseConfig(weight="soft"), "refresh_every": 2}, "refresh_every=2 holds masks fixed"),
+    "soft decay": ({"config": SparseConfig(weight="soft"), "decay": 1e-4},
+                   r"decay=0\.0001: config\.weight='soft' .* use decay=0"),
+    "soft after dense": ({"config": SparseConfig(weight="soft"), "dense_range": (0.1, 0.5)}, "config.weight='soft' "
+                         "takes its scale at the start, .* use weight='row' or no dense_range"),
     "two plans": ({"dense_range": (0.1, 0.5), "sparse_fraction": 0.5}, r"sparse_fraction=0\.5: with dense_range .* "
                   "leave sparse_fraction at 1"),
 }  # fmt: skip
@@ -102,9 +104,9 @@ def test_what_does_not_belong_together_is_refused_with_the_way_out(case: str) ->
 
 
 def test_presets_refuse_the_same() -> None:
-    with pytest.raises(ConfigError, match="mask='soft'"):
+    with pytest.raises(ConfigError, match="weight='soft'"):
         sr_ste(mask="soft")
-    with pytest.raises(ConfigError, match="mask='soft'"):
+    with pytest.raises(ConfigError, match="weight='soft'"):
         step(mask="soft")
-    with pytest.raises(ConfigError, match="engine='fast'"):
-        dinov2(engine="fast")
+    with pytest.raises(ConfigError, match="backend='fast'"):
+        dinov2(backend="fast")

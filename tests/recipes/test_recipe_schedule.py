@@ -30,7 +30,7 @@ class ByHand:
     """What the swapped layers of a run must compute, from brute-force masks and nothing of the recipe's own."""
 
     def __init__(self, run: Run) -> None:
-        self.run, self.every, self.mask = run, run.recipe.refresh_every, run.recipe.config.mask
+        self.run, self.every, self.mask = run, run.recipe.refresh_every, run.recipe.config.weight
         self.held: dict[str, Tensor] = {}
         self.age = 0
         self.was_sparse = False

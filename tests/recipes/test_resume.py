@@ -13,6 +13,7 @@ from semisparse.errors import ScheduleError
 from semisparse.recipes import fst, s_ste, step
 from semisparse.testing import assert_bit_equal
 from tests.recipes.training import DECAY, RECIPES, TOTAL, Run, assert_same
+from tests.support import held_by
 
 # Settings of runs beside the recipe's name: AutoSwitch at its first look and at the latest step; optimizers; scalers.
 OVERFLOWS = frozenset({0, 2, 5, 6, 13})
@@ -230,9 +231,9 @@ def test_loading_replaces_what_was_frozen_at_the_start_of_a_fresh_model() -> Non
             for module in second.model:
                 if isinstance(module, nn.Linear):
                     module.weight.normal_()
-        held = [module._frozen for module in second.model if hasattr(module, "_frozen")]
+        held = [held_by(module) for module in second.model if held_by(module) is not None]
         second.schedule.load_state_dict(first.schedule.state_dict())
         assert_same(second.schedule.state_dict(), first.schedule.state_dict())
         for tensor, (layer, saved) in zip(held, first.schedule.state_dict()[key].items(), strict=True):
-            assert second.layer(layer)._frozen is tensor  # the address stays, for a captured step
+            assert held_by(second.layer(layer)) is tensor  # the address stays, for a captured step
             assert_bit_equal(tensor, saved)

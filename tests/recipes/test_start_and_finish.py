@@ -15,13 +15,14 @@ from semisparse.errors import ConfigError, LayerRefusedError, NoLayerMatchedErro
 from semisparse.recipes import MaskedDecay, Recipe, RecipeSchedule, StepAdamW, dinov2, fst, s_ste, sr_ste, step
 from semisparse.testing import assert_bit_equal
 from tests.recipes.training import DECAY, RECIPES, SPARSE, Run, assert_same, by_hand, kept, network
+from tests.support import held_by
 
 
 def snapshot(model: nn.Module, optimizer: torch.optim.Optimizer) -> Any:
     """Everything that a start could touch."""
     modules = [
         (type(m), {k: (id(v) if isinstance(v, Tensor) else v) for k, v in vars(m).items() if not k.startswith("_")},
-         id(vars(m).get("_frozen")))
+         id(held_by(m)))
         for m in model.modules()
     ]  # fmt: skip
     hooks = [list(getattr(optimizer, f"_optimizer_step_{kind}_hooks", OrderedDict())) for kind in ("pre", "post")]
@@ -65,10 +66,11 @@ def still_hooked(model: nn.Module) -> torch.optim.Optimizer:
 BAD_STARTS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "recipe": ({"recipe": "fst"}, ConfigError, "recipe='fst' must be a Recipe, such as"),
     "not swapped": ({"config": None}, NoLayerMatchedError, "model=Sequential has no SemiSparseLinear .*call sparsify"),
-    "only activations": ({"config": SparseConfig(operand="activation")}, NoLayerMatchedError, "call sparsify"),
+    "only activations": ({"config": SparseConfig(weight=None, activation="transposable")}, NoLayerMatchedError,
+                         "call sparsify"),
     "mask": ({"recipe": s_ste(), "config": SparseConfig()}, ConfigError,
-             "0 was swapped with .*mask='transposable'.* recipe s_ste has .*mask='soft'.*: sparsify with recipe"),
-    "engine": ({"config": SparseConfig(engine="dense")}, ConfigError, "0 was swapped with .*engine='dense'"),
+             "0 was swapped with .*weight='transposable'.* recipe s_ste has .*weight='soft'.*: sparsify with recipe"),
+    "backend": ({"config": SparseConfig(backend="dense")}, ConfigError, "0 was swapped with .*backend='dense'"),
     "no optimizer": ({"optimizer": lambda m: object()}, ConfigError, "optimizer=object is not a torch.optim.Optimizer"),
     "not all weights": ({"optimizer": lambda m: torch.optim.AdamW(m[0].parameters())}, ConfigError,
                         r"optimizer does not hold 2\.weight; build it with all"),
@@ -133,7 +135,7 @@ def test_finish_takes_everything_off(name: str) -> None:
     run.schedule.finish()
     run.schedule.finish()
     assert not run.optimizer._optimizer_step_pre_hooks
-    assert all("_frozen" not in vars(module) for module in run.model.modules())
+    assert all(held_by(module) is None for module in run.model.modules())
     assert [run.layer(layer).sparse_enabled for layer in SPARSE] == flags
     state = run.schedule.state_dict()
     for call in (run.schedule.step, lambda: run.schedule.load_state_dict(state)):
@@ -163,24 +165,24 @@ def test_densify_then_training_on_needs_no_finish() -> None:
     run.optimizer.step()
     assert_bit_equal(run.layer("0").weight.grad, gradient)  # nothing decays any more
     run.schedule.finish()
-    assert all("_frozen" not in vars(module) for module in run.model.modules())
+    assert all(held_by(module) is None for module in run.model.modules())
 
 
 def test_a_later_recipe_on_the_same_model_is_not_undone_by_the_first_ones_finish() -> None:
     run = Run(fst(refresh_every=3))
     other = torch.optim.SGD(run.model.parameters(), lr=0.1)
     RecipeSchedule(fst(refresh_every=5), run.model, other, 10)
-    theirs = run.layer("0")._frozen
+    theirs = held_by(run.layer("0"))
     run.schedule.finish()
-    assert run.layer("0")._frozen is theirs
+    assert held_by(run.layer("0")) is theirs
 
 
 def test_a_start_clears_what_an_earlier_recipe_left() -> None:
     run = Run(fst(refresh_every=3))
     model = copy.deepcopy(run.model)  # keeps its masks
-    assert model[0]._frozen is not None
+    assert held_by(model[0]) is not None
     RecipeSchedule(dinov2(), model, torch.optim.SGD(model.parameters()), 10)
-    assert model[0]._frozen is None
+    assert held_by(model[0]) is None
 
 
 @pytest.mark.parametrize("name", RECIPES)

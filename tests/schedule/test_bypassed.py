@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from semisparse import Phase, SparseConfig, SparseSchedule, sparsify
 from semisparse.errors import ScheduleError
 from tests.schedule.models import net, train
+from tests.support import config_of
 
 
 class Bypass(nn.Module):
@@ -145,7 +146,7 @@ def test_nothing_is_said_of_an_ordinary_run() -> None:
 
 def test_the_activation_operand_is_judged_in_eager_mode_too() -> None:
     model = Bypass()
-    sparsify(model, SparseConfig(operand="activation"), exclude="spare")
+    sparsify(model, SparseConfig(weight=None, activation="transposable"), exclude="spare")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     schedule = SparseSchedule.sparse_then_dense(model, 4)
     train(model, optimizer)
@@ -252,7 +253,7 @@ def test_a_model_whose_layers_are_all_bypassed_is_stopped(early: bool) -> None:
 @pytest.mark.parametrize("which", ["one block", "all blocks", "an eager look first"])
 def test_activation_layers_compiled_by_block_raise_no_alarm(which: str, backend: str) -> None:
     model = nn.Sequential(*(nn.Sequential(nn.Linear(16, 16)) for _ in range(3)))
-    sparsify(model, SparseConfig(operand="activation"))
+    sparsify(model, SparseConfig(weight=None, activation="transposable"))
     schedule = SparseSchedule.sparse_then_dense(model, 10)
     if which == "an eager look first":
         model[0](torch.randn(4, 16))
@@ -292,7 +293,7 @@ def test_a_penalty_on_an_expert_in_waiting_can_be_trusted() -> None:
 def test_a_tied_layer_trains_through_the_other(operand: str) -> None:
     model = Spare()
     model.b.weight = model.a.weight
-    sparsify(model, SparseConfig(operand=operand))
+    sparsify(model, config_of(operand))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     schedule = SparseSchedule.sparse_then_dense(model, 4)
     train(model, optimizer)

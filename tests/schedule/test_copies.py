@@ -14,6 +14,7 @@ from semisparse import SparseSchedule, recipes, sparsify
 from semisparse.errors import NoLayerMatchedError
 from semisparse.recipes import RecipeSchedule
 from tests.schedule.models import net, train
+from tests.support import held_by
 
 
 def averaged(model: nn.Module) -> nn.Module:
@@ -93,7 +94,7 @@ def test_a_copy_shares_what_a_recipe_holds(preset: str) -> None:
     for _ in range(4):
         train(model, optimizer)
         schedule.step()
-    assert ema.module[0]._frozen is model[0]._frozen
+    assert held_by(ema.module[0]) is held_by(model[0])
 
 
 def test_a_schedule_is_copied_and_pickled_with_its_model() -> None:
@@ -126,11 +127,11 @@ def test_a_copy_made_before_the_recipe_gets_what_it_holds(preset: str, how: str)
     else:
         with pytest.warns(UserWarning, match="1 copies of scheduled layers"):
             schedule.step()
-    assert ema.module[0]._frozen is model[0]._frozen
+    assert held_by(ema.module[0]) is held_by(model[0])
     ema(torch.randn(4, 16))
     schedule.finish()
-    assert "_frozen" not in vars(model[0])
-    assert "_frozen" not in vars(ema.module[0])
+    assert held_by(model[0]) is None
+    assert held_by(ema.module[0]) is None
 
 
 def test_a_copy_made_in_mid_phase_is_taken_along_at_the_next_refresh() -> None:
@@ -147,7 +148,7 @@ def test_a_copy_made_in_mid_phase_is_taken_along_at_the_next_refresh() -> None:
             schedule.step()
     with pytest.warns(UserWarning, match="copies"):
         schedule.step()
-    assert ema.module[0]._frozen is model[0]._frozen
+    assert held_by(ema.module[0]) is held_by(model[0])
 
 
 def test_thousands_of_layers_are_followed_quickly() -> None:

@@ -18,7 +18,7 @@ def network() -> nn.Sequential:
     torch.manual_seed(1)
     model = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8), nn.GELU(), nn.Linear(8, 4))
     sparsify(model, select="0")
-    sparsify(model, SparseConfig(operand="activation"), select="2")
+    sparsify(model, SparseConfig(weight=None, activation="transposable"), select="2")
     return model
 
 

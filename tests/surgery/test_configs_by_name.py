@@ -6,10 +6,11 @@ from torch import nn
 from semisparse import SemiSparseActivationLinear, SemiSparseLinear, SparseConfig, densify, sparsify
 from semisparse.errors import ConfigError, LayerRefusedError, NoLayerMatchedError
 from semisparse.nn import SemiSparseBase
+from tests.support import config_of
 from tests.surgery.models import LINEAR_NAMES, Network, Snapshot
 
 FC1, FC2, PROJ = "blocks.0.mlp.fc1", "blocks.0.mlp.fc2", "blocks.1.attn.proj"
-DEFAULT, ROW, ACTIVATION = SparseConfig(), SparseConfig(mask="row"), SparseConfig(operand="activation")
+DEFAULT, ROW, ACTIVATION = SparseConfig(), SparseConfig(weight="row"), config_of("activation")
 
 
 def configs(model: nn.Module) -> dict[str, SparseConfig]:

@@ -84,7 +84,9 @@ def test_there_and_back_leaves_the_very_model_and_everything_around_it() -> None
 
 
 @pytest.mark.filterwarnings("ignore:a layer with a pruned activation")
-@pytest.mark.parametrize("config", [SparseConfig(), SparseConfig(operand="activation")], ids=["weight", "activation"])
+@pytest.mark.parametrize(
+    "config", [SparseConfig(), SparseConfig(weight=None, activation="transposable")], ids=["weight", "activation"]
+)
 def test_sparsify_and_densify_in_between(config: SparseConfig) -> None:
     model = Block()
     snapshot = Snapshot(model)

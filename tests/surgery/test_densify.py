@@ -29,7 +29,7 @@ def test_dense_gives_back_the_very_model_that_was_swapped() -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_masked_computes_exactly_what_the_sparse_model_did(mask: str, dtype: torch.dtype) -> None:
     model = Network().to(dtype)
-    sparsify(model, SparseConfig(mask=mask))
+    sparsify(model, SparseConfig(weight=mask))
     weights = {name: model.get_submodule(name).weight for name in LINEAR_NAMES}
     x = torch.randn(2, 4, 8).to(dtype)
     expected = model(x)
@@ -52,7 +52,7 @@ def test_masked_writes_the_transposable_mask() -> None:
 
 def test_masked_leaves_the_weight_of_a_pruned_activation_and_says_so() -> None:
     model = Network()
-    sparsify(model, SparseConfig(operand="activation"), select="fc1")
+    sparsify(model, SparseConfig(weight=None, activation="transposable"), select="fc1")
     before = model.blocks[0].mlp["fc1"].weight.detach().clone()
     report = densify(model, weights="masked")
     assert_bit_equal(model.blocks[0].mlp["fc1"].weight, before)
@@ -81,7 +81,7 @@ def test_both_kinds_in_one_model_and_a_dense_phase() -> None:
     model = Network()
     snapshot = Snapshot(model)
     sparsify(model, select="fc1")
-    sparsify(model, SparseConfig(operand="activation"), select="fc2")
+    sparsify(model, SparseConfig(weight=None, activation="transposable"), select="fc2")
     model.blocks[0].mlp["fc1"].sparse_enabled = False
     assert {type(m) for m in model.modules()} >= {SemiSparseLinear, SemiSparseActivationLinear}
     densify(model)

@@ -54,7 +54,7 @@ def two_masks() -> nn.Sequential:
     model = pair()
     model[1].weight = model[0].weight
     sparsify(nn.ModuleList([model[0]]))
-    sparsify(nn.ModuleList([model[1]]), SparseConfig(mask="row"))
+    sparsify(nn.ModuleList([model[1]]), SparseConfig(weight="row"))
     return model
 
 
@@ -107,7 +107,7 @@ def test_a_weight_that_two_layers_prune_alike_is_pruned_once(mask: str) -> None:
     recipe = {"soft": recipes.s_ste(), "held": recipes.fst(refresh_every=3)}.get(mask)
     model = pair()
     model[1].weight = model[0].weight
-    sparsify(model, recipe.config if recipe else SparseConfig(mask=mask))
+    sparsify(model, recipe.config if recipe else SparseConfig(weight=mask))
     if recipe:
         RecipeSchedule(recipe, model, torch.optim.SGD(model.parameters(), lr=0.1), 10)
     if mask == "held":

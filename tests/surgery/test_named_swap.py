@@ -19,13 +19,13 @@ FC1, FC2, PROJ = "blocks.0.mlp.fc1", "blocks.0.mlp.fc2", "blocks.1.attn.proj"
 
 def test_each_name_gets_its_class_or_config_and_no_other_layer_changes() -> None:
     model = Network()
-    settings = {FC1: SemiSparseLinear, FC2: SemiSparseActivationLinear, PROJ: SparseConfig(mask="row")}
+    settings = {FC1: SemiSparseLinear, FC2: SemiSparseActivationLinear, PROJ: SparseConfig(weight="row")}
     report = swap_linear_with_semi_sparse_linear(model, settings)
     assert set(report.swapped) == set(settings)
     assert type(model.get_submodule(FC1)) is SemiSparseLinear
     assert type(model.get_submodule(FC2)) is SemiSparseActivationLinear
     assert type(model.get_submodule(PROJ)) is SemiSparseLinear
-    assert model.get_submodule(PROJ).sparse_config == SparseConfig(mask="row")
+    assert model.get_submodule(PROJ).sparse_config == SparseConfig(weight="row")
     assert model.get_submodule(FC1).sparse_config == SparseConfig()
     assert {row.reason for row in report if row.status == "skipped" and row.name != "head"} == {"not named"}
     assert "multiples of 4" in report.skipped["head"]

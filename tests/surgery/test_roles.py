@@ -115,6 +115,6 @@ def test_big_models_are_looked_at_quickly() -> None:
     block = lambda: nn.TransformerDecoderLayer(16, 4, 32)  # noqa: E731
     model = nn.Sequential(*(nn.ModuleDict({"a": nn.Linear(16, 16), "block": block()}) for _ in range(100)))
     start = time.perf_counter()
-    report = sparsify(model, SparseConfig(engine="dense"))
+    report = sparsify(model, SparseConfig(backend="dense"))
     assert len(report) == 500
     assert time.perf_counter() - start < 10

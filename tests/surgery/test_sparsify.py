@@ -18,6 +18,7 @@ from semisparse import (
 from semisparse.errors import ConfigError, NoLayerMatchedError
 from semisparse.nn import registry
 from semisparse.testing import assert_bit_equal
+from tests.support import config_of
 from tests.surgery.models import LINEAR_NAMES, Network, Snapshot
 
 
@@ -32,7 +33,7 @@ def test_every_linear_that_can_be_swapped_is() -> None:
 
 @pytest.mark.parametrize("operand", ["weight", "activation"])
 def test_the_config_decides_the_class_and_arrives_in_the_layer(operand: str) -> None:
-    config = SparseConfig(operand=operand)
+    config = config_of(operand)
     model = Network()
     sparsify(model, config)
     layer = model.blocks[0].mlp["fc1"]
@@ -143,7 +144,7 @@ def test_a_layer_whose_shape_does_not_fit_is_reported_with_its_sizes() -> None:
 @pytest.mark.parametrize(("n", "k", "noted"), [(32, 48, False), (32, 20, True), (20, 32, True), (8, 4, True)])
 @pytest.mark.parametrize("operand", ["weight", "activation"])
 def test_a_swapped_layer_that_no_sparse_product_fits_says_so(n: int, k: int, noted: bool, operand: str) -> None:
-    report = sparsify(nn.Sequential(nn.Linear(k, n)), SparseConfig(operand=operand))
+    report = sparsify(nn.Sequential(nn.Linear(k, n)), config_of(operand))
     assert report.swapped == ("0",)
     note = "always masked dense: sparse products need N and K in multiples of 16"
     assert [row.reason for row in report] == [note if noted else ""]
@@ -160,7 +161,7 @@ def test_an_exclude_that_matches_nothing_is_remarked() -> None:
 def test_a_second_swap_reports_the_first_and_changes_nothing() -> None:
     model = Network()
     sparsify(model, select="fc1")
-    report = sparsify(model, SparseConfig(operand="activation"))
+    report = sparsify(model, SparseConfig(weight=None, activation="transposable"))
     assert "already semi-sparse" in report.skipped["blocks.0.mlp.fc1"]
     assert type(model.blocks[0].mlp["fc1"]) is SemiSparseLinear
     assert type(model.blocks[0].mlp["fc2"]) is SemiSparseActivationLinear

@@ -160,8 +160,8 @@ def check_products(row: Row, result: RunResult) -> None:
             f"{row.title}: none of its {result.steps} steps was sparse; train longer. Nothing was written"
         )
     for phase in result.phases:
-        if phase.kind == "sparse" and row.recipe.config.engine == "cusparselt" and not phase.sparse_products:
+        if phase.kind == "sparse" and row.recipe.config.backend == "cusparselt" and not phase.sparse_products:
             raise EngineError(
                 f"{row.title}: no sparse product ran in steps {phase.start} to {phase.end}, although "
-                "engine='cusparselt' was asked for; nothing was written"
+                "backend='cusparselt' was asked for; nothing was written"
             )

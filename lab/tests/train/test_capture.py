@@ -47,7 +47,7 @@ def test_a_graphed_run_is_the_run_without_a_graph(name: str) -> None:
     """Bit for bit: the same kernels on the same numbers, whether started one by one or replayed."""
     task = ImageClassification(toy_data("cuda"))
     config = replace(TRAIN, device="cuda", precision="bf16", epochs=6, clip=1.0)
-    row = Row(name, name, recipes.PRESETS[name](engine="cusparselt"))
+    row = Row(name, name, recipes.PRESETS[name](backend="cusparselt"))
     results = {}
     for graph in (False, True):
         model = build_model(WIDE, 0, "cuda")
@@ -65,7 +65,7 @@ def test_a_graphed_run_is_the_run_without_a_graph(name: str) -> None:
 def test_a_compiled_and_graphed_run_learns(name: str) -> None:
     task = ImageClassification(toy_data("cuda"))
     config = replace(TRAIN, device="cuda", precision="bf16", epochs=10)
-    row = Row("half", "half", recipes.PRESETS[name](sparse_fraction=0.5, engine="cusparselt"))
+    row = Row("half", "half", recipes.PRESETS[name](sparse_fraction=0.5, backend="cusparselt"))
     result = train_row(row, build_model(WIDE, 0, "cuda"), task, config, wrap=compiled_blocks, graph=True).result
     assert result.test.accuracy > 0.9
 
@@ -75,7 +75,7 @@ def test_a_finished_run_leaves_no_memory_behind() -> None:
     """Without waiting for the garbage collector: a graph that it frees during a later capture would break that one."""
     task = ImageClassification(toy_data("cuda"))
     config = replace(TRAIN, device="cuda", precision="bf16")
-    row = Row("half", "half", recipes.sr_ste(sparse_fraction=0.5, engine="cusparselt"))
+    row = Row("half", "half", recipes.sr_ste(sparse_fraction=0.5, backend="cusparselt"))
     used = []
     gc.disable()
     try:

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 from torch import Tensor
 
-from semisparse.config import Engine as Backend
+from semisparse.config import Backend
 from semisparse.errors import ConfigError, EngineError
 from semisparse.gemm import dense
 from semisparse.gemm.autotune.algorithm import Choice

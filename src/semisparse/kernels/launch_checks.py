@@ -5,12 +5,10 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from semisparse import masks
 from semisparse.errors import ConfigError, ShapeError, TensorError
 from semisparse.formats.layout import PACKED_DTYPES, SPARSE_MULTIPLE, MetadataLayout
 from semisparse.pattern import GROUP
-
-MODES = ("transposable", "codes", "row", "soft")
-"""What a tile keeps: the best transposable tile; a given code; the 2 largest of each row; these, shrunk."""
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -20,7 +18,7 @@ def check_sizes(
     rows_padded: int,
     columns: int,
     types: tuple[torch.dtype, torch.dtype],
-    mode: str,
+    mask: masks.Mask,
     transposed: bool,
 ) -> None:
     """Raise ShapeError, TensorError or ConfigError unless prune_pack can take such a matrix. types: read, written."""
@@ -30,21 +28,22 @@ def check_sizes(
         raise ShapeError(
             f"matrix is {rows} x {columns}, padded to {rows_padded} rows; both must be multiples of {SPARSE_MULTIPLE}"
         )
-    if transposed and mode in ("row", "soft"):
-        raise ConfigError(f"mode={mode!r} keeps 2:4 along the columns only: pass packed_t=None")
+    if transposed and not mask.both_ways:
+        raise ConfigError(f"mask={mask.name!r} keeps 2:4 along the columns only: pass packed_t=None")
 
 
-def check_choice(mode: str, codes: Tensor | None, scale: Tensor | None, rows: int, columns: int) -> None:
-    """Raise ConfigError, TensorError or ShapeError unless mode is known and has what it needs."""
-    if mode not in MODES:
-        raise ConfigError(f"mode={mode!r} is not one of {', '.join(map(repr, MODES))}")
-    if mode == "codes":
-        if codes is None or codes.dtype != torch.int16 or not codes.is_contiguous():
-            raise TensorError("mode='codes' needs codes, contiguous int16 tile codes")
+def check_choice(mask: masks.Mask, codes: Tensor | None, scale: Tensor | None, rows: int, columns: int) -> None:
+    """Raise ConfigError, TensorError or ShapeError unless the pack kernel knows mask and has what it needs."""
+    if not mask.chosen_while_packing:
+        known = ", ".join(repr(other.name) for other in masks.MASKS.values() if other.chosen_while_packing)
+        raise ConfigError(f"mask={mask.name!r} is not chosen by this kernel; use one of {known}")
+    if codes is not None:
+        if not mask.from_codes or codes.dtype != torch.int16 or not codes.is_contiguous():
+            raise TensorError("codes must be contiguous int16 tile codes of a transposable mask")
         if codes.shape != (wanted := (rows // GROUP, columns // GROUP)):
             raise ShapeError(f"codes has shape {tuple(codes.shape)}; it must be {wanted}")
-    if mode == "soft" and (scale is None or scale.dtype != torch.float32 or scale.numel() != 1):
-        raise TensorError("mode='soft' needs scale, one float32 element on the device of matrix")
+    if mask.needs_scale and (scale is None or scale.dtype != torch.float32 or scale.numel() != 1):
+        raise TensorError(f"mask={mask.name!r} needs scale, one float32 element on the device of matrix")
 
 
 def check_buffers(packed: Tensor, packed_t: Tensor | None, rows: int, columns: int, layout: MetadataLayout) -> None:

@@ -15,14 +15,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from semisparse import masks
 from semisparse.errors import ConfigError
 from semisparse.formats.layout import ALIGNMENT, LARGEST_BLOCK, MetadataLayout
 from semisparse.kernels import packed_values, tile_masks
 from semisparse.kernels.grid import INT32_END, block_at, grid_of
-from semisparse.kernels.launch_checks import MODES, check_buffers, check_choice, check_sizes
+from semisparse.kernels.launch_checks import check_buffers, check_choice, check_sizes
 from semisparse.kernels.launcher import Launcher
 from semisparse.kernels.packed_metadata import repeated, store_metadata
 from semisparse.pattern import GROUP
+
+_GIVEN_CODES = tl.constexpr(masks.GIVEN_CODES)
+_TRANSPOSABLE = tl.constexpr(masks.get("transposable").constant)
+_SOFT = tl.constexpr(masks.get("soft").constant)
 
 
 class Block(NamedTuple):
@@ -54,7 +59,7 @@ _TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: 
 def prune_pack(
     matrix, codes, scale, packed, packed_t, rows, rows_padded, columns, stride,
     row_blocks, blocks, row_blocks_t, blocks_t,
-    IN: tl.constexpr, OUT: tl.constexpr, MODE: tl.constexpr, TRANSPOSED: tl.constexpr, BITS: tl.constexpr,
+    IN: tl.constexpr, OUT: tl.constexpr, MASK: tl.constexpr, TRANSPOSED: tl.constexpr, BITS: tl.constexpr,
     PADDING: tl.constexpr, TILE_ROWS: tl.constexpr, PAIRS: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr,
     NATIVE: tl.constexpr,
 ):  # fmt: skip
@@ -85,17 +90,17 @@ def prune_pack(
         if not EVEN:
             present = inside & (4 * tile_row + i < rows)
         line = packed_values.load_line(
-            start + (4 * local_row + i) * stride + WIDTH * local_column, present, IN, OUT, NATIVE, MODE == 3
+            start + (4 * local_row + i) * stride + WIDTH * local_column, present, IN, OUT, NATIVE, MASK == _SOFT
         )
         scores, values, kept_words = scores + line[0], values + line[1], kept_words + line[2]
-    if MODE == 0:
+    if MASK == _TRANSPOSABLE:
         choice = tile_masks.best_tile(scores)
-    elif MODE == 1:
+    elif MASK == _GIVEN_CODES:
         at = codes + tile_row.to(tl.int64) * row_words + tile_column
         choice = tile_masks.both_codes(tl.load(at, mask=inside, other=tile_masks.ZERO_TILE))
     else:
         choice = tile_masks.best_rows(scores)
-    if MODE == 3:
+    if MASK == _SOFT:
         soft = tile_masks.shrink(values, scores, choice, tl.load(scale))
         kept_words = ()
         for k in tl.static_range(8):
@@ -141,7 +146,7 @@ def launch(
     *,
     dtype: torch.dtype,
     layout: MetadataLayout,
-    mode: str = "transposable",
+    mask: str = "transposable",
     rows_padded: int | None = None,
     codes: Tensor | None = None,
     scale: Tensor | None = None,
@@ -153,33 +158,34 @@ def launch(
         matrix: R x C, fp32, fp16 or bf16, C a multiple of 16. Rows are read in 16-byte pieces; a matrix whose rows are
             not contiguous and aligned for that is copied first.
         packed: Contiguous uint8, long enough for the values and whole metadata blocks.
-        packed_t: The same for the transpose; None for modes "row" and "soft", which are 2:4 along the columns only.
+        packed_t: The same for the transpose; None for masks that are 2:4 along the columns only.
         dtype: Of the packed values, fp16 or bf16. Values are rounded to it once, after the choice.
         layout: Where the metadata goes.
-        mode: "transposable" equals reference.masks.transposable bit for bit, "row" reference.masks.row. "codes" keeps
-            what codes says. "soft" shrinks the two kept of each row by the larger of the others and multiplies by
-            scale, in fp32.
+        mask: One of masks.MASKS that is chosen while packing, bit for bit as its choose. "soft" then shrinks the two
+            kept of each row by the larger of the others and multiplies by scale, in fp32.
         rows_padded: Zero rows are added up to this multiple of 16; default R.
-        codes: Tile codes for mode "codes": int16, R/4 x C/4, contiguous; bit 4 * i + j keeps entry (i, j) of a tile.
-        scale: For mode "soft": one fp32 element on the device.
+        codes: Tile codes to take instead of choosing a mask: int16, R/4 x C/4, contiguous; bit 4 * i + j keeps entry
+            (i, j) of a tile.
+        scale: For mask "soft": one fp32 element on the device.
         block: What one program covers; None takes what is fastest for the device and dtype.
 
     Raises:
         ShapeError: A size or a buffer does not fit.
         TensorError: A dtype or a memory layout does not fit.
-        ConfigError: The mode is unknown, or mode or block cannot be used with the other arguments.
+        ConfigError: The mask is unknown or not chosen by this kernel, or mask or block cannot be used with the other
+            arguments.
     """
     rows, columns = matrix.shape
     if matrix.stride(1) != 1 or matrix.stride(0) * matrix.itemsize % ALIGNMENT or matrix.data_ptr() % ALIGNMENT:
         matrix = matrix.clone(memory_format=torch.contiguous_format)
     rows_padded = rows if rows_padded is None else rows_padded
-    codes, scale = codes if mode == "codes" else None, scale if mode == "soft" else None
-    check_choice(mode, codes, scale, rows_padded, columns)
+    chosen = masks.get(mask)
+    check_choice(chosen, codes, scale, rows_padded, columns)
     words_apart = matrix.stride(0) * matrix.itemsize // 8
     types, both, index = (matrix.dtype, dtype), packed_t is not None, matrix.get_device()
     block = block or best_block(matrix.dtype, index)
     sizes = rows, rows_padded, columns, words_apart
-    prepared = _prepare(sizes, types, mode, both, layout, block, native=index >= 0)
+    prepared = _prepare(sizes, types, mask, codes is not None, both, layout, block, native=index >= 0)
     check_buffers(packed, packed_t, rows_padded, columns, layout)
     prepared(index, matrix.view(torch.int64), codes, scale, packed, packed_t)
 
@@ -204,7 +210,8 @@ def best_block(dtype: torch.dtype, index: int) -> Block:
 def _prepare(
     sizes: tuple[int, int, int, int],
     types: tuple[torch.dtype, torch.dtype],
-    mode: str,
+    mask: str,
+    given_codes: bool,
     transposed: bool,
     layout: MetadataLayout,
     block: Block,
@@ -212,7 +219,8 @@ def _prepare(
 ) -> Launcher:
     """All of a launch that does not change while shapes repeat, checked once."""
     rows, rows_padded, columns, stride = sizes
-    check_sizes(rows, rows_padded, columns, types, mode, transposed)
+    chosen = masks.get(mask)
+    check_sizes(rows, rows_padded, columns, types, chosen, transposed)
     check_block(block, layout)
     row_blocks, blocks = layout.blocks(rows_padded, columns)
     row_blocks_t, blocks_t = layout.blocks(columns, rows_padded)
@@ -224,7 +232,7 @@ def _prepare(
     grid, wide = grid_of(rows_padded, columns, height, width, flat=span >= INT32_END)
     constants = (
         *(_TYPES[dtype] for dtype in types),
-        MODES.index(mode),
+        masks.GIVEN_CODES if given_codes else chosen.constant,
         transposed,
         layout.bits,
         repeated(layout.padding),

@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from semisparse.errors import ConfigError, ShapeError, TensorError
+from semisparse import masks
+from semisparse.errors import ShapeError, TensorError
 from semisparse.kernels import packed_values, tile_masks
 from semisparse.kernels.launcher import Launcher
 from semisparse.pattern import GROUP
@@ -18,15 +19,16 @@ from semisparse.pattern import GROUP
 TILES = 128
 """Tiles of one program, one for each of its threads."""
 
-MODES = ("transposable", "row", "greedy", "signed_greedy")
-"""How a tile is chosen; each is bit for bit the mask of reference.masks with this name."""
-
+_TRANSPOSABLE = tl.constexpr(masks.get("transposable").constant)
+_ROW = tl.constexpr(masks.get("row").constant)
+_SOFT = tl.constexpr(masks.get("soft").constant)
+_SIGNED_GREEDY = tl.constexpr(masks.get("signed_greedy").constant)
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @triton.jit
 def tile_codes(
-    matrix, codes, tile_rows, tile_columns, row_stride, column_stride, MODE: tl.constexpr, TILES: tl.constexpr
+    matrix, codes, tile_rows, tile_columns, row_stride, column_stride, MASK: tl.constexpr, TILES: tl.constexpr
 ):
     """The kernel. Strides in entries; codes: int16, tile_rows x tile_columns, contiguous."""
     tile = tl.program_id(0).to(tl.int64) * TILES + tl.arange(0, TILES)
@@ -39,41 +41,40 @@ def tile_codes(
         for _ in tl.static_range(4):
             value = tl.load(at, mask=inside, other=0.0).to(tl.float32)
             score = packed_values.score(value, False)
-            scores, keys = scores + (score,), keys + (tile_masks.rank_key(value, score, MODE == 3),)
+            scores, keys = scores + (score,), keys + (tile_masks.rank_key(value, score, MASK == _SIGNED_GREEDY),)
             at += column_stride  # step by step: three times a stride may need 64 bits where the stride needs 32
         line += row_stride
-    if MODE == 0:
+    if MASK == _TRANSPOSABLE:
         choice = tile_masks.best_tile(scores)
-    elif MODE == 1:
+    elif MASK == _ROW or MASK == _SOFT:
         choice = tile_masks.best_rows(scores)
     else:
         choice = tile_masks.best_greedy(keys)
     tl.store(codes + tile, choice.to(tl.int16), mask=inside)
 
 
-def launch(matrix: Tensor, codes: Tensor, *, mode: str) -> None:
+def launch(matrix: Tensor, codes: Tensor, *, mask: str) -> None:
     """Write the tile codes of matrix (R x C, multiples of 4, any strides) into codes (int16, R/4 x C/4, contiguous).
 
-    Asynchronous, on the current stream of matrix's device. matrix: fp32, fp16 or bf16. mode: "transposable" is bit for
-    bit reference.masks.transposable, "row" reference.masks.row, "greedy" and "signed_greedy" reference.masks.greedy.
-    Bit 4 * i + j of a code keeps entry (i, j) of its tile. Raises ShapeError, TensorError, ConfigError.
+    Asynchronous, on the current stream of matrix's device. matrix: fp32, fp16 or bf16. mask: any of masks.MASKS, bit
+    for bit as its choose. Bit 4 * i + j of a code keeps entry (i, j) of its tile. Raises ShapeError, TensorError,
+    ConfigError.
     """
-    if mode not in MODES:
-        raise ConfigError(f"mode={mode!r} is not one of {', '.join(map(repr, MODES))}")
+    constant = masks.get(mask).constant
     if matrix.dtype not in _DTYPES or codes.dtype != torch.int16 or not codes.is_contiguous():
         raise TensorError(f"matrix is {matrix.dtype}, codes {codes.dtype}; use fp32, fp16 or bf16, contiguous int16")
     rows, columns = matrix.shape
     if rows % GROUP or columns % GROUP or codes.shape != (rows // GROUP, columns // GROUP):
         raise ShapeError(f"matrix is {rows} x {columns}, codes {tuple(codes.shape)}; there must be one for each tile")
     if codes.numel():
-        _prepare(*codes.shape, *matrix.stride(), mode, matrix.dtype)(matrix.get_device(), matrix, codes)
+        _prepare(*codes.shape, *matrix.stride(), constant, matrix.dtype)(matrix.get_device(), matrix, codes)
 
 
 @lru_cache(4096)
 def _prepare(
-    tile_rows: int, tile_columns: int, row_stride: int, column_stride: int, mode: str, dtype: torch.dtype
+    tile_rows: int, tile_columns: int, row_stride: int, column_stride: int, constant: int, dtype: torch.dtype
 ) -> Launcher:
     """dtype is only a key: the kernel is compiled for it."""
     grid = (triton.cdiv(tile_rows * tile_columns, TILES), 1, 1)
     sizes = (tile_rows, tile_columns, row_stride, column_stride)
-    return Launcher(tile_codes, grid, sizes, (MODES.index(mode), TILES), num_warps=4)
+    return Launcher(tile_codes, grid, sizes, (constant, TILES), num_warps=4)

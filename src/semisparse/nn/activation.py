@@ -14,7 +14,7 @@ from semisparse.nn.base import SemiSparseBase
 _TOKEN_MIXING = (
     "a layer with a pruned activation computes a token from a tile of 4 neighbouring tokens: in a causal model a token "
     "then depends on later ones, and in evaluation on what else is in the batch. Prune the weight there "
-    "(operand='weight'), or finish dense. Said once per process; silence it with "
+    "(SparseConfig(weight='transposable')), or finish dense. Said once per process; silence it with "
     "warnings.filterwarnings('ignore', category=semisparse.TokenMixingWarning)"
 )
 _warned = False
@@ -34,7 +34,7 @@ class SemiSparseActivationLinear(SemiSparseBase):
     """
 
     operand: ClassVar[Operand] = "activation"
-    sparse_config: SparseConfig = SparseConfig(operand="activation")
+    sparse_config: SparseConfig = SparseConfig(weight=None, activation="transposable")
 
     @classmethod
     def _announce(cls) -> None:
@@ -47,7 +47,8 @@ class SemiSparseActivationLinear(SemiSparseBase):
     def _sparse_forward(self, input: Tensor) -> Tensor:
         if not torch.compiler.is_compiling():
             calls.note_tokens(op=False)
-        return functional.semi_sparse_activation_linear(input, self.weight, self.bias, engine=self.sparse_config.engine)
+        backend = self.sparse_config.backend
+        return functional.semi_sparse_activation_linear(input, self.weight, self.bias, backend=backend)
 
     def pruned_weight(self) -> Tensor:
         """The weight itself, detached: this layer never prunes its weight."""

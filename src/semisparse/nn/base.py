@@ -19,6 +19,8 @@ from semisparse.tracing import exporting
 # What a layer holds for the moment, and a copy of it must not.
 _TRANSIENT = ("_packed", "_called", "_stands_for")
 _ORIGIN = "_copied_from"
+HELD = ("held_codes", "held_scale")
+"""What a recipe sets on a layer that prunes its weight."""
 
 
 class SemiSparseBase(nn.Linear):
@@ -64,8 +66,8 @@ class SemiSparseBase(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """The linear layer with one operand pruned; plain F.linear while sparse_enabled is False.
 
-        Raises ShapeError, TensorError; ExportError in torch.export of a layer in training, whose weight would get no
-        gradient. torch.fx records one call of the layer.
+        torch.export records ops with gradient formulas, torch.fx one call of the layer. Raises ShapeError, TensorError;
+        ExportError in an ONNX export.
         """
         compiling = torch.compiler.is_compiling()
         if not compiling:
@@ -74,9 +76,7 @@ class SemiSparseBase(nn.Linear):
             (self._stands_for or self).__dict__["_called"] = True
         if not self.sparse_enabled:
             return F.linear(input, self.weight, self.bias)
-        if compiling and exporting():
-            self._check_export(input)
-        elif not compiling and torch._C._get_tracing_state() is not None:
+        if exporting() if compiling else torch._C._get_tracing_state() is not None:
             self._check_onnx()
         return self._sparse_forward(input)
 
@@ -118,7 +118,7 @@ class SemiSparseBase(nn.Linear):
         if reason is not None:
             raise LayerRefusedError(f"layer has type {type(layer).__name__}: {reason}")
         dense_class = layer._dense_class
-        for name in ("sparse_config", "sparse_enabled", "_frozen", *_TRANSIENT):
+        for name in ("sparse_config", "sparse_enabled", *HELD, *_TRANSIENT):
             layer.__dict__.pop(name, None)
         layer.__class__ = dense_class  # type: ignore[assignment]
         return layer
@@ -144,9 +144,7 @@ class SemiSparseBase(nn.Linear):
     def extra_repr(self) -> str:
         """The dense class's fields, then the mask and whether it is applied."""
         state = "on" if self.sparse_enabled else "off (dense phase)"
-        config = self.sparse_config
-        settings = f"operand={config.operand}, mask={config.mask}, engine={config.engine}"
-        return f"{super().extra_repr()}, {settings}, sparse={state}"
+        return f"{super().extra_repr()}, {self.sparse_config}, sparse={state}"
 
     def __getstate__(self) -> dict[str, Any]:
         state = {name: value for name, value in self.__dict__.items() if name not in _TRANSIENT}
@@ -193,14 +191,6 @@ class SemiSparseBase(nn.Linear):
             )
         return input.tracer.create_proxy("call_module", path, (input,), {})
 
-    def _check_export(self, input: Tensor) -> None:
-        self._check_onnx()
-        if self.training and (self.weight.requires_grad or input.requires_grad):
-            raise ExportError(
-                "torch.export of a sparse layer in training: the exported graph would lose gradients of its weight or "
-                "input. Call model.eval() to export for inference, or semisparse.densify(model) first"
-            )
-
     @staticmethod
     def _check_onnx() -> None:
         if torch.onnx.is_in_onnx_export():
@@ -217,7 +207,8 @@ class SemiSparseBase(nn.Linear):
     def _checked(cls, config: SparseConfig | None) -> SparseConfig | None:
         if config is not None and config.operand != cls.operand:
             raise ConfigError(
-                f"config.operand={config.operand!r} does not fit {cls.__name__}; use operand={cls.operand!r}"
+                f"config={config} does not fit {cls.__name__}: set {cls.operand}='transposable' and "
+                f"{config.operand}=None"
             )
         return config
 

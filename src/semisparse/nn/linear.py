@@ -6,6 +6,7 @@ from torch import Tensor
 
 from semisparse import functional, ops
 from semisparse.config import Operand, SparseConfig
+from semisparse.masks import MaskName
 from semisparse.nn.base import SemiSparseBase
 from semisparse.nn.packed_weights import PackedWeight, usable
 from semisparse.reference.masks import from_codes
@@ -22,20 +23,40 @@ class SemiSparseLinear(SemiSparseBase):
     """
 
     operand: ClassVar[Operand] = "weight"
-    sparse_config: SparseConfig = SparseConfig(operand="weight")
+    sparse_config: SparseConfig = SparseConfig()
     # Set only inside nn.reuse_packed: the packed weight to use instead of packing again.
     _packed: PackedWeight | None = None
-    # Set only by a recipe's schedule, which owns it: tile codes, or the scale of mask "soft".
-    _frozen: Tensor | None = None
+    held_codes: Tensor | None = None
+    held_scale: Tensor | None = None
+
+    @property
+    def _mask(self) -> MaskName:
+        """The mask that sparse_config names."""
+        assert self.sparse_config.weight is not None  # checked when the config was set
+        return self.sparse_config.weight
+
+    @property
+    def holds(self) -> bool:
+        """Whether codes or a scale are held."""
+        return self.held_codes is not None or self.held_scale is not None
+
+    def hold(self, *, codes: Tensor | None = None, scale: Tensor | None = None) -> None:
+        """Use these tile codes or this scale from now on; without arguments, hold nothing any longer.
+
+        For recipes, which own what they hold and may write it in place between steps. A layer with mask
+        "transposable" can hold codes (int16, N/4 x K/4), one with mask "soft" needs a scale (one fp32 number).
+        """
+        self.held_codes, self.held_scale = codes, scale
 
     def _sparse_forward(self, input: Tensor) -> Tensor:
         return functional.semi_sparse_linear(
             input,
             self.weight,
             self.bias,
-            mask=self.sparse_config.mask,
-            frozen=self._frozen,
-            engine=self.sparse_config.engine,
+            mask=self._mask,
+            codes=self.held_codes,
+            scale=self.held_scale,
+            backend=self.sparse_config.backend,
             packed=None if self._packed is None else usable(self, input),
         )
 
@@ -44,10 +65,9 @@ class SemiSparseLinear(SemiSparseBase):
 
         Raises ConfigError for mask "soft" outside its recipe.
         """
-        mask = functional.frozen_mask(self.sparse_config.mask, self._frozen)
-        return ops.prune(self.weight.detach(), self.weight.dtype, mask, self._frozen)
+        weight = self.weight.detach()
+        return ops.prune(weight, weight.dtype, self._mask, self.held_codes, self.held_scale)
 
     def chosen_mask(self) -> Tensor:
-        """The mask (N x K, bool) that the weight would choose now, whatever a recipe holds frozen."""
-        mask = "row" if self.sparse_config.mask == "soft" else self.sparse_config.mask
-        return from_codes(ops.tile_codes(self.weight.detach(), mask))
+        """The mask (N x K, bool) that the weight would choose now, whatever a recipe holds."""
+        return from_codes(ops.tile_codes(self.weight.detach(), self._mask))

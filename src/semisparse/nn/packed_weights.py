@@ -15,13 +15,14 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from semisparse import functional, ops
 from semisparse.config import SparseConfig
+from semisparse.formats.packed import PackedMatrix
+from semisparse.masks import MaskName
 
 
 class PackedWeight(NamedTuple):
-    """The buffers of ops.pack, and what they were made of: see _source."""
+    """A packed weight, and what it was made of: see _source."""
 
-    forward: Tensor
-    transposed: Tensor
+    packed: PackedMatrix
     dtype: torch.dtype
     source: tuple[object, ...]
 
@@ -37,7 +38,14 @@ class PackingLayer(Protocol):
 
     weight: Tensor
     sparse_config: SparseConfig
-    _frozen: Tensor | None
+    held_codes: Tensor | None
+    held_scale: Tensor | None
+
+    @property
+    def _mask(self) -> MaskName:
+        """The name of its mask."""
+        ...
+
     _packed: PackedWeight | None
 
 
@@ -56,7 +64,7 @@ def open_block(layer: PackingLayer) -> PackedWeight | None:
     what ops.pack and functional.packs raise.
     """
     dtype = functional.compute_dtype(layer.weight, layer.weight)
-    if not functional.packs(layer.weight, dtype, layer.sparse_config.engine):
+    if not functional.packs(layer.weight, dtype, layer.sparse_config.backend):
         return None
     packed = _packed(layer, dtype)
     _OPEN.setdefault(layer, []).append(packed)
@@ -76,23 +84,22 @@ def close_block(layer: PackingLayer, packed: PackedWeight) -> None:
 
 
 def _packed(layer: PackingLayer, dtype: torch.dtype) -> PackedWeight:
-    mask = functional.frozen_mask(layer.sparse_config.mask, layer._frozen)
     with torch.inference_mode(False), torch.no_grad():
-        buffers = ops.pack(layer.weight.detach(), dtype, mask, layer._frozen)
-        fresh = PackedWeight(*buffers, dtype, _source(layer))
+        buffers = ops.pack(layer.weight.detach(), dtype, layer._mask, layer.held_codes, layer.held_scale)
+        fresh = PackedWeight(PackedMatrix(*buffers), dtype, _source(layer))
         kept = _BUFFERS.setdefault(layer, {}).get(dtype)
         if kept is None or not _same_place(kept, fresh):
             _BUFFERS[layer][dtype] = fresh
             return fresh
-        if any(other.forward is kept.forward for other in _OPEN.get(layer, ())):
+        if any(other.packed.matrix is kept.packed.matrix for other in _OPEN.get(layer, ())):
             return fresh
-        kept.forward.copy_(fresh.forward)
-        kept.transposed.copy_(fresh.transposed)
-    return PackedWeight(kept.forward, kept.transposed, dtype, fresh.source)
+        kept.packed.matrix.copy_(fresh.packed.matrix)
+        kept.packed.transposed.copy_(fresh.packed.transposed)
+    return fresh._replace(packed=kept.packed)
 
 
-def usable(layer: PackingLayer, x: Tensor) -> tuple[Tensor, Tensor] | None:
-    """The buffers for this forward, or None, with a warning, where they hold another dtype or an older weight.
+def usable(layer: PackingLayer, x: Tensor) -> PackedMatrix | None:
+    """The packed weight for this forward, or None, with a warning, where they hold another dtype or an older weight.
 
     In compiled code only the dtype is looked at: versions cannot be read there.
     """
@@ -101,7 +108,7 @@ def usable(layer: PackingLayer, x: Tensor) -> tuple[Tensor, Tensor] | None:
         return None
     dtype = functional.compute_dtype(x, layer.weight)
     if packed.dtype is dtype and (torch.compiler.is_compiling() or packed.source == _source(layer)):
-        return packed.forward, packed.transposed
+        return packed.packed
     if not torch.compiler.is_compiling():
         _warn(packed, dtype)
     return None
@@ -118,7 +125,8 @@ def _warn(packed: PackedWeight, dtype: torch.dtype) -> None:
 
 def _source(layer: PackingLayer) -> tuple[object, ...]:
     """What a packing depends on: weight, mask and settings, as far as they can be asked. Writes by .data cannot."""
-    return (*_state(layer.weight), *_state(layer._frozen), layer.sparse_config)
+    held = (*_state(layer.held_codes), *_state(layer.held_scale))
+    return (*_state(layer.weight), *held, layer.sparse_config)
 
 
 def _state(tensor: Tensor | None) -> tuple[int, ...]:
@@ -143,5 +151,5 @@ def _raise_versions(optimizer: torch.optim.Optimizer, args: tuple[object, ...], 
 
 
 def _same_place(kept: PackedWeight, fresh: PackedWeight) -> bool:
-    pairs = ((kept.forward, fresh.forward), (kept.transposed, fresh.transposed))
+    pairs = ((kept.packed.matrix, fresh.packed.matrix), (kept.packed.transposed, fresh.packed.transposed))
     return all(a.shape == b.shape and a.device == b.device for a, b in pairs)

@@ -9,7 +9,19 @@ from semisparse.errors import ConfigError
 
 _PLAIN_LINEARS: set[type[nn.Linear]] = {nn.Linear}
 _SWAPPED: dict[tuple[type[nn.Linear], type[nn.Linear]], type[Any]] = {}
-OWN_ATTRIBUTES = ("operand", "sparse_config", "sparse_enabled", "_packed", "_frozen", "_called", "_sparse_forward")
+OWN_ATTRIBUTES = (
+    "operand",
+    "sparse_config",
+    "sparse_enabled",
+    "hold",
+    "holds",
+    "held_codes",
+    "held_scale",
+    "_mask",
+    "_packed",
+    "_called",
+    "_sparse_forward",
+)
 """Names that a semi-sparse layer uses for itself, beside nn.Linear's."""
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from semisparse import ops
 from semisparse.errors import ScheduleError
+from semisparse.nn import SemiSparseLinear
 from semisparse.pattern import GROUP, KEPT
 from semisparse.recipes.layers import layers_by_weight
 from semisparse.reference.linear import soft_scale
@@ -22,9 +23,14 @@ class Frozen:
     """One tensor for each weight, of the weights as they are now; on the layers from attach() to detach().
 
     What the tensors are, subclasses say.
+
+    Attributes:
+        key: Of the tensors in state_dict().
+        held_as: The argument of SemiSparseLinear.hold that they are.
     """
 
     key: str
+    held_as: str
 
     def __init__(self, model: nn.Module) -> None:
         self._layers = layers_by_weight(model)
@@ -39,13 +45,13 @@ class Frozen:
     def attach(self) -> None:
         """Set the tensors on the layers."""
         for layer, tensor in self._all:
-            layer._frozen = tensor
+            layer.hold(**{self.held_as: tensor})
 
     def detach(self) -> None:
         """Take the tensors off those layers that still have them."""
         for layer, tensor in self._all:
-            if layer.__dict__.get("_frozen") is tensor:
-                del layer._frozen
+            if isinstance(layer, SemiSparseLinear) and getattr(layer, f"held_{self.held_as}") is tensor:
+                layer.hold()
 
     @property
     def tensors(self) -> Mapping[str, Tensor]:
@@ -93,6 +99,7 @@ class FrozenScales(Frozen):
     """The scale of mask "soft" for each weight, as it is when the recipe starts (arXiv 2409.09099)."""
 
     key = "scales"
+    held_as = "scale"
 
     def _look(self, weight: Tensor) -> Tensor:
         return soft_scale(weight)
@@ -105,6 +112,7 @@ class FrozenMasks(Frozen):
     """
 
     key = "masks"
+    held_as = "codes"
 
     def __init__(self, model: nn.Module, every: int, sparse: bool) -> None:
         super().__init__(model)

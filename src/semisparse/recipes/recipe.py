@@ -4,6 +4,7 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from semisparse import masks
 from semisparse.config import SparseConfig
 from semisparse.errors import ConfigError
 
@@ -48,27 +49,31 @@ class Recipe:
         self._check_parts()
 
     def _check_parts(self) -> None:
-        if self.config.operand != "weight":
+        if self.config.weight is None:
+            raise ConfigError("config.weight=None: recipes prune weights; use a SparseSchedule for activations")
+        name = f"config.weight={self.config.weight!r}"
+        if self.refresh_every > 1 and not masks.get(self.config.weight).from_codes:
             raise ConfigError(
-                f"config.operand={self.config.operand!r}: recipes prune weights; use a SparseSchedule for activations"
+                f"refresh_every={self.refresh_every} holds masks fixed, which {name} cannot be: use "
+                "weight='transposable' or refresh_every=1"
             )
-        if self.refresh_every > 1 and self.config.mask != "transposable":
+        if self.decay and self.needs_scale:
+            raise ConfigError(f"decay={self.decay}: {name} shrinks continuously and needs no decay; use decay=0")
+        if self.dense_range is not None and self.needs_scale:
             raise ConfigError(
-                f"refresh_every={self.refresh_every} holds masks fixed, which config.mask={self.config.mask!r} cannot "
-                "be: use mask='transposable' or refresh_every=1"
-            )
-        if self.decay and self.config.mask == "soft":
-            raise ConfigError(f"decay={self.decay}: mask='soft' shrinks continuously and needs no decay; use decay=0")
-        if self.dense_range is not None and self.config.mask == "soft":
-            raise ConfigError(
-                f"dense_range={self.dense_range}: mask='soft' takes its scale at the start, and weights would move "
-                "away from it in a dense phase; use mask='row' or no dense_range"
+                f"dense_range={self.dense_range}: {name} takes its scale at the start, and weights would move away "
+                "from it in a dense phase; use weight='row' or no dense_range"
             )
         if self.dense_range is not None and self.sparse_fraction != 1:
             raise ConfigError(
                 f"sparse_fraction={self.sparse_fraction}: with dense_range the switch is found while training; "
                 "leave sparse_fraction at 1"
             )
+
+    @property
+    def needs_scale(self) -> bool:
+        """Whether the mask multiplies by a scale that is taken when the recipe starts."""
+        return self.config.weight is not None and masks.get(self.config.weight).needs_scale
 
     def describe(self) -> dict[str, Any]:
         """All settings as plain values."""

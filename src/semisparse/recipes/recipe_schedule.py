@@ -70,7 +70,7 @@ class RecipeSchedule(SparseSchedule):
         if self._decay is not None or self._switch is not None:
             _HOOKED[self._optimizer] = recipe.name
         for layer in layers_with_masks(model).values():  # what an earlier recipe may have left
-            layer.__dict__.pop("_frozen", None)
+            layer.hold()
         if self._frozen is not None:
             self._frozen.attach()
 
@@ -145,7 +145,7 @@ class RecipeSchedule(SparseSchedule):
         for part in (self._switch, self._frozen):
             if part is not None:
                 part.detach()
-        self._layers.forget_frozen()
+        self._layers.release_followers()
         if self._decay is not None:
             self._decay.remove()
         if self._decay is not None or self._switch is not None:
@@ -204,7 +204,7 @@ def _check(
     for name, layer in layers_with_masks(model).items():
         if layer.sparse_config != recipe.config:
             raise ConfigError(
-                f"{name} was swapped with {layer.sparse_config}, but the recipe {recipe.name} has {recipe.config}: "
+                f"{name} was swapped with {layer.sparse_config!r}, but the recipe {recipe.name} has {recipe.config!r}: "
                 "sparsify with recipe.config"
             )
     if recipe.dense_range is not None and not isinstance(optimizer, StepAdamW):
@@ -219,12 +219,12 @@ def _check(
         raise ConfigError(
             f"optimizer still has the hooks of the recipe {_HOOKED[optimizer]}; call finish() of its schedule first"
         )
-    if hooks or recipe.refresh_every > 1 or recipe.config.mask == "soft":
+    if hooks or recipe.refresh_every > 1 or recipe.needs_scale:
         check_whole(layers)
 
 
 def _frozen(recipe: Recipe, model: nn.Module, phases: tuple[Phase, ...]) -> Frozen | None:
-    if recipe.config.mask == "soft":
+    if recipe.needs_scale:
         return FrozenScales(model)
     if recipe.refresh_every > 1:
         return FrozenMasks(model, recipe.refresh_every, sparse=phases[0].kind == "sparse")

@@ -8,7 +8,7 @@ from torch import nn
 
 from semisparse import calls
 from semisparse.errors import NoLayerMatchedError, ScheduleError
-from semisparse.nn import SemiSparseBase
+from semisparse.nn import SemiSparseBase, SemiSparseLinear
 from semisparse.nn.copies import copies_of
 from semisparse.surgery.layers import changed_since, semi_sparse_layers
 
@@ -108,10 +108,11 @@ class ScheduledLayers:
             self._followers.add(layer)
         return pairs
 
-    def forget_frozen(self) -> None:
+    def release_followers(self) -> None:
         """Take what a recipe held off the copies that follow."""
         for layer in self._followers:
-            layer.__dict__.pop("_frozen", None)
+            if isinstance(layer, SemiSparseLinear):
+                layer.hold()
 
     def unfollow(self, copy: nn.Module) -> None:
         """Stop switching the layers of copy: they keep their phase."""

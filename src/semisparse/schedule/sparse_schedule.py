@@ -7,7 +7,7 @@ from typing import Any, Self
 import torch
 from torch import nn
 
-from semisparse.nn import SemiSparseBase
+from semisparse.nn import SemiSparseBase, SemiSparseLinear
 from semisparse.schedule.applied_steps import StepEvidence, check_step_arguments
 from semisparse.schedule.called_layers import check_called
 from semisparse.schedule.phases import (
@@ -279,9 +279,10 @@ class SparseSchedule:
     def _share(self, pairs: list[tuple[SemiSparseBase, SemiSparseBase]]) -> None:
         """Give what a recipe holds on our layers to the copies that follow them."""
         for ours, theirs in pairs:
-            frozen = ours.__dict__.get("_frozen")
-            if frozen is not None and ours.sparse_config == theirs.sparse_config:
-                theirs._frozen = frozen
+            if not isinstance(ours, SemiSparseLinear) or not isinstance(theirs, SemiSparseLinear):
+                continue
+            if ours.holds and ours.sparse_config == theirs.sparse_config:
+                theirs.hold(codes=ours.held_codes, scale=ours.held_scale)
 
     def _advance(self) -> None:
         self._applied_steps += 1

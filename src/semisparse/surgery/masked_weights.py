@@ -67,7 +67,8 @@ def _prunes_alike(layer: SemiSparseLinear, owner: nn.Module, tensor: Tensor) -> 
         isinstance(owner, SemiSparseLinear)
         and tensor is owner.weight is layer.weight
         and owner.sparse_config == layer.sparse_config
-        and owner._frozen is layer._frozen
+        and owner.held_codes is layer.held_codes
+        and owner.held_scale is layer.held_scale
         and owner.sparse_enabled == layer.sparse_enabled
     )
 

@@ -3,11 +3,17 @@
 import pytest
 import torch
 
-from semisparse import cuda_ops
 from semisparse.formats.layout import SM90_16BIT, packed_bytes
 from semisparse.formats.packed import PackedFormat
 from semisparse.gemm import dispatch
 from semisparse.gemm.autotune.autotuner import Autotuner
+from semisparse.ops import packing, products
+from semisparse.ops.packing import _cuda_pack, _cuda_pack_tokens, _cuda_unpack
+from semisparse.ops.products import (
+    _cuda_packed_matmul,
+    _cuda_packed_tokens_grad_weight,
+    _cuda_packed_tokens_matmul,
+)
 from semisparse.reference import masks
 from semisparse.testing import assert_bit_equal, small_integers
 from tests.gemm.simulated import make_engine
@@ -23,8 +29,9 @@ def library(monkeypatch):
     engine, library, _ = make_engine()
     tuner = Autotuner(engine, None, shipped=tuple)
     # The library's own format: its compressor writes it, and only its products read it.
-    monkeypatch.setattr(cuda_ops, "packed_format", lambda *_: PackedFormat("compressor", None, "simulated"))
-    monkeypatch.setattr(cuda_ops, "engine", lambda: engine)
+    for module in (packing, products):
+        monkeypatch.setattr(module, "packed_format", lambda *_: PackedFormat("compressor", None, "simulated"))
+        monkeypatch.setattr(module, "engine", lambda: engine)
     monkeypatch.setattr(dispatch, "process_engine", lambda: engine)
     monkeypatch.setattr(dispatch, "autotuner", lambda: tuner)
     return library
@@ -51,53 +58,53 @@ def pruned_tokens(x, rows):
     return pruned(torch.nn.functional.pad(x, (0, 0, 0, rows - x.shape[0])))
 
 
-@pytest.mark.parametrize("mode", ["cusparselt", "dense"])
+@pytest.mark.parametrize("backend", ["cusparselt", "dense"])
 @pytest.mark.parametrize("tokens", TOKENS)
-def test_a_packed_weight_multiplies_any_number_of_tokens(library, tokens, mode):
+def test_a_packed_weight_multiplies_any_number_of_tokens(library, tokens, backend):
     x, weight, bias = integers(tokens, 48), integers(32, 48), integers(32)
-    packed, packed_t = cuda_ops.pack(weight, DTYPE, "transposable")
+    packed, packed_t = _cuda_pack(weight, DTYPE, "transposable")
     assert (packed.numel(), packed_t.numel()) == (packed_bytes(32, 48), packed_bytes(48, 32))
     for given in (x, shifted(x), x.mT.contiguous().mT):
         for added in (None, bias, shifted(bias)):
-            y = cuda_ops.packed_linear(given, packed, added, 32, mode)
+            y = _cuda_packed_matmul(given, packed, added, 32, backend)
             exact = given.double() @ pruned(weight).double().mT + (0 if added is None else bias.double())
             assert_bit_equal(y + 0.0, exact.to(DTYPE) + 0.0)
     grad = integers(tokens, 32)
     exact = grad.double() @ pruned(weight).double()
-    assert_bit_equal(cuda_ops.packed_linear(grad, packed_t, None, 48, mode) + 0.0, exact.to(DTYPE) + 0.0)
+    assert_bit_equal(_cuda_packed_matmul(grad, packed_t, None, 48, backend) + 0.0, exact.to(DTYPE) + 0.0)
     assert bool(library.products) == bool(tokens)  # dense: only to read the library's format
 
 
-@pytest.mark.parametrize("mode", ["cusparselt", "dense"])
+@pytest.mark.parametrize("backend", ["cusparselt", "dense"])
 @pytest.mark.parametrize("tokens", TOKENS)
-def test_packed_tokens_multiply_and_give_the_weight_gradient(tokens, mode):
+def test_packed_tokens_multiply_and_give_the_weight_gradient(tokens, backend):
     x, weight, bias, grad = integers(tokens, 48), integers(32, 48), integers(32), integers(tokens, 32)
     rows = -(-tokens // 16) * 16
-    packed, packed_t = cuda_ops.pack_tokens(x, DTYPE)
+    packed, packed_t = _cuda_pack_tokens(x, DTYPE)
     kept = pruned_tokens(x, rows)[:tokens].double()
     for added in (None, bias):
         for given in (weight, shifted(weight)):
-            y = cuda_ops.packed_tokens_linear(packed, given, added, tokens, mode)
+            y = _cuda_packed_tokens_matmul(packed, given, added, tokens, backend)
             exact = kept @ weight.double().mT + (0 if added is None else bias.double())
             assert_bit_equal(y + 0.0, exact.to(DTYPE) + 0.0)
     for given in (grad, shifted(grad)):
-        dw = cuda_ops.packed_tokens_grad_weight(packed_t, given, 48, mode)
+        dw = _cuda_packed_tokens_grad_weight(packed_t, given, 48, backend)
         assert_bit_equal(dw + 0.0, (grad.double().mT @ kept).to(DTYPE) + 0.0)
 
 
 def test_what_only_the_engine_can_read_is_unpacked_by_it():
     weight = integers(32, 48)
-    packed, packed_t = cuda_ops.pack(weight, DTYPE, "transposable")
-    assert_bit_equal(cuda_ops.unpack(packed, 32, 48, DTYPE) + 0.0, pruned(weight) + 0.0)
-    assert_bit_equal(cuda_ops.unpack(packed_t, 48, 32, DTYPE) + 0.0, pruned(weight).mT.contiguous() + 0.0)
+    packed, packed_t = _cuda_pack(weight, DTYPE, "transposable")
+    assert_bit_equal(_cuda_unpack(packed, 32, 48, DTYPE) + 0.0, pruned(weight) + 0.0)
+    assert_bit_equal(_cuda_unpack(packed_t, 48, 32, DTYPE) + 0.0, pruned(weight).mT.contiguous() + 0.0)
 
 
 @pytest.mark.parametrize("layout", [SM90_16BIT, None])
 def test_without_an_engine_the_reference_packs_into_a_buffer_of_the_promised_size(monkeypatch, layout):
-    monkeypatch.setattr(cuda_ops, "packed_format", lambda *_: PackedFormat("reference", layout, "simulated"))
+    monkeypatch.setattr(packing, "packed_format", lambda *_: PackedFormat("reference", layout, "simulated"))
     weight = integers(48, 80)
-    for buffer, shape in zip(cuda_ops.pack(weight, DTYPE, "transposable"), ((48, 80), (80, 48)), strict=True):
+    for buffer, shape in zip(_cuda_pack(weight, DTYPE, "transposable"), ((48, 80), (80, 48)), strict=True):
         assert buffer.numel() == packed_bytes(*shape)
         if layout is not None:
             expected = pruned(weight) if shape == (48, 80) else pruned(weight).mT.contiguous()
-            assert_bit_equal(cuda_ops.unpack(buffer, *shape, DTYPE), expected)
+            assert_bit_equal(_cuda_unpack(buffer, *shape, DTYPE), expected)

@@ -1,4 +1,4 @@
-"""SemiSparseLinear with what a recipe freezes on it, and with the greedy and soft masks."""
+"""SemiSparseLinear with what a recipe holds on it, and with the greedy and soft masks."""
 
 import copy
 import pickle
@@ -12,18 +12,18 @@ from semisparse import SemiSparseLinear, SparseConfig, ops
 from semisparse.errors import ConfigError
 from semisparse.reference import linear, masks
 from semisparse.testing import assert_bit_equal, small_integers
-from tests.support import Result, run_layer
+from tests.support import MaskArguments, Result, held_by, run_layer
 
 K, N = 16, 12
 CODES = ops.tile_codes(small_integers((N, K), seed=9), "transposable")
-SETTINGS = {  # mask of the config, and what is frozen
-    "greedy": ("greedy", None),
-    "signed_greedy": ("signed_greedy", None),
-    "soft": ("soft", torch.tensor(0.5)),
-    "codes": ("transposable", CODES),
+SETTINGS = {
+    "greedy": MaskArguments("greedy"),
+    "signed_greedy": MaskArguments("signed_greedy"),
+    "soft": MaskArguments("soft", scale=torch.tensor(0.5)),
+    "codes": MaskArguments("transposable", CODES),
 }
 EVERY_SETTING = pytest.mark.parametrize("setting", SETTINGS)
-WITH_FROZEN = pytest.mark.parametrize("setting", ["soft", "codes"])
+HOLDING = pytest.mark.parametrize("setting", ["soft", "codes"])
 
 
 @pytest.fixture
@@ -35,23 +35,21 @@ def fresh_compiler() -> Iterator[None]:
 
 def layer_of(setting: str, seed: int = 1) -> SemiSparseLinear:
     """Weights that are whole numbers, so that every product is exact."""
-    mask, frozen = SETTINGS[setting]
-    layer = SemiSparseLinear(K, N, config=SparseConfig(mask=mask))
+    layer = SemiSparseLinear(K, N, config=SparseConfig(weight=SETTINGS[setting].mask))
     with torch.no_grad():
         layer.weight.copy_(small_integers((N, K), seed=seed, limit=9))
         layer.bias.copy_(small_integers((N,), seed=2))
-    if frozen is not None:
-        layer._frozen = frozen.clone()
+    layer.hold(**SETTINGS[setting].held)
     return layer
 
 
 def pruned_by(layer: SemiSparseLinear) -> Tensor:
     """The weight as the layer must use it, by the reference."""
-    weight, mask = layer.weight.detach(), layer.sparse_config.mask
+    weight, mask = layer.weight.detach(), layer.sparse_config.weight
     if mask == "soft":
-        return linear.soft_threshold(weight, layer._frozen)
+        return linear.soft_threshold(weight, layer.held_scale)
     kept = masks.greedy(weight, signed=mask == "signed_greedy")
-    return linear.prune(weight, kept if layer._frozen is None else masks.from_codes(layer._frozen))
+    return linear.prune(weight, kept if layer.held_codes is None else masks.from_codes(layer.held_codes))
 
 
 def expect(layer: SemiSparseLinear, found: Result, x: Tensor, grad_output: Tensor) -> None:
@@ -83,7 +81,7 @@ def test_pruned_weight_is_what_the_forward_uses(setting: str) -> None:
 
 
 @EVERY_SETTING
-def test_chosen_mask_follows_the_weight_whatever_is_frozen(setting: str) -> None:
+def test_chosen_mask_follows_the_weight_whatever_is_held(setting: str) -> None:
     layer = layer_of(setting)
     for seed in range(3):
         with torch.no_grad():
@@ -97,50 +95,50 @@ def test_chosen_mask_follows_the_weight_whatever_is_frozen(setting: str) -> None
         }[setting](weight)
         assert torch.equal(layer.chosen_mask(), expected)
     if setting == "codes":
-        assert not torch.equal(layer.chosen_mask(), masks.from_codes(layer._frozen))
+        assert not torch.equal(layer.chosen_mask(), masks.from_codes(layer.held_codes))
 
 
 def test_the_soft_mask_needs_its_recipe() -> None:
-    layer = SemiSparseLinear(K, N, config=SparseConfig(mask="soft"))
+    layer = SemiSparseLinear(K, N, config=SparseConfig(weight="soft"))
     for call in (lambda: layer(torch.ones(3, K)), layer.pruned_weight):
-        with pytest.raises(ConfigError, match="start one"):
+        with pytest.raises(ConfigError, match="start its recipe"):
             call()
     assert layer.chosen_mask().shape == (N, K)
     layer.sparse_enabled = False
     assert layer(torch.ones(3, K)).shape == (3, N)
 
 
-@WITH_FROZEN
+@HOLDING
 @pytest.mark.parametrize(
     "make_copy", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))], ids=["deepcopy", "pickle"]
 )
-def test_a_copy_computes_the_same_with_a_frozen_tensor_of_its_own(setting: str, make_copy) -> None:
+def test_a_copy_computes_the_same_with_a_held_tensor_of_its_own(setting: str, make_copy) -> None:
     layer, x = layer_of(setting), small_integers((7, K), seed=3)
     other = make_copy(layer)
     assert_bit_equal(other(x), layer(x))
     expected = layer(x)
-    other._frozen.zero_()
+    held_by(other).zero_()
     assert_bit_equal(layer(x), expected)
     assert not torch.equal(other(x), expected)
 
 
-@WITH_FROZEN
-def test_nothing_frozen_is_in_the_state_dict_or_follows_a_dtype(setting: str) -> None:
+@HOLDING
+def test_nothing_held_is_in_the_state_dict_or_follows_a_dtype(setting: str) -> None:
     layer = layer_of(setting)
     assert list(layer.state_dict()) == ["weight", "bias"]
     assert not list(layer.buffers())
-    dtype = layer._frozen.dtype
-    assert layer.half()._frozen.dtype == dtype
+    dtype = held_by(layer).dtype
+    assert held_by(layer.half()).dtype == dtype
     assert layer(torch.ones(3, K).half()).dtype == torch.float16
 
 
-@WITH_FROZEN
-def test_going_dense_drops_what_was_frozen(setting: str) -> None:
+@HOLDING
+def test_going_dense_drops_what_was_held(setting: str) -> None:
     layer = layer_of(setting)
     SemiSparseLinear.to_dense(layer)
     assert type(layer) is nn.Linear
     assert set(vars(layer)) == set(vars(nn.Linear(K, N)))
-    assert SemiSparseLinear.from_dense(layer)._frozen is None
+    assert not SemiSparseLinear.from_dense(layer).holds
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # inside torch's own compiler
@@ -161,7 +159,7 @@ def test_compiled_without_graph_breaks(fresh_compiler: None, backend: str, setti
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
-@WITH_FROZEN
+@HOLDING
 def test_a_compiled_step_sees_what_was_refreshed_in_place_without_compiling_again(
     fresh_compiler: None, setting: str
 ) -> None:
@@ -171,7 +169,7 @@ def test_a_compiled_step_sees_what_was_refreshed_in_place_without_compiling_agai
     outputs = []
     for seed in range(3):
         fresh = ops.tile_codes(small_integers((N, K), seed=seed), "transposable")
-        layer._frozen.copy_(fresh if setting == "codes" else torch.tensor(seed + 1.0))
+        held_by(layer).copy_(fresh if setting == "codes" else torch.tensor(seed + 1.0))
         outputs.append(compiled(x).detach())
         assert_bit_equal(outputs[-1] + 0, linear.forward(x, pruned_by(layer), layer.bias.detach()) + 0)
     assert counter.frame_count == 1

@@ -1,0 +1,30 @@
+"""The torch.library ops of semisparse, one file per family. The functions here are how the package calls them.
+
+On plain CUDA tensors some of them skip the dispatcher (register.py says when).
+"""
+
+from semisparse.ops.masks import prune, prune_tokens, tile_codes
+from semisparse.ops.packing import pack, pack_tokens, unpack
+from semisparse.ops.products import (
+    packed_linear,
+    packed_matmul,
+    packed_tokens_grad_weight,
+    packed_tokens_linear,
+    packed_tokens_matmul,
+    sac_save_ops,
+)
+
+__all__ = [
+    "pack",
+    "pack_tokens",
+    "packed_linear",
+    "packed_matmul",
+    "packed_tokens_grad_weight",
+    "packed_tokens_linear",
+    "packed_tokens_matmul",
+    "prune",
+    "prune_tokens",
+    "sac_save_ops",
+    "tile_codes",
+    "unpack",
+]

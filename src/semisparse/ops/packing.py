@@ -1,0 +1,189 @@
+"""Ops that pack and unpack. A packed buffer is uint8, in the engine's format (formats/); on the CPU in sm90's.
+
+On CUDA the Triton kernel packs both directions in one pass; formats/ says on which devices it takes more.
+"""
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from semisparse import calls, masks
+from semisparse.formats.layout import SM90_16BIT, SPARSE_MULTIPLE, packed_bytes, round_up
+from semisparse.formats.packed import PackedFormat, packed_format
+from semisparse.gemm.engine import engine
+from semisparse.gemm.operands import Operands
+from semisparse.gemm.problem import Problem
+from semisparse.ops.masks import _cuda_prune, checked, prune_anywhere
+from semisparse.ops.register import register
+from semisparse.reference import masks as reference_masks
+from semisparse.reference import packing as reference_packing
+
+_packed_bytes = lru_cache(4096)(packed_bytes)
+
+
+def _encoded(matrix: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
+    written = SM90_16BIT.encode(reference_packing.pack(matrix, mask, dtype))
+    return torch.nn.functional.pad(written, (0, packed_bytes(*matrix.shape) - written.numel()))
+
+
+def _fake_pack(
+    matrix: Tensor, dtype: torch.dtype, mask: str, codes: Tensor | None = None, scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    return _fake_buffers(matrix, matrix.shape[0], matrix.shape[1], masks.get(mask).both_ways)
+
+
+def _fake_buffers(matrix: Tensor, rows: int, columns: int, both_ways: bool) -> tuple[Tensor, Tensor]:
+    packed = matrix.new_empty(packed_bytes(rows, columns), dtype=torch.uint8)
+    return packed, matrix.new_empty(packed_bytes(columns, rows) if both_ways else 0, dtype=torch.uint8)
+
+
+def _cuda_pack(
+    matrix: Tensor, dtype: torch.dtype, mask: str, codes: Tensor | None = None, scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    return _pack_rows(matrix, matrix.shape[0], dtype, checked(matrix, mask, codes, scale), codes, scale)
+
+
+@register(
+    "pack(Tensor matrix, ScalarType dtype, str mask, Tensor? codes=None, Tensor? scale=None) -> (Tensor, Tensor)",
+    fake=_fake_pack,
+    cuda=_cuda_pack,
+    shortcut=True,
+    note=calls.note,
+)
+def pack(
+    matrix: Tensor, dtype: torch.dtype, mask: str, codes: Tensor | None = None, scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """A matrix pruned and packed, and its transpose.
+
+    Args:
+        matrix: R x C, multiples of 16, fp64 (CPU only), fp32, fp16 or bf16, any strides.
+        dtype: Of the packed values, fp16 or bf16; rounded to once, after the mask was chosen.
+        mask: As SparseConfig's weight.
+        codes: As prune's; they must be of transposable tiles, of which nothing but number and dtype is checked.
+        scale: As prune's.
+
+    Returns:
+        The buffers of the pruned matrix and of its transpose, which is empty for masks along the columns only.
+
+    Raises:
+        ShapeError, TensorError, ConfigError: As prune.
+        EngineError: On CUDA, when nothing was ever packed on this device and a CUDA graph is being captured.
+    """
+    found = checked(matrix, mask, codes, scale)
+    kept = found.choose(matrix) if codes is None else reference_masks.from_codes(codes)
+    if found.needs_scale:
+        matrix = prune_anywhere(matrix, dtype, mask, codes, scale)
+    packed = _encoded(matrix, kept, dtype)
+    return packed, _encoded(matrix.mT, kept.mT, dtype) if found.both_ways else packed.new_empty(0)
+
+
+def _fake_pack_tokens(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return _fake_buffers(x, round_up(x.shape[0], SPARSE_MULTIPLE), x.shape[1], True)
+
+
+_TOKENS = masks.get("transposable")
+
+
+def _cuda_pack_tokens(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    calls.note_tokens(op=True)
+    return _pack_rows(x, round_up(x.shape[0], SPARSE_MULTIPLE), dtype, _TOKENS, None, None)
+
+
+@register(
+    "pack_tokens(Tensor x, ScalarType dtype) -> (Tensor, Tensor)",
+    fake=_fake_pack_tokens,
+    cuda=_cuda_pack_tokens,
+    shortcut=True,
+)
+def pack_tokens(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Tokens pruned by 4x4 tiles and packed as pack does; rows are padded with zeros to a multiple of 16.
+
+    Args:
+        x: M x K, any M, K a multiple of 16, dtypes as pack.
+        dtype: Of the packed values, fp16 or bf16.
+
+    Returns:
+        The buffers of x~ (M' x K) and of its transpose (K x M'), M' being M rounded up to a multiple of 16.
+    """
+    calls.note_tokens(op=True)
+    padded = torch.nn.functional.pad(x, (0, 0, 0, -x.shape[0] % SPARSE_MULTIPLE))
+    kept = _TOKENS.choose(padded)
+    return _encoded(padded, kept, dtype), _encoded(padded.mT, kept.mT, dtype)
+
+
+def _fake_unpack(packed: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    return packed.new_empty(rows, columns, dtype=dtype)
+
+
+def _cuda_unpack(packed: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """By the kernel or, where only the engine can read the buffer, as the buffer's product with the identity."""
+    written = packed_format(packed.get_device(), dtype, engine())
+    if written.packer == "kernel" and written.layout is not None:
+        from semisparse.kernels import unpack as kernel
+
+        out = packed.new_empty(rows, columns, dtype=dtype)
+        kernel.launch(packed, out, layout=written.layout)
+        return out
+    if written.layout is not None:
+        return reference_packing.unpack(written.layout.decode(packed, rows, columns, dtype))
+    identity = torch.eye(columns, dtype=dtype, device=packed.device)
+    out = packed.new_empty(columns, rows, dtype=dtype)
+    engine().matmul(Problem(rows, columns, columns, dtype), 0, Operands(packed, identity, out))
+    return out.mT.contiguous()
+
+
+@register(
+    "unpack(Tensor packed, SymInt rows, SymInt columns, ScalarType dtype) -> Tensor",
+    fake=_fake_unpack,
+    cuda=_cuda_unpack,
+    shortcut=True,
+)
+def unpack(packed: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """The pruned matrix (rows x columns of dtype, contiguous) that a buffer of pack holds; exact."""
+    return reference_packing.unpack(SM90_16BIT.decode(packed, rows, columns, dtype))
+
+
+def _pack_rows(
+    matrix: Tensor, rows: int, dtype: torch.dtype, mask: masks.Mask, codes: Tensor | None, scale: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """pack on CUDA, with rows of zeros added up to rows."""
+    written, columns = packed_format(matrix.get_device(), dtype, engine()), matrix.shape[1]
+    if rows == 0:
+        return matrix.new_empty(0, dtype=torch.uint8), matrix.new_empty(0, dtype=torch.uint8)
+    if written.packer != "kernel" or written.layout is None or not mask.chosen_while_packing:
+        padded = torch.nn.functional.pad(matrix, (0, 0, 0, rows - matrix.shape[0]))
+        return _pack_in_steps(_cuda_prune(padded, dtype, mask.name, codes, scale), written, mask)
+    from semisparse.kernels import prune_pack as kernel
+
+    packed = matrix.new_empty(_packed_bytes(rows, columns), dtype=torch.uint8)
+    packed_t = matrix.new_empty(_packed_bytes(columns, rows) if mask.both_ways else 0, dtype=torch.uint8)
+    kernel.launch(
+        matrix,
+        packed,
+        packed_t if mask.both_ways else None,
+        dtype=dtype,
+        layout=written.layout,
+        mask=mask.name,
+        rows_padded=rows,
+        codes=codes,
+        scale=scale,
+    )
+    return packed, packed_t
+
+
+def _pack_in_steps(pruned: Tensor, written: PackedFormat, mask: masks.Mask) -> tuple[Tensor, Tensor]:
+    """A pruned matrix packed without the kernel: by NVIDIA's compressor or by the reference."""
+    if written.packer == "kernel" and engine().available(pruned.get_device()).ok:
+        # A mask that the kernel does not choose. The compressor does not synchronise; the reference does.
+        written = PackedFormat("compressor", written.layout, f"mask={mask.name!r}")
+    packed = _pack_pruned(pruned, written)
+    return packed, _pack_pruned(pruned.mT.contiguous(), written) if mask.both_ways else packed.new_empty(0)
+
+
+def _pack_pruned(pruned: Tensor, written: PackedFormat) -> Tensor:
+    if written.packer == "compressor":
+        packed = engine().compress(pruned, check=False)
+    else:
+        packed = (written.layout or SM90_16BIT).encode(reference_packing.pack(pruned, pruned != 0))
+    return torch.nn.functional.pad(packed, (0, packed_bytes(*pruned.shape) - packed.numel()))
