@@ -28,8 +28,10 @@ def test_dinov2_is_a_plain_sparse_schedule_bit_for_bit(fraction: float) -> None:
 @pytest.mark.parametrize("name", recipes.PRESETS)
 def test_every_recipe_trains_and_leaves_a_plain_model(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     optimizers = []
-    monkeypatch.setattr("semisparse_lab.experiment.RecipeSchedule",
-                        lambda *args: optimizers.append(args[2]) or recipes.RecipeSchedule(*args))  # fmt: skip
+    monkeypatch.setattr(
+        "semisparse_lab.experiment.RecipeSchedule",
+        lambda *args: optimizers.append(args[2]) or recipes.RecipeSchedule(*args),
+    )
     model = build_model(MODEL, TRAIN.seed)
     row = Row(name, name, recipes.PRESETS[name]())
     result = train_row(row, model, ImageClassification(toy_data()), TRAIN).result

@@ -140,7 +140,10 @@ def test_every_public_name_has_a_docstring_and_annotations(name: str, value: obj
     assert text, name
     assert len(text.split()) >= 4, f"{name}: {text!r}"
     if inspect.isfunction(value):
-        unannotated = [p.name for p in inspect.signature(value).parameters.values()
-                       if p.annotation is p.empty and p.name not in ("self", "cls")]  # fmt: skip
+        unannotated = [
+            p.name
+            for p in inspect.signature(value).parameters.values()
+            if p.annotation is p.empty and p.name not in ("self", "cls")
+        ]
         assert not unannotated
         assert inspect.signature(value).return_annotation is not inspect.Signature.empty

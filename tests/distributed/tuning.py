@@ -29,8 +29,9 @@ def worker(rank: int, folder: str) -> None:
     """Share within a group of this rank alone, then among all, and write what was shared and what is known then."""
     torch.set_num_threads(1)
     os.environ["XDG_CACHE_HOME"] = f"{folder}/cache{rank}"
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD,
-                            timeout=timedelta(seconds=60))  # fmt: skip
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD, timeout=timedelta(seconds=60)
+    )
     alone = dist.new_group([0])
     tuning.load_state(made(MEASURED[rank]))
     counts = [tuning.share(alone), tuning.share()]

@@ -18,9 +18,14 @@ REPORT = """NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.95.05  
 GCC version:  gcc version 13.3.0 (Ubuntu 13.3.0-6ubuntu2~24.04)
 """
 IDENTITY = {
-    "gpu": "NVIDIA H100 80GB HBM3", "sm_count": 132, "capability": "9.0", "driver": "580.95.05", "cuda": "13.0",
-    "torch": "2.11.0+cu130", "triton": "3.6.0",
-}  # fmt: skip
+    "gpu": "NVIDIA H100 80GB HBM3",
+    "sm_count": 132,
+    "capability": "9.0",
+    "driver": "580.95.05",
+    "cuda": "13.0",
+    "torch": "2.11.0+cu130",
+    "triton": "3.6.0",
+}
 
 
 @pytest.fixture
