@@ -67,8 +67,9 @@ def brute_token_mask(x: Tensor) -> Tensor:
     return torch.from_numpy(brute.transposable_matrix(padded)[: len(rows)])
 
 
-def masked_dense(layer_class: type[SemiSparseBase], x: Tensor, weight: Tensor, bias: Tensor | None,
-                 grad_output: Tensor) -> Result:  # fmt: skip
+def masked_dense(
+    layer_class: type[SemiSparseBase], x: Tensor, weight: Tensor, bias: Tensor | None, grad_output: Tensor
+) -> Result:
     """Autograd of F.linear on the operands with the brute-force mask applied; straight-through for the pruned one."""
     x, weight = x.detach(), weight.detach()
     if layer_class is SemiSparseLinear:

@@ -47,8 +47,12 @@ def test_each_row_says_what_the_layer_did() -> None:
     report = check(model(), X)
     rows = {row.name: row for row in report}
     assert {name: row.calls for name, row in rows.items()} == {
-        "called": 2, "bypassed": 0, "unused": 0, "cut": 1, "frozen": 1,
-    }  # fmt: skip
+        "called": 2,
+        "bypassed": 0,
+        "unused": 0,
+        "cut": 1,
+        "frozen": 1,
+    }
     assert report.problems == {
         "bypassed": "never called: something else reads its weight",
         "unused": "never called",

@@ -31,17 +31,20 @@ def test_the_names_of_masks_are_the_tables() -> None:
 MASK_CHOICES = "None, 'transposable', 'row', 'soft', 'greedy', 'signed_greedy'"
 
 
-@pytest.mark.parametrize(("field", "value", "choices"), [
-    ("weight", "sideways", MASK_CHOICES),
-    ("weight", "codes", MASK_CHOICES),
-    ("weight", True, MASK_CHOICES),
-    ("weight", ["row"], MASK_CHOICES),
-    ("activation", "row", "None, 'transposable'"),
-    ("grad_output", "transposable", "None"),
-    ("precision", "fp16", "None"),
-    ("backend", "engine", "'auto', 'cusparselt', 'dense'"),
-    ("backend", None, "'auto', 'cusparselt', 'dense'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("field", "value", "choices"),
+    [
+        ("weight", "sideways", MASK_CHOICES),
+        ("weight", "codes", MASK_CHOICES),
+        ("weight", True, MASK_CHOICES),
+        ("weight", ["row"], MASK_CHOICES),
+        ("activation", "row", "None, 'transposable'"),
+        ("grad_output", "transposable", "None"),
+        ("precision", "fp16", "None"),
+        ("backend", "engine", "'auto', 'cusparselt', 'dense'"),
+        ("backend", None, "'auto', 'cusparselt', 'dense'"),
+    ],
+)
 def test_a_value_outside_its_choices_is_named_with_the_choices(field: str, value: object, choices: str) -> None:
     with pytest.raises(ConfigError) as caught:
         SparseConfig(**{field: value})  # type: ignore[arg-type]
@@ -61,15 +64,18 @@ def test_settings_that_exclude_each_other_are_refused() -> None:
         SparseConfig(weight=None)
 
 
-@pytest.mark.parametrize(("settings", "products"), [
-    ({}, ("sparse", "sparse", "dense")),
-    ({"weight": "greedy"}, ("sparse", "sparse", "dense")),
-    ({"weight": "row"}, ("sparse", "dense", "dense")),
-    ({"weight": "soft"}, ("sparse", "dense", "dense")),
-    (ACTIVATION, ("sparse", "dense", "sparse")),
-    ({"backend": "cusparselt"}, ("sparse", "sparse", "dense")),
-    ({"backend": "dense"}, ("masked dense", "masked dense", "dense")),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("settings", "products"),
+    [
+        ({}, ("sparse", "sparse", "dense")),
+        ({"weight": "greedy"}, ("sparse", "sparse", "dense")),
+        ({"weight": "row"}, ("sparse", "dense", "dense")),
+        ({"weight": "soft"}, ("sparse", "dense", "dense")),
+        (ACTIVATION, ("sparse", "dense", "sparse")),
+        ({"backend": "cusparselt"}, ("sparse", "sparse", "dense")),
+        ({"backend": "dense"}, ("masked dense", "masked dense", "dense")),
+    ],
+)
 def test_the_products_follow_from_the_settings(settings: dict, products: tuple[str, ...]) -> None:
     config = SparseConfig(**settings)
     assert config.products == dict(zip(("forward", "grad_input", "grad_weight"), products, strict=True))

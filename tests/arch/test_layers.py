@@ -88,8 +88,10 @@ def test_testing_imports_nothing_above_the_specification() -> None:
 
 def test_no_import_runs_in_a_circle() -> None:
     # A package imports its own files; that is no circle.
-    graph = {name: {other for other in imported(path) if other != name and not name.startswith(f"{other}.")}
-             for name, path in NAMES.items()}  # fmt: skip
+    graph = {
+        name: {other for other in imported(path) if other != name and not name.startswith(f"{other}.")}
+        for name, path in NAMES.items()
+    }
     left = dict(graph)
     while True:
         leaves = {name for name, needs in left.items() if not needs & left.keys()}

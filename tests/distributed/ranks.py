@@ -188,8 +188,9 @@ SCENARIOS: dict[Callable[[int], None], tuple[str, str]] = {
 def worker(rank: int, folder: str) -> None:
     """Run all scenarios, one after the other, and write the name of the error that each ended in."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD,
-                            timeout=timedelta(seconds=60))  # fmt: skip
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD, timeout=timedelta(seconds=60)
+    )
     ended = {}
     for scenario in SCENARIOS:
         try:

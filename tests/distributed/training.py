@@ -59,8 +59,9 @@ def build(scenario: Scenario) -> tuple[nn.Module, SparseSchedule]:
     """The same fp64 network with the same numbers in every process, swapped and scheduled."""
     torch.manual_seed(3)
     first, second, third, last = FEATURES
-    model = nn.Sequential(nn.Linear(first, second), nn.GELU(), nn.Linear(second, third, bias=False), nn.GELU(),
-                          nn.Linear(third, last)).double()  # fmt: skip
+    model = nn.Sequential(
+        nn.Linear(first, second), nn.GELU(), nn.Linear(second, third, bias=False), nn.GELU(), nn.Linear(third, last)
+    ).double()
     sparsify(model, config_of(scenario.operand), exclude="4")  # type: ignore[arg-type]
     return model, SparseSchedule(model, PHASES)
 
@@ -86,10 +87,12 @@ def shards(step: int) -> list[tuple[Tensor, Tensor]]:
     """Inputs and targets of every process for one step."""
     generator = torch.Generator().manual_seed(100 + step)
     return [
-        (torch.randn(TOKENS, FEATURES[0], generator=generator, dtype=torch.float64),
-         torch.randn(TOKENS, FEATURES[-1], generator=generator, dtype=torch.float64))
+        (
+            torch.randn(TOKENS, FEATURES[0], generator=generator, dtype=torch.float64),
+            torch.randn(TOKENS, FEATURES[-1], generator=generator, dtype=torch.float64),
+        )
         for _ in range(WORLD)
-    ]  # fmt: skip
+    ]
 
 
 def whole(parameter: Tensor) -> Tensor:
@@ -140,9 +143,15 @@ def densify_sharded(rank: int) -> dict[str, object]:
         wrapped = ""
     except ValueError as error:
         wrapped = str(error)
-    return {"swapped": report.swapped, "before": before, "types": [type(root[0]).__name__, type(root[2]).__name__],
-            "same": torch.equal(root(x), plain(x)), "masked": masked, "wrapped": wrapped,
-            "still": [type(layers[0]).__name__, type(layers[2]).__name__]}  # fmt: skip
+    return {
+        "swapped": report.swapped,
+        "before": before,
+        "types": [type(root[0]).__name__, type(root[2]).__name__],
+        "same": torch.equal(root(x), plain(x)),
+        "masked": masked,
+        "wrapped": wrapped,
+        "still": [type(layers[0]).__name__, type(layers[2]).__name__],
+    }
 
 
 def worker(rank: int, folder: str) -> None:

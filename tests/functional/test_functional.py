@@ -21,8 +21,9 @@ SHAPES = pytest.mark.parametrize(("m", "k", "n"), LINEAR_SHAPES)
 ALL_DTYPES = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
-def evaluate(function: Callable[..., Tensor], x: Tensor, weight: Tensor, bias: Tensor | None,
-             grad_output: Tensor) -> Result:  # fmt: skip
+def evaluate(
+    function: Callable[..., Tensor], x: Tensor, weight: Tensor, bias: Tensor | None, grad_output: Tensor
+) -> Result:
     leaves = [tensor.detach().clone().requires_grad_() for tensor in (x, weight, bias) if tensor is not None]
     output = function(*leaves)
     grads = torch.autograd.grad(output, leaves, grad_output)
@@ -33,8 +34,9 @@ def evaluate(function: Callable[..., Tensor], x: Tensor, weight: Tensor, bias: T
 @SHAPES
 @ALL_DTYPES
 def test_whole_numbers_give_the_same_bits(layer_class: type, m: int, k: int, n: int, dtype: torch.dtype) -> None:
-    x, weight, bias, grad = (small_integers(shape, seed=seed, dtype=dtype)
-                             for seed, shape in enumerate([(m, k), (n, k), (n,), (m, n)]))  # fmt: skip
+    x, weight, bias, grad = (
+        small_integers(shape, seed=seed, dtype=dtype) for seed, shape in enumerate([(m, k), (n, k), (n,), (m, n)])
+    )
     for used_bias in (bias, None):
         ours = evaluate(FUNCTIONS[layer_class], x, weight, used_bias, grad)
         bias64 = None if used_bias is None else used_bias.double()

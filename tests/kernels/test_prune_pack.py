@@ -27,9 +27,15 @@ def pack(matrix, dtype, mask="transposable", layout=SM90_16BIT, rows_padded=None
     rows = rows_padded or matrix.shape[0]
     packed, packed_t = buffers(rows, matrix.shape[1], MASKS[mask].both_ways)
     prune_pack.launch(
-        matrix, packed, packed_t, dtype=dtype, layout=layout, mask=mask,
-        rows_padded=rows_padded, **kwargs,
-    )  # fmt: skip
+        matrix,
+        packed,
+        packed_t,
+        dtype=dtype,
+        layout=layout,
+        mask=mask,
+        rows_padded=rows_padded,
+        **kwargs,
+    )
     return packed, packed_t
 
 
@@ -171,8 +177,11 @@ def test_bad_arguments_are_named():
         pack(matrix, torch.bfloat16, "soft")
     with pytest.raises(ShapeError, match="packed_t has 16 bytes"):
         prune_pack.launch(
-            matrix, buffers(32, 32)[0], buffers(32, 32)[1][:16],
-            dtype=torch.bfloat16, layout=SM90_16BIT._replace(padding=0),
-        )  # fmt: skip
+            matrix,
+            buffers(32, 32)[0],
+            buffers(32, 32)[1][:16],
+            dtype=torch.bfloat16,
+            layout=SM90_16BIT._replace(padding=0),
+        )
     with pytest.raises(ConfigError, match="whole metadata blocks"):
         pack(matrix, torch.bfloat16, layout=MetadataLayout((*range(8), 32, 33)))

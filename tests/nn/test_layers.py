@@ -20,8 +20,9 @@ CLASSES = pytest.mark.parametrize("layer_class", LAYER_CLASSES, ids=lambda cls: 
 K, N = 20, 12
 
 
-def problem(layer_class: type[SemiSparseBase], *leading: int, dtype: torch.dtype = torch.float32,
-            bias: bool = True) -> tuple[SemiSparseBase, Tensor, Tensor]:  # fmt: skip
+def problem(
+    layer_class: type[SemiSparseBase], *leading: int, dtype: torch.dtype = torch.float32, bias: bool = True
+) -> tuple[SemiSparseBase, Tensor, Tensor]:
     """A layer, an input and an output gradient."""
     layer = make_layer(layer_class, torch.randn(N, K).to(dtype), torch.randn(N).to(dtype) if bias else None)
     return layer, torch.randn(*leading, K).to(dtype), torch.randn(*leading, N).to(dtype)
@@ -108,8 +109,11 @@ def test_a_layer_fed_by_itself(layer_class: type) -> None:
 @CLASSES
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_activation_checkpointing_changes_no_bit(layer_class: type, use_reentrant: bool) -> None:
-    block = nn.Sequential(make_layer(layer_class, torch.randn(N, K), torch.randn(N)), nn.GELU(),
-                          make_layer(layer_class, torch.randn(K, N), None))  # fmt: skip
+    block = nn.Sequential(
+        make_layer(layer_class, torch.randn(N, K), torch.randn(N)),
+        nn.GELU(),
+        make_layer(layer_class, torch.randn(K, N), None),
+    )
     x = torch.randn(7, K)
     results = []
     for run in (block, lambda x: checkpoint(block, x, use_reentrant=use_reentrant)):
@@ -284,8 +288,13 @@ def test_a_forward_writes_neither_to_its_input_nor_to_its_weight(layer_class: ty
 def test_the_repr_says_what_the_layer_does(layer_class: type) -> None:
     layer = layer_class(K, N)
     text = repr(layer)
-    for part in (layer_class.__name__, f"in_features={K}", f"{layer_class.operand}=transposable", "backend=auto",
-                 "sparse=on"):  # fmt: skip
+    for part in (
+        layer_class.__name__,
+        f"in_features={K}",
+        f"{layer_class.operand}=transposable",
+        "backend=auto",
+        "sparse=on",
+    ):
         assert part in text
     layer.sparse_enabled = False
     assert "sparse=off (dense phase)" in repr(layer)

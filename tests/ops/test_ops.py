@@ -33,13 +33,22 @@ TOKENS = {
 }
 PRUNE, PRUNE_TOKENS = torch.ops.semisparse.prune.default, torch.ops.semisparse.prune_tokens.default
 ARGUMENTS = [
-    *((PRUNE, make, (dtype, mask)) for make in MATRICES.values() for dtype, mask in
-      [(torch.float32, "transposable"), (torch.bfloat16, "row")]),
+    *(
+        (PRUNE, make, (dtype, mask))
+        for make in MATRICES.values()
+        for dtype, mask in [(torch.float32, "transposable"), (torch.bfloat16, "row")]
+    ),
     *((PRUNE_TOKENS, make, (dtype,)) for make in TOKENS.values() for dtype in (torch.float32, torch.float16)),
-]  # fmt: skip
-IDS = [f"{op.name()}-{name}-{rest}" for op, table, settings in [
-    (PRUNE, MATRICES, ["transposable", "bf16-row"]), (PRUNE_TOKENS, TOKENS, ["fp32", "fp16"])]
-    for name in table for rest in settings]  # fmt: skip
+]
+IDS = [
+    f"{op.name()}-{name}-{rest}"
+    for op, table, settings in [
+        (PRUNE, MATRICES, ["transposable", "bf16-row"]),
+        (PRUNE_TOKENS, TOKENS, ["fp32", "fp16"]),
+    ]
+    for name in table
+    for rest in settings
+]
 
 
 @pytest.mark.filterwarnings("ignore:.*is non-deterministic.*")

@@ -58,8 +58,12 @@ MATRICES = {
     "transposed": lambda: torch.randn(48, 32).mT,
     "needs_grad": lambda: torch.randn(32, 16, requires_grad=True),
 }
-CASES = [(op, name, mask) for op, known in ((TILE_CODES, CHOSEN), (PRUNE, ALL), (PACK, ALL))
-         for name in MATRICES for mask in known]  # fmt: skip
+CASES = [
+    (op, name, mask)
+    for op, known in ((TILE_CODES, CHOSEN), (PRUNE, ALL), (PACK, ALL))
+    for name in MATRICES
+    for mask in known
+]
 EVERY_CASE = pytest.mark.parametrize(
     ("op", "name", "mask"), CASES, ids=lambda part: getattr(part, "name", lambda: part)()
 )

@@ -23,10 +23,8 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "fst scaled": ("fst", {"scaled": True}),
     "fst scaled and fused": ("fst", {"scaled": True, "fused": True}),
     "step scaled": ("step", {"scaled": True}),
-    "s_ste with sgd": (
-        "s_ste", {"optimizer": lambda m: torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9)}
-    ),
-}  # fmt: skip
+    "s_ste with sgd": ("s_ste", {"optimizer": lambda m: torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9)}),
+}
 
 
 def start(kind: str) -> Run:
@@ -169,8 +167,11 @@ BAD_STATES: dict[str, tuple[str, Callable[[dict[str, Any]], Any], str]] = {
     "no masks": ("fst", drop("masks"), r"state\['masks'\] does not name the layers of this model"),
     "no scales": ("s_ste", drop("scales"), r"state\['scales'\] does not name the layers of this model"),
     "other layers": ("fst", inside("masks", more=torch.zeros(1)), r"state\['masks'\] does not name the layers"),
-    "other shape": ("fst", inside("masks", **{"2": torch.zeros(2, 2, dtype=torch.int16)}),
-                    r"state\['masks'\]\['2'\] must be torch.int16 of shape \(2, 4\)"),
+    "other shape": (
+        "fst",
+        inside("masks", **{"2": torch.zeros(2, 2, dtype=torch.int16)}),
+        r"state\['masks'\]\['2'\] must be torch.int16 of shape \(2, 4\)",
+    ),
     "full tiles": ("fst", inside("masks", **{"2": torch.full((2, 4), -1, dtype=torch.int16)}), "not 2:4 both ways"),
     "row-wise tiles": ("fst", inside("masks", **{"2": torch.full((2, 4), 0x3333, dtype=torch.int16)}), "not 2:4 both"),
     "other dtype": ("fst", inside("masks", **{"2": torch.zeros(2, 4)}), r"state\['masks'\]\['2'\] must be torch.int16"),
@@ -180,8 +181,11 @@ BAD_STATES: dict[str, tuple[str, Callable[[dict[str, Any]], Any], str]] = {
     "no age": ("fst", drop("age"), r"state\['age'\]=None must be"),
     "was_sparse": ("fst", change(was_sparse=1), r"state\['was_sparse'\]=1 must be true or false"),
     "whole changes": ("step", change(changes=torch.zeros(5, dtype=torch.int64)), "must hold 5 fp32 numbers"),
-    "other window": ("step", change(changes=torch.zeros(9)),
-                     r"state\['changes'\] must hold 5 fp32 numbers; resume with the same beta2"),
+    "other window": (
+        "step",
+        change(changes=torch.zeros(9)),
+        r"state\['changes'\] must hold 5 fp32 numbers; resume with the same beta2",
+    ),
     "no changes": ("step", drop("changes"), r"state\['changes'\] must hold 5 fp32 numbers"),
     "switch too late": ("step", change(switched_at=19), r"state\['switched_at'\]=19 must be a step, 1 to 18, or None"),
     "switch too early": ("step", change(switched_at=0), r"state\['switched_at'\]=0 must be a step"),
@@ -190,7 +194,7 @@ BAD_STATES: dict[str, tuple[str, Callable[[dict[str, Any]], Any], str]] = {
     "no phases": ("dinov2", drop("phases"), "state with .* is not a saved SparseSchedule: KeyError"),
     "counter": ("fst", change(applied_steps=-1), r"state\['applied_steps'\]=-1"),
     "scale": ("step", change(last_scale="1"), r"state\['last_scale'\]='1'"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", BAD_STATES)

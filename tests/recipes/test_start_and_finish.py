@@ -21,10 +21,13 @@ from tests.support import held_by
 def snapshot(model: nn.Module, optimizer: torch.optim.Optimizer) -> Any:
     """Everything that a start could touch."""
     modules = [
-        (type(m), {k: (id(v) if isinstance(v, Tensor) else v) for k, v in vars(m).items() if not k.startswith("_")},
-         id(held_by(m)))
+        (
+            type(m),
+            {k: (id(v) if isinstance(v, Tensor) else v) for k, v in vars(m).items() if not k.startswith("_")},
+            id(held_by(m)),
+        )
         for m in model.modules()
-    ]  # fmt: skip
+    ]
     hooks = [list(getattr(optimizer, f"_optimizer_step_{kind}_hooks", OrderedDict())) for kind in ("pre", "post")]
     return modules, hooks, [p.detach().clone() for p in model.parameters()]
 

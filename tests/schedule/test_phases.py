@@ -187,14 +187,16 @@ BAD_STATES = {
     "no_scale": (lambda state: {key: state[key] for key in ("phases", "applied_steps")}, "not a saved SparseSchedule"),
     "not_a_dict": (lambda state: [1, 2], "not a saved SparseSchedule"),
     "none": (lambda state: None, "not a saved SparseSchedule"),
-    "unknown_field": (lambda state: state | {"phases": [{"kind": "sparse", "length": 9}]},
-                      "not a saved SparseSchedule"),
+    "unknown_field": (
+        lambda state: state | {"phases": [{"kind": "sparse", "length": 9}]},
+        "not a saved SparseSchedule",
+    ),
     "bad_phase": (lambda state: state | {"phases": [{"kind": "sparse", "steps": -1}]}, "steps=-1"),
     "negative": (lambda state: state | {"applied_steps": -1}, r"state\['applied_steps'\]=-1"),
     "fraction": (lambda state: state | {"applied_steps": 1.5}, r"state\['applied_steps'\]=1\.5"),
     "bool": (lambda state: state | {"applied_steps": True}, r"state\['applied_steps'\]=True"),
     "scale": (lambda state: state | {"last_scale": "65536"}, r"state\['last_scale'\]='65536'"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", BAD_STATES)
@@ -213,8 +215,10 @@ def test_a_state_that_does_not_fit_is_refused_and_changes_nothing(case: str) -> 
 BAD_PLANS = {
     "empty": (lambda model: SparseSchedule(model, []), r"phases=\(\) hold no step"),
     "no_steps": (lambda model: SparseSchedule(model, [Phase("sparse", 0)]), "hold no step"),
-    "total": (lambda model: SparseSchedule(model, [Phase("sparse", 3)], total_steps=4),
-              "phases hold 3 steps, but total_steps=4"),
+    "total": (
+        lambda model: SparseSchedule(model, [Phase("sparse", 3)], total_steps=4),
+        "phases hold 3 steps, but total_steps=4",
+    ),
     "not_phases": (lambda model: SparseSchedule(model, ["sparse"]), "phases holds 'sparse'"),
     "kind": (lambda model: Phase("spare", 3), "kind='spare' is not one of 'sparse', 'dense'"),
     "steps": (lambda model: Phase("sparse", -1), "steps=-1"),
@@ -226,10 +230,12 @@ BAD_PLANS = {
     "fraction_text": (lambda model: SparseSchedule.sparse_then_dense(model, 10, "0.7"), "sparse_fraction='0.7'"),
     "no_total": (lambda model: SparseSchedule.sparse_then_dense(model, 0), "total_steps=0"),
     "float_total": (lambda model: SparseSchedule.sparse_then_dense(model, 1e3), r"total_steps=1000\.0"),
-    "too_much": (lambda model: SparseSchedule.dense_sparse_dense(model, 10, 0.5, 0.6),
-                 r"dense_start_fraction=0\.5 and sparse_fraction=0\.6 exceed 1"),
+    "too_much": (
+        lambda model: SparseSchedule.dense_sparse_dense(model, 10, 0.5, 0.6),
+        r"dense_start_fraction=0\.5 and sparse_fraction=0\.6 exceed 1",
+    ),
     "start": (lambda model: SparseSchedule.dense_sparse_dense(model, 10, 1.5, 0.1), r"dense_start_fraction=1\.5"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", BAD_PLANS)

@@ -106,17 +106,23 @@ def test_a_tied_layer_takes_the_config_of_any_of_its_names() -> None:
 
 BAD_CALLS = {
     "nothing": (NoLayerMatchedError, "config is empty", {}),
-    "unknown": (NoLayerMatchedError, r"config: 'blocks\.0\.mlp\.fc9'.*closest names: 'blocks\.0\.mlp\.fc1'",
-                {FC1: ROW, "blocks.0.mlp.fc9": ROW}),
+    "unknown": (
+        NoLayerMatchedError,
+        r"config: 'blocks\.0\.mlp\.fc9'.*closest names: 'blocks\.0\.mlp\.fc1'",
+        {FC1: ROW, "blocks.0.mlp.fc9": ROW},
+    ),
     "substring": (NoLayerMatchedError, "'mlp' matches no nn.Linear", {"mlp": ROW}),
     "not_a_linear": (NoLayerMatchedError, "'norm' matches no nn.Linear", {"norm": ROW}),
     "glob": (NoLayerMatchedError, r"'\*\.fc3' matches no nn.Linear", {FC1: ROW, "*.fc3": ROW}),
-    "refused": (LayerRefusedError, "config names 'head', which must stay dense.*out_features=10",
-                {FC1: ROW, "*.fc2": ROW, "head": ROW}),
+    "refused": (
+        LayerRefusedError,
+        "config names 'head', which must stay dense.*out_features=10",
+        {FC1: ROW, "*.fc2": ROW, "head": ROW},
+    ),
     "only_refused_by_glob": (NoLayerMatchedError, "no layer of model would change.*out_features=10", {"he*": ROW}),
     "class": (ConfigError, rf"config\['{FC1}'\]=<class .* must be a SparseConfig", {FC1: SemiSparseLinear}),
     "key": (ConfigError, "config has the key 3", {3: ROW}),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", BAD_CALLS)

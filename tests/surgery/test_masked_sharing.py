@@ -162,8 +162,10 @@ def test_the_row_of_a_layer_in_a_dense_phase_says_that_its_output_changes() -> N
     sparsify(model)
     model[1].sparse_enabled = False
     notes = [row.reason for row in densify(model, weights="masked")]
-    assert notes == ["pruned weight written", "pruned weight written, although the layer computed with the dense one "
-                     "(dense phase)"]  # fmt: skip
+    assert notes == [
+        "pruned weight written",
+        "pruned weight written, although the layer computed with the dense one (dense phase)",
+    ]
 
 
 @pytest.mark.parametrize("how", ["inference", "expanded"])

@@ -48,16 +48,22 @@ def test_the_old_examples_work_as_written() -> None:
 
 BAD_CALLS = {
     "nothing": (NoLayerMatchedError, "config is empty", {}),
-    "unknown": (NoLayerMatchedError, r"config: 'blocks\.0\.mlp\.fc9'",
-                {FC1: SemiSparseLinear, "blocks.0.mlp.fc9": SemiSparseLinear}),
+    "unknown": (
+        NoLayerMatchedError,
+        r"config: 'blocks\.0\.mlp\.fc9'",
+        {FC1: SemiSparseLinear, "blocks.0.mlp.fc9": SemiSparseLinear},
+    ),
     "no_linear": (NoLayerMatchedError, "'norm' matches no nn.Linear", {"norm": SemiSparseLinear}),
-    "shape": (LayerRefusedError, "config names 'head', which must stay dense.*out_features=10",
-              {FC1: SemiSparseLinear, "head": SemiSparseLinear}),
+    "shape": (
+        LayerRefusedError,
+        "config names 'head', which must stay dense.*out_features=10",
+        {FC1: SemiSparseLinear, "head": SemiSparseLinear},
+    ),
     "value": (ConfigError, rf"config\['{FC1}'\]='weight'", {FC1: "weight"}),
     "instance": (ConfigError, "must be SemiSparseLinear", {FC1: SemiSparseLinear(8, 8)}),
     "dense_class": (ConfigError, "must be SemiSparseLinear", {FC1: nn.Linear}),
     "list_of_names": (ConfigError, "must be a mapping from layer names", [FC1]),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", BAD_CALLS)

@@ -18,8 +18,12 @@ class Model(nn.Module):
         super().__init__()
         self.patch_embed = nn.Sequential(nn.Linear(16, 16))
         self.body = nn.ModuleDict({name: nn.Linear(16, 16) for name in ("headline", "overhead", "classifiers", "fc")})
-        self.attn = nn.ModuleDict({"lora_A": nn.ModuleDict({"default": nn.Linear(16, 4, bias=False)}),
-                                   "lora_B": nn.ModuleDict({"default": nn.Linear(4, 16, bias=False)})})  # fmt: skip
+        self.attn = nn.ModuleDict(
+            {
+                "lora_A": nn.ModuleDict({"default": nn.Linear(16, 4, bias=False)}),
+                "lora_B": nn.ModuleDict({"default": nn.Linear(4, 16, bias=False)}),
+            }
+        )
         self.classifier, self.head, self.lm_head = (nn.Linear(16, 16) for _ in range(3))
         self.table, self.output = nn.Embedding(16, 16), nn.Linear(16, 16, bias=False)
         self.output.weight = self.table.weight
