@@ -148,6 +148,7 @@ def accuracy_summary() -> str:
         "| experiment | metric | dense | sparse, then dense | difference | sparse step / dense step |",
         "|---|---|--:|--:|--:|--:|",
     ]
+    factors = []
     for name in ON_PAGE:
         results = accuracy()[name]
         rows = {row.slug: row for row in experiments.summaries(results)}
@@ -156,9 +157,11 @@ def accuracy_summary() -> str:
         cells = [name, results[0]["metric"]]
         cells += [f"{statistics.fmean(row.values.values()):.{digits}f}" for row in (dense, sparse)]
         cells += [experiments.spread(sparse.differences, digits, "+")]
-        cells += [f"{sparse.seconds['sparse'] / dense.seconds['dense']:.2f}x"]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        factors.append(sparse.seconds["sparse"] / dense.seconds["dense"])
+        lines.append(f"| {' | '.join([*cells, f'{factors[-1]:.2f}x'])} |")
+    small = "These models are too small to gain speed from 2:4: " if min(factors) >= 1 else ""
+    verdict = f"{small}a sparse step took {min(factors):.2f}x to {max(factors):.2f}x the dense step."
+    return "\n".join([*lines, "", verdict[0].upper() + verdict[1:]])
 
 
 def blocks() -> dict[str, str]:
@@ -169,7 +172,7 @@ def blocks() -> dict[str, str]:
     made = {
         "speed": f"{tables.end_to_end_short(steps).markdown()}\n\n{short_origin(steps)}",
         "no-gain": f"{losing.markdown()}\n\n{short_origin([*slow, *small, *linear])}",
-        "accuracy": f"{accuracy_summary()}\n\nMeasured on {gpus(every)}.",
+        "accuracy": f"{accuracy_summary()} Measured on {gpus(every)}.",
         "end-to-end": _remade(tables.end_to_end(steps).markdown(), steps, ""),
         "limit": tables.limit_note(linear),
         "linear": _remade(tables.linear_summary(linear).markdown(), linear, "--linear "),
