@@ -16,7 +16,7 @@ import safetensors
 import safetensors.torch
 import torch
 
-from semisparse.surgery.layers import semi_sparse_layers
+from semisparse import SemiSparseActivationLinear, SemiSparseLinear
 from semisparse_lab.checkpoint.description import (
     FORMAT,
     NO_CHECKSUM,
@@ -51,7 +51,7 @@ def save(path: Path, model: VisionTransformer, info: dict[str, Any] | None = Non
     another ending or cannot be written; what was at path then stays.
     """
     _check_suffix(path)
-    if semi_sparse_layers(model):
+    if any(isinstance(module, (SemiSparseLinear, SemiSparseActivationLinear)) for module in model.modules()):
         raise CheckpointError(
             f"model still has semi-sparse layers, so {path} would not say which weight it is: densify"
         )

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from semisparse import SemiSparseActivationLinear, SemiSparseLinear
 from semisparse.errors import ConfigError
-from semisparse.nn import SemiSparseBase
 from semisparse_lab.data.images import Dataset, Split
 from semisparse_lab.models.dino import DinoConfig, DinoStudent
 from semisparse_lab.tasks.classification import ImageClassification
@@ -80,7 +80,7 @@ class DinoTask(ImageClassification):
         config: DinoConfig,
         wrap: Callable[[nn.Module], Forward] | None = None,
     ) -> None:
-        if any(isinstance(module, SemiSparseBase) for module in student.modules()):
+        if any(isinstance(module, (SemiSparseLinear, SemiSparseActivationLinear)) for module in student.modules()):
             raise ConfigError("student has semi-sparse layers, and so would its teacher; build the task first")
         super().__init__(data)
         self.student, self.config = student, config

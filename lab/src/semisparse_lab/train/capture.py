@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from semisparse.errors import ConfigError
 from semisparse.gemm.engine import engine
-from semisparse.schedule.phases import Kind
 from semisparse_lab.models.transformer import Transformer
 from semisparse_lab.tasks.task import Batch, Forward
+from semisparse_lab.train.results import Kind
 
 WARM_UP_STEPS = 3
 """Steps of each phase that run without a graph first, which compiles kernels and times algorithms."""

@@ -11,12 +11,11 @@ from torch import Tensor, nn
 from semisparse import SparseSchedule
 from semisparse.errors import ConfigError
 from semisparse.gemm.engine import engine
-from semisparse.schedule.phases import Kind
 from semisparse_lab.tasks.task import Batch, Forward, Task
 from semisparse_lab.train.capture import GraphedGradients
 from semisparse_lab.train.config import Precision, TrainConfig, adamw, autocast, learning_rate, resolve_device
 from semisparse_lab.train.measure import MaskCurves, MemoryMeter, StepClock, median_after_warm_up
-from semisparse_lab.train.results import EpochRecord, PhaseSpan, RunResult
+from semisparse_lab.train.results import EpochRecord, Kind, PhaseSpan, RunResult
 
 
 @dataclass(frozen=True, slots=True)

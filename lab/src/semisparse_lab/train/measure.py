@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from semisparse import SparseSchedule
+from semisparse.errors import NoLayerMatchedError
 from semisparse.metrics import FLIP_RATE, KEPT_MAGNITUDE, MaskMetrics
-from semisparse.surgery.layers import layers_with_masks
 from semisparse_lab.train.results import PeakMemory
 
 WARM_UP_STEPS = 10
@@ -93,7 +93,11 @@ class MaskCurves:
     """Flip rate and kept magnitude at one step an epoch; at no step where the model has no layer to follow."""
 
     def __init__(self, model: nn.Module, steps_per_epoch: int) -> None:
-        self._metrics = MaskMetrics(model, max(2, steps_per_epoch)) if layers_with_masks(model) else None
+        self._metrics: MaskMetrics | None
+        try:
+            self._metrics = MaskMetrics(model, max(2, steps_per_epoch))
+        except NoLayerMatchedError:
+            self._metrics = None
         self._applied = 0
         self._taken: int | None = None
 

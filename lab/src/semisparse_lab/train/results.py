@@ -2,8 +2,10 @@
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
-from semisparse.schedule.phases import Kind
+Kind = Literal["sparse", "dense"]
+"""Of a phase."""
 
 
 @dataclass(frozen=True, slots=True)
