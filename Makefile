@@ -16,24 +16,32 @@ help:
 	@echo "make test-gpu  run the GPU tests with $(PYTHON) and write tests/gpu_record.json"
 	@echo "make bench     run the benchmarks with $(PYTHON) and write benchmarks/results"
 
+# pip's own output shows progress: a bar on a terminal, lines in a pipe.
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
 $(READY): pyproject.toml lab/pyproject.toml constraints.txt constraints-triton.txt
+	@echo "setup: makes $(VENV) with $(PYTHON), then pip downloads and installs PyTorch and about 60 other packages there."
+	@echo "setup: 2 GB on disk; two or three minutes on a fast connection, longer on a slow one; no sudo, nothing outside $(VENV)"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]' -e ./lab
-	$(BIN)/python -c 'import triton' 2>/dev/null || \
-		$(BIN)/python -m pip install --quiet --disable-pip-version-check -r constraints-triton.txt
-	touch $(READY)
+	$(PIP) install -c constraints.txt -e '.[dev]' -e ./lab
+	$(BIN)/python -c 'import triton' 2>/dev/null || $(PIP) install -r constraints-triton.txt
+	@touch $(READY)
+	@echo "setup: done; it is not repeated until the lists of packages change"
 
 demo: $(READY)
+	@echo "demo: trains three small ViTs, about a minute on two CPU cores; table here, curves and checkpoints in $(OUT)"
 	$(BIN)/semisparse-lab train --out $(OUT) --force
 
 test: $(READY)
+	@echo "test: no GPU needed; about ten minutes on two cores; pytest prints a dot per test"
 	$(BIN)/python -m pytest -q -n auto
 
 check: $(READY)
+	@echo "check: format, lint, types, import levels; about half a minute"
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -q tests/arch/test_layers.py
+	$(BIN)/python -m pytest -q tests/arch/test_layers.py tests/arch/test_lab_imports.py
 
 test-gpu:
 	PYTHONPATH=src:lab/src SEMISPARSE_REQUIRE_GPU=1 $(PYTHON) tests/record_gpu.py

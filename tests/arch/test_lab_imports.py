@@ -18,6 +18,56 @@ EXCEPTIONS = {
     "semisparse.gemm.engine": "results say how many sparse products ran, which nothing public counts",
 }
 
+# The lab's own levels: a file imports only its own level and lower ones.
+LEVELS = (
+    {"", "errors", "checks", "strict_json", "files", "output", "provenance", "commands"},
+    {"models", "data"},
+    {"tasks", "train"},
+    {"experiment", "checkpoint"},
+    {"report"},
+    {"pipeline"},
+    {"studies"},
+    {"cli", "__main__"},
+)
+LEVEL_OF = {name: number for number, names in enumerate(LEVELS) for name in names}
+
+
+def module_name(path: Path) -> str:
+    """Dotted name below semisparse_lab."""
+    parts = path.relative_to(ROOT / "lab" / "src" / "semisparse_lab").with_suffix("").parts
+    return ".".join(part for part in parts if part != "__init__")
+
+
+NAMES = {module_name(path): path for path in LAB}
+
+
+def lab_imports(path: Path) -> set[str]:
+    """Modules of the lab that a file imports, by their names below semisparse_lab."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, "the lab imports by full names"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    below = {name.partition(".")[2] for name in found if name.split(".")[0] == "semisparse_lab"}
+    return {name if name in NAMES else name.rpartition(".")[0] for name in below}
+
+
+@pytest.mark.parametrize("path", LAB, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_file_of_the_lab_imports_no_higher_level(path: Path) -> None:
+    mine = LEVEL_OF[module_name(path).split(".")[0]]
+    assert lab_imports(path) <= NAMES.keys()
+    higher = {name for name in lab_imports(path) if LEVEL_OF[name.split(".")[0]] > mine}
+    assert not higher, f"{module_name(path)} [{mine}] imports {sorted(higher)}"
+
+
+def test_no_import_of_the_lab_runs_in_a_circle() -> None:
+    left = {name: lab_imports(path) - {name} for name, path in NAMES.items()}
+    while leaves := {name for name, needs in left.items() if not needs & left.keys()}:
+        left = {name: needs for name, needs in left.items() if name not in leaves}
+    assert not left, f"in or behind a circle: {sorted(left)}"
+
 
 def library_imports(path: Path) -> set[tuple[str, str]]:
     """(module, name) of each import from the library."""

@@ -8,11 +8,11 @@ from pathlib import Path
 
 from semisparse.errors import ConfigError
 from semisparse_lab.checks import is_number
+from semisparse_lab.commands import command_of
 from semisparse_lab.errors import DataError
 from semisparse_lab.files import write_atomically
 from semisparse_lab.report.curves import curves
 from semisparse_lab.report.result_files import Result, load_results
-from semisparse_lab.studies import command_of
 
 
 @dataclass(frozen=True, slots=True)

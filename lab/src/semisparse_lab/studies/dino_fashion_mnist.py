@@ -13,11 +13,11 @@ from pathlib import Path
 
 from semisparse import SparseConfig, recipes
 from semisparse.config import Backend
+from semisparse_lab.commands import command
 from semisparse_lab.data.images import load_dataset
 from semisparse_lab.experiment import Experiment, OnProgress, Outcome, Row, train_row, train_settings
 from semisparse_lab.models.dino import DinoConfig, build_student
 from semisparse_lab.models.vit import ViTConfig
-from semisparse_lab.studies import command
 from semisparse_lab.tasks.dino import DinoTask
 from semisparse_lab.train.capture import compiled_blocks
 from semisparse_lab.train.config import TrainConfig, resolve_device

@@ -13,10 +13,10 @@ from pathlib import Path
 
 from semisparse import recipes
 from semisparse.config import Backend
+from semisparse_lab.commands import command
 from semisparse_lab.data.text import standard_library
 from semisparse_lab.experiment import Experiment, OnProgress, Outcome, Row, train_row, train_settings
 from semisparse_lab.models.gpt import GPTConfig, build_gpt
-from semisparse_lab.studies import command
 from semisparse_lab.tasks.next_byte import NextByte, bits_per_byte
 from semisparse_lab.train.capture import compiled_blocks
 from semisparse_lab.train.config import TrainConfig, resolve_device
