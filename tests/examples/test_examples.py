@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-import semisparse
 from tests.arch.source import ROOT
+from tests.arch.test_lab_imports import PUBLIC
 
 EXAMPLES = {path.stem: path for path in sorted((ROOT / "examples").glob("*.py"))}
 TOY = {
@@ -62,9 +62,7 @@ def used_names(path: Path) -> set[str]:
 
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_an_example_uses_public_names_only(name: str) -> None:
-    public = {f"semisparse.{name}" for name in semisparse.__all__}
-    public |= {f"semisparse.recipes.{name}" for name in semisparse.recipes.__all__}
-    assert used_names(EXAMPLES[name]) <= public
+    assert used_names(EXAMPLES[name]) <= PUBLIC
 
 
 @pytest.mark.parametrize("name", EXAMPLES)

@@ -20,6 +20,9 @@ OnProgress = Callable[[Progress], None]
 ProgressFor = Callable[[str], AbstractContextManager[OnProgress]]
 """Called with a run's name; its context gives that run's on_progress."""
 
+Backend = Literal["auto", "cusparselt"]
+"""What multiplies in the rows of an experiment: the engine by force on a GPU, whatever can run elsewhere."""
+
 EXCLUDE = ("patch_embed", "head")
 """First and last layer stay dense, as is usual in sparse training: they are small and sensitive."""
 

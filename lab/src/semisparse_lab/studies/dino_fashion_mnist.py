@@ -12,10 +12,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from semisparse import SparseConfig, recipes
-from semisparse.config import Backend
 from semisparse_lab.commands import command
 from semisparse_lab.data.images import load_dataset
-from semisparse_lab.experiment import Experiment, OnProgress, Outcome, Row, train_row, train_settings
+from semisparse_lab.experiment import Backend, Experiment, OnProgress, Outcome, Row, train_row, train_settings
 from semisparse_lab.models.dino import DinoConfig, build_student
 from semisparse_lab.models.vit import ViTConfig
 from semisparse_lab.tasks.dino import DinoTask
@@ -31,13 +30,13 @@ SMALL_DINO = DinoConfig(
 SMALL_IMAGES = 640
 
 
-def rows(engine: Backend) -> tuple[Row, ...]:
+def rows(backend: Backend) -> tuple[Row, ...]:
     """The configurations that are compared, dense first."""
-    dense = recipes.Recipe(name="dense", sparse_fraction=0.0, config=SparseConfig(backend=engine))
+    dense = recipes.Recipe(name="dense", sparse_fraction=0.0, config=SparseConfig(backend=backend))
     return (
         Row("dense", "dense", dense),
-        Row("sparse-070", "70% sparse, then dense", recipes.dinov2(sparse_fraction=0.7, backend=engine)),
-        Row("sparse-100", "100% sparse", recipes.dinov2(sparse_fraction=1.0, backend=engine)),
+        Row("sparse-070", "70% sparse, then dense", recipes.dinov2(sparse_fraction=0.7, backend=backend)),
+        Row("sparse-100", "100% sparse", recipes.dinov2(sparse_fraction=1.0, backend=backend)),
     )
 
 

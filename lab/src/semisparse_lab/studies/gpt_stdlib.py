@@ -12,10 +12,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from semisparse import recipes
-from semisparse.config import Backend
 from semisparse_lab.commands import command
 from semisparse_lab.data.text import standard_library
-from semisparse_lab.experiment import Experiment, OnProgress, Outcome, Row, train_row, train_settings
+from semisparse_lab.experiment import Backend, Experiment, OnProgress, Outcome, Row, train_row, train_settings
 from semisparse_lab.models.gpt import GPTConfig, build_gpt
 from semisparse_lab.tasks.next_byte import NextByte, bits_per_byte
 from semisparse_lab.train.capture import compiled_blocks
@@ -26,16 +25,16 @@ SMALL = GPTConfig(context=64, width=32, depth=1, heads=2)
 SMALL_TEXT = 200_000
 
 
-def rows(engine: Backend) -> tuple[Row, ...]:
+def rows(backend: Backend) -> tuple[Row, ...]:
     """The configurations that are compared, dense first."""
     return (
-        Row("dense", "dense", recipes.dinov2(sparse_fraction=0.0, backend=engine)),
-        Row("dinov2-070", "dinov2: exact masks for 70%, then dense", recipes.dinov2(backend=engine)),
-        Row("dinov2-100", "exact masks for 100%", recipes.dinov2(sparse_fraction=1.0, backend=engine)),
-        Row("sr_ste", "sr_ste: decay of pruned weights, 100%", recipes.sr_ste(backend=engine)),
-        Row("fst", "fst: masks held 40 steps, decay, last sixth dense", recipes.fst(backend=engine)),
-        Row("s_ste", "s_ste: soft threshold, 100%", recipes.s_ste(backend=engine)),
-        Row("step", "step: dense until the variance settles, then row-wise", recipes.step(backend=engine)),
+        Row("dense", "dense", recipes.dinov2(sparse_fraction=0.0, backend=backend)),
+        Row("dinov2-070", "dinov2: exact masks for 70%, then dense", recipes.dinov2(backend=backend)),
+        Row("dinov2-100", "exact masks for 100%", recipes.dinov2(sparse_fraction=1.0, backend=backend)),
+        Row("sr_ste", "sr_ste: decay of pruned weights, 100%", recipes.sr_ste(backend=backend)),
+        Row("fst", "fst: masks held 40 steps, decay, last sixth dense", recipes.fst(backend=backend)),
+        Row("s_ste", "s_ste: soft threshold, 100%", recipes.s_ste(backend=backend)),
+        Row("step", "step: dense until the variance settles, then row-wise", recipes.step(backend=backend)),
     )
 
 

@@ -8,13 +8,12 @@ reads the test set once, at its end.
 
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Literal
 
 from semisparse import SparseConfig, recipes
-from semisparse.config import Backend
-from semisparse.masks import MaskName
 from semisparse_lab.commands import command
 from semisparse_lab.data.images import load_dataset
-from semisparse_lab.experiment import Experiment, OnProgress, Outcome, Row, train_row, train_settings
+from semisparse_lab.experiment import Backend, Experiment, OnProgress, Outcome, Row, train_row, train_settings
 from semisparse_lab.models.vit import ViTConfig, build_model
 from semisparse_lab.tasks.classification import Augmentation, ImageClassification
 from semisparse_lab.train.capture import compiled_blocks
@@ -27,25 +26,25 @@ SMALL = ViTConfig(image_size=28, patch_size=7, width=32, depth=1, heads=2)
 AUGMENTATION = Augmentation(shift=1.5 / 28, rotation=0.0, scale=0.0, flip=True, whole_pixels=True)
 
 
-def rows(engine: Backend) -> tuple[Row, ...]:
+def rows(backend: Backend) -> tuple[Row, ...]:
     """The configurations that are compared, dense first."""
 
     def part_sparse(part: float) -> Row:
-        recipe = recipes.dinov2(sparse_fraction=part, backend=engine)
+        recipe = recipes.dinov2(sparse_fraction=part, backend=backend)
         return Row(f"sparse-{100 * part:03.0f}", f"{part:.0%} sparse, then dense", recipe)
 
-    def masked(slug: str, title: str, mask: MaskName) -> Row:
-        return Row(slug, title, recipes.Recipe(name=slug, config=SparseConfig(weight=mask, backend=engine)))
+    def masked(slug: str, title: str, mask: Literal["greedy", "signed_greedy"]) -> Row:
+        return Row(slug, title, recipes.Recipe(name=slug, config=SparseConfig(weight=mask, backend=backend)))
 
     return (
-        Row("dense", "dense", recipes.dinov2(sparse_fraction=0.0, backend=engine)),
+        Row("dense", "dense", recipes.dinov2(sparse_fraction=0.0, backend=backend)),
         *map(part_sparse, FRACTIONS),
-        Row("sparse-100", "100% sparse, exact masks", recipes.dinov2(sparse_fraction=1.0, backend=engine)),
+        Row("sparse-100", "100% sparse, exact masks", recipes.dinov2(sparse_fraction=1.0, backend=backend)),
         masked("greedy", "100% sparse, greedy masks by magnitude", "greedy"),
         masked("signed-greedy", "100% sparse, greedy masks by signed value (torchao's default)", "signed_greedy"),
-        Row("fst", "fst: masks held 40 steps, decay, last sixth dense", recipes.fst(backend=engine)),
-        Row("sr_ste", "sr_ste: decay of pruned weights, 100% sparse", recipes.sr_ste(backend=engine)),
-        Row("s_ste", "s_ste: soft threshold, 100% sparse", recipes.s_ste(backend=engine)),
+        Row("fst", "fst: masks held 40 steps, decay, last sixth dense", recipes.fst(backend=backend)),
+        Row("sr_ste", "sr_ste: decay of pruned weights, 100% sparse", recipes.sr_ste(backend=backend)),
+        Row("s_ste", "s_ste: soft threshold, 100% sparse", recipes.s_ste(backend=backend)),
     )
 
 

@@ -7,9 +7,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from semisparse import SparseSchedule
+from semisparse import MaskMetrics, SparseSchedule
 from semisparse.errors import NoLayerMatchedError
-from semisparse.metrics import FLIP_RATE, KEPT_MAGNITUDE, MaskMetrics
 from semisparse_lab.train.results import PeakMemory
 
 WARM_UP_STEPS = 10
@@ -114,5 +113,5 @@ class MaskCurves:
             return None, None
         self._taken = self._metrics.step
         values = self._metrics.read()
-        kept = [value for name, value in values.items() if name.startswith(f"{KEPT_MAGNITUDE}/")]
-        return values[FLIP_RATE], statistics.fmean(kept)
+        kept = [value for name, value in values.items() if name.startswith("kept_magnitude/")]
+        return values["flip_rate"], statistics.fmean(kept)
