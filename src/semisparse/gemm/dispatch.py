@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 from torch import Tensor
 
-from semisparse.config import Backend
+from semisparse.config import BACKENDS, Backend
 from semisparse.errors import ConfigError, EngineError
 from semisparse.gemm import dense
 from semisparse.gemm.autotune.algorithm import Choice
@@ -67,8 +67,8 @@ def multiply(
         dense.product(problem, unpack(operands.packed), operands)
         algorithm, choice = None, None
     else:
-        if backend not in ("auto", "cusparselt"):
-            raise ConfigError(f"backend={backend!r} is not one of 'auto', 'cusparselt', 'dense'")
+        if backend not in BACKENDS:
+            raise ConfigError(f"backend={backend!r} is not one of {', '.join(map(repr, BACKENDS))}")
         tuner, index = tuner or autotuner(), operands.out.get_device()
         choice = tuner.known(problem, index) or _chosen(problem, operands, unpack, tuner)
         algorithm = choice.algorithm if backend == "auto" else choice.sparse_algorithm

@@ -21,7 +21,21 @@ def check_sizes(
     mask: masks.Mask,
     transposed: bool,
 ) -> None:
-    """Raise ShapeError, TensorError or ConfigError unless prune_pack can take such a matrix. types: read, written."""
+    """Check the sizes and dtypes of a matrix for prune_pack.
+
+    Args:
+        rows: Of the matrix.
+        rows_padded: Rows with the zero rows that are added.
+        columns: Of the matrix.
+        types: Dtype of the matrix and of the packed values.
+        mask: What is chosen.
+        transposed: Whether the transpose is written, too.
+
+    Raises:
+        ShapeError: A size does not fit.
+        TensorError: A dtype does not fit.
+        ConfigError: mask has no packed transpose.
+    """
     if types[0] not in _DTYPES or types[1] not in PACKED_DTYPES:
         raise TensorError(f"matrix is {types[0]}, packed as {types[1]}; use fp32, fp16 or bf16, packed as fp16 or bf16")
     if columns % SPARSE_MULTIPLE or rows_padded % SPARSE_MULTIPLE or rows_padded < rows:
@@ -33,7 +47,20 @@ def check_sizes(
 
 
 def check_choice(mask: masks.Mask, codes: Tensor | None, scale: Tensor | None, rows: int, columns: int) -> None:
-    """Raise ConfigError, TensorError or ShapeError unless the pack kernel knows mask and has what it needs."""
+    """Check that the pack kernel knows a mask and has what the mask needs.
+
+    Args:
+        mask: What is chosen.
+        codes: Tile codes given instead of choosing.
+        scale: Factor of the kept values.
+        rows: Of the matrix, padding included.
+        columns: Of the matrix.
+
+    Raises:
+        ConfigError: The kernel does not choose this mask.
+        TensorError: codes or scale are of another dtype or missing.
+        ShapeError: codes are not one per tile.
+    """
     if not mask.chosen_while_packing:
         known = ", ".join(repr(other.name) for other in masks.MASKS.values() if other.chosen_while_packing)
         raise ConfigError(f"mask={mask.name!r} is not chosen by this kernel; use one of {known}")
@@ -47,7 +74,7 @@ def check_choice(mask: masks.Mask, codes: Tensor | None, scale: Tensor | None, r
 
 
 def check_buffers(packed: Tensor, packed_t: Tensor | None, rows: int, columns: int, layout: MetadataLayout) -> None:
-    """check_buffer for a rows x columns matrix and, where it is wanted, for its transpose."""
+    """check_buffer for a rows x columns matrix and, if packed_t is given, for its transpose."""
     check_buffer("packed", packed, rows, columns, layout)
     if packed_t is not None:
         check_buffer("packed_t", packed_t, columns, rows, layout)

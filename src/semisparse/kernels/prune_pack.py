@@ -1,7 +1,7 @@
 """One pass over a matrix: choose what each 4x4 tile keeps, write the packed matrix and the packed transpose.
 
 A program handles a block of tiles that covers whole metadata blocks in both directions, so it alone writes all of
-their bytes, padding included. A thread holds tile *pairs* (4 rows x 8 columns, 16 bytes a row of 16-bit values), which
+their bytes, padding included. A thread holds tile *pairs* (4 rows x 8 columns, 16 bytes per row of 16-bit values). This
 makes loads wide and fills a 32-bit word of metadata for each direction. Memory bound by design: values move as words
 (packed_values.py), the best tile costs about 220 operations (tile_masks.py), metadata takes a few shuffles
 (packed_metadata.py).
@@ -63,8 +63,11 @@ def prune_pack(
     PADDING: tl.constexpr, TILE_ROWS: tl.constexpr, PAIRS: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr,
     NATIVE: tl.constexpr,
 ):  # fmt: skip
-    """The kernel; launch says what the arguments mean. stride: int64 words from row to row. EVEN: no edge in sight.
-    WIDE: the grid is flat, and within a program, too, offsets may need 64 bits."""
+    """The kernel; see launch for the arguments.
+
+    stride: int64 words from row to row. EVEN: every program lies inside the matrix. WIDE: the grid is flat, and offsets
+    within a program may need 64 bits as well.
+    """
     down, right = block_at(columns, 8 * PAIRS, WIDE)
     row_words, row_words_t = columns // 4, rows_padded // 4  # 32-bit words in a packed row
     if WIDE:

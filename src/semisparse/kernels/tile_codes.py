@@ -1,6 +1,6 @@
-"""Which entries of each 4x4 tile are kept, as tile codes and nothing else. One thread a tile; any strides.
+"""Choose what each 4x4 tile keeps and write it as tile codes only. One thread per tile; any strides.
 
-For what needs the mask alone: masks frozen for some steps, decay, metrics, and masked dense products.
+For users of the mask alone: masks held for some steps, decay, metrics, and masked dense products.
 """
 
 from functools import lru_cache
@@ -17,7 +17,7 @@ from semisparse.kernels.launcher import Launcher
 from semisparse.pattern import GROUP
 
 TILES = 128
-"""Tiles of one program, one for each of its threads."""
+"""Tiles of one program, one per thread."""
 
 _TRANSPOSABLE = tl.constexpr(masks.get("transposable").constant)
 _ROW = tl.constexpr(masks.get("row").constant)
@@ -54,18 +54,24 @@ def tile_codes(
 
 
 def launch(matrix: Tensor, codes: Tensor, *, mask: str) -> None:
-    """Write the tile codes of matrix (R x C, multiples of 4, any strides) into codes (int16, R/4 x C/4, contiguous).
+    """Write the tile codes of a matrix. Asynchronous, on the current stream of its device.
 
-    Asynchronous, on the current stream of matrix's device. matrix: fp32, fp16 or bf16. mask: any of masks.MASKS, bit
-    for bit as its choose. Bit 4 * i + j of a code keeps entry (i, j) of its tile. Raises ShapeError, TensorError,
-    ConfigError.
+    Args:
+        matrix: R x C, multiples of 4, any strides, fp32, fp16 or bf16.
+        codes: int16, R/4 x C/4, contiguous. Bit 4 * i + j of a code keeps entry (i, j) of its tile.
+        mask: Any of masks.MASKS; the choice equals that of its choose bit for bit.
+
+    Raises:
+        ShapeError: The sizes do not fit.
+        TensorError: A dtype or a memory layout does not fit.
+        ConfigError: The mask is unknown.
     """
     constant = masks.get(mask).constant
     if matrix.dtype not in _DTYPES or codes.dtype != torch.int16 or not codes.is_contiguous():
         raise TensorError(f"matrix is {matrix.dtype}, codes {codes.dtype}; use fp32, fp16 or bf16, contiguous int16")
     rows, columns = matrix.shape
     if rows % GROUP or columns % GROUP or codes.shape != (rows // GROUP, columns // GROUP):
-        raise ShapeError(f"matrix is {rows} x {columns}, codes {tuple(codes.shape)}; there must be one for each tile")
+        raise ShapeError(f"matrix is {rows} x {columns}, codes {tuple(codes.shape)}; there must be one per tile")
     if codes.numel():
         _prepare(*codes.shape, *matrix.stride(), constant, matrix.dtype)(matrix.get_device(), matrix, codes)
 
