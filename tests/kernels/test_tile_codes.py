@@ -111,5 +111,5 @@ def test_bad_arguments_are_named():
     with pytest.raises(TensorError, match="contiguous int16"):
         kernel.launch(matrix, codes.mT.contiguous().mT, mask="row")
     for wrong in (matrix[:6], matrix[:, :14], matrix[:4]):
-        with pytest.raises(ShapeError, match=r"codes \(2, 4\); there must be one for each tile"):
+        with pytest.raises(ShapeError, match=r"codes \(2, 4\); there must be one per tile"):
             kernel.launch(wrong, codes, mask="greedy")
