@@ -62,8 +62,8 @@ def test_a_range_becomes_a_pair_of_floats() -> None:
 
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {
-    "name": ({"name": None}, "name=None must be a text"),
-    "empty name": ({"name": ""}, "name='' must be a text"),
+    "name": ({"name": None}, "name=None must be a non-empty string"),
+    "empty name": ({"name": ""}, "name='' must be a non-empty string"),
     "config": ({"config": "row"}, "config='row' must be a SparseConfig"),
     "fraction above": ({"sparse_fraction": 1.1}, r"sparse_fraction=1\.1 must lie between 0 and 1"),
     "fraction nan": ({"sparse_fraction": float("nan")}, "sparse_fraction=nan must lie between 0 and 1"),

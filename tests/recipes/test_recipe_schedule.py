@@ -180,5 +180,5 @@ def test_the_plan_shows() -> None:
 
 @pytest.mark.parametrize("name", ["sparse_then_dense", "dense_sparse_dense"])
 def test_a_recipe_brings_its_own_phases(name: str) -> None:
-    with pytest.raises(ScheduleError, match="a recipe brings its phases"):
+    with pytest.raises(ScheduleError, match="a recipe has its own phases"):
         getattr(RecipeSchedule, name)(nn.Linear(4, 4), 10, 0.5)

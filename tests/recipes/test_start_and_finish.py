@@ -81,7 +81,7 @@ BAD_STARTS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
                        "optimizer=AdamW has no variance to freeze; the recipe step needs .*StepAdamW"),
     "two beta2": ({"recipe": step(), "optimizer": with_other_beta}, ConfigError,
                   r"\(beta2, eps\) of \[\(0\.9, 1e-08\), \(0\.999, 1e-08\)\]"),
-    "frozen before": ({"recipe": step(), "optimizer": already_frozen}, ConfigError, "its variance is frozen already"),
+    "frozen before": ({"recipe": step(), "optimizer": already_frozen}, ConfigError, "its variance is already frozen"),
     "hooks left": ({"optimizer": still_hooked}, ConfigError,
                    r"still has the hooks of the recipe fst; call finish\(\) of its schedule"),
     "no steps": ({"total_steps": 0}, ScheduleError, "total_steps=0 must be a whole number of steps, 1 or more"),

@@ -11,18 +11,24 @@ from semisparse.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Recipe:
-    """How to train sparse: config for the layers, and what else happens while they are sparse. Immutable, checked.
+    """How to train sparse: config for the layers, and what else happens while they are sparse. Immutable and checked.
 
         recipe = recipes.fst(decay=6e-5)
         sparsify(model, recipe.config, select="mlp")
         schedule = RecipeSchedule(recipe, model, optimizer, total_steps)
         ... optimizer.step(); schedule.step()          # or schedule.step(scaler), after scaler.update()
 
-    name: for messages and state. config: what the layers must have been swapped with. sparse_fraction: share of the
-    steps that are sparse, from the start; the rest is dense. decay: strength of MaskedDecay, 0 for none. refresh_every:
-    applied steps for which a mask is held before it is chosen anew; 1 chooses at every forward. dense_range: if given,
-    StepAdamW is needed, and AutoSwitch decides when a dense phase at the start ends, within these shares of all steps.
-    Raises ConfigError when a value is outside its range or two parts exclude each other.
+    Args:
+        name: For messages and state.
+        config: What the layers must have been swapped with.
+        sparse_fraction: Share of the steps that are sparse, from the start; the rest is dense.
+        decay: Strength of MaskedDecay; 0 for none.
+        refresh_every: Applied steps for which a mask is held; 1 chooses masks at every forward.
+        dense_range: If given, AutoSwitch decides when a dense phase at the start ends, within these shares of all
+            steps. Needs StepAdamW.
+
+    Raises:
+        ConfigError: A value is outside its range, or two parts exclude each other.
     """
 
     name: str
@@ -34,7 +40,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name:
-            raise ConfigError(f"name={self.name!r} must be a text")
+            raise ConfigError(f"name={self.name!r} must be a non-empty string")
         if not isinstance(self.config, SparseConfig):
             raise ConfigError(f"config={self.config!r} must be a SparseConfig")
         if not _is_number(self.sparse_fraction) or not 0 <= self.sparse_fraction <= 1:

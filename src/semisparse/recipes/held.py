@@ -1,6 +1,6 @@
-"""What a recipe holds fixed on its layers: masks for some steps, scales for the whole run.
+"""Tensors that a recipe holds on its layers: masks for some steps, scales for the whole run.
 
-The tensors keep their addresses, so a captured or compiled step sees what was refreshed between its replays.
+The tensors keep their addresses, so that a captured or compiled step uses what was refreshed between its replays.
 """
 
 from collections.abc import Mapping
@@ -19,14 +19,17 @@ from semisparse.reference.masks import from_codes
 from semisparse.surgery.layers import layers_with_masks
 
 
-class Frozen:
-    """One tensor for each weight, of the weights as they are now; on the layers from attach() to detach().
+class Held:
+    """One tensor per weight, computed from the weights when this is built; on the layers from attach() to detach().
 
-    What the tensors are, subclasses say.
+    Subclasses say what the tensors are.
+
+    Args:
+        model: A module with SemiSparseLinear layers.
 
     Attributes:
-        key: Of the tensors in state_dict().
-        held_as: The argument of SemiSparseLinear.hold that they are.
+        key: Key of the tensors in state_dict().
+        held_as: Which argument of SemiSparseLinear.hold they are.
     """
 
     key: str
@@ -34,12 +37,12 @@ class Frozen:
 
     def __init__(self, model: nn.Module) -> None:
         self._layers = layers_by_weight(model)
-        self._tensors = {name: self._look(layer.weight.detach()) for name, layer in self._layers.items()}
+        self._tensors = {name: self._computed(layer.weight.detach()) for name, layer in self._layers.items()}
         names = {id(layer.weight): name for name, layer in self._layers.items()}
-        # Two layers that share a weight share what is frozen of it.
+        # Two layers that share a weight also share its tensor.
         self._all = [(layer, self._tensors[names[id(layer.weight)]]) for layer in layers_with_masks(model).values()]
 
-    def _look(self, weight: Tensor) -> Tensor:
+    def _computed(self, weight: Tensor) -> Tensor:
         raise NotImplementedError
 
     def attach(self) -> None:
@@ -48,34 +51,43 @@ class Frozen:
             layer.hold(**{self.held_as: tensor})
 
     def detach(self) -> None:
-        """Take the tensors off those layers that still have them."""
+        """Remove the tensors from the layers that still have them."""
         for layer, tensor in self._all:
             if isinstance(layer, SemiSparseLinear) and getattr(layer, f"held_{self.held_as}") is tensor:
                 layer.hold()
 
     @property
     def tensors(self) -> Mapping[str, Tensor]:
-        """What is held, by layer."""
+        """The tensors by layer."""
         return self._tensors
 
     def advance(self, sparse: bool) -> bool:
-        """One optimizer step was applied; sparse: whether the next forward is. Returns whether tensors changed."""
+        """Count one applied optimizer step.
+
+        Args:
+            sparse: Whether the next forward is.
+
+        Returns:
+            Whether tensors were refreshed.
+        """
         return False
 
     @torch.no_grad()
     def _refresh(self) -> None:
         for name, layer in self._layers.items():
-            self._tensors[name].copy_(self._look(layer.weight.detach()))
+            self._tensors[name].copy_(self._computed(layer.weight.detach()))
 
     def state_dict(self) -> dict[str, Any]:
         """Copies of the tensors by layer, on their devices."""
         return {self.key: {name: tensor.clone() for name, tensor in self._tensors.items()}}
 
     def check_state(self, state: Mapping[str, Any]) -> None:
-        """Raise ScheduleError unless state holds a tensor of the right kind for each layer."""
+        """Raise ScheduleError unless state has a tensor of the right kind for each layer."""
         saved = state.get(self.key)
         if not isinstance(saved, Mapping) or saved.keys() != self._tensors.keys():
-            raise ScheduleError(f"state[{self.key!r}] does not name the layers of this model; it was saved for another")
+            raise ScheduleError(
+                f"state[{self.key!r}] does not name the layers of this model; it was saved for another one"
+            )
         for name, tensor in self._tensors.items():
             other = saved[name]
             if not isinstance(other, Tensor) or (other.shape, other.dtype) != (tensor.shape, tensor.dtype):
@@ -90,25 +102,30 @@ class Frozen:
                 )
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over a state that check_state has passed."""
+        """Load a state that check_state has accepted."""
         for name, tensor in self._tensors.items():
             tensor.copy_(state[self.key][name])
 
 
-class FrozenScales(Frozen):
+class HeldScales(Held):
     """The scale of mask "soft" for each weight, as it is when the recipe starts (arXiv 2409.09099)."""
 
     key = "scales"
     held_as = "scale"
 
-    def _look(self, weight: Tensor) -> Tensor:
+    def _computed(self, weight: Tensor) -> Tensor:
         return soft_scale(weight)
 
 
-class FrozenMasks(Frozen):
-    """Transposable masks, chosen anew after every `every` applied steps of a sparse phase (arXiv 2404.01847).
+class HeldMasks(Held):
+    """Transposable masks, refreshed after every `every` applied steps of a sparse phase (arXiv 2404.01847).
 
-    sparse: whether the first phase is. Where a sparse phase begins later, the masks are chosen anew as it begins.
+    They are also refreshed when a sparse phase begins later.
+
+    Args:
+        model: A module with SemiSparseLinear layers.
+        every: Applied steps for which masks are held.
+        sparse: Whether the first phase is sparse.
     """
 
     key = "masks"
@@ -118,11 +135,11 @@ class FrozenMasks(Frozen):
         super().__init__(model)
         self._every, self._age, self._sparse = every, 0, sparse
 
-    def _look(self, weight: Tensor) -> Tensor:
+    def _computed(self, weight: Tensor) -> Tensor:
         return ops.tile_codes(weight, "transposable")
 
     def advance(self, sparse: bool) -> bool:
-        """Count the step and refresh when the masks are old enough, or when a sparse phase begins."""
+        """Count the step; refresh if the masks are old enough, or if a sparse phase begins."""
         begins, self._sparse = sparse and not self._sparse, sparse
         if not sparse:
             return False
@@ -134,11 +151,11 @@ class FrozenMasks(Frozen):
         return True
 
     def state_dict(self) -> dict[str, Any]:
-        """Masks as tile codes, and the steps for which they have been held."""
+        """Masks as tile codes, and the number of steps for which they have been held."""
         return {**super().state_dict(), "age": self._age, "was_sparse": self._sparse}
 
     def check_state(self, state: Mapping[str, Any]) -> None:
-        """As Frozen, and that the masks are transposable (this waits for the device), and the age."""
+        """As Held.check_state; also checks that the masks are transposable, which synchronises, and their age."""
         super().check_state(state)
         for name, codes in state[self.key].items():
             tiles = from_codes(codes).unflatten(0, (-1, GROUP)).unflatten(2, (-1, GROUP))
@@ -151,6 +168,6 @@ class FrozenMasks(Frozen):
             raise ScheduleError(f"state['was_sparse']={state.get('was_sparse')!r} must be true or false")
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over masks and age."""
+        """Load masks and age."""
         super().load_state_dict(state)
         self._age, self._sparse = state["age"], state["was_sparse"]
