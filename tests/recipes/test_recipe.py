@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import re
 from dataclasses import FrozenInstanceError, asdict
 from typing import Any
 
@@ -10,7 +11,9 @@ import pytest
 from semisparse import SparseConfig
 from semisparse.errors import ConfigError
 from semisparse.recipes import PRESETS, Recipe, dinov2, fst, s_ste, sr_ste, step
+from tests.arch.source import ROOT
 
+DOCS = ROOT / "docs" / "recipes.md"
 WANTED: dict[str, dict[str, Any]] = {
     "dinov2": {"mask": "transposable", "sparse_fraction": 0.7},
     "sr_ste": {"mask": "transposable", "decay": 2e-4},
@@ -28,13 +31,22 @@ def test_a_preset_is_its_papers_recipe(name: str) -> None:
     assert PRESETS[name]().describe() == {"name": name, "config": layers, **PLAIN, **wanted}
 
 
+def test_the_docs_say_which_products_of_a_preset_are_sparse() -> None:
+    rows = re.findall(
+        r"^\| ((?:`\w+`(?:, )?)+) \| (\w+) \| (\w+).*? \| (\w+) \|$", DOCS.read_text(), flags=re.MULTILINE
+    )
+    said = {name: row[1:] for row in rows for name in re.findall(r"\w+", row[0])}
+    assert said == {name: tuple(preset().config.products.values()) for name, preset in PRESETS.items()}
+    assert sr_ste(mask="row").config.products["grad_input"] == "dense"
+
+
 def test_the_presets_are_all_named() -> None:
     presets = {"dinov2": dinov2, "sr_ste": sr_ste, "fst": fst, "s_ste": s_ste, "step": step}
     assert presets == PRESETS
 
 
 @pytest.mark.parametrize("name", WANTED)
-def test_a_preset_takes_an_engine_and_its_own_settings(name: str) -> None:
+def test_a_preset_takes_a_backend_and_its_own_settings(name: str) -> None:
     assert PRESETS[name](backend="dense").config.backend == "dense"
     assert fst(decay=1e-3, refresh_every=7, sparse_fraction=0.5).describe() == {
         "name": "fst",

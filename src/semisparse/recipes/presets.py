@@ -1,15 +1,7 @@
 """The named recipes. Each returns a Recipe; what it omits of its paper is documented here.
 
-Which products are sparse, for a layer y = x W~^T with M tokens (on CUDA, where the sizes allow; exact everywhere):
-
-    recipe    forward    input gradient                    weight gradient
-    dinov2    sparse     sparse                            dense
-    sr_ste    sparse     sparse; dense with mask="row"     dense
-    fst       sparse     sparse                            dense (the paper also prunes dy, by MVUE: not available yet)
-    s_ste     sparse     dense: the mask is row-wise       dense (as fst)
-    step      sparse     dense with mask="row"             dense
-
-In a dense phase all three are dense.
+`fst().config.products` says which products are sparse; in a dense phase none is. The papers of FST and S-STE also
+prune dy for a sparse weight gradient (MVUE), which is not available yet: here it is dense.
 """
 
 from collections.abc import Callable
@@ -54,8 +46,7 @@ def fst(
 ) -> Recipe:
     """Transposable masks held for refresh_every applied steps, decay of pruned weights, dense for the last sixth.
 
-    arXiv 2404.01847, for the feed-forward layers of a transformer. The paper also prunes dy for a sparse weight
-    gradient (MVUE); here the weight gradient is dense.
+    arXiv 2404.01847, for the feed-forward layers of a transformer.
 
     Args:
         decay: Added to gradients after they were unscaled and clipped. Tune it per model by the flip rate (see
@@ -71,8 +62,8 @@ def fst(
 def s_ste(*, sparse_fraction: float = 1.0, backend: Backend = "auto") -> Recipe:
     """Continuous pruning: the two largest of each 4 along K, shrunk by the third, times a scale fixed at the start.
 
-    arXiv 2409.09099. The scale of each weight, <W, S> / <S, S>, is computed when the recipe starts. The paper also
-    prunes dy (MVUE) and multiplies in fp8; here the weight gradient is dense and products are in your dtype.
+    arXiv 2409.09099. The scale of each weight, <W, S> / <S, S>, is computed when the recipe starts. The paper
+    multiplies in fp8; here products are in your dtype.
 
     Args:
         sparse_fraction: As in Recipe. With less than 1, the dense phase replaces the shrunk weight by W itself, which
