@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import semisparse
-from semisparse import SparseConfig, SparseSchedule, check, functional, sparsify
+from semisparse import SparseConfig, SparseSchedule, check, routes, sparsify
 from semisparse.errors import ConfigError, NoLayerMatchedError, ShapeError
 
 
@@ -131,8 +131,8 @@ def test_the_packed_route_and_a_dense_phase(monkeypatch: pytest.MonkeyPatch) -> 
         "dense (dense phase)",
     ]
     net[1].sparse_enabled = True
-    monkeypatch.setattr(functional, "packs", lambda weight, dtype, backend: backend != "dense")
-    monkeypatch.setattr(functional, "why_masked_dense", lambda weight, dtype, backend: "")
+    monkeypatch.setattr(routes, "packs", lambda weight, dtype, backend: backend != "dense")
+    monkeypatch.setattr("semisparse._check.why_masked_dense", lambda weight, dtype, backend: "")
     assert check(net, X.bfloat16()).rows[1].forward == "packed"
 
 
@@ -144,7 +144,7 @@ def test_products_are_told_to_the_layer_that_ran_them(monkeypatch: pytest.Monkey
 
     net = nn.Sequential(nn.Linear(16, 32), nn.Linear(32, 16)).bfloat16()
     sparsify(net)
-    monkeypatch.setattr(functional, "packs", lambda weight, dtype, backend: True)
+    monkeypatch.setattr(routes, "packs", lambda weight, dtype, backend: True)
     real = ops.packed_matmul
 
     def product(x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, backend: str) -> Tensor:

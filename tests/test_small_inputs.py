@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import semisparse
-from semisparse import SemiSparseActivationLinear, SemiSparseLinear, SparseConfig, SparseSchedule, functional, recipes
+from semisparse import SemiSparseActivationLinear, SemiSparseLinear, SparseConfig, SparseSchedule, recipes, routes
 from semisparse.errors import LayerRefusedError, NoLayerMatchedError
 from semisparse.testing import assert_bit_equal
 
@@ -29,7 +29,7 @@ def sparse(*layers: nn.Module, config: SparseConfig | None = None) -> nn.Sequent
 def packed(monkeypatch: pytest.MonkeyPatch) -> Callable[[], tuple[nn.Sequential, Tensor]]:
     """Makes a model that takes the packed route on the CPU, and its input."""
     half = (torch.float16, torch.bfloat16)
-    monkeypatch.setattr(functional, "packs", lambda weight, dtype, backend: dtype in half and backend != "dense")
+    monkeypatch.setattr(routes, "packs", lambda weight, dtype, backend: dtype in half and backend != "dense")
     return lambda: (nn.Sequential(SemiSparseLinear(16, 16, bias=False, dtype=torch.bfloat16)), X.bfloat16())
 
 

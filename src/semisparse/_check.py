@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from semisparse import functional
 from semisparse.errors import ConfigError, NoLayerMatchedError
 from semisparse.gemm.autotune.algorithm import Choice
 from semisparse.gemm.dispatch import observed
 from semisparse.gemm.problem import Problem
 from semisparse.nn import SemiSparseBase
+from semisparse.operands import compute_dtype
+from semisparse.routes import why_masked_dense
 from semisparse.surgery.layers import semi_sparse_layers
 from semisparse.unchanged import unchanged
 
@@ -209,6 +210,6 @@ def _route(layer: SemiSparseBase, operand: Any) -> str:
         return "dense (dense phase)"
     if not isinstance(operand, Tensor):
         return "unknown"
-    dtype = functional.compute_dtype(operand, layer.weight)
-    reason = functional.why_masked_dense(layer.weight, dtype, layer.sparse_config.backend)
+    dtype = compute_dtype(operand, layer.weight)
+    reason = why_masked_dense(layer.weight, dtype, layer.sparse_config.backend)
     return f"masked dense: {reason}" if reason else "packed"

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from semisparse import SemiSparseLinear, functional, ops
+from semisparse import SemiSparseLinear, ops, routes
 from semisparse.functional import semi_sparse_activation_linear, semi_sparse_linear
 
 N = 16
@@ -28,7 +28,7 @@ FUNCTIONS = {"weight": semi_sparse_linear, "activation": semi_sparse_activation_
 @pytest.fixture(params=["packed", "masked dense"])
 def route(request, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "packed":
-        monkeypatch.setattr(functional, "packs", lambda weight, dtype, backend: dtype == torch.bfloat16)
+        monkeypatch.setattr(routes, "packs", lambda weight, dtype, backend: dtype == torch.bfloat16)
     return request.param
 
 
@@ -72,7 +72,7 @@ def test_each_place_contributes_its_gradient(route: str, operand: str, case: str
 @pytest.mark.parametrize("operand", FUNCTIONS)
 def test_compiled_code_never_hands_one_tensor_over_twice(monkeypatch: pytest.MonkeyPatch, operand: str) -> None:
     """torch.compile of torch 2.11 loses a gradient there; newer ones do not, so the graph itself is looked at."""
-    monkeypatch.setattr(functional, "packs", lambda weight, dtype, backend: dtype == torch.bfloat16)
+    monkeypatch.setattr(routes, "packs", lambda weight, dtype, backend: dtype == torch.bfloat16)
     seen = []
 
     def backend(graph, inputs):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import semisparse
-from semisparse import SemiSparseActivationLinear, SemiSparseLinear, functional, ops
+from semisparse import SemiSparseActivationLinear, SemiSparseLinear, ops, routes
 from semisparse.errors import EngineError
 from semisparse.testing import assert_bit_equal, small_integers
 from tests.functional.counting import CountOps
@@ -22,7 +22,7 @@ def packed_on_cpu(monkeypatch):
     def packs(weight, dtype, backend):
         return dtype in (torch.float16, torch.bfloat16) and backend != "dense"
 
-    monkeypatch.setattr(functional, "packs", packs)
+    monkeypatch.setattr(routes, "packs", packs)
 
 
 def layer_of(operand, mask="transposable", backend="auto", dtype=torch.bfloat16):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from semisparse import SemiSparseActivationLinear, densify, functional, sparsify
+from semisparse import SemiSparseActivationLinear, densify, routes, sparsify
 from semisparse.errors import ExportError
 from semisparse.functional import semi_sparse_activation_linear, semi_sparse_linear
 from semisparse.testing import assert_bit_equal, small_integers
@@ -24,7 +24,7 @@ def net(operand: str = "weight", mask: str = "transposable") -> nn.Sequential:
 def route(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Both routes run on the CPU: the packed ops have a CPU implementation, only the choice is forced."""
     if request.param == "packed":
-        monkeypatch.setattr(functional, "packs", lambda weight, dtype, backend: True)
+        monkeypatch.setattr(routes, "packs", lambda weight, dtype, backend: True)
     return request.param
 
 
@@ -73,7 +73,7 @@ def test_the_functions_export_in_training_from_a_module_of_ones_own(route: str, 
 
 
 def test_a_second_derivative_of_an_exported_packed_product_raises(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(functional, "packs", lambda weight, dtype, backend: True)
+    monkeypatch.setattr(routes, "packs", lambda weight, dtype, backend: True)
     x = X.bfloat16().requires_grad_()
     module = torch.export.export(net().to(torch.bfloat16), (x,)).module()
     (first,) = torch.autograd.grad(module(x).square().sum(), x, create_graph=True)

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jacfwd, jvp, vmap
 
-from semisparse import SemiSparseActivationLinear, SemiSparseLinear, functional, ops
+from semisparse import SemiSparseActivationLinear, SemiSparseLinear, functional, ops, routes
 from semisparse.errors import EngineError, TensorError
 from semisparse.testing import assert_bit_equal
 from tests.support import LAYER_CLASSES
@@ -172,7 +172,7 @@ def test_an_engine_that_was_asked_for_says_that_it_cannot(monkeypatch: pytest.Mo
 
 
 def test_masked_gradients_of_torch_func_use_the_packed_ops_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(functional, "packs", lambda weight, dtype, backend: True)
+    monkeypatch.setattr(routes, "packs", lambda weight, dtype, backend: True)
     seen = []
     real = ops.packed_matmul
     monkeypatch.setattr(ops, "packed_matmul", lambda *args: seen.append(1) or real(*args))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from semisparse import SemiSparseLinear, SparseConfig, functional, ops, reuse_packed
+from semisparse import SemiSparseLinear, SparseConfig, ops, reuse_packed, routes
 from semisparse.errors import ConfigError, EngineError
 from semisparse.testing import assert_bit_equal
 from tests.support import through_a_file
@@ -24,7 +24,7 @@ def packed_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
             raise EngineError("there is none")
         return dtype in (torch.float16, torch.bfloat16) and backend != "dense"
 
-    monkeypatch.setattr(functional, "packs", packs)
+    monkeypatch.setattr(routes, "packs", packs)
 
 
 def model_of(dtype: torch.dtype = torch.bfloat16, layers: int = 1) -> nn.Sequential:

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils import flop_counter
 from torch.utils.flop_counter import FlopCounterMode
 
-from semisparse import SemiSparseActivationLinear, SemiSparseLinear, functional, ops
+from semisparse import SemiSparseActivationLinear, SemiSparseLinear, ops, routes
 from semisparse.flops import flop_formulas, register_flop_formulas
 
 M, K, N = 24, 48, 80
@@ -24,7 +24,7 @@ def registered(monkeypatch):
 
 @pytest.fixture
 def packed_on_cpu(monkeypatch):
-    monkeypatch.setattr(functional, "packs", lambda weight, dtype, backend: True)
+    monkeypatch.setattr(routes, "packs", lambda weight, dtype, backend: True)
 
 
 def flops_of_a_step(layer, x):

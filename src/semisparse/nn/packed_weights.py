@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from semisparse import functional, ops
+from semisparse import ops, routes
 from semisparse.config import SparseConfig
 from semisparse.formats.packed import PackedMatrix
 from semisparse.masks import MaskName
+from semisparse.operands import compute_dtype
 
 
 class PackedWeight(NamedTuple):
@@ -61,10 +62,10 @@ def open_block(layer: PackingLayer) -> PackedWeight | None:
 
     For the dtype that a forward would compute in now. The layer's buffers are written, unless an outer block is using
     them. Buffers are ordinary tensors also under inference_mode, so that a later training step can use them. Raises
-    what ops.pack and functional.packs raise.
+    what ops.pack and routes.packs raise.
     """
-    dtype = functional.compute_dtype(layer.weight, layer.weight)
-    if not functional.packs(layer.weight, dtype, layer.sparse_config.backend):
+    dtype = compute_dtype(layer.weight, layer.weight)
+    if not routes.packs(layer.weight, dtype, layer.sparse_config.backend):
         return None
     packed = _packed(layer, dtype)
     _OPEN.setdefault(layer, []).append(packed)
@@ -106,7 +107,7 @@ def usable(layer: PackingLayer, x: Tensor) -> PackedMatrix | None:
     packed = layer._packed
     if packed is None:
         return None
-    dtype = functional.compute_dtype(x, layer.weight)
+    dtype = compute_dtype(x, layer.weight)
     if packed.dtype is dtype and (torch.compiler.is_compiling() or packed.source == _source(layer)):
         return packed.packed
     if not torch.compiler.is_compiling():

@@ -230,7 +230,7 @@ def test_the_memory_bound_holds_while_a_sample_is_made(problem):
     engine, _, _ = make_engine()
     engine.compress = lambda dense, check: torch.zeros(dense.numel() * 9 // 8, dtype=torch.uint8)
     out = torch.empty(problem.d_shape, dtype=BF16)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as recorded:
         sample = make_sample(engine, part, out, memory)
     events = recorded.profiler.kineto_results.events()
     changes = [

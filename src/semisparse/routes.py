@@ -1,0 +1,81 @@
+"""Which route a call takes, and why: the packed one or masked dense, and how either is differentiated."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from semisparse.config import Backend
+from semisparse.errors import EngineError
+from semisparse.formats.layout import PACKED_DTYPES, SPARSE_MULTIPLE
+from semisparse.tracing import transforming
+
+Transform = Literal["", "grad", "other"]
+
+
+def packs(weight: Tensor, dtype: torch.dtype, backend: Backend) -> bool:
+    """Whether a layer takes the packed route; a fact of device, dtype and sizes alone.
+
+    Args:
+        weight: (N, K).
+        dtype: That the products are computed in.
+        backend: As SparseConfig's.
+
+    Raises:
+        EngineError: backend="cusparselt" asks for a route that is not there.
+    """
+    possible = weight.is_cuda and dtype in PACKED_DTYPES and _sizes_fit(weight)
+    if backend == "cusparselt" and not possible:
+        raise EngineError(
+            f"backend='cusparselt' needs a CUDA weight in fp16 or bf16 with N and K multiples of {SPARSE_MULTIPLE}; "
+            f"it is {tuple(weight.shape)} on {weight.device}, computed in {dtype}: use backend='auto' or torch.autocast"
+        )
+    return possible and backend != "dense"
+
+
+def why_masked_dense(weight: Tensor, dtype: torch.dtype, backend: Backend) -> str:
+    """Why packs() says no, in words; empty where it says yes."""
+    if backend == "dense":
+        return "backend='dense' asks for it"
+    if not weight.is_cuda:
+        return f"the weight is on {weight.device}, and sparse products need CUDA"
+    if dtype not in PACKED_DTYPES:
+        return f"computed in {dtype}, and sparse products need fp16 or bf16: use torch.autocast"
+    if not _sizes_fit(weight):
+        return f"N x K = {' x '.join(map(str, weight.shape))}, and sparse products need multiples of {SPARSE_MULTIPLE}"
+    return ""
+
+
+def _sizes_fit(weight: Tensor) -> bool:
+    return not (weight.shape[0] % SPARSE_MULTIPLE or weight.shape[1] % SPARSE_MULTIPLE)
+
+
+def transform_at_work(backend: Backend) -> Transform:
+    """Which torch.func transform this call is part of.
+
+    Args:
+        backend: As SparseConfig's.
+
+    Returns:
+        "" for none, "grad" for torch.func.grad alone, "other" where the packed ops have no rules: in vmap, forward mode
+        and, in compiled code, any transform. (torch.compile ignores the backward of an autograd.Function inside
+        torch.func transforms and differentiates its forward, so that the gradient would be zero.)
+
+    Raises:
+        EngineError: backend="cusparselt" asks for packed ops where they have no rules.
+    """
+    found: Transform
+    if torch.compiler.is_compiling():
+        found = "other" if transforming() else ""
+    elif torch._C._functorch.maybe_current_level() is not None:
+        kinds = torch._C._functorch.TransformType
+        levels = torch._C._functorch.get_interpreter_stack() or ()
+        found = "other" if any(level.key() in (kinds.Vmap, kinds.Jvp) for level in levels) else "grad"
+    else:
+        found = "other" if torch.autograd.forward_ad._current_level >= 0 else ""
+    if found == "other" and backend == "cusparselt":
+        raise EngineError(
+            "backend='cusparselt' cannot run inside vmap or forward-mode derivatives, nor in compiled torch.func "
+            "transforms: use backend='auto', which computes masked dense there"
+        )
+    return found
