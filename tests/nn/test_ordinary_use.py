@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jacfwd, jvp, vmap
 
-from semisparse import SemiSparseActivationLinear, SemiSparseLinear, functional, ops, routes
+from semisparse import SemiSparseActivationLinear, SemiSparseLinear, ops, routes
 from semisparse.errors import EngineError, TensorError
 from semisparse.testing import assert_bit_equal
 from tests.support import LAYER_CLASSES
@@ -18,9 +18,7 @@ X = torch.randn(8, 16, generator=torch.Generator().manual_seed(1))
 @pytest.fixture(params=["packed", "masked dense"])
 def route(request, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "packed":
-        monkeypatch.setattr(
-            functional, "packs", lambda weight, dtype, backend: dtype in (torch.float16, torch.bfloat16)
-        )
+        monkeypatch.setattr(routes, "packs", lambda weight, dtype, backend: dtype in (torch.float16, torch.bfloat16))
     return request.param
 
 
