@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jacfwd, jvp, vmap
 
-from semisparse import SemiSparseActivationLinear, SemiSparseLinear, ops, routes
+from semisparse import SemiSparseActivationLinear, SemiSparseLinear, functional, ops, routes
 from semisparse.errors import EngineError, TensorError
 from semisparse.testing import assert_bit_equal
 from tests.support import LAYER_CLASSES
