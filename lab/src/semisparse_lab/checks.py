@@ -1,4 +1,4 @@
-"""Checks that the demo's frozen settings share. Each raises ConfigError, naming the setting, value and range."""
+"""Checks that the lab's frozen settings share. Each raises ConfigError, naming the setting, value and range."""
 
 import math
 from collections.abc import Iterable
@@ -20,7 +20,7 @@ def shown(value: Any) -> str:
 
 
 def is_number(value: Any) -> bool:
-    """Whether value is an int or a float, and finite as a float; True and False are none."""
+    """Whether value is an int or a float, and finite as a float; bools are rejected."""
     try:
         return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     except OverflowError:

@@ -25,8 +25,16 @@ class Evaluation:
 def evaluate_checkpoint(path: Path, data: str, data_dir: Path | None = None, device: str = "auto") -> Evaluation:
     """Test scores of the checkpoint at path, in the precision that it was trained in.
 
-    Raises CheckpointError when it is damaged, was trained on other data than data or takes other images, DataError,
-    ConfigError.
+    Args:
+        path: The checkpoint.
+        data: Name of the data set that it was trained on.
+        data_dir: As in load_dataset.
+        device: As in TrainConfig.
+
+    Raises:
+        CheckpointError: It is damaged, was trained on other data than data, or takes other images.
+        DataError: As load_dataset.
+        ConfigError: device is not there.
     """
     where = resolve_device(device)
     checkpoint = load(path, where)

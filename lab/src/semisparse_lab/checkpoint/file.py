@@ -1,4 +1,4 @@
-"""Checkpoints of the demo's models: one safetensors file that holds the tensors and their description.
+"""Checkpoints of the lab's ViT: one safetensors file that holds the tensors and their description.
 
 There is no second file beside it. Two files cannot be replaced in one step, so that a process that is killed between
 them leaves neither the old version nor the new one; one file is switched by one rename. The description (version, sizes
@@ -46,9 +46,15 @@ class Checkpoint:
 def save(path: Path, model: VisionTransformer, info: dict[str, Any] | None = None) -> str:
     """Write model to path (ending in .safetensors) in one atomic move; returns its checksum.
 
-    info: anything JSON can hold, kept as it is. Raises CheckpointError when load would not take the file (the model
-    still has semi-sparse layers, is not a plain fp32 VisionTransformer, info is not JSON or too long), when path has
-    another ending or cannot be written; what was at path then stays.
+    Args:
+        path: Ends in .safetensors.
+        model: Plain nn.Linear layers, fp32.
+        info: Anything JSON can hold, kept as it is.
+
+    Raises:
+        CheckpointError: load would not take the file (the model still has semi-sparse layers, is not a plain fp32
+            VisionTransformer, info is not JSON or too long), or path has another ending or cannot be written. What was
+            at path then stays.
     """
     _check_suffix(path)
     if any(isinstance(module, (SemiSparseLinear, SemiSparseActivationLinear)) for module in model.modules()):
@@ -75,7 +81,14 @@ def load(path: Path, device: torch.device | str = "cpu") -> Checkpoint:
 
     Checks, in this order: the header is whole and of bounded size, the description is one of ours and of this version,
     its sizes make a model of exactly the names, shapes and dtypes that the header lists, and the checksum. Only then is
-    memory taken for a model, so a wrong description costs none. Raises CheckpointError naming what differs.
+    memory taken for a model, so a wrong description costs none.
+
+    Args:
+        path: As save wrote it.
+        device: Where the model goes.
+
+    Raises:
+        CheckpointError: The file is missing, damaged or of another kind; the message names what differs.
     """
     _check_suffix(path)
     try:

@@ -30,9 +30,15 @@ def read_idx(path: Path, dimensions: int) -> Tensor:
 
     Layout: two zero bytes, the type code 8, the number of dimensions, one big-endian 32-bit size each, then the data.
     Whether it is compressed is told from its first bytes, not from its name. Never reads more than the header
-    announces plus one chunk, nor announcements of more than LARGEST. Raises DataError when the file cannot be read, is
-    no such idx file, is a damaged gzip file, announces no data or too much, or holds another number of bytes than its
-    header says.
+    announces plus one chunk, nor announcements of more than LARGEST.
+
+    Args:
+        path: The file, gzip-compressed or not.
+        dimensions: That the header has to announce.
+
+    Raises:
+        DataError: The file cannot be read, is not such an idx file, is a damaged gzip file, announces no data or too
+            much, or holds another number of bytes than its header says.
     """
     try:
         with path.open("rb") as raw:

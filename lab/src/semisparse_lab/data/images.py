@@ -1,4 +1,4 @@
-"""The demo's image data sets: scikit-learn's digits (default) and Fashion-MNIST, as normalised tensors on a device."""
+"""The lab's image data sets: scikit-learn's digits (default) and Fashion-MNIST, as normalised tensors on a device."""
 
 import hashlib
 from dataclasses import dataclass
@@ -60,8 +60,13 @@ class Dataset:
 def load_dataset(name: str, data_dir: Path | None = None, device: torch.device | str = "cpu") -> Dataset:
     """The data set called name on device.
 
-    "digits": 1797 images of 8 x 8 that scikit-learn brings along; data_dir must be None. "fashion-mnist": 28 x 28, read
-    from the four idx files in data_dir (see read_idx). Raises DataError for another name, a missing or damaged file.
+    Args:
+        name: "digits" (1797 images of 8 x 8 that come with scikit-learn) or "fashion-mnist" (28 x 28).
+        data_dir: Folder with the four idx files of fashion-mnist (see read_idx); None for digits.
+        device: Where the tensors go.
+
+    Raises:
+        DataError: Another name, or a missing or damaged file.
     """
     if name == "digits":
         if data_dir is not None:
@@ -77,11 +82,19 @@ def load_dataset(name: str, data_dir: Path | None = None, device: torch.device |
 def make_dataset(
     name: str, train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], device: torch.device | str = "cpu"
 ) -> Dataset:
-    """A Dataset from pixels (n, side, side) of any range and labels (n,) from 0 on.
+    """A Dataset from images and labels.
 
     A twelfth of each class of train is held out for validation; pixels are normalised by the rest's mean and standard
-    deviation. Raises DataError when pixels and labels differ in number, a split would be empty or
-    pixels have no spread.
+    deviation.
+
+    Args:
+        name: Of the data set.
+        train: Pixels (n, side, side) of any range, and labels (n,) from 0 on.
+        test: The same.
+        device: Where the tensors go.
+
+    Raises:
+        DataError: Pixels and labels differ in number, a split would be empty, or pixels have no spread.
     """
     for part, (pixels, labels) in (("train", train), ("test", test)):
         if len(pixels) != len(labels):

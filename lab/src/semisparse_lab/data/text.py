@@ -33,8 +33,14 @@ def standard_library(folder: Path | None = None, device: torch.device | str = "c
     """The .py files of the standard library of this interpreter, or of folder, without its tests.
 
     A file's name decides its set: one of 20 is for validation, one for test. Files are joined in the order of their
-    names, each ended by a zero byte. Another Python version has other files; Corpus.sha256 tells. Raises DataError
-    when folder has no source, or so little that a set is empty.
+    names, each ended by a zero byte. Another Python version has other files; Corpus.sha256 tells.
+
+    Args:
+        folder: A standard library, None for this interpreter's.
+        device: Where the bytes go.
+
+    Raises:
+        DataError: folder has no source, or so little that a set is empty.
     """
     root = Path(sysconfig.get_path("stdlib")) if folder is None else folder
     parts: dict[str, list[bytes]] = {"train": [], "validation": [], "test": []}

@@ -16,12 +16,29 @@ from semisparse_lab.models.vit import VisionTransformer, ViTConfig, patches
 class DinoConfig:
     """Settings of a run, of the student's head and of the views. Immutable, checked when it is built.
 
-    epochs, batch_size, lr, weight_decay, clip: as in TrainConfig. out_dim: prototypes; hidden, bottleneck: features of
-    the head. student_temperature, teacher_temperature: of the softmaxes. teacher_momentum: share of the teacher that
-    a step keeps; center_momentum: the same of the mean teacher output, which is taken off its outputs. global_scale,
-    local_scale: least and most share of the image's area in a crop; local_views: small crops an image; local_size:
-    their side in pixels. brightness, contrast: largest relative change; blur: chance of a blurred view.
-    Raises ConfigError, naming the setting.
+    Args:
+        epochs: As in TrainConfig.
+        batch_size: As in TrainConfig.
+        lr: As in TrainConfig.
+        weight_decay: As in TrainConfig.
+        clip: As in TrainConfig.
+        out_dim: Prototypes.
+        hidden: Features of the head's hidden layers.
+        bottleneck: Features that are compared with the prototypes.
+        student_temperature: Of the student's softmax.
+        teacher_temperature: Of the teacher's.
+        teacher_momentum: Share of the teacher that a step keeps.
+        center_momentum: The same of the mean teacher output, which is subtracted from its outputs.
+        global_scale: Least and most share of the image's area in a large crop.
+        local_scale: The same of a small crop.
+        local_views: Small crops per image.
+        local_size: Their side in pixels.
+        brightness: Largest relative change.
+        contrast: Largest relative change.
+        blur: Probability that a view is blurred.
+
+    Raises:
+        ConfigError: A setting is outside its range; the message names it.
     """
 
     epochs: int = 12
@@ -77,7 +94,7 @@ class DinoHead(nn.Module):
 
 
 class DinoStudent(VisionTransformer):
-    """The demo's ViT with a DinoHead, for images (B, channels, side, side) of any side that patch_size divides.
+    """The lab's ViT with a DinoHead, for images (B, channels, side, side) of any side that patch_size divides.
 
     On another grid of patches the learned positions are interpolated. Raises ShapeError for other images.
     """
@@ -97,7 +114,7 @@ class DinoStudent(VisionTransformer):
         return self.patch_embed(patches(images, self.config)) + self._positions_on(side)
 
     def features(self, images: Tensor) -> Tensor:
-        """What the backbone makes of images, without the head: a normalised token a patch, (B, T, width) fp32."""
+        """What the backbone makes of images, without the head: one normalised token per patch, (B, T, width) fp32."""
         return self.norm(self.tokens(images)).float()
 
     def _positions_on(self, side: int) -> Tensor:

@@ -17,9 +17,15 @@ _INIT_STD = 0.02
 class GPTConfig:
     """Sizes of a GPT. Immutable, checked when it is built.
 
-    context: tokens that it sees at most; width: features a token; depth: blocks; heads: attention heads; mlp_ratio:
-    hidden features of the MLP over width. Raises ConfigError for a size that is not a positive whole number of at most
-    LARGEST_SIZE or does not divide.
+    Args:
+        context: Tokens that it sees at most.
+        width: Features per token.
+        depth: Blocks.
+        heads: Attention heads; divides width.
+        mlp_ratio: Hidden features of the MLP over width.
+
+    Raises:
+        ConfigError: A size is not a positive whole number of at most LARGEST_SIZE or does not divide.
     """
 
     context: int = 256

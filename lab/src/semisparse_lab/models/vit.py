@@ -17,10 +17,19 @@ LARGEST_MODEL = 1 << 50
 class ViTConfig:
     """Sizes of a VisionTransformer. Immutable, checked when it is built.
 
-    image_size, patch_size: side in pixels; channels: of the image; classes: outputs of the head; width: features a
-    token; depth: blocks; heads: attention heads; mlp_ratio: hidden features of the MLP over width.
-    Raises ConfigError for a size that is not a positive whole number of at most LARGEST_SIZE or does not divide, and
-    for more than LARGEST_MODEL parameters.
+    Args:
+        image_size: Side of an image in pixels.
+        patch_size: Side of a patch in pixels; divides image_size.
+        channels: Of an image.
+        classes: Outputs of the head.
+        width: Features per token.
+        depth: Blocks.
+        heads: Attention heads; divides width.
+        mlp_ratio: Hidden features of the MLP over width.
+
+    Raises:
+        ConfigError: A size is not a positive whole number of at most LARGEST_SIZE or does not divide, or the model
+            would have more than LARGEST_MODEL parameters.
     """
 
     image_size: int

@@ -19,9 +19,13 @@ _EVALUATION_BATCH = 1000
 class Augmentation:
     """Random affine change of each training image, drawn uniformly from plus or minus each value.
 
-    shift: part of the image's side, in both directions; rotation: radians; scale: relative zoom; flip: mirror half of
-    the images left to right; whole_pixels: round shifts to whole pixels, so that images that are not turned or zoomed
-    stay as sharp as those that are scored.
+    Args:
+        shift: Part of the image's side, in both directions.
+        rotation: Radians.
+        scale: Relative zoom.
+        flip: Mirror half of the images left to right.
+        whole_pixels: Round shifts to whole pixels, so that images that are not turned or zoomed stay as sharp as those
+            that are scored.
     """
 
     shift: float = 1 / 16

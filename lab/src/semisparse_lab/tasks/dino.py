@@ -67,10 +67,17 @@ def dino_loss(student: Tensor, teacher: Tensor, center: Tensor, config: DinoConf
 class DinoTask(ImageClassification):
     """Task: DINO on the training images of data, scored by k-NN of the student's features (see knn_votes).
 
-    student: dense, on data's device, and the very model that is trained. Its copy, the teacher, is no part of it and
-    stays dense when the student's layers become sparse. wrap: what the teacher's forward goes through, as in fit.
-    A batch is (images, draws); views are made of both in loss, which draws nothing and so fits into a CUDA graph.
-    Raises ConfigError for a student that is sparse already.
+    A batch is (images, draws). Views are made of both in loss, which draws nothing and so fits into a CUDA graph.
+
+    Args:
+        data: The images, on one device.
+        student: Dense, on data's device, and the very model that is trained. Its copy, the teacher, is not part of it
+            and stays dense when the student's layers become sparse.
+        config: Settings of the method.
+        wrap: What the teacher's forward goes through, as in fit.
+
+    Raises:
+        ConfigError: student is sparse already.
     """
 
     def __init__(

@@ -18,7 +18,7 @@ _EVALUATION_BATCH = 128
 class NextByte:
     """Task: predict each byte from those before it, in windows of `context` bytes at random places of the corpus.
 
-    An epoch is as many windows as fit side by side into the training set. Scores: mean cross-entropy in nats a byte
+    An epoch is as many windows as fit side by side into the training set. Scores: mean cross-entropy in nats per byte
     over windows side by side (what does not fill a window is left out), and the share of bytes guessed right.
     """
 
@@ -45,7 +45,7 @@ class NextByte:
             yield windows[:, :-1], windows[:, 1:]
 
     def loss(self, forward: Forward, batch: Batch) -> Tensor:
-        """Mean cross-entropy in fp32, nats a byte."""
+        """Mean cross-entropy in fp32, nats per byte."""
         return F.cross_entropy(forward(batch[0]).float().flatten(0, 1), batch[1].flatten())
 
     def validate(self, forward: Forward) -> Scores:
@@ -69,5 +69,5 @@ class NextByte:
 
 
 def bits_per_byte(nats: float) -> float:
-    """A cross-entropy of nats a byte in bits."""
+    """A cross-entropy of nats per byte in bits."""
     return nats / math.log(2)

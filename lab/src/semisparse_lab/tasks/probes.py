@@ -12,7 +12,14 @@ _CHUNK = 1000
 def knn_votes(memory: Tensor, labels: Tensor, queries: Tensor, classes: int, k: int = NEIGHBOURS) -> Tensor:
     """Shares of the votes (n, classes) of the k nearest of memory (m, d) for queries (n, d), by cosine, in fp32.
 
-    labels: (m,) int64. As in DINO a neighbour of cosine s weighs exp(s / 0.07). k is at most m.
+    As in DINO a neighbour of cosine s weighs exp(s / 0.07).
+
+    Args:
+        memory: Features (m, d) of known class.
+        labels: Their classes, (m,) int64.
+        queries: Features (n, d).
+        classes: Number of classes.
+        k: Neighbours that vote; with fewer in memory, all of them do.
     """
     with torch.autocast(memory.device.type, enabled=False):
         memory, parts = F.normalize(memory.float(), dim=1), []
@@ -24,9 +31,15 @@ def knn_votes(memory: Tensor, labels: Tensor, queries: Tensor, classes: int, k: 
 
 
 def linear_probe(train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], classes: int, steps: int = 100) -> float:
-    """Accuracy (0 to 1) on test of a logistic regression on train: (features (n, d), labels (n,) int64) each.
+    """Accuracy (0 to 1) on test of a logistic regression on train.
 
-    Features are standardised by train; at most steps of L-BFGS on all of it from zero, with a little weight decay.
+    Features are standardised by train. L-BFGS starts from zero, sees all of train, and has a little weight decay.
+
+    Args:
+        train: Features (n, d) and labels (n,) int64.
+        test: The same.
+        classes: Number of classes.
+        steps: Of L-BFGS, at most.
     """
     std, mean = torch.std_mean(train[0], dim=0)
     x, queries = ((part - mean) / (std + 1e-6) for part in (train[0], test[0]))

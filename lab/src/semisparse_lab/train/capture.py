@@ -28,7 +28,7 @@ def compiled_blocks(model: nn.Module) -> Forward:
     sizes. Raises ConfigError for another model.
     """
     if not isinstance(model, Transformer):
-        raise ConfigError(f"model={type(model).__name__} must be one of the demo's Transformers to compile its blocks")
+        raise ConfigError(f"model={type(model).__name__} must be one of the lab's Transformers to compile its blocks")
     torch._dynamo.config.recompile_limit = 64
     blocks = [torch.compile(block, dynamic=False) for block in model.blocks]
 
@@ -50,11 +50,14 @@ def _side_stream(index: int) -> torch.cuda.Stream:
 class GraphedGradients:
     """Loss and gradients of a batch, replayed from a CUDA graph that is captured anew in each phase.
 
-    backward: computes the loss of a batch, runs its backward pass and returns the detached loss; all batches have one
-    shape. Its random numbers must come from the device. parameters: those whose gradients it makes. Gradients are
-    overwritten by each call, not accumulated, and lie in the graph's memory; the loss is the graph's too, so read it
-    before the next call. Calls up to WARM_UP_STEPS of a phase run without a graph, the next one is captured; every
-    call computes its own batch.
+    Gradients are overwritten by each call, not accumulated, and lie in the graph's memory; the loss is the graph's too,
+    so read it before the next call. Calls up to WARM_UP_STEPS of a phase run without a graph, the next one is captured;
+    every call computes its own batch.
+
+    Args:
+        backward: Computes the loss of a batch, runs its backward pass and returns the detached loss; all batches have
+            one shape. Its random numbers must come from the device.
+        parameters: Those whose gradients it makes.
     """
 
     def __init__(self, backward: Callable[[Batch], Tensor], parameters: list[nn.Parameter]) -> None:

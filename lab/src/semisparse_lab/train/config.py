@@ -107,7 +107,13 @@ def learning_rate(config: TrainConfig, step: int, total: int) -> float:
 def adamw(
     model: nn.Module, config: TrainConfig, kind: type[torch.optim.AdamW] = torch.optim.AdamW
 ) -> torch.optim.AdamW:
-    """The optimizer of a run; kind: AdamW or a subclass, StepAdamW say. Weight decay only where config says."""
+    """The optimizer of a run.
+
+    Args:
+        model: Whose parameters it moves. Only those with 2 or more dimensions decay.
+        config: Learning rate, betas, weight decay and device.
+        kind: AdamW or a subclass such as StepAdamW.
+    """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},

@@ -1,4 +1,4 @@
-"""The training loop that every run of the demo and the examples goes through, dense or sparse."""
+"""The training loop that every run goes through, dense or sparse."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -51,13 +51,23 @@ def fit(
 ) -> RunResult:
     """Train model, already on config.device, for config.epochs and score it on the test split once.
 
-    schedule: stepped after each optimizer step; None trains the model as it is. optimizer: default adamw(model,
-    config); its learning rates are set here, by learning_rate. name: for the result and on_progress, which is called
-    after each step. wrap: what the training forward goes through instead of model itself (torch.compile, say); scores
-    are taken on model. graph: replay forward and backward from a CUDA graph (see GraphedGradients).
-    config.layers is not read here. On a CPU equal arguments give equal numbers, bit for
-    bit; on CUDA as far as the kernels are deterministic. Raises ConfigError when the batch size does not fit, and for
-    a graph without CUDA or with fp16, whose gradient scaling it does not have.
+    On a CPU equal arguments give equal numbers, bit for bit; on CUDA as far as the kernels are deterministic.
+
+    Args:
+        model: What is trained.
+        task: What is learned.
+        config: Settings of the training; its layers are not read here.
+        schedule: Stepped after each optimizer step; None trains the model as it is.
+        optimizer: Default adamw(model, config). Its learning rates are set here, by learning_rate.
+        name: For the result and on_progress.
+        on_progress: Called after each step and at the end of each epoch.
+        wrap: What the training forward goes through instead of model itself (torch.compile, for example); scores are
+            taken on model.
+        graph: Replay forward and backward from a CUDA graph (see GraphedGradients).
+
+    Raises:
+        ConfigError: The batch size does not fit, or a graph is asked for without CUDA or with fp16, whose gradient
+            scaling it does not have.
     """
     device = resolve_device(config.device)
     steps_per_epoch = task.steps_per_epoch(config.batch_size)

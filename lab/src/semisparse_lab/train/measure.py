@@ -89,7 +89,7 @@ def _high_water_mark() -> int | None:
 
 
 class MaskCurves:
-    """Flip rate and kept magnitude at one step an epoch; at no step where the model has no layer to follow."""
+    """Flip rate and kept magnitude at one step per epoch; at no step where the model has no layer to follow."""
 
     def __init__(self, model: nn.Module, steps_per_epoch: int) -> None:
         self._metrics: MaskMetrics | None

@@ -73,7 +73,7 @@ class RunResult:
 
     @property
     def seconds_per_step(self) -> float | None:
-        """Median seconds a step after warm-up; for a run of several phases the mean of their medians by step count."""
+        """Median seconds per step after warm-up; of several phases the mean of their medians, weighted by steps."""
         timed = [(phase.end - phase.start, phase.seconds_per_step) for phase in self.phases]
         known = [(steps, seconds) for steps, seconds in timed if seconds is not None]
         return sum(steps * seconds for steps, seconds in known) / sum(steps for steps, _ in known) if known else None
