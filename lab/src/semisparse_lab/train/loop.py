@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 
 import torch
@@ -58,43 +58,30 @@ def fit(
         task: What is learned.
         config: Settings of the training; its layers are not read here.
         schedule: Stepped after each optimizer step; None trains the model as it is.
-        optimizer: Default adamw(model, config). Its learning rates are set here, by learning_rate.
+        optimizer: Default adamw(model, config). Its learning rates are set here.
         name: For the result and on_progress.
         on_progress: Called after each step and at the end of each epoch.
-        wrap: What the training forward goes through instead of model itself (torch.compile, for example); scores are
-            taken on model.
+        wrap: What the training forward goes through, for example torch.compile. Scores are taken on model itself.
         graph: Replay forward and backward from a CUDA graph (see GraphedGradients).
 
     Raises:
-        ConfigError: The batch size does not fit, or a graph is asked for without CUDA or with fp16, whose gradient
-            scaling it does not have.
+        ConfigError: The batch size does not fit, or a graph is asked for without CUDA or with fp16 (it cannot scale).
     """
     device = resolve_device(config.device)
     steps_per_epoch = task.steps_per_epoch(config.batch_size)
     total = config.epochs * steps_per_epoch
-    masks = MaskCurves(model, steps_per_epoch)
     forward, optimizer = model if wrap is None else wrap(model), optimizer or adamw(model, config)
+    log = _Log(name, total, StepClock(device), MaskCurves(model, steps_per_epoch), on_progress)
     step = _Step(forward, task, config, schedule, optimizer, graph)
     order = torch.Generator().manual_seed(config.seed)
-    memory, clock, kinds, epochs = MemoryMeter(device), StepClock(device), list[Kind](), list[EpochRecord]()
-    products = list[int]()
-    report = on_progress or (lambda progress: None)
+    memory, epochs = MemoryMeter(device), list[EpochRecord]()
     for _ in range(config.epochs):
         model.train()
-        losses = torch.zeros((), device=device)
-        begin = len(kinds)
-        for batch in task.batches(config.batch_size, order):
-            kinds.append("dense" if schedule is None else schedule.phase)
-            clock.start()
-            losses += step(batch, learning_rate(config, len(kinds) - 1, total), kinds[-1])
-            clock.stop()
-            products.append(step.products)
-            masks.count(schedule)
-            report(Progress(name, len(kinds), total, kinds[-1]))
+        losses = _train_epoch(step, task.batches(config.batch_size, order), config, schedule, log)
         with scoring(model, device, config.precision):
             scores = task.validate(model)
-        epochs.append(EpochRecord(len(kinds), losses.item() / (len(kinds) - begin), scores, *masks.take()))
-        report(Progress(name, len(kinds), total, kinds[-1], epochs[-1]))
+        epochs.append(EpochRecord(len(log.kinds), losses.item() / steps_per_epoch, scores, *log.masks.take()))
+        log.tell(epochs[-1])
     step.close()
     with scoring(model, device, config.precision):
         test = task.test(model)
@@ -103,10 +90,43 @@ def fit(
         steps=total,
         skipped_steps=0 if schedule is None else total - schedule.applied_steps,
         epochs=tuple(epochs),
-        phases=phase_spans(kinds, clock.seconds(), products),
+        phases=phase_spans(log.kinds, log.clock.seconds(), log.products),
         test=test,
         peak_memory=memory.peak(),
     )
+
+
+@dataclass
+class _Log:
+    """What is noted of each step: its kind, seconds and sparse products, and the masks."""
+
+    name: str
+    total: int
+    clock: StepClock
+    masks: MaskCurves
+    on_progress: Callable[[Progress], None] | None
+    kinds: list[Kind] = field(default_factory=list)
+    products: list[int] = field(default_factory=list)
+
+    def tell(self, record: EpochRecord | None = None) -> None:
+        if self.on_progress is not None:
+            self.on_progress(Progress(self.name, len(self.kinds), self.total, self.kinds[-1], record))
+
+
+def _train_epoch(
+    step: "_Step", batches: Iterator[Batch], config: TrainConfig, schedule: SparseSchedule | None, log: _Log
+) -> Tensor:
+    """The sum of the batches' losses, on the device."""
+    losses = torch.zeros((), device=resolve_device(config.device))
+    for batch in batches:
+        log.kinds.append("dense" if schedule is None else schedule.phase)
+        log.clock.start()
+        losses += step(batch, learning_rate(config, len(log.kinds) - 1, log.total), log.kinds[-1])
+        log.clock.stop()
+        log.products.append(step.products)
+        log.masks.count(schedule)
+        log.tell()
+    return losses
 
 
 class _Step:
