@@ -1,6 +1,9 @@
 """Set-up of the whole suite. The first lines decide how Triton runs, before anything can import it."""
 
+import hashlib
 import os
+import tempfile
+from pathlib import Path
 
 import torch
 
@@ -8,12 +11,17 @@ GPU_MISSING = not torch.cuda.is_available()  # asking this imports no triton (te
 if GPU_MISSING:
     os.environ["TRITON_INTERPRET"] = "1"
 
+# torch.compile keeps compiled code between runs, under a key that does not hold the schemas of our ops.
+_ops = sorted((Path(__file__).parents[1] / "src" / "semisparse" / "ops").glob("*.py"))
+_digest = hashlib.sha256(b"".join(path.read_bytes() for path in _ops)).hexdigest()[:16]
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir()) / f"semisparse-inductor-{_digest}"))
+
 from collections.abc import Iterator  # noqa: E402
 
 import pytest  # noqa: E402
 from hypothesis import HealthCheck, settings  # noqa: E402
 
-# One thread a process is fastest for our small shapes, and leaves the second core to a parallel worker.
+# One thread per process is fastest for our small shapes, and leaves the second core to a parallel worker.
 torch.set_num_threads(1)
 
 settings.register_profile("local", deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -7,7 +7,7 @@ from semisparse import masks
 from semisparse.errors import ConfigError, ShapeError, TensorError
 from semisparse.formats.layout import SM90_16BIT, MetadataLayout
 from semisparse.kernels import bias, prune_pack, tile_codes
-from semisparse.kernels.launch_checks import check_buffer, check_choice, check_sizes
+from semisparse.kernels.launch_checks import check_buffer, check_choice, check_held, check_sizes
 from semisparse.kernels.prune_pack import DEFAULT_BLOCK, Block, check_block
 
 BF16, FP16 = torch.bfloat16, torch.float16
@@ -55,22 +55,35 @@ def test_a_block_must_hold_whole_metadata_blocks_along_both_axes_of_both_results
     ],
 )
 def test_codes_that_do_not_fit(codes, error, message):
-    check_choice(masks.get("transposable"), torch.zeros(8, 16, dtype=torch.int16), None, 32, 64)
+    check_held(torch.zeros(8, 16, dtype=torch.int16), None, 32, 64)
     with pytest.raises(error) as caught:
-        check_choice(masks.get("transposable"), codes, None, 32, 64)
+        check_held(codes, None, 32, 64)
     assert message in str(caught.value)
 
 
-def test_codes_are_of_a_transposable_mask():
-    with pytest.raises(TensorError, match="tile codes of a transposable mask"):
-        check_choice(masks.get("row"), torch.zeros(8, 16, dtype=torch.int16), None, 32, 64)
-
-
-@pytest.mark.parametrize("scale", [None, torch.ones(2), torch.ones(1, dtype=torch.float64)])
+@pytest.mark.parametrize("scale", [torch.ones(2), torch.ones(1, dtype=torch.float64)])
 def test_a_scale_that_does_not_fit(scale):
-    check_choice(masks.get("soft"), None, torch.ones(()), 32, 64)
-    with pytest.raises(TensorError, match="mask='soft' needs scale, one float32 element"):
-        check_choice(masks.get("soft"), None, scale, 32, 64)
+    check_held(None, torch.ones(()), 32, 64)
+    with pytest.raises(TensorError, match="it must be one float32 element"):
+        check_held(None, scale, 32, 64)
+
+
+@pytest.mark.parametrize(
+    ("mask", "given", "message"),
+    [
+        ("row", (True, False), "mask='row' cannot be given as codes"),
+        ("soft", (False, False), "mask='soft' needs a scale"),
+        ("row", (False, True), "mask='row' takes no scale"),
+        (
+            "greedy",
+            (False, False),
+            "mask='greedy' is not chosen by this kernel; use one of 'transposable', 'row', 'soft'",
+        ),
+    ],
+)
+def test_a_mask_gets_exactly_what_it_needs(mask, given, message):
+    with pytest.raises(ConfigError, match=message):
+        check_choice(masks.get(mask), *given)
 
 
 def test_a_buffer_needs_whole_blocks_to_the_last_byte():
@@ -94,7 +107,8 @@ def test_a_kernel_that_was_compiled_for_a_dtype_never_serves_another():
 def test_each_launch_asks_for_the_launcher_of_its_dtype(monkeypatch):
     asked = []
     for kernel in (bias, tile_codes, prune_pack):
-        monkeypatch.setattr(kernel, "_prepare", lambda *key, **more: asked.append(key) or (lambda *_: None))
+        launcher = (lambda *_: None, (0, 0)) if kernel is prune_pack else lambda *_: None
+        monkeypatch.setattr(kernel, "_prepare", lambda *key, result=launcher, **more: asked.append(key) or result)
     for dtype in (BF16, FP16):
         matrix = torch.zeros(64, 64, dtype=dtype)
         bias.launch(matrix, matrix[0])
@@ -109,7 +123,9 @@ def test_each_launch_asks_for_the_launcher_of_its_dtype(monkeypatch):
 def test_rows_that_are_not_16_byte_aligned_are_copied_first(monkeypatch, columns):
     """A GPU reads 16 bytes at once; the interpreter would not mind."""
     asked = []
-    monkeypatch.setattr(prune_pack, "_prepare", lambda sizes, *_, **more: asked.append(sizes) or (lambda *_: None))
+    monkeypatch.setattr(
+        prune_pack, "_prepare", lambda sizes, *_, **more: asked.append(sizes) or (lambda *_: None, (0, 0))
+    )
     matrix, packed = torch.zeros(64, columns, dtype=BF16)[:, :96], torch.zeros(64 * 96 * 9 // 8, dtype=torch.uint8)
     prune_pack.launch(matrix, packed, None, dtype=BF16, layout=SM90_16BIT, mask="row")
     assert asked == [(64, 64, 96, 26 if columns == 104 else 24)]

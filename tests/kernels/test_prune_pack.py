@@ -173,7 +173,7 @@ def test_bad_arguments_are_named():
         pack(matrix, torch.bfloat16, "greedy")
     with pytest.raises(TensorError, match="int16 tile codes"):
         pack(matrix, torch.bfloat16, codes=torch.zeros(8, 8, dtype=torch.int32, device=DEVICE))
-    with pytest.raises(TensorError, match="scale"):
+    with pytest.raises(ConfigError, match="needs a scale"):
         pack(matrix, torch.bfloat16, "soft")
     with pytest.raises(ShapeError, match="packed_t has 16 bytes"):
         prune_pack.launch(

@@ -46,31 +46,46 @@ def check_sizes(
         raise ConfigError(f"mask={mask.name!r} keeps 2:4 along the columns only: pass packed_t=None")
 
 
-def check_choice(mask: masks.Mask, codes: Tensor | None, scale: Tensor | None, rows: int, columns: int) -> None:
-    """Check that the pack kernel knows a mask and has what the mask needs.
+def check_choice(mask: masks.Mask, given_codes: bool, given_scale: bool) -> None:
+    """Check that the pack kernel knows a mask and is given what the mask needs.
 
     Args:
         mask: What is chosen.
-        codes: Tile codes given instead of choosing.
+        given_codes: Whether tile codes are given instead of choosing.
+        given_scale: Whether a factor of the kept values is given.
+
+    Raises:
+        ConfigError: The kernel does not choose this mask, or codes or scale are missing or not wanted.
+    """
+    if not mask.chosen_while_packing:
+        known = ", ".join(repr(other.name) for other in masks.MASKS.values() if other.chosen_while_packing)
+        raise ConfigError(f"mask={mask.name!r} is not chosen by this kernel; use one of {known}")
+    if given_codes and not mask.from_codes:
+        raise ConfigError(f"mask={mask.name!r} cannot be given as codes: pass codes=None")
+    if given_scale is not mask.needs_scale:
+        raise ConfigError(f"mask={mask.name!r} {'needs a' if mask.needs_scale else 'takes no'} scale")
+
+
+def check_held(codes: Tensor | None, scale: Tensor | None, rows: int, columns: int) -> None:
+    """Check tile codes and scale, where they are given.
+
+    Args:
+        codes: Tile codes.
         scale: Factor of the kept values.
         rows: Of the matrix, padding included.
         columns: Of the matrix.
 
     Raises:
-        ConfigError: The kernel does not choose this mask.
-        TensorError: codes or scale are of another dtype or missing.
+        TensorError: codes or scale are of another dtype or size.
         ShapeError: codes are not one per tile.
     """
-    if not mask.chosen_while_packing:
-        known = ", ".join(repr(other.name) for other in masks.MASKS.values() if other.chosen_while_packing)
-        raise ConfigError(f"mask={mask.name!r} is not chosen by this kernel; use one of {known}")
     if codes is not None:
-        if not mask.from_codes or codes.dtype != torch.int16 or not codes.is_contiguous():
-            raise TensorError("codes must be contiguous int16 tile codes of a transposable mask")
+        if codes.dtype != torch.int16 or not codes.is_contiguous():
+            raise TensorError(f"codes is {codes.dtype}; it must be contiguous int16 tile codes")
         if codes.shape != (wanted := (rows // GROUP, columns // GROUP)):
             raise ShapeError(f"codes has shape {tuple(codes.shape)}; it must be {wanted}")
-    if mask.needs_scale and (scale is None or scale.dtype != torch.float32 or scale.numel() != 1):
-        raise TensorError(f"mask={mask.name!r} needs scale, one float32 element on the device of matrix")
+    if scale is not None and (scale.dtype != torch.float32 or scale.numel() != 1):
+        raise TensorError(f"scale is {scale.dtype} {tuple(scale.shape)}; it must be one float32 element")
 
 
 def check_buffers(packed: Tensor, packed_t: Tensor | None, rows: int, columns: int, layout: MetadataLayout) -> None:

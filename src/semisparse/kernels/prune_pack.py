@@ -20,7 +20,7 @@ from semisparse.errors import ConfigError
 from semisparse.formats.layout import ALIGNMENT, LARGEST_BLOCK, MetadataLayout
 from semisparse.kernels import packed_values, tile_masks
 from semisparse.kernels.grid import INT32_END, block_at, grid_of
-from semisparse.kernels.launch_checks import check_buffers, check_choice, check_sizes
+from semisparse.kernels.launch_checks import check_buffers, check_choice, check_held, check_sizes
 from semisparse.kernels.launcher import Launcher
 from semisparse.kernels.packed_metadata import repeated, store_metadata
 from semisparse.pattern import GROUP
@@ -182,15 +182,17 @@ def launch(
     if matrix.stride(1) != 1 or matrix.stride(0) * matrix.itemsize % ALIGNMENT or matrix.data_ptr() % ALIGNMENT:
         matrix = matrix.clone(memory_format=torch.contiguous_format)
     rows_padded = rows if rows_padded is None else rows_padded
-    chosen = masks.get(mask)
-    check_choice(chosen, codes, scale, rows_padded, columns)
+    given = codes is not None, scale is not None
+    if any(given):
+        check_held(codes, scale, rows_padded, columns)
     words_apart = matrix.stride(0) * matrix.itemsize // 8
     types, both, index = (matrix.dtype, dtype), packed_t is not None, matrix.get_device()
     block = block or best_block(matrix.dtype, index)
     sizes = rows, rows_padded, columns, words_apart
-    prepared = _prepare(sizes, types, mask, codes is not None, both, layout, block, native=index >= 0)
-    check_buffers(packed, packed_t, rows_padded, columns, layout)
-    prepared(index, matrix.view(torch.int64), codes, scale, packed, packed_t)
+    start, needed = _prepare(sizes, types, mask, given, both, layout, block, native=index >= 0)
+    if packed.numel() < needed[0] or (packed_t is not None and packed_t.numel() < needed[1]):
+        check_buffers(packed, packed_t, rows_padded, columns, layout)
+    start(index, matrix.view(torch.int64), codes, scale, packed, packed_t)
 
 
 def check_block(block: Block, layout: MetadataLayout) -> None:
@@ -214,15 +216,27 @@ def _prepare(
     sizes: tuple[int, int, int, int],
     types: tuple[torch.dtype, torch.dtype],
     mask: str,
-    given_codes: bool,
+    given: tuple[bool, bool],
     transposed: bool,
     layout: MetadataLayout,
     block: Block,
     native: bool,
-) -> Launcher:
-    """All of a launch that does not change while shapes repeat, checked once."""
+) -> tuple[Launcher, tuple[int, int]]:
+    """All of a launch that does not change while shapes repeat, checked once, and the bytes of the two buffers.
+
+    Args:
+        sizes: Rows, rows with padding, columns, int64 words from row to row.
+        types: Dtypes read and written.
+        mask: The name of the mask.
+        given: Whether tile codes are given, and a scale.
+        transposed: Whether the transpose is written, too.
+        layout: Where the metadata goes.
+        block: What one program covers.
+        native: Whether PTX may be used; the interpreter knows none.
+    """
     rows, rows_padded, columns, stride = sizes
     chosen = masks.get(mask)
+    check_choice(chosen, *given)
     check_sizes(rows, rows_padded, columns, types, chosen, transposed)
     check_block(block, layout)
     row_blocks, blocks = layout.blocks(rows_padded, columns)
@@ -235,12 +249,12 @@ def _prepare(
     grid, wide = grid_of(rows_padded, columns, height, width, flat=span >= INT32_END)
     constants = (
         *(_TYPES[dtype] for dtype in types),
-        masks.GIVEN_CODES if given_codes else chosen.constant,
+        masks.GIVEN_CODES if given[0] else chosen.constant,
         transposed,
         layout.bits,
         repeated(layout.padding),
     )
-    return Launcher(
+    launcher = Launcher(
         prune_pack,
         grid,
         (*sizes, row_blocks, blocks, row_blocks_t, blocks_t),
@@ -248,3 +262,4 @@ def _prepare(
         num_warps=block.warps,
         maxnreg=None if wide else block.registers,
     )
+    return launcher, (layout.buffer_bytes(rows_padded, columns), layout.buffer_bytes(columns, rows_padded))
