@@ -14,23 +14,26 @@ from semisparse.nn.base import SemiSparseBase
 _TOKEN_MIXING = (
     "a layer with a pruned activation computes a token from a tile of 4 neighbouring tokens: in a causal model a token "
     "then depends on later ones, and in evaluation on what else is in the batch. Prune the weight there "
-    "(SparseConfig(weight='transposable')), or finish dense. Said once per process; silence it with "
+    "(SparseConfig(weight='transposable')), or finish dense. This warning is given once per process; silence it with "
     "warnings.filterwarnings('ignore', category=semisparse.TokenMixingWarning)"
 )
 _warned = False
 
 
 class SemiSparseActivationLinear(SemiSparseBase):
-    """nn.Linear whose input is pruned by 4x4 tiles over (tokens, features), so it is 2:4 along both.
+    """nn.Linear whose input is pruned by 4x4 tiles over (tokens, features), so that it is 2:4 along both.
 
     Forward product and weight gradient then each have a 2:4 operand; the input gradient is dense and passes straight
-    through the pruning. input: (..., K), tokens are the leading sizes flattened in order, any number of them (a last
-    partial tile counts zero rows); jagged nested tensors too. weight: (N, K); N and K multiples of 4. Dtypes as
-    SemiSparseLinear.
+    through the pruning.
 
-    Which entries of a token are kept depends on the other tokens of its tile. In a causal model its output therefore
-    depends on up to 3 later tokens, and in evaluation on the batch that it is part of: use the weight operand there.
-    Building the first such layer of a process gives a TokenMixingWarning.
+    input: (..., K), or a jagged nested tensor of such rows. The leading sizes are flattened to tokens in order. Any
+    number of tokens fits; a last partial tile is filled up with zero rows. Dtypes as SemiSparseLinear.
+
+    Which entries of a token are kept depends on the other tokens of its tile. In a causal model the output for a token
+    therefore depends on up to 3 later tokens, and in evaluation on the batch: prune the weight there. The first such
+    layer of a process gives a TokenMixingWarning.
+
+    Args and Raises are those of SemiSparseBase.
     """
 
     operand: ClassVar[Operand] = "activation"
@@ -42,7 +45,7 @@ class SemiSparseActivationLinear(SemiSparseBase):
         global _warned
         if not _warned:
             warnings.warn(_TOKEN_MIXING, TokenMixingWarning, stacklevel=3)
-            _warned = True  # not where the warning is an error, so that a second try fails as the first did
+            _warned = True  # not reached if the warning is an error, so that a second attempt fails like the first
 
     def _sparse_forward(self, input: Tensor) -> Tensor:
         if not torch.compiler.is_compiling():

@@ -15,16 +15,23 @@ from semisparse.reference.masks import from_codes
 class SemiSparseLinear(SemiSparseBase):
     """nn.Linear whose weight is pruned to 2:4 by magnitude at every forward; the stored weight stays dense.
 
-    input: (..., K), any leading sizes, zero tokens included; jagged nested tensors too. weight: (N, K); N and K
-    multiples of 4. Output: (..., N).
-    Dtypes: fp64, fp32, fp16, bf16, and any of them under autocast (the mask is then chosen from the stored weight).
-    Gradients: of the input through the pruned weight, of the weight straight through to the dense weight. Each forward
-    sees the weight as it is then. Recipe: arXiv 2102.04010 (straight-through 2:4), masks of arXiv 2102.08124.
+    input: (..., K), any leading sizes, zero tokens included, or a jagged nested tensor of such rows. Dtypes: fp64,
+    fp32, fp16 and bf16, and any of them under autocast; the mask is then chosen from the stored weight.
+
+    The gradient of the input passes through the pruned weight; the gradient of the weight passes straight through to
+    the dense weight. Every forward sees the current weight. Straight-through 2:4 training: arXiv 2102.04010; masks:
+    arXiv 2102.08124.
+
+    Args and Raises are those of SemiSparseBase.
+
+    Attributes:
+        held_codes: Tile codes of the mask that a recipe holds; None if the mask follows the weight.
+        held_scale: Scale of mask "soft", or None.
     """
 
     operand: ClassVar[Operand] = "weight"
     sparse_config: SparseConfig = SparseConfig()
-    # Set only inside nn.reuse_packed: the packed weight to use instead of packing again.
+    # Set only inside reuse_packed: the packed weight to use instead of packing again.
     _packed: PackedWeight | None = None
     held_codes: Tensor | None = None
     held_scale: Tensor | None = None
@@ -41,10 +48,13 @@ class SemiSparseLinear(SemiSparseBase):
         return self.held_codes is not None or self.held_scale is not None
 
     def hold(self, *, codes: Tensor | None = None, scale: Tensor | None = None) -> None:
-        """Use these tile codes or this scale from now on; without arguments, hold nothing any longer.
+        """Use these tile codes or this scale from now on; without arguments, none any longer.
 
-        For recipes, which own what they hold and may write it in place between steps. A layer with mask
-        "transposable" can hold codes (int16, N/4 x K/4), one with mask "soft" needs a scale (one fp32 number).
+        For recipes, which own both tensors and may write to them in place between steps.
+
+        Args:
+            codes: int16, N/4 x K/4, for mask "transposable".
+            scale: One fp32 number, which mask "soft" needs.
         """
         self.held_codes, self.held_scale = codes, scale
 
@@ -63,11 +73,12 @@ class SemiSparseLinear(SemiSparseBase):
     def pruned_weight(self) -> Tensor:
         """The weight as the sparse forward uses it: N x K, detached, in the parameter's dtype.
 
-        Raises ConfigError for mask "soft" outside its recipe.
+        Raises:
+            ConfigError: The mask is "soft" and no recipe has set a scale.
         """
         weight = self.weight.detach()
         return ops.prune(weight, weight.dtype, self._mask, self.held_codes, self.held_scale)
 
     def chosen_mask(self) -> Tensor:
-        """The mask (N x K, bool) that the weight would choose now, whatever a recipe holds."""
+        """The mask (N x K, bool) that follows from the current weight, even if a recipe holds another one."""
         return from_codes(ops.tile_codes(self.weight.detach(), self._mask))

@@ -1,7 +1,7 @@
-"""Who owns packed weights: what each was packed for, where its buffers live, and when it may be used.
+"""Ownership of packed weights: what each was packed from, where its buffers are kept, and when it may be used.
 
-A packing belongs to one weight as it was at one moment, and to one compute dtype. It stays with its layer: copies,
-pickles and state_dicts are without it.
+A packed weight belongs to one state of one weight and to one compute dtype. It stays with its layer: copies, pickles
+and state_dicts do not contain it.
 """
 
 import warnings
@@ -21,21 +21,27 @@ from semisparse.operands import compute_dtype
 
 
 class PackedWeight(NamedTuple):
-    """A packed weight, and what it was made of: see _source."""
+    """A packed weight, and what it was made from.
+
+    Attributes:
+        packed: Its buffers.
+        dtype: The compute dtype.
+        source: Weight, held tensors and settings at the time of packing, as _source gives them.
+    """
 
     packed: PackedMatrix
     dtype: torch.dtype
     source: tuple[object, ...]
 
     def __deepcopy__(self, memo: object) -> None:
-        """Nothing: a copy of a layer packs its own weight. (Parametrised modules copy their dict, not their state.)"""
+        """None: a copy of a layer packs its own weight. (Parametrised modules copy their dict, not their state.)"""
 
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
         return type(None), ()
 
 
 class PackingLayer(Protocol):
-    """What a layer with packed weights has."""
+    """The part of SemiSparseLinear that packing needs."""
 
     weight: Tensor
     sparse_config: SparseConfig
@@ -50,7 +56,7 @@ class PackingLayer(Protocol):
     _packed: PackedWeight | None
 
 
-# The packings of blocks that are open, innermost last.
+# The packed weights of open blocks, innermost last.
 _OPEN: WeakKeyDictionary[PackingLayer, list[PackedWeight]] = WeakKeyDictionary()
 # Buffers outlive a block, so that a compiled or captured step finds them at the same address in the next block. They
 # are kept outside the modules, one pair for each compute dtype.
@@ -58,11 +64,20 @@ _BUFFERS: WeakKeyDictionary[PackingLayer, dict[torch.dtype, PackedWeight]] = Wea
 
 
 def open_block(layer: PackingLayer) -> PackedWeight | None:
-    """Pack the layer's weight as it is now and let its forwards use that; None where a forward would not pack.
+    """Pack the current weight of layer for the dtype that a forward would compute in now, and let forwards use it.
 
-    For the dtype that a forward would compute in now. The layer's buffers are written, unless an outer block is using
-    them. Buffers are ordinary tensors also under inference_mode, so that a later training step can use them. Raises
-    what ops.pack and routes.packs raise.
+    Writes to the buffers that the layer already has, unless an outer block uses them. Buffers are ordinary tensors also
+    under inference_mode, so that a later training step can use them.
+
+    Args:
+        layer: A layer with a pruned weight.
+
+    Returns:
+        The packed weight; None if a forward would take the masked-dense route.
+
+    Raises:
+        ConfigError: The layer's mask needs a scale that is not set.
+        EngineError: backend="cusparselt" cannot run here.
     """
     dtype = compute_dtype(layer.weight, layer.weight)
     if not routes.packs(layer.weight, dtype, layer.sparse_config.backend):
@@ -75,7 +90,7 @@ def open_block(layer: PackingLayer) -> PackedWeight | None:
 
 
 def close_block(layer: PackingLayer, packed: PackedWeight) -> None:
-    """Forget this packing of the layer, in whatever order blocks end."""
+    """Drop the packed weight of one block. Blocks may end in any order."""
     left = [other for other in _OPEN.get(layer, ()) if other is not packed]
     if left:
         _OPEN[layer], layer._packed = left, left[-1]
@@ -100,9 +115,13 @@ def _packed(layer: PackingLayer, dtype: torch.dtype) -> PackedWeight:
 
 
 def usable(layer: PackingLayer, x: Tensor) -> PackedMatrix | None:
-    """The packed weight for this forward, or None, with a warning, where they hold another dtype or an older weight.
+    """The packed weight for this forward; None, with a warning, if it has another dtype or the weight has changed.
 
-    In compiled code only the dtype is looked at: versions cannot be read there.
+    In compiled code only the dtype is compared: versions cannot be read there.
+
+    Args:
+        layer: The layer whose forward runs.
+        x: Its input.
     """
     packed = layer._packed
     if packed is None:
@@ -125,7 +144,7 @@ def _warn(packed: PackedWeight, dtype: torch.dtype) -> None:
 
 
 def _source(layer: PackingLayer) -> tuple[object, ...]:
-    """What a packing depends on: weight, mask and settings, as far as they can be asked. Writes by .data cannot."""
+    """What a packed weight depends on: weight, held tensors and settings. Writes through .data leave no trace here."""
     held = (*_state(layer.held_codes), *_state(layer.held_scale))
     return (*_state(layer.weight), *held, layer.sparse_config)
 
@@ -138,7 +157,7 @@ def _state(tensor: Tensor | None) -> tuple[int, ...]:
 
 @cache
 def _fused_steps_show() -> None:
-    """Let the version of weights in open blocks rise in fused optimizer steps, too; torch 2.11 to 2.13 forget it."""
+    """Raise the version of weights in open blocks after fused optimizer steps; torch 2.11 to 2.13 do not."""
     register_optimizer_step_post_hook(_raise_versions)
 
 

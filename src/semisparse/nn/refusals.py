@@ -1,6 +1,6 @@
-"""Why a layer by itself cannot be made semi-sparse, or can no longer be semi-sparse.
+"""Why a layer cannot be made semi-sparse, cannot stay so, or cannot be made dense again.
 
-Only the layer is examined; surgery/refusals.py adds what its place in a model says against it.
+Only the layer itself is examined; surgery/refusals.py adds the reasons that follow from its place in a model.
 """
 
 import torch
@@ -13,7 +13,7 @@ from semisparse.reference.masks import FLOAT_DTYPES
 
 
 def refusal(layer: nn.Linear) -> str | None:
-    """Why this layer cannot be made semi-sparse, or None."""
+    """Why layer cannot be made semi-sparse, as a message with the way out; None if it can."""
     if isinstance(layer, nn.modules.lazy.LazyModuleMixin):
         return "it is lazy, without sizes yet: run one forward first, then swap"
     reason = weight_refusal(layer)
@@ -39,7 +39,7 @@ def refusal(layer: nn.Linear) -> str | None:
 
 
 def weight_refusal(layer: nn.Linear) -> str | None:
-    """Why the layer's current weight cannot be pruned, or None; also for layers that are semi-sparse already."""
+    """Why the current weight of layer cannot be pruned, or None if it can; also for layers that are semi-sparse."""
     if parametrize.is_parametrized(layer):
         return "it is parametrised: call torch.nn.utils.parametrize.remove_parametrizations first"
     if "weight" not in layer._parameters:
@@ -55,15 +55,30 @@ def weight_refusal(layer: nn.Linear) -> str | None:
     if weight.layout is not torch.strided:
         return f"its weight has the layout {weight.layout}; make it dense first (weight.to_dense())"
     shape = (layer.out_features, layer.in_features)
-    if weight.numel() and tuple(weight.shape) != shape:  # DeepSpeed's ZeRO-3 has an empty one outside of forwards
+    if weight.numel() and tuple(weight.shape) != shape:  # under DeepSpeed's ZeRO-3 it is empty between forwards
         return f"its weight has shape {tuple(weight.shape)}, not {shape}"
     if weight.dtype not in FLOAT_DTYPES:
         return f"its weight has dtype {weight.dtype}; use float64, float32, float16 or bfloat16"
     return None
 
 
+def bound_sparse(layer: nn.Linear) -> str | None:
+    """Why a semi-sparse layer cannot be made dense in place now, or None if it can."""
+    if "operand" not in vars(type(layer)):  # the layer classes themselves define it, wrappers' subclasses do not
+        return (
+            "it is a wrapper around a semi-sparse layer: unwrap it first, or end with a dense phase of a "
+            "SparseSchedule, which needs no swap"
+        )
+    if "forward" in vars(layer):
+        return (
+            "its forward was replaced on the instance (as accelerate's hooks do) and would go on calling the "
+            "sparse one: remove those hooks first"
+        )
+    return None
+
+
 def _is_plain(weight: Tensor) -> bool:
-    """Whether weight is a Parameter, a sharded one (inside a forward FSDP gives the whole weight), or a fake one."""
+    """Whether weight is a plain tensor, a sharded one (FSDP gathers it for the forward), or a fake one."""
     return (
         type(weight) in (nn.Parameter, Tensor)
         or hasattr(weight, "full_tensor")

@@ -22,15 +22,24 @@ OWN_ATTRIBUTES = (
     "_called",
     "_sparse_forward",
 )
-"""Names that a semi-sparse layer uses for itself, beside nn.Linear's."""
+"""Names that a semi-sparse layer uses besides those of nn.Linear."""
 
 
 def register_linear(cls: type[nn.Linear]) -> type[nn.Linear]:
     """Allow layers whose type is exactly cls to be swapped; usable as a class decorator.
 
-    By registering you state that cls.forward computes F.linear(x, self.weight, self.bias) and nothing else, because a
-    swapped layer replaces it. A swapped layer is still an instance of cls, with its methods and attributes; swapping
-    back restores cls. Raises ConfigError when cls is not a subclass of nn.Linear that can be one, or is lazy.
+    Registering states that cls.forward computes F.linear(x, self.weight, self.bias) and nothing else, because the swap
+    replaces it. A swapped layer is still an instance of cls, with its methods and attributes; swapping back restores
+    cls.
+
+    Args:
+        cls: A subclass of nn.Linear.
+
+    Returns:
+        cls.
+
+    Raises:
+        ConfigError: cls is not a dense subclass of nn.Linear, is lazy, or has a name that semi-sparse layers use.
     """
     if not (isinstance(cls, type) and issubclass(cls, nn.Linear)) or hasattr(cls, "_sparse_forward"):
         raise ConfigError(f"cls={cls!r} must be a dense subclass of torch.nn.Linear")
@@ -51,9 +60,17 @@ def is_registered(cls: type[nn.Linear]) -> bool:
 
 
 def swapped_class(base: type[nn.Linear], dense_class: type[nn.Linear]) -> type[Any]:
-    """The class of a swapped layer: base for nn.Linear, and one that is both for a registered subclass.
+    """The class of a swapped layer.
 
-    base: a semi-sparse layer class. Raises ConfigError where Python cannot make that class.
+    Args:
+        base: A semi-sparse layer class.
+        dense_class: nn.Linear or a registered subclass.
+
+    Returns:
+        base itself for nn.Linear, otherwise a subclass of both.
+
+    Raises:
+        ConfigError: Python cannot combine the two classes.
     """
     if dense_class is nn.Linear:
         return base
@@ -81,7 +98,7 @@ def _combined(base: type[nn.Linear], dense_class: type[nn.Linear]) -> type[Any]:
 
 
 def rebuild(base: type[nn.Linear], dense_class: type[nn.Linear]) -> nn.Linear:
-    """An empty layer of swapped_class(base, dense_class), for copy and pickle, which cannot name such a class."""
+    """An empty layer of swapped_class(base, dense_class); copy and pickle cannot import such a class by name."""
     cls = swapped_class(base, dense_class)
     layer: nn.Linear = nn.Linear.__new__(cls)
     return layer

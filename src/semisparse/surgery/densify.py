@@ -10,6 +10,7 @@ from torch import nn
 from semisparse.arguments import check_module
 from semisparse.errors import ConfigError, LayerRefusedError, NoLayerMatchedError
 from semisparse.nn import SemiSparseBase
+from semisparse.nn.refusals import bound_sparse
 from semisparse.surgery.masked_weights import MaskedWeights
 from semisparse.surgery.report import SWAPPED, LayerRow, SwapReport
 from semisparse.surgery.selection import linear_layers
@@ -44,7 +45,7 @@ def densify(model: nn.Module, weights: Weights = "dense") -> SwapReport:
         raise NoLayerMatchedError(f"model={type(model).__name__} has no semi-sparse layer, so nothing would change")
     for found in layers:
         assert isinstance(found.layer, SemiSparseBase)
-        if (reason := found.layer.bound_sparse()) is not None:
+        if (reason := bound_sparse(found.layer)) is not None:
             raise LayerRefusedError(f"{found.name or '(root)'} has type {type(found.layer).__name__}: {reason}")
     masked = MaskedWeights(model, layers) if weights == "masked" else None
     if masked is not None:
