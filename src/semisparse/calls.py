@@ -1,8 +1,8 @@
-"""Which layers were called: evidence from the ops, also from inside compiled code.
+"""Evidence of which layers were called, from the ops, so that it includes compiled code.
 
-The flag that a layer sets in eager forward is not set under torch.compile: a write there would cost host time at every
-call and break strict export and checkpointed regions. The ops run in Python either way. Those that prune a weight see
-it; those that prune tokens are counted and compared with eager calls, so that calls from compiled code show as more.
+A layer sets a flag in eager forward, but not under torch.compile: a write there would cost host time per call and break
+strict export and checkpointed regions. The ops run in Python either way. Ops that prune a weight record it. Ops that
+prune tokens are counted and compared with eager calls of layers; a surplus comes from compiled code.
 """
 
 import threading
@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 class Watch:
-    """What ops have read while this object lived."""
+    """Records what ops read, from its construction on."""
 
     __slots__ = ("__weakref__", "_eager_calls", "_seen", "_token_ops")
 
@@ -24,15 +24,15 @@ class Watch:
         _watches.add(self)
 
     def saw(self, matrix: Tensor) -> bool:
-        """Whether an op has read the memory that matrix starts at. False for shards and fakes, which start nowhere."""
+        """Whether an op has read the memory that matrix starts at; False for tensors without storage, as shards."""
         try:
             return matrix.data_ptr() in self._seen
-        except RuntimeError:  # no storage: a fake or a wrapper
+        except RuntimeError:  # no storage: a fake tensor or a wrapper subclass
             return False
 
     @property
     def tokens_unexplained(self) -> bool:
-        """Whether tokens were pruned that no eager call of a layer explains: in compiled code, then."""
+        """Whether more ops pruned tokens than eager calls of layers account for; the others ran in compiled code."""
         return self._token_ops > self._eager_calls
 
     def _note(self, address: int) -> None:
@@ -43,15 +43,15 @@ class Watch:
         self._eager_calls += calls
 
 
-# Empty but between the start of a schedule and its first sparse step: an address that is remembered for longer could be
-# another tensor's by then.
+# Empty except between the start of a schedule and its first sparse step: memory at an address that is kept for longer
+# could belong to another tensor by then.
 _watches: WeakSet[Watch] = WeakSet()
-_here = threading.local()  # a check in one thread must not hide the training of another
+_here = threading.local()  # a check in one thread must not hide training in another
 
 
 @contextmanager
 def unnoticed() -> Iterator[None]:
-    """Inside the block neither ops nor optimizer steps are noted: they are a check's, not the training's."""
+    """Record neither ops nor optimizer steps inside the block, which belong to a check and not to training."""
     before, _here.paused = paused(), True
     try:
         yield
@@ -65,7 +65,7 @@ def paused() -> bool:
 
 
 def note(matrix: Tensor) -> None:
-    """Tell those who watch that an op pruned this weight."""
+    """Tell every Watch that an op pruned matrix, a weight."""
     if _watches and not paused():
         address = matrix.data_ptr()
         for watch in list(_watches):
@@ -73,7 +73,11 @@ def note(matrix: Tensor) -> None:
 
 
 def note_tokens(*, op: bool) -> None:
-    """Tell those who watch that tokens were pruned by an op, or that an eager call of a layer is about to."""
+    """Tell every Watch that an op pruned tokens, or that an eager call of a layer will.
+
+    Args:
+        op: True if an op pruned, False if a layer was called.
+    """
     if _watches and not paused():
         for watch in list(_watches):
             watch._note_tokens(op, not op)

@@ -1,4 +1,4 @@
-"""Versions and hardware of this machine, and which path each capability will take here. Collecting it never raises."""
+"""Versions, hardware, and the path that each capability will take on this machine. Collecting them never raises."""
 
 import platform
 from collections.abc import Callable
@@ -17,7 +17,7 @@ _PACKERS: dict[Packer, tuple[str, str]] = {
     "compressor": ("reference", "NVIDIA's compressor, once per direction"),
     "reference": ("reference", "reference, once per direction"),
 }
-"""What packs -> what prunes on the packed route, and how it is packed."""
+"""Packer -> what prunes on the packed route, and how packing is done."""
 _CUSPARSELT_PACKAGES = ("nvidia-cusparselt-cu13", "nvidia-cusparselt-cu12")
 
 
@@ -90,7 +90,7 @@ def capabilities(device: str) -> tuple[Capability, ...]:
 
 
 def _packing(device: str) -> tuple[Capability, ...]:
-    """Masks and packing for the packed format found on device, or the error of the search."""
+    """Capabilities of masks and packing for the packed format of device, or the error of finding it."""
     try:
         index = torch.device(device).index
         found = packed_format(torch.cuda.current_device() if index is None else index, torch.bfloat16, engine())
@@ -110,11 +110,11 @@ def _product(device: str) -> tuple[str, str]:
     verdict = available(device)
     if not verdict.ok:
         return "masked dense", verdict.reason
-    return f"{verdict.reason} or masked dense", "whichever is faster, measured per problem at its first use"
+    return f"{verdict.reason} or masked dense", "the faster one, measured per problem at its first use"
 
 
 def _guarded(fact: Callable[[], str | None]) -> str:
-    """The fact, or why it is unknown: a driver or library can fail in any way."""
+    """The fact, or why it is unknown: a driver or library can raise anything."""
     try:
         return fact() or _NOT_FOUND
     except Exception as error:

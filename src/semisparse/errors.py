@@ -25,15 +25,15 @@ class NoLayerMatchedError(SemiSparseError, ValueError):
 
 
 class LayerRefusedError(SemiSparseError, ValueError):
-    """A layer that was asked for by name cannot be made semi-sparse; the message says why."""
+    """A layer that was named or passed cannot be made semi-sparse, or dense; the message says why."""
 
 
 class ScheduleError(SemiSparseError, ValueError):
-    """The phases, layers or calls of a schedule are not as they must be, or a saved state belongs to another one."""
+    """Phases, layers or calls do not fit a schedule, or a saved state belongs to another one."""
 
 
 class ExportError(SemiSparseError, RuntimeError):
-    """A sparse layer was given to an exporter that would lose its gradients or does not support its ops."""
+    """An exporter cannot represent a sparse layer: torch.jit.script, ONNX, or torch.fx without a name for the layer."""
 
 
 class RankMismatchError(SemiSparseError, RuntimeError):
@@ -41,7 +41,7 @@ class RankMismatchError(SemiSparseError, RuntimeError):
 
 
 class EngineError(SemiSparseError, RuntimeError):
-    """The sparse GEMM engine cannot be used here, rejected a product, or was asked to tune where it may not."""
+    """The sparse GEMM engine cannot be used here, rejected a product, or was asked to tune during a graph capture."""
 
 
 class TokenMixingWarning(UserWarning):

@@ -1,11 +1,11 @@
-"""FLOPs of the packed products for torch.utils.flop_counter.FlopCounterMode, which counts 0 for ops it does not know.
+"""FLOPs of the packed products for torch.utils.flop_counter.FlopCounterMode, which counts 0 for unknown ops.
 
-A packed product counts as the dense product that it stands for, 2 M N K, so that utilisation and training cost compare
-with the dense model's. The sparse tensor cores do half of these multiplications; where the engine chose a dense product
-inside the op, all of them.
+A packed product counts as the dense product that it replaces, 2 M N K, so that utilisation and training cost can be
+compared with those of the dense model. The sparse tensor cores do half of these multiplications; a dense product that
+the engine chose inside the op does all of them.
 
-Choosing masks, pruning and packing multiply nothing and get no formula, as elementwise operations get none in torch:
-they take time, but they are no FLOPs of the model.
+Choosing masks, pruning and packing have no formula, as elementwise operations have none in torch: they take time, but
+they are not FLOPs of the model.
 """
 
 from collections.abc import Callable, Sequence
@@ -35,7 +35,7 @@ def _packed_tokens_grad_weight(packed_t: Shape, grad_output: Shape, in_features:
 
 
 def flop_formulas() -> dict[Any, Callable[..., int]]:
-    """Op -> formula over the shapes of its arguments, as FlopCounterMode's custom_mapping takes them."""
+    """Op -> formula over the shapes of its arguments, in the form of FlopCounterMode's custom_mapping."""
     registered = torch.ops.semisparse
     return {
         registered.packed_matmul: _packed_matmul,
@@ -47,11 +47,11 @@ def flop_formulas() -> dict[Any, Callable[..., int]]:
 
 
 def register_flop_formulas() -> None:
-    """Teach FlopCounterMode the packed products, once for the process; calling it again changes nothing.
+    """Register the formulas of the packed products with FlopCounterMode, once per process.
 
-    A counter knows the formulas that were registered when it was constructed, so call this before. A formula that
-    somebody registered for one of these ops earlier stays. Imports torch.utils.flop_counter, which imports triton where
-    that is installed; therefore importing semisparse does not do it.
+    Building or swapping a layer calls it. A counter uses the formulas that were registered when it was constructed. A
+    formula that is registered for one of these ops already stays. Importing semisparse does not call this function,
+    because it imports torch.utils.flop_counter, which imports triton if that is installed.
     """
     from torch.utils import flop_counter
 

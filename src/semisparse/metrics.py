@@ -1,7 +1,7 @@
 """Statistics of the masks during training: flip rate, kept magnitude, dead rows, phase.
 
 The flip rate of one optimizer step is the share of a weight's entries that entered or left the mask in that step:
-r_t = |M(w_t) xor M(w_{t-1})| / (N K), as in arXiv 2404.01847. High rates late in training mean that the masks do not
+r_t = |M(w_t) xor M(w_{t-1})| / (N K), as in arXiv 2404.01847. A high rate late in training means that the masks do not
 settle. The paper compares r_t with that of a dense run, computed from the masks that its weights would have.
 MaskMetrics measures layers in a dense phase in the same way, so the values of a dense run can be the reference of
 read().
@@ -160,7 +160,7 @@ def _weight_layers(model: nn.Module) -> dict[str, SemiSparseLinear]:
 
 
 def _measured(layer: SemiSparseLinear, before: Tensor) -> Tensor:
-    """The values of _NAMES of one layer; before: its mask before the step."""
+    """The values of _NAMES for one layer, with the mask that it had before the step."""
     mask = layer.chosen_mask()
     flip_rate = (before ^ mask).sum() / before.numel()
     return torch.stack([flip_rate, *_statistics(layer.weight, mask)])

@@ -1,12 +1,12 @@
 """Facts of the 2:4 pattern, generated from its definition: row choices, halves and transposable tiles.
 
-A *row choice* keeps 2 of 4 neighbours. A *tile* is 4 x 4 entries, so it is given by four row choices. It is
-*transposable* when each of its columns keeps exactly 2 as well; then the weight is 2:4 along both axes, and
+A *row choice* keeps 2 of 4 neighbours. A *tile* is 4 x 4 entries, so four row choices describe it. It is
+*transposable* if each of its columns keeps exactly 2 as well. A weight of such tiles is 2:4 along both axes, so that
 one mask serves the forward pass (groups along K) and the input gradient (groups along N).
 
-A *half* is the upper or lower two rows of a tile. Two halves make a transposable tile exactly when their column
-counts add up to (2, 2, 2, 2). That is why the best tile can be found from the best half for each of the 19 possible
-column-count vectors, instead of from all 90 tiles (see reference/masks.py).
+A *half* is the upper or lower two rows of a tile. Two halves make a transposable tile exactly if their column counts
+add up to (2, 2, 2, 2). The best tile can therefore be found from the best half for each of the 19 possible column-count
+vectors, instead of from all 90 tiles (reference/masks.py).
 """
 
 from itertools import combinations, product
@@ -24,11 +24,11 @@ ROW_CHOICES: tuple[tuple[int, int], ...] = tuple(combinations(range(GROUP), KEPT
 """The 6 ways to keep 2 of 4, as (first, second) kept index, in lexicographic order."""
 
 ROW_BITS: tuple[int, ...] = tuple(sum(1 << kept for kept in choice) for choice in ROW_CHOICES)
-"""The row choices as 4-bit masks: bit j is set when entry j is kept."""
+"""The row choices as 4-bit masks: bit j is set if entry j is kept."""
 
 
 def column_counts(upper: int, lower: int) -> tuple[int, ...]:
-    """Kept entries in each of the 4 columns of a half made of two row choices (indices into ROW_CHOICES)."""
+    """Kept entries per column of a half, given by two row choices (indices into ROW_CHOICES)."""
     return tuple((ROW_BITS[upper] >> j & 1) + (ROW_BITS[lower] >> j & 1) for j in range(GROUP))
 
 
@@ -49,7 +49,7 @@ def complement(counts: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def tile_code(rows: tuple[int, ...]) -> int:
-    """16-bit code of a tile given by four row choices: bit 4 * i + j is set when entry (i, j) is kept."""
+    """16-bit code of a tile given by four row choices: bit 4 * i + j is set if entry (i, j) is kept."""
     return sum(ROW_BITS[choice] << (GROUP * i) for i, choice in enumerate(rows))
 
 
@@ -65,8 +65,14 @@ TRANSPOSABLE_TILES: tuple[int, ...] = tuple(
 def metadata_nibble(bits: int) -> int:
     """Kept positions of one group as the hardware stores them: first kept index | second kept index << 2.
 
-    bits is a 4-bit mask with at most two bits set. Where fewer are set, the pair is filled up so that it stays
-    increasing: a lone index 3 goes to the second slot, every other lone index to the first.
+    If fewer than two entries are kept, the pair is filled up so that it stays increasing: a lone index 3 goes to the
+    second slot, every other lone index to the first.
+
+    Args:
+        bits: A 4-bit mask with at most two bits set.
+
+    Raises:
+        ValueError: bits has more than two bits set.
     """
     kept = [j for j in range(GROUP) if bits >> j & 1]
     if len(kept) > KEPT:
@@ -81,7 +87,7 @@ def metadata_nibble(bits: int) -> int:
 METADATA_NIBBLES: tuple[int | None, ...] = tuple(
     metadata_nibble(bits) if bits.bit_count() <= KEPT else None for bits in range(1 << GROUP)
 )
-"""metadata_nibble for each of the 16 group masks; None where a group keeps more than two."""
+"""metadata_nibble of each of the 16 group masks; None if the group keeps more than two."""
 
 
 class Packed(NamedTuple):

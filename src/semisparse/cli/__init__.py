@@ -1,1 +1,1 @@
-"""The command line: `semisparse train`, `semisparse evaluate`, `semisparse env`. Needs the cli extra."""
+"""The command line: `semisparse env`. Needs the cli extra."""

@@ -1,7 +1,4 @@
-"""What commands share: how they end when something is wrong, and where they print.
-
-The commands of semisparse-lab use it too.
-"""
+"""Shared by all commands, those of semisparse-lab included: error messages, exit codes and the console."""
 
 import errno
 import re
@@ -19,14 +16,14 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 WRONG_INPUT, INTERRUPTED = 2, 130
-"""Exit codes besides 0; the last is what shells give a command that ctrl-C ended."""
+"""Exit codes besides 0; 130 is what shells report for a command that ctrl-C ended."""
 _WIDTH_OF_A_PIPE = 120
 
 _QUOTED = re.compile(r"""((?<!\w)'(?:[^'\\]|\\.)*'|(?<!\w)"(?:[^"\\]|\\.)*")""")
 
 
 def console() -> "Console":
-    """A console on standard output; plain text of fixed width where that is not a terminal."""
+    """A console on standard output; plain text of fixed width if that is not a terminal."""
     from rich.console import Console
 
     return Console(width=None if sys.stdout.isatty() else _WIDTH_OF_A_PIPE, highlight=False, emoji=False, markup=False)
@@ -34,11 +31,15 @@ def console() -> "Console":
 
 @contextmanager
 def typed_errors(context: typer.Context, kept: Sequence[Path] = ()) -> Iterator[None]:
-    """End a command without traceback, with one line on stderr, where its user can tell what happened.
+    """End a command with one line on stderr instead of a traceback, for errors that its user can understand.
 
-    An error that semisparse raises on purpose ends with WRONG_INPUT and names the command's options instead of Python's
-    arguments. Ctrl-C ends with INTERRUPTED and says what stays: the files in kept, to which the command adds; so does
-    an output that takes no more text, with code 1.
+    A SemiSparseError ends it with exit code WRONG_INPUT; the message names the command's options instead of Python's
+    arguments. Ctrl-C ends it with INTERRUPTED, a full disk under standard output with 1; both messages list the files
+    that were written.
+
+    Args:
+        context: Of the command.
+        kept: Files that the command has written so far; the command appends to it.
     """
     try:
         yield
@@ -47,22 +48,26 @@ def typed_errors(context: typer.Context, kept: Sequence[Path] = ()) -> Iterator[
         raise typer.Exit(WRONG_INPUT) from None
     except OSError as error:
         if error.errno != errno.ENOSPC or error.filename is not None:
-            raise  # an error of a file that nobody foresaw, or a closed pipe, which typer ends by itself
+            raise  # an unexpected error of a file, or a closed pipe, which typer handles
         typer.echo(f"error: the output cannot be written: {error.strerror}; {_what_stays(kept)}", err=True)
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
-        # Where ctrl-C met text that exec ran (dataclasses of an import do), CPython would at its exit still kill itself
-        # by the signal; the next exec takes that back, and the exit code is ours.
+        # If ctrl-C arrived inside exec (importing a module with dataclasses calls it), CPython would still kill itself
+        # with the signal at exit. Another exec resets that, so that the exit code below is used.
         exec("")
         typer.echo(f"interrupted: {_what_stays(kept)}", err=True)
         raise typer.Exit(INTERRUPTED) from None
 
 
 def with_flags(message: str, context: typer.Context) -> str:
-    """Message with the options of the command where it names arguments: --batch-size=0 for batch_size=0.
+    """Replace names of arguments in message by options of the command: --batch-size=0 for batch_size=0.
 
-    A name is one where a value follows ("seed=") or where it is no English word ("batch_size"); values in quotes and
-    parts of paths stay as they are.
+    A word counts as such a name if a value follows it ("seed=") or if it has an underscore ("batch_size"). Quoted
+    values and parts of paths stay as they are.
+
+    Args:
+        message: Text of an error.
+        context: Of the command.
     """
     parts = _QUOTED.split(message)
     for parameter in context.command.params:
@@ -76,7 +81,7 @@ def with_flags(message: str, context: typer.Context) -> str:
 
 
 def _what_stays(kept: Sequence[Path]) -> str:
-    """The files in kept, each once, by folder."""
+    """A clause that lists the files in kept, each once, by folder."""
     names: dict[Path, dict[str, None]] = {}
     for path in kept:
         names.setdefault(path.parent, {})[path.name] = None

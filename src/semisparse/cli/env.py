@@ -1,4 +1,4 @@
-"""`semisparse env`: versions, and which path each capability takes."""
+"""`semisparse env`: versions, and the path that each capability takes."""
 
 import typer
 

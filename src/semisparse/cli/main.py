@@ -1,4 +1,4 @@
-"""Entry point of the `semisparse` command. Heavy packages are imported inside the commands, so --help stays quick."""
+"""Entry point of the `semisparse` command. Heavy packages are imported inside the commands to keep --help fast."""
 
 import sys
 from typing import TYPE_CHECKING, Annotated
@@ -8,8 +8,12 @@ if TYPE_CHECKING:
 
 
 def build_app() -> "typer.Typer":
-    """The typer application with its commands. Raises ImportError where the cli extra is not installed."""
-    import rich  # noqa: F401  (asked for here, so that it is missed before a command has run for minutes)
+    """The typer application with its commands.
+
+    Raises:
+        ImportError: The cli extra is not installed.
+    """
+    import rich  # noqa: F401  (imported here so that a missing package is reported before a command runs)
     import typer
 
     import semisparse
@@ -39,9 +43,9 @@ def build_app() -> "typer.Typer":
 
 
 def run() -> None:
-    """Run the command line; exit code 2 for wrong input, with one line that says what is wrong.
+    """Run the command line. Wrong input ends with exit code 2 and one line that says what is wrong.
 
-    Ctrl-C inside a command is the command's to answer (see typed_errors); here it ends what comes before and after.
+    Ctrl-C inside a command is handled by typed_errors; here it is handled before and after the command.
     """
     try:
         build_app()()

@@ -1,6 +1,6 @@
 """The specification: masks, packing and linear layers in slow, plain PyTorch that runs on any device.
 
-Kernels are judged by this package, bit for bit where arithmetic allows; it never imports one.
+Kernels are compared with it, bit for bit where arithmetic allows. It imports none of them.
 """
 
 from semisparse.reference import linear, masks, packing

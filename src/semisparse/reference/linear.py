@@ -1,7 +1,7 @@
 """Forward and gradients of a linear layer with one pruned operand, written out as equations.
 
 x: (M, K), weight: (N, K), bias: (N,) or None, grad_output: (M, N). Masks are bool, True = kept. Any float dtype; all
-operands of one call in the same dtype. These functions are the definition that kernels and layers are tested against.
+operands of one call have the same dtype. Kernels and layers are tested against these functions.
 """
 
 import torch
@@ -12,16 +12,26 @@ from semisparse.reference import masks
 
 
 def prune(matrix: Tensor, mask: Tensor) -> Tensor:
-    """The kept entries, zero elsewhere. Selects rather than multiplies, so a pruned Inf or NaN becomes zero."""
+    """The kept entries, zero elsewhere. It selects rather than multiplies, so a pruned Inf or NaN becomes zero."""
     return torch.where(mask, matrix, 0)
 
 
 def soft_threshold(matrix: Tensor, scale: Tensor | float) -> Tensor:
-    """S-STE's continuous pruning (arXiv 2409.09099) of matrix (R x C, C a multiple of 4): row-wise 2:4, times scale.
+    """Continuous row-wise 2:4 pruning, times scale: S-STE (arXiv 2409.09099).
 
-    Of each 4 along the columns the 2 of largest magnitude are kept, each nearer to zero by the third magnitude:
-    sign(a) * (|a| - t), so an entry that is about to be pruned is near zero already. Computed in fp32 (fp64 for an fp64
-    matrix), returned in matrix's dtype. Raises ShapeError, TensorError.
+    Of each 4 along the columns the 2 of largest magnitude are kept, each reduced by the third magnitude t:
+    sign(a) * (|a| - t). An entry that is about to be pruned is therefore near zero already. Computed in fp32 (in fp64
+    for an fp64 matrix) and rounded once.
+
+    Args:
+        matrix: R x C, C a multiple of 4.
+        scale: One number; as a tensor it stays on its device.
+
+    Returns:
+        R x C in matrix's dtype.
+
+    Raises:
+        ShapeError, TensorError: matrix has no such groups, or is not of a float dtype.
     """
     mask = masks.row(matrix)
     wide = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
@@ -37,9 +47,15 @@ def soft_threshold(matrix: Tensor, scale: Tensor | float) -> Tensor:
 
 
 def soft_scale(matrix: Tensor) -> Tensor:
-    """The scale for which soft_threshold is nearest to matrix in the mean square: <W, S> / <S, S>.
+    """The scale that minimises the mean square of matrix - soft_threshold(matrix, scale): <W, S> / <S, S>.
 
-    One fp32 number on matrix's device, from fp64 sums; 1 where nothing is left over. arXiv 2409.09099.
+    From arXiv 2409.09099.
+
+    Args:
+        matrix: R x C, C a multiple of 4.
+
+    Returns:
+        One fp32 number on matrix's device, from fp64 sums; 1 if soft_threshold leaves only zeros.
     """
     wide = matrix.detach().double()
     shrunk = soft_threshold(wide, 1.0)
@@ -48,32 +64,32 @@ def soft_scale(matrix: Tensor) -> Tensor:
 
 
 def pad_tokens(x: Tensor) -> Tensor:
-    """x (M, K) with zero rows added up to the next multiple of 4, so that it splits into 4x4 tiles."""
+    """x (M, K) with zero rows appended up to the next multiple of 4, so that it splits into 4x4 tiles."""
     missing = -x.shape[0] % GROUP
     return torch.cat([x, x.new_zeros(missing, x.shape[1])]) if missing else x
 
 
 def prune_tokens(x: Tensor) -> Tensor:
-    """x (M, K) pruned by exact transposable tiles over (tokens, features); a last partial tile counts zero rows."""
+    """x (M, K) pruned by exact transposable tiles over (tokens, features); zero rows complete a last partial tile."""
     padded = pad_tokens(x)
     return prune(padded, masks.transposable(padded))[: x.shape[0]]
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """y = x W^T + b, shape (M, N); either operand may have been pruned before."""
+    """y = x W^T + b, shape (M, N). Either operand may be pruned already."""
     y = x @ weight.mT
     return y if bias is None else y + bias
 
 
 def grad_input(grad_output: Tensor, weight: Tensor) -> Tensor:
-    """dx = dy W, shape (M, K). Weight operand: W is the pruned weight. Activation operand: W is dense."""
+    """dx = dy W, shape (M, K). W is the pruned weight, or the dense one if the activation is pruned."""
     return grad_output @ weight
 
 
 def grad_weight(grad_output: Tensor, x: Tensor) -> Tensor:
-    """dW = dy^T x, shape (N, K), applied to the dense weight as it is (straight-through estimator).
+    """dW = dy^T x, shape (N, K), the gradient of the dense weight (straight-through estimator).
 
-    Weight operand: x is dense. Activation operand: x is the pruned input of the forward pass.
+    x is the input of the forward product: dense, or pruned if the activation is pruned.
     """
     return grad_output.mT @ x
 

@@ -1,8 +1,8 @@
 """Choosing which entries of a matrix to keep. All masks are bool, of the matrix's shape, True = kept.
 
-Magnitudes are compared in fp32 (an fp64 matrix is rounded to fp32 for the comparison only) and a NaN counts as +Inf,
-so that a broken weight is kept and seen rather than hidden. Masks of fp32, fp16 and bf16 are defined bit for bit:
-the order of the fp32 sums below is part of the definition.
+Magnitudes are compared in fp32 (an fp64 matrix is rounded to fp32 for the comparison only). A NaN counts as +Inf, so
+that a broken weight is kept and shows in the output. Masks of fp32, fp16 and bf16 are defined bit for bit: the order of
+the fp32 sums below is part of the definition.
 """
 
 import torch
@@ -27,9 +27,14 @@ def check_dtype(matrix: Tensor) -> None:
 
 
 def check_shape(matrix: Tensor, *, tiles: bool) -> tuple[int, int]:
-    """Rows and columns of a matrix that splits into groups of 4 (into 4x4 tiles when tiles is set).
+    """Rows and columns of a matrix that splits into groups of 4.
 
-    Raises ShapeError for another number of dimensions or a size that is not a multiple of 4.
+    Args:
+        matrix: Any tensor.
+        tiles: Whether it must split into 4x4 tiles, rather than into groups along the columns only.
+
+    Raises:
+        ShapeError: matrix does not have 2 dimensions, or a size is not a multiple of 4.
     """
     if matrix.dim() != 2:
         raise ShapeError(f"matrix has shape {tuple(matrix.shape)}; a mask needs exactly 2 dimensions: flatten it first")
@@ -41,12 +46,20 @@ def check_shape(matrix: Tensor, *, tiles: bool) -> tuple[int, int]:
 
 
 def transposable_codes(matrix: Tensor) -> Tensor:
-    """Best transposable tile for each 4x4 tile of matrix (R x C), as int32 tile codes of shape (R/4, C/4).
+    """For each 4x4 tile of matrix, the transposable tile with the largest sum of magnitudes, of all 90.
 
-    Bit 4 * i + j of a code is set when entry (i, j) of its tile is kept. The tile maximises the sum of magnitudes over
-    all 90 transposable tiles. Exact in this order of fp32 sums: pair sums per row; the sum of rows 0 and 1 and of rows
-    2 and 3; for each of the 19 column-count vectors the best half (first of equals); the best total (first of equals).
-    Method: the search over column counts is ours; the mask class is that of arXiv 2102.08124.
+    Exact in this order of fp32 sums: pair sums per row; the sum of rows 0 and 1 and of rows 2 and 3; for each of the 19
+    column-count vectors the best half (first of equals); the best total (first of equals). The class of masks is that
+    of arXiv 2102.08124; the search over column counts is this project's.
+
+    Args:
+        matrix: R x C, both multiples of 4, any strides, fp64, fp32, fp16 or bf16.
+
+    Returns:
+        int32 tile codes, R/4 x C/4. Bit 4 * i + j of a code is set if entry (i, j) of its tile is kept.
+
+    Raises:
+        ShapeError, TensorError: matrix has no such tiles, or is not of a float dtype.
     """
     rows, columns = check_shape(matrix, tiles=True)
     tiles = magnitude(matrix).view(rows // GROUP, GROUP, columns // GROUP, GROUP).permute(1, 3, 0, 2).contiguous()
@@ -68,7 +81,7 @@ def transposable_codes(matrix: Tensor) -> Tensor:
 
 
 def _best_halves(first_row: list[Tensor], second_row: list[Tensor]) -> dict[tuple[int, ...], tuple[Tensor, Tensor]]:
-    """For each column-count vector the largest half sum and its 8-bit code; the first of equals wins."""
+    """For each column-count vector the largest sum of a half and its 8-bit code; of equals the first."""
     best: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
     for counts, pairs in HALVES.items():
         for upper, lower in pairs:
@@ -83,14 +96,14 @@ def _best_halves(first_row: list[Tensor], second_row: list[Tensor]) -> dict[tupl
 
 
 def from_codes(codes: Tensor) -> Tensor:
-    """The bool mask (R x C) that tile codes of shape (R/4, C/4), any integer dtype, describe."""
+    """The bool mask (R x C) that tile codes (R/4 x C/4, any integer dtype) describe."""
     shifts = torch.arange(GROUP * GROUP, device=codes.device, dtype=torch.int32).view(1, 1, GROUP, GROUP)
     bits = (codes.to(torch.int32)[:, :, None, None] >> shifts & 1).bool()
     return bits.permute(0, 2, 1, 3).reshape(codes.shape[0] * GROUP, codes.shape[1] * GROUP)
 
 
 def to_codes(mask: Tensor) -> Tensor:
-    """int32 tile codes (R/4, C/4) of a bool mask (R x C); the inverse of from_codes."""
+    """int32 tile codes (R/4 x C/4) of a bool mask (R x C); the inverse of from_codes."""
     rows, columns = check_shape(mask, tiles=True)
     bits = mask.view(rows // GROUP, GROUP, columns // GROUP, GROUP).permute(0, 2, 1, 3).to(torch.int32)
     shifts = torch.arange(GROUP * GROUP, device=mask.device, dtype=torch.int32).view(GROUP, GROUP)
@@ -100,7 +113,11 @@ def to_codes(mask: Tensor) -> Tensor:
 def transposable(matrix: Tensor) -> Tensor:
     """Exact transposable mask: each 4x4 tile keeps 2 in every row and column, with the largest sum of magnitudes.
 
-    matrix: R x C, both multiples of 4, any strides, fp64/fp32/fp16/bf16. Raises ShapeError, TensorError.
+    Args:
+        matrix: R x C, both multiples of 4, any strides, fp64, fp32, fp16 or bf16.
+
+    Raises:
+        ShapeError, TensorError: matrix has no such tiles, or is not of a float dtype.
     """
     return from_codes(transposable_codes(matrix))
 
@@ -108,7 +125,11 @@ def transposable(matrix: Tensor) -> Tensor:
 def row(matrix: Tensor) -> Tensor:
     """Row-wise mask: the 2 largest magnitudes of each 4 along the columns; of equals the lower index is kept.
 
-    matrix: R x C, C a multiple of 4, any strides, fp64/fp32/fp16/bf16. Raises ShapeError, TensorError.
+    Args:
+        matrix: R x C, C a multiple of 4, any strides, fp64, fp32, fp16 or bf16.
+
+    Raises:
+        ShapeError, TensorError: matrix has no such groups, or is not of a float dtype.
     """
     rows, columns = check_shape(matrix, tiles=False)
     groups = magnitude(matrix).reshape(rows, columns // GROUP, GROUP)
@@ -120,10 +141,15 @@ def row(matrix: Tensor) -> Tensor:
 def greedy(matrix: Tensor, *, signed: bool = False) -> Tensor:
     """Greedy 4x4 mask, for comparison only: entries from the largest down, each kept if its row and column have room.
 
-    It is at most 2:4 along both axes, but it is not exact: it can leave a tile with fewer than 8 kept entries and
-    misses part of the magnitude. With signed=True entries rank by value instead of magnitude, which is what
-    torchao.sparsity.training did by default; large negative weights are then dropped.
-    matrix: R x C, both multiples of 4, any strides. Raises ShapeError, TensorError.
+    At most 2:4 along both axes, but not exact: a tile can keep fewer than 8 entries and less magnitude than it could.
+
+    Args:
+        matrix: R x C, both multiples of 4, any strides, fp64, fp32, fp16 or bf16.
+        signed: Rank entries by value instead of magnitude, as torchao.sparsity.training did by default. Large negative
+            weights are then dropped.
+
+    Raises:
+        ShapeError, TensorError: matrix has no such tiles, or is not of a float dtype.
     """
     rows, columns = check_shape(matrix, tiles=True)
     scores = magnitude(matrix)

@@ -1,8 +1,8 @@
-"""Packing a pruned matrix into kept values plus 2-bit positions, and back. Logical order; engines permute the nibbles.
+"""Packing a pruned matrix into kept values plus 2-bit positions, and back, in logical order.
 
 A matrix (R x C) packs along its columns into values (R x C/2) and nibbles (R x C/4, uint8). Nibble g of a row describes
-columns 4g to 4g + 3: first kept index | second kept index << 2. This is the content of the hardware's format; where an
-engine stores each nibble depends on the engine (measured, formats/layout.py).
+columns 4g to 4g + 3: first kept index | second kept index << 2. This is the content of the hardware's format. Where an
+engine stores each nibble is the engine's own (formats/layout.py).
 """
 
 import torch
@@ -14,11 +14,17 @@ from semisparse.reference.masks import check_shape
 
 
 def pack(matrix: Tensor, mask: Tensor, dtype: torch.dtype | None = None) -> Packed:
-    """Keep the masked entries of matrix (R x C, C a multiple of 4), rounded once to dtype (default: the matrix's).
+    """Pack the entries of matrix that mask keeps. Exact, apart from one rounding to dtype.
 
-    mask: bool, R x C, at most 2 of each 4 along the columns. A group that keeps fewer than 2 is filled up with zeros
-    (pattern.metadata_nibble says in which slot). Exact. Raises ShapeError when a group keeps more than 2 or the shapes
-    differ, TensorError when mask is not bool.
+    Args:
+        matrix: R x C, C a multiple of 4.
+        mask: bool, R x C, at most 2 of each 4 along the columns. A group that keeps fewer than 2 is filled up with
+            zeros, in the slots that pattern.metadata_nibble gives.
+        dtype: Of the packed values. Default: matrix's.
+
+    Raises:
+        ShapeError: A group keeps more than 2, or the shapes differ.
+        TensorError: mask is not bool.
     """
     rows, columns = check_shape(matrix, tiles=False)
     if mask.dtype != torch.bool:

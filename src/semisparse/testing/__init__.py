@@ -1,6 +1,7 @@
 """Public helpers for tests and benchmarks: error bounds, inputs with exact products, and shape grids.
 
-Nothing in the package imports this one. The helpers take and return plain tensors, so they judge any layer or kernel.
+The rest of the package does not import it. The helpers take and return plain tensors, so they apply to any layer or
+kernel.
 """
 
 from semisparse.testing.bounds import assert_as_good_as_torch, assert_bit_equal, assert_same_up_to_rounding

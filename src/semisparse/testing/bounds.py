@@ -1,4 +1,4 @@
-"""How exact a result must be: the same bits, or an error at most twice PyTorch's own. No tolerance is typed by hand."""
+"""How exact a result must be: the same bits, or an error at most twice PyTorch's own. There are no free tolerances."""
 
 import math
 from collections.abc import Iterable
@@ -15,16 +15,22 @@ _BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
 def assert_as_good_as_torch(
     ours: Tensor, same_dtype_result: Tensor, exact: Tensor, *, samples: Iterable[tuple[Tensor, Tensor]] = ()
 ) -> None:
-    """Raise AssertionError unless ours errs at most twice as much as plain PyTorch does in the same dtype.
+    """Raise AssertionError unless the error of ours is at most twice that of plain PyTorch in the same dtype.
 
-    ours: the result under test. same_dtype_result: the same function by plain PyTorch operations, same shape and dtype.
-    exact: the same function computed in fp64 from the same (already rounded) inputs. The error of a result is its
-    largest absolute difference to exact. PyTorch's error counts as at least half a unit in the last place of the
-    largest exact value, the least that correct rounding of such a value may cost: a few values can be exact by luck.
-    samples: for results of few values, whose largest error says little about PyTorch. Further pairs of (PyTorch's
-    result, exact) of the same function on other inputs of the same shapes, dtype and distribution; PyTorch's error is
-    then the largest over all of them. Read only as far as it takes ours to pass.
-    Where exact is not finite, or overflows in PyTorch's result, ours must hold the same Inf or NaN as PyTorch's.
+    The error of a result is its largest absolute difference from exact. PyTorch's error counts as at least half a unit
+    in the last place of the largest exact value, which correct rounding may cost: a few values can be exact by chance.
+    Where exact is not finite, or overflows in PyTorch's result, ours must have the same Inf or NaN as PyTorch's.
+
+    Args:
+        ours: The result under test.
+        same_dtype_result: The same function by plain PyTorch operations; same shape and dtype.
+        exact: The same function computed in fp64 from the same (already rounded) inputs.
+        samples: For results of few values, whose largest error says little about PyTorch: further pairs of (PyTorch's
+            result, exact) for other inputs of the same shapes, dtype and distribution. PyTorch's error is then the
+            largest over all pairs. Read only until ours passes.
+
+    Raises:
+        AssertionError: The error is larger, or shapes or dtypes differ.
     """
     _assert_same_kind(ours, same_dtype_result)
     if exact.shape != ours.shape or exact.dtype != torch.float64:
@@ -33,7 +39,7 @@ def assert_as_good_as_torch(
     exact = exact.detach()
     finite = exact.isfinite() & torch64.isfinite()
     if not torch.equal(ours64[~finite].nan_to_num(nan=0.5), torch64[~finite].nan_to_num(nan=0.5)):
-        raise AssertionError("Inf or NaN stand at other places than in PyTorch's result")
+        raise AssertionError("Inf or NaN are in other places than in PyTorch's result")
     error, torch_error = (_largest((result - exact)[finite]) for result in (ours64, torch64))
     allowed = max(torch_error, _half_unit(_largest(exact[finite]), ours.dtype))
     others = iter(samples)
@@ -49,9 +55,9 @@ def assert_as_good_as_torch(
 def assert_same_up_to_rounding(ours: Tensor, expected: Tensor, *, operations: int) -> None:
     """Raise AssertionError unless two results of one formula in one dtype differ by its roundings at most.
 
-    For results that nothing more exact can judge, such as a formula in fp64. Each operation rounds by at most half a
-    unit in the last place, in either result, so the two may differ by operations units of the largest value. The sums
-    of the formula must not cancel.
+    For results without a more exact reference, such as a formula in fp64. Each operation rounds by at most half a unit
+    in the last place, in either result, so the two may differ by as many units of the largest value as there are
+    operations. The sums of the formula must not cancel.
 
     Args:
         ours: The result under test.
@@ -71,9 +77,16 @@ def assert_same_up_to_rounding(ours: Tensor, expected: Tensor, *, operations: in
 
 
 def assert_bit_equal(ours: Tensor, expected: Tensor) -> None:
-    """Raise AssertionError unless both tensors have the same shape, dtype and bits, NaN payloads set aside.
+    """Raise AssertionError unless both tensors have the same shape, dtype and bits.
 
-    Strides may differ. +0 and -0 are different bits; any NaN equals any other.
+    Strides may differ. +0 and -0 are different; any NaN equals any other.
+
+    Args:
+        ours: The result under test.
+        expected: What it must be.
+
+    Raises:
+        AssertionError: They differ; the message counts the differences and shows the first one.
     """
     _assert_same_kind(ours, expected)
     bits, expected_bits = (_as_bits(tensor) for tensor in (ours, expected))

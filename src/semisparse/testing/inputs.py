@@ -1,4 +1,4 @@
-"""Inputs whose products are exact, and the shapes worth trying."""
+"""Inputs whose products are exact, and shapes to test."""
 
 from collections.abc import Sequence
 
@@ -25,7 +25,7 @@ LINEAR_SHAPES: tuple[tuple[int, int, int], ...] = (
     (65, 128, 32),
     (17, 20, 4),
 )
-"""(M, K, N) triples: empty and tiny ones, multiples of 4 but not of 16, and whole blocks with a token left over."""
+"""(M, K, N): empty and tiny shapes, multiples of 4 but not of 16, and whole blocks plus one token."""
 
 
 def small_integers(
@@ -36,11 +36,21 @@ def small_integers(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """Whole numbers between -limit and limit, uniform, as a contiguous tensor of the given shape and dtype.
+    """Uniform whole numbers between -limit and limit.
 
-    Sums of their products are exact in fp32 as long as K * limit^2 <= 2^24, whatever the order of summation, so two
-    correct products agree bit for bit (a result stored in bf16 or fp16 is rounded once more). Pruning by magnitude
-    meets many ties. The same seed gives the same numbers on every device.
+    Sums of their products are exact in fp32 in any order of summation as long as K * limit^2 <= 2^24, so two correct
+    products agree bit for bit (a result stored in bf16 or fp16 is rounded once more). Pruning by magnitude finds many
+    ties among them.
+
+    Args:
+        shape: Sizes of the result.
+        seed: The same seed gives the same numbers on every device.
+        limit: The largest magnitude.
+        dtype: Of the result.
+        device: Of the result.
+
+    Returns:
+        A contiguous tensor.
     """
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(-limit, limit + 1, tuple(shape), generator=generator).to(device=device, dtype=dtype)
