@@ -66,17 +66,11 @@ def _fake_packed_linear(
     return x.new_empty(x.shape[0], weight.shape[0])
 
 
-def _packed_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, packed: Tensor, packed_t: Tensor, mask: str, backend: Backend
-) -> Tensor:
-    return packed_matmul(x, packed, bias, weight.shape[0], backend)
-
-
 @register(
     "packed_linear(Tensor x, Tensor weight, Tensor? bias, Tensor packed, Tensor packed_t, str mask, str backend)"
     " -> Tensor",
     fake=_fake_packed_linear,
-    cuda=_packed_linear,
+    every_device=True,
     differentiable=True,
 )
 def packed_linear(
@@ -93,7 +87,7 @@ def packed_linear(
         mask: As SparseConfig's weight.
         backend: As SparseConfig's.
     """
-    return _packed_linear(x, weight, bias, packed, packed_t, mask, backend)
+    return packed_matmul(x, packed, bias, weight.shape[0], backend)
 
 
 def _fake_packed_tokens_matmul(
@@ -151,17 +145,11 @@ def _fake_packed_tokens_linear(
     return weight.new_empty(x.shape[0], weight.shape[0])
 
 
-def _packed_tokens_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, packed: Tensor, packed_t: Tensor, backend: Backend
-) -> Tensor:
-    return packed_tokens_matmul(packed, weight, bias, x.shape[0], backend)
-
-
 @register(
     "packed_tokens_linear(Tensor x, Tensor weight, Tensor? bias, Tensor packed, Tensor packed_t, str backend)"
     " -> Tensor",
     fake=_fake_packed_tokens_linear,
-    cuda=_packed_tokens_linear,
+    every_device=True,
     differentiable=True,
 )
 def packed_tokens_linear(
@@ -177,7 +165,7 @@ def packed_tokens_linear(
         packed_t: Its transpose, for dW = dy^T x~.
         backend: As SparseConfig's.
     """
-    return _packed_tokens_linear(x, weight, bias, packed, packed_t, backend)
+    return packed_tokens_matmul(packed, weight, bias, x.shape[0], backend)
 
 
 def _fake_packed_tokens_grad_weight(
