@@ -23,6 +23,7 @@ import torch
 
 from benchmarks import jobs, store
 from benchmarks.models import CARDS
+from semisparse.gemm.engine import available
 
 
 def _shape(text: str) -> tuple[int, int, int]:
@@ -69,6 +70,8 @@ def main(arguments: list[str] | None = None) -> None:
     options = command.parse_args(arguments)
     if not torch.cuda.is_available() and not options.toy:
         command.error("no CUDA device: these benchmarks measure a GPU (--toy tries the program without one)")
+    if not options.toy and not (engine := available()).ok:
+        command.error(f"no sparse engine, so nothing sparse would be measured: {engine.reason}")
     if options.toy and options.save == store.RESULTS:
         command.error("--toy measures nothing: give --save another folder than benchmarks/results")
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from benchmarks import benchmark_semi_structured_training as program
-from benchmarks import end_to_end, jobs, linear, models, table, tables
+from benchmarks import end_to_end, jobs, linear, models, store, table, tables
+from semisparse.gemm.cusparselt import Availability
 
 WEIGHT = linear.WEIGHT
 
@@ -85,3 +86,20 @@ def test_an_error_is_a_wrapped_note_and_not_a_wide_label() -> None:
     lines = wide.text().splitlines()
     assert lines[:2] == ["name    ms", "dense  1.0"]
     assert len(lines) > 4 and max(map(len, lines)) <= table.WIDTH
+
+
+def test_without_a_sparse_engine_nothing_is_measured(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(program, "available", lambda: Availability(False, "nvmath-python cannot be imported"))
+    with pytest.raises(SystemExit):
+        program.main(["--no-gain"])
+    assert "no sparse engine, so nothing sparse would be measured: nvmath-python" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", sorted(store.RESULTS.glob("*.json")), ids=lambda path: path.stem)
+def test_every_stored_result_was_measured_with_the_sparse_engine(path: Path) -> None:
+    found = json.loads(path.read_text())["provenance"]["environment"]["capabilities"]
+    (product,) = (one["path"] for one in found if one["name"] == "sparse GEMM")
+    assert product.startswith("cuSPARSELt")
