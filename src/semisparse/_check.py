@@ -193,12 +193,15 @@ class _Probe:
             problem = "never called: something else reads its weight" if gradient else "never called"
         elif trains and not gradient:
             problem = "its weight got no gradient"
-        backward = ", ".join(dict.fromkeys(self._products[name, "backward"]))
+        route = self._routes.get(name, "") if self._calls[name] else ""
+        # Where forward ran a sparse product and backward none, no gradient was asked for that has a 2:4 operand.
+        idle = "dense: no gradient with a 2:4 operand" if self._products[name, "forward"] else route
+        backward = ", ".join(dict.fromkeys(self._products[name, "backward"])) or idle
         return CheckRow(
             name,
             self._calls[name],
             ", ".join(dict.fromkeys(self._products[name, "forward"])) or self._routes.get(name, ""),
-            backward or ("" if not self._calls[name] else self._routes.get(name, "")),
+            backward,
             gradient if trains else None,
             problem,
         )
