@@ -169,6 +169,16 @@ def test_whatever_json_holds_it_is_refused_or_a_sound_choice(place, value):
 # ---- failing disks
 
 
+def test_a_pipe_in_place_of_a_file_is_not_waited_for(store, caplog):
+    path = saved(store)
+    path.unlink()
+    os.mkfifo(path)
+    assert store.load(KEY) is None
+    assert "not a regular file" in caplog.text
+    saved(store)
+    assert store.load(KEY) == as_read(CHOICE)
+
+
 def test_a_file_in_place_of_the_folder_is_a_warning_once(tmp_path):
     (tmp_path / "semisparse").write_text("")
     store = Store(tmp_path / "semisparse")

@@ -85,6 +85,8 @@ class Store:
         path = None
         try:
             path = self._path(key)
+            if path.exists() and not path.is_file():
+                raise OSError("it is not a regular file")  # reading a pipe would wait for ever
             ((found, choice),) = from_document(json.loads(path.read_bytes()), "disk")
             if canonical(found) != canonical(key):
                 raise ValueError("the file holds another key than its name says")
