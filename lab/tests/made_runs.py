@@ -1,4 +1,4 @@
-"""Results of runs that nobody trained, with figures to work with by hand."""
+"""Made-up results of runs, with figures that are easy to check by hand."""
 
 import math
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Experiments: one file a run, finished runs skipped, nothing lost when something does not fit."""
+"""Experiments: one file per run, finished runs skipped, nothing lost when something does not fit."""
 
 import errno
 import json

@@ -1,4 +1,4 @@
-"""Every python block of the README and the docs runs, as a reader would paste it: in order, in one session a file."""
+"""Every python block of the README and the docs runs, as a reader would paste it: in order, in one session per file."""
 
 import os
 import re

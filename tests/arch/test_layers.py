@@ -17,8 +17,9 @@ LEVELS = {
     6: {"cli"},
 }
 LEVEL_OF = {name: level for level, names in LEVELS.items() for name in names}
-# Who never sees whom although the levels would allow it: the judge and the judged, engines and kernels.
-STRANGERS = [
+# Imports that the levels would allow and that are forbidden all the same: what is tested and its specification,
+# engines and kernels.
+FORBIDDEN = [
     ("kernels", "reference"),
     ("kernels", "gemm"),
     ("reference", "config"),
@@ -68,14 +69,14 @@ def test_a_file_imports_no_higher_level(path: Path) -> None:
 
 
 @EACH_FILE
-def test_strangers_stay_strangers(path: Path) -> None:
+def test_forbidden_imports_do_not_occur(path: Path) -> None:
     name = module_name(path)
-    met = {other for mine, other in STRANGERS if top(name) == mine and other in {top(n) for n in imported(path)}}
+    met = {other for mine, other in FORBIDDEN if top(name) == mine and other in {top(n) for n in imported(path)}}
     assert not met, f"{name} imports {sorted(met)}"
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_nobody_imports_testing(path: Path) -> None:
+def test_the_package_does_not_import_testing(path: Path) -> None:
     if top(module_name(path)) != "testing":
         assert "testing" not in {top(name) for name in imported(path)}
 
@@ -87,7 +88,7 @@ def test_testing_imports_nothing_above_the_specification() -> None:
 
 
 def test_no_import_runs_in_a_circle() -> None:
-    # A package imports its own files; that is no circle.
+    # A package imports its own files; that is not a circle.
     graph = {
         name: {other for other in imported(path) if other != name and not name.startswith(f"{other}.")}
         for name, path in NAMES.items()

@@ -15,7 +15,7 @@ from tests.support import config_of
 
 pytestmark = [
     pytest.mark.gpu,
-    # torch's own, of cuBLAS on the autograd thread, and of torch.compile where a block's input is no leaf
+    # torch's own, of cuBLAS on the autograd thread, and of torch.compile where a block's input is not a leaf
     pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS, but there was no current CUDA context"),
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
 ]

@@ -89,7 +89,7 @@ def test_packed_route_errs_at_most_twice_as_much_as_torch(operand, dtype, tokens
 
 @pytest.mark.parametrize("operand", LAYERS)
 @pytest.mark.parametrize(("tokens", "features"), UNALIGNED, ids=str)
-def test_sizes_that_are_no_multiple_of_16_run_masked_dense(operand, tokens, features):
+def test_sizes_that_are_not_multiples_of_16_run_masked_dense(operand, tokens, features):
     given = operands(tokens, features, torch.bfloat16, bias=True)
     for result, same_dtype, exact in zip(
         ours(operand, *given, backend="auto"),

@@ -23,7 +23,7 @@ ALL = (*CHOSEN, "codes", "soft")
 SETTINGS = ("greedy", "signed_greedy", "soft", "codes")
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 EVERY_DTYPE = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-SHAPE = (336, 1008)  # rows and columns that are no multiple of a program's block
+SHAPE = (336, 1008)  # rows and columns that are not multiples of a program's block
 SPECIAL = [float("nan"), float("inf"), -float("inf"), 0.0, -0.0, 1.0, -1.0]
 
 
@@ -33,7 +33,7 @@ def no_tuning(monkeypatch):
 
 
 def matrices(dtype, special=True):
-    """Random numbers, ties, and what is no number; a transposed one last."""
+    """Random numbers, ties, and values that are not numbers; a transposed matrix last."""
     found = [torch.randn(SHAPE), torch.randint(-3, 4, SHAPE)]
     if special:
         found.append(torch.tensor(SPECIAL)[torch.randint(len(SPECIAL), SHAPE)])

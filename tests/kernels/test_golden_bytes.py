@@ -119,7 +119,7 @@ def test_each_bit_of_an_8_bit_address(row, group, byte, value):
 
 
 # Tiles that keep their upper left and lower right quarter, and at tile (21, 13) the two others: the metadata alternate
-# between 16 bytes of 0x44 (rows 0 and 1 of a tile) and 16 of 0xEE, but for four bytes a direction.
+# between 16 bytes of 0x44 (rows 0 and 1 of a tile) and 16 of 0xEE, but for four bytes per direction.
 ONE_TILE = {867: 0x4E, 875: 0x4E, 883: 0xE4, 891: 0xE4}
 ONE_TILE_TURNED = {739: 0x4E, 747: 0x4E, 755: 0xE4, 763: 0xE4}
 

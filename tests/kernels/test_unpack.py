@@ -1,4 +1,4 @@
-"""The unpack kernel gives back the pruned matrix, whoever packed it."""
+"""The unpack kernel gives back the pruned matrix, for every packer."""
 
 import pytest
 import torch

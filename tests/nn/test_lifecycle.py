@@ -191,7 +191,7 @@ def test_vmap_over_what_is_pruned_prunes_each_member_by_itself(layer_class: type
 
 @CLASSES
 @pytest.mark.parametrize(("k", "n"), [(10, 8), (8, 10), (6, 6), (1, 4)])
-def test_sizes_that_are_no_multiple_of_four_are_refused(layer_class: type, k: int, n: int) -> None:
+def test_sizes_that_are_not_multiples_of_four_are_refused(layer_class: type, k: int, n: int) -> None:
     with pytest.raises(ShapeError, match=rf"in_features={k} and out_features={n}.*use nn\.Linear"):
         layer_class(k, n)
 

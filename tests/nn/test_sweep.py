@@ -12,7 +12,7 @@ from semisparse.testing import DTYPES, assert_as_good_as_torch, assert_bit_equal
 from tests.support import LAYER_CLASSES, Result, make_layer, masked_dense
 
 EXAMPLES = 300
-# A result here can be a single value, and PyTorch's error in it nothing, by luck. Its error is therefore taken over the
+# A result here can be a single value, and PyTorch's error in it zero by chance. Its error is therefore taken over the
 # same problem with other random numbers as well, until there are so many values that luck no longer matters: among a
 # thousand, the largest error varies by about a tenth, far less than the factor of two that ours is allowed.
 SAMPLED_VALUES = 1000

@@ -42,7 +42,7 @@ def integers(*shape):
 
 
 def shifted(tensor):
-    """The same values at an address that is no multiple of 16."""
+    """The same values at an address that is not a multiple of 16."""
     memory = torch.empty(tensor.numel() + 1, dtype=tensor.dtype)
     view = memory[1:].view(tensor.shape)
     view.copy_(tensor)

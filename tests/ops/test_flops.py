@@ -93,7 +93,7 @@ def test_a_model_on_meta_counts_too():
     assert counter.get_total_flops() == 2 * M * N * K
 
 
-def test_registering_again_changes_nothing_and_a_formula_of_somebody_else_stays(monkeypatch):
+def test_registering_again_changes_nothing_and_a_formula_that_was_registered_before_stays(monkeypatch):
     before = dict(flop_counter.flop_registry)
     register_flop_formulas()
     assert flop_counter.flop_registry == before

@@ -74,7 +74,7 @@ def test_step_needs_something_that_trains() -> None:
 
 
 class Duck:
-    """A wrapper that is no Optimizer."""
+    """A wrapper that is not an Optimizer."""
 
     def __init__(self, inner: torch.optim.Optimizer) -> None:
         self.optimizer, self.step_was_skipped = inner, False

@@ -52,7 +52,7 @@ def best_total(tiles: np.ndarray) -> np.ndarray:
 
 
 def total(tiles: np.ndarray, kept: np.ndarray) -> np.ndarray:
-    """The score of the tiles for given masks, one a tile, in the same order of sums."""
+    """The score of the tiles for given masks, one per tile, in the same order of sums."""
     scores = magnitude(tiles)[kept].reshape(-1, 4, 2)
     with np.errstate(over="ignore"):
         rows = scores[:, :, 0] + scores[:, :, 1]

@@ -104,7 +104,7 @@ def test_micro_batches_count_once_a_step(how: str, keeps_gradients: bool) -> Non
     assert counted == [False, False, False, True] * 2
 
 
-def test_a_host_that_says_skipped_is_believed() -> None:
+def test_skipped_as_reported_by_the_caller_decides() -> None:
     model = net()
     opt = torch.optim.SGD(model.parameters(), lr=0.1)
     schedule = SparseSchedule.sparse_then_dense(model, 20)

@@ -42,7 +42,7 @@ def test_a_bypassed_layer_stops_the_first_step(fused: bool, zeroed: bool, compil
     assert schedule.applied_steps == 0
 
 
-def test_a_layer_that_nobody_trains_is_only_warned_of() -> None:
+def test_an_untrained_layer_only_causes_a_warning() -> None:
     model = Bypass()
     model.forward = lambda x: model.proj(model.first(x))
     sparsify(model)
@@ -55,7 +55,7 @@ def test_a_layer_that_nobody_trains_is_only_warned_of() -> None:
     assert schedule.step()  # said once
 
 
-def test_zeroed_gradients_are_no_sign_of_training() -> None:
+def test_zeroed_gradients_are_not_a_sign_of_training() -> None:
     model = Bypass()
     model.forward = lambda x: model.proj(model.first(x))
     sparsify(model)

@@ -39,7 +39,7 @@ def test_a_copy_that_follows_switches_along(made: str) -> None:
     assert ema.module[0].sparse_enabled
 
 
-def test_a_copy_that_nobody_follows_is_seen_and_switched() -> None:
+def test_a_copy_that_no_schedule_follows_is_seen_and_switched() -> None:
     model = net()
     schedule = SparseSchedule.sparse_then_dense(model, 2, 0.5)
     ema, snapshot = averaged(model), copy.deepcopy(model)

@@ -90,7 +90,7 @@ def test_the_way_out_of_the_message_works() -> None:
     assert_bit_equal(model["table"].weight.detach(), table)
 
 
-def test_disjoint_parts_of_one_buffer_are_no_sharing() -> None:
+def test_disjoint_parts_of_one_buffer_are_not_shared() -> None:
     model = pair()
     flat = torch.randn(512)
     for part, layer in zip(flat.split(256), model, strict=True):

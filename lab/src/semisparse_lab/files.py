@@ -35,7 +35,7 @@ def write_atomically(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
             if fcntl is not None:
-                os.replace(temporary, path)  # while the lock is held, so that nobody takes it for an orphan
+                os.replace(temporary, path)  # under the lock, so that no other process removes it as an orphan
         if fcntl is None:
             os.replace(temporary, path)
     except BaseException:

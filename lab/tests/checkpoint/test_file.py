@@ -313,7 +313,7 @@ def test_a_size_of_another_type_or_range_is_refused_at_once(saved, name, value):
 def test_no_block_is_built_for_a_depth_that_the_file_does_not_hold(saved, depth, monkeypatch):
     with_sizes(saved, depth=depth)
     monkeypatch.setattr(VisionTransformer, "__init__", lambda *_: pytest.fail("built"))
-    with pytest.raises(CheckpointError, match=rf"19 tensors are no {depth} blocks"):
+    with pytest.raises(CheckpointError, match=rf"19 tensors do not make {depth} blocks"):
         checkpoint.load(saved)
 
 

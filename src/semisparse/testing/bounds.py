@@ -27,7 +27,7 @@ def assert_as_good_as_torch(
         exact: The same function computed in fp64 from the same (already rounded) inputs.
         samples: For results of few values, whose largest error says little about PyTorch: further pairs of (PyTorch's
             result, exact) for other inputs of the same shapes, dtype and distribution. PyTorch's error is then the
-            largest over all pairs. Read only until ours passes.
+            largest over all pairs. Read only as far as needed for ours to pass.
 
     Raises:
         AssertionError: The error is larger, or shapes or dtypes differ.

@@ -88,7 +88,7 @@ def difference(config: ViTConfig, found: dict[str, Kind]) -> str | None:
     """What tells tensors of the kinds found from those of a model of these sizes, None where nothing does."""
     # Building a model takes time for each block, even without memory, so a depth that cannot be right is refused first.
     if config.tensors >= len(found) + 12:
-        return f"{len(found)} tensors are no {config.depth} blocks (depth={config.depth})"
+        return f"{len(found)} tensors do not make {config.depth} blocks (depth={config.depth})"
     with torch.device("meta"):
         expected = kinds(VisionTransformer(config).state_dict())
     wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))

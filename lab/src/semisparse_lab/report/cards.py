@@ -41,7 +41,7 @@ def by_experiment(results: Iterable[Result]) -> dict[str, list[Result]]:
 
 
 def summaries(results: Sequence[Result], baseline: str = "dense") -> list[RowSummary]:
-    """One summary a row, in the order in which an experiment lists its rows, the baseline first where it is there."""
+    """One summary per row, in the order of the experiment's rows; the baseline comes first if there is one."""
     rows: dict[str, dict[int, Result]] = {}
     for result in sorted(results, key=lambda result: (result["row"] != baseline, result["order"], result["seed"])):
         rows.setdefault(result["row"], {})[result["seed"]] = result

@@ -1,4 +1,4 @@
-"""Reading the result files of experiments, which anyone may have edited: nothing is taken on trust."""
+"""Reading the result files of experiments, which may have been edited by hand, so that every value is checked."""
 
 import re
 from collections.abc import Callable

@@ -58,7 +58,7 @@ class ImageClassification:
         return steps
 
     def batches(self, batch_size: int, generator: torch.Generator) -> Iterator[Batch]:
-        """(images, labels) of one epoch. All random numbers are drawn on the CPU and moved once an epoch."""
+        """(images, labels) of one epoch. All random numbers are drawn on the CPU and moved once per epoch."""
         images, labels = self.data.train.images, self.data.train.labels
         order = torch.randperm(len(labels), generator=generator).to(images.device)
         count = 0 if self.augmentation is None else self.augmentation.draws

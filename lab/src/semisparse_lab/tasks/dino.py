@@ -102,7 +102,7 @@ class DinoTask(ImageClassification):
         self._memory = data.train.sample(_VALIDATION_MEMORY)
 
     def batches(self, batch_size: int, generator: torch.Generator) -> Iterator[Batch]:
-        """(images, draws) of one epoch. All random numbers are drawn on the CPU and moved once an epoch."""
+        """(images, draws) of one epoch. All random numbers are drawn on the CPU and moved once per epoch."""
         images = self.data.train.images
         views = GLOBAL_VIEWS + self.config.local_views
         order = torch.randperm(len(images), generator=generator).to(images.device)
