@@ -12,7 +12,7 @@ _SHORT.maxlong, _SHORT.maxstring, _SHORT.maxother = 80, 200, 80
 
 
 def shown(value: Any) -> str:
-    """value for a message: its repr, shortened where it is long, a whole number of thousands of digits say."""
+    """value for a message: its repr, shortened if it is long (a whole number of thousands of digits, say)."""
     try:
         return _SHORT.repr(value)
     except ValueError:  # more digits than Python writes
@@ -28,7 +28,17 @@ def is_number(value: Any) -> bool:
 
 
 def check_counts(settings: Any, names: Iterable[str], least: int = 1, most: int | None = None) -> None:
-    """The attributes of settings called names are whole numbers, least or more and at most most."""
+    """Check that attributes of settings are whole numbers.
+
+    Args:
+        settings: An object with these attributes.
+        names: The attributes.
+        least: The smallest value allowed.
+        most: The largest value allowed; None for no limit.
+
+    Raises:
+        ConfigError: A value is of another type or outside the limits.
+    """
     for name in names:
         value = getattr(settings, name)
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
@@ -38,7 +48,16 @@ def check_counts(settings: Any, names: Iterable[str], least: int = 1, most: int 
 
 
 def check_ranges(settings: Any, names: Iterable[str], high: float = 1) -> None:
-    """The attributes of settings called names are finite numbers from 0 to high."""
+    """Check that attributes of settings are finite numbers from 0 to high.
+
+    Args:
+        settings: An object with these attributes.
+        names: The attributes.
+        high: The largest value allowed.
+
+    Raises:
+        ConfigError: A value is of another type or outside the limits.
+    """
     for name in names:
         value = getattr(settings, name)
         if not is_number(value) or not 0 <= value <= high:

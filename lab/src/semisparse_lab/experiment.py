@@ -70,7 +70,14 @@ class Experiment:
     train: Callable[[Row, int, OnProgress], Outcome]
 
     def chosen(self, slugs: Iterable[str]) -> tuple[Row, ...]:
-        """The rows with these slugs, all of them for no slug. Raises ConfigError for a slug that no row has."""
+        """The rows with these slugs; without slugs, all rows.
+
+        Args:
+            slugs: Short names of rows.
+
+        Raises:
+            ConfigError: A slug belongs to none of the rows.
+        """
         wanted = list(slugs)
         known = [row.slug for row in self.rows]
         for slug in wanted:
@@ -81,9 +88,12 @@ class Experiment:
 
 @dataclass(frozen=True, slots=True)
 class Trained:
-    """A run and what its model, plain nn.Linear again, now holds.
+    """A finished run, whose model has plain nn.Linear layers again.
 
-    weights: "masked" when the run ended sparse, so that the plain model computes what was scored; else "dense".
+    Attributes:
+        result: Of the run.
+        weights: What the model holds: "masked" if the run ended sparse, so that it computes what was scored; otherwise
+            "dense".
     """
 
     result: RunResult

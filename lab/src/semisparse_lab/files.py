@@ -1,4 +1,4 @@
-"""Writing files so that a reader sees the old file or the new one, also where the process is killed on the way."""
+"""Writing files so that a reader sees the old file or the new one, even if the process is killed while writing."""
 
 import contextlib
 import errno
@@ -22,10 +22,16 @@ _NO_FOLLOWING = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | ge
 def write_atomically(path: Path, content: bytes) -> None:
     """Write content to a new file in path's folder, then rename it to path; both are on the disk when this returns.
 
-    The new file's name cannot be foreseen and it is never opened through a link. Where path itself is a link, the link
-    is replaced and what it points to stays as it was. Temporary files that killed processes left for the same path are
-    removed; those of processes that still write hold a lock and stay. Raises OSError; path is then as it was, unless
-    the folder alone could not be synced.
+    The new file's name is random, and it is never opened through a link. If path is a link, the link is replaced and
+    its target stays as it was. Temporary files that killed processes left for the same path are removed; those of
+    processes that still write are locked and stay.
+
+    Args:
+        path: The file to write.
+        content: All of its bytes.
+
+    Raises:
+        OSError: path is then as it was, unless only the folder could not be synced.
     """
     _sweep(path)
     descriptor, temporary = _create(path)
@@ -46,7 +52,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def check_replaceable(path: Path) -> None:
-    """Raise OSError where path is there and nothing that write_atomically could replace: a folder, a device, a pipe."""
+    """Raise OSError if path exists and write_atomically cannot replace it: a folder, a device, a pipe."""
     with contextlib.suppress(FileNotFoundError):
         mode = path.lstat().st_mode
         if not (stat.S_ISREG(mode) or stat.S_ISLNK(mode)):
@@ -69,7 +75,7 @@ def _create(path: Path) -> tuple[int, Path]:
 
 
 def _sweep(path: Path) -> None:
-    """Remove what killed processes left of path. Never raises: an orphan costs space, no more."""
+    """Remove temporary files that killed processes left for path. Never raises: an orphan only costs space."""
     ours = re.compile(re.escape(_stem(path)) + r"[0-9a-f]{16}" + re.escape(_SUFFIX))
     with contextlib.suppress(OSError):
         for name in os.listdir(path.parent):

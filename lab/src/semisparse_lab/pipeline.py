@@ -128,7 +128,7 @@ def _train(experiment: Experiment, row: Row, seed: int, name: str, progress_for:
 def _jobs(
     experiment: Experiment, rows: Iterable[Row], seeds: Iterable[int], folder: Path
 ) -> list[tuple[Row, int, Path]]:
-    """The runs and their files. Raises ConfigError for what would show only when the first run is written."""
+    """The runs and their files. Checks first what would otherwise fail when the first run is written."""
     rows = tuple(rows)
     jobs = [(row, seed, folder / f"{experiment.name}.{row.slug}.seed{seed}.json") for seed in seeds for row in rows]
     if len({path for _, _, path in jobs}) < len(jobs):

@@ -1,4 +1,4 @@
-"""Reading JSON that others wrote: all that can be wrong with the text is one ValueError."""
+"""Reading JSON from files that may be damaged: whatever is wrong with the text is a ValueError."""
 
 import json
 from pathlib import Path
@@ -6,10 +6,14 @@ from typing import Any
 
 
 def parse(text: str | bytes) -> Any:
-    """The value that text stands for. Raises ValueError for anything that is not plain, finite JSON.
+    """The value of a JSON text.
 
-    So it does for names given twice, NaN and infinities, numbers too large for a float or with thousands of digits,
-    other encodings than UTF-8, and brackets nested deeper than Python can follow.
+    Args:
+        text: JSON; bytes are UTF-8.
+
+    Raises:
+        ValueError: text is not plain, finite JSON. Names given twice, NaN and infinities, numbers too large for a float
+            or with thousands of digits, other encodings and brackets that are nested too deeply are errors, too.
     """
     try:
         if isinstance(text, bytes):
@@ -20,7 +24,15 @@ def parse(text: str | bytes) -> Any:
 
 
 def read(path: Path) -> Any:
-    """What parse makes of a file. Raises OSError and ValueError."""
+    """The value of a JSON file.
+
+    Args:
+        path: The file.
+
+    Raises:
+        OSError: It cannot be read.
+        ValueError: As parse.
+    """
     return parse(path.read_bytes())
 
 

@@ -19,11 +19,19 @@ FORMAT = "semisparse-vit"
 """The description's name in the header's metadata."""
 VERSION = 2
 NO_CHECKSUM = "0" * 64
-"""Stands in the checksum's place while the checksum is taken."""
+"""Placeholder while the checksum is computed."""
 
 
 def written(config: ViTConfig, info: dict[str, Any]) -> str:
-    """The description as JSON, with NO_CHECKSUM. Raises CheckpointError where info is not what JSON holds."""
+    """The description as JSON, with NO_CHECKSUM.
+
+    Args:
+        config: Sizes of the model.
+        info: What else is saved, as plain JSON values.
+
+    Raises:
+        CheckpointError: info would not survive a round trip through JSON.
+    """
     try:
         text = json.dumps(
             {"version": VERSION, "sha256": NO_CHECKSUM, "model": asdict(config), "info": info}, allow_nan=False
@@ -46,9 +54,14 @@ def checksum(text: str, tensors: dict[str, torch.Tensor]) -> str:
 
 
 def described(path: Path, header: Header) -> dict[str, Any]:
-    """The description in the header of the file at path: of this version, its parts of the right types.
+    """The description in a header, with its version and the types of its parts checked.
 
-    Raises CheckpointError.
+    Args:
+        path: The file, for messages.
+        header: Its header.
+
+    Raises:
+        CheckpointError: The description is missing, damaged or of another version.
     """
     if FORMAT not in header.metadata:
         raise CheckpointError(
@@ -71,21 +84,29 @@ def described(path: Path, header: Header) -> dict[str, Any]:
 
 
 def model_config(path: Path, sizes: dict[str, Any]) -> ViTConfig:
-    """The config that the description of the file at path gives. Raises CheckpointError."""
+    """The config that a description gives.
+
+    Args:
+        path: The file, for messages.
+        sizes: The description's sizes of the model.
+
+    Raises:
+        CheckpointError: The sizes do not describe a model that can be built.
+    """
     names = {field.name for field in fields(ViTConfig)}
     if other := sorted(names ^ sizes.keys()):
         raise CheckpointError(
-            f"{path} describes no model that can be built: {shown(other[0])} is "
+            f"{path} does not describe a model that can be built: {shown(other[0])} is "
             + ("missing" if other[0] in names else "not a size of a ViT")
         )
     try:
         return ViTConfig(**sizes)
     except ConfigError as error:
-        raise CheckpointError(f"{path} describes no model that can be built: {error}") from error
+        raise CheckpointError(f"{path} does not describe a model that can be built: {error}") from error
 
 
 def difference(config: ViTConfig, found: dict[str, Kind]) -> str | None:
-    """What tells tensors of the kinds found from those of a model of these sizes, None where nothing does."""
+    """How the tensors found differ from those of a model with this config, as text; None if they do not."""
     # Building a model takes time for each block, even without memory, so a depth that cannot be right is refused first.
     if config.tensors >= len(found) + 12:
         return f"{len(found)} tensors do not make {config.depth} blocks (depth={config.depth})"

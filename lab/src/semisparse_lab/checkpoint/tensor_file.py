@@ -19,7 +19,13 @@ _METADATA = "__metadata__"
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """size: bytes of the whole file that the header announces; metadata: text by name; tensors: their kinds by name."""
+    """What the header of a safetensors file says.
+
+    Attributes:
+        size: Bytes of the whole file.
+        metadata: Text by name.
+        tensors: Kinds by name.
+    """
 
     size: int
     metadata: dict[str, str]
@@ -27,10 +33,15 @@ class Header:
 
 
 def read_header(file: BinaryIO, size: int) -> Header:
-    """The header of an open file of size bytes.
+    """Read the header of an open file, and at most LARGEST_HEADER bytes, even if the file announces more.
 
-    Reads no more than LARGEST_HEADER, whatever the file announces. Raises OSError, and ValueError where it is not a
-    whole safetensors file or holds more than its tensors.
+    Args:
+        file: At its start.
+        size: Bytes of the file.
+
+    Raises:
+        OSError: The file cannot be read.
+        ValueError: It is not a whole safetensors file, or holds more than its tensors.
     """
     prefix = file.read(8)
     length = int.from_bytes(prefix, "little")

@@ -18,7 +18,15 @@ LARGEST = 1 << 30
 
 
 def find_idx(folder: Path, name: str) -> Path:
-    """folder/name, or folder/name.gz when only that exists. Raises DataError naming both."""
+    """The path folder/name, or folder/name.gz if only that exists.
+
+    Args:
+        folder: Where to look.
+        name: Without ".gz".
+
+    Raises:
+        DataError: Neither exists; the message names both.
+    """
     for path in (folder / name, folder / f"{name}.gz"):
         if path.is_file():
             return path

@@ -96,7 +96,14 @@ class DinoHead(nn.Module):
 class DinoStudent(VisionTransformer):
     """The lab's ViT with a DinoHead, for images (B, channels, side, side) of any side that patch_size divides.
 
-    On another grid of patches the learned positions are interpolated. Raises ShapeError for other images.
+    On another grid of patches the learned positions are interpolated.
+
+    Args:
+        config: Sizes of the backbone.
+        dino: Sizes of the head.
+
+    Raises:
+        ShapeError: In forward, if the images have another shape.
     """
 
     def __init__(self, config: ViTConfig, dino: DinoConfig) -> None:
@@ -114,7 +121,7 @@ class DinoStudent(VisionTransformer):
         return self.patch_embed(patches(images, self.config)) + self._positions_on(side)
 
     def features(self, images: Tensor) -> Tensor:
-        """What the backbone makes of images, without the head: one normalised token per patch, (B, T, width) fp32."""
+        """The output of the backbone, without the head: one normalised token per patch, (B, T, width) fp32."""
         return self.norm(self.tokens(images)).float()
 
     def _positions_on(self, side: int) -> Tensor:

@@ -43,8 +43,14 @@ class GPTConfig:
 class GPT(Transformer):
     """Decoder-only transformer over bytes: learned positions, pre-norm blocks, initial weights as in GPT-2.
 
-    inputs: (B, T) int64 bytes, T at most config.context; returns the logits of each next byte, (B, T, 256). The linear
-    layers are blocks.<i>.attn.qkv, .attn.proj, .mlp.fc1, .mlp.fc2 and head. Raises ShapeError for other inputs.
+    Input: bytes, (B, T) int64, T at most config.context. Output: the logits of each next byte, (B, T, 256). The linear
+    layers are blocks.<i>.attn.qkv, .attn.proj, .mlp.fc1, .mlp.fc2 and head.
+
+    Args:
+        config: Sizes of the model.
+
+    Raises:
+        ShapeError: In forward, if the input has another shape.
     """
 
     def __init__(self, config: GPTConfig) -> None:

@@ -81,8 +81,14 @@ class ViTConfig:
 class VisionTransformer(Transformer):
     """ViT classifier (arXiv 2010.11929) with learned positions and mean pooling instead of a class token.
 
-    images: (B, channels, image_size, image_size) float; returns logits (B, classes). The linear layers are
-    patch_embed, blocks.<i>.attn.qkv, .attn.proj, .mlp.fc1, .mlp.fc2 and head. Raises ShapeError for another image size.
+    Input: (B, channels, image_size, image_size), float. Output: logits (B, classes). The linear layers are patch_embed,
+    blocks.<i>.attn.qkv, .attn.proj, .mlp.fc1, .mlp.fc2 and head.
+
+    Args:
+        config: Sizes of the model.
+
+    Raises:
+        ShapeError: In forward, if the images have another size.
     """
 
     def __init__(self, config: ViTConfig) -> None:

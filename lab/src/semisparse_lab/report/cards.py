@@ -19,8 +19,14 @@ from semisparse_lab.report.result_files import Result, load_results
 class RowSummary:
     """All runs of one row.
 
-    values: the metric by seed; diverged: seeds whose metric is no number; differences: to the baseline, over the seeds
-    that both have; seconds: median of a step by phase, empty where results of several GPUs are mixed.
+    Attributes:
+        slug: The row's short name.
+        title: The row's title.
+        values: The metric by seed.
+        diverged: Seeds whose metric is not a number.
+        differences: To the baseline, over the seeds that both have.
+        sparse_products: Products on sparse tensor cores, the mean over the runs.
+        seconds: Median seconds per step by kind of phase; empty if results of several GPUs are mixed.
     """
 
     slug: str
@@ -129,7 +135,7 @@ def gain(results: Sequence[Result], baseline: str = "dense") -> str:
 
 def further_figures(results: Sequence[Result]) -> str:
     """What Outcome.more says of each row, as a Markdown table of means; empty where it says nothing."""
-    results = [result for result in results if result["value"] is not None]  # of a run that diverged they mean nothing
+    results = [result for result in results if result["value"] is not None]  # a diverged run has no meaningful figures
     names = [name for name, value in results[0]["more"].items() if isinstance(value, (int, float))] if results else []
     if not names:
         return ""
@@ -224,9 +230,18 @@ def card(results: Sequence[Result], plot: str, more: Sequence[str] = ()) -> str:
 
 
 def write_cards(results: Path, out: Path) -> list[Path]:
-    """Write out/NAME.md and out/NAME.png for each experiment with results in a folder; returns the paths of the cards.
+    """Write out/NAME.md and out/NAME.png for each experiment with results in a folder.
 
-    Raises DataError when there is no result or a file is not one, ConfigError when out cannot be written.
+    Args:
+        results: The folder with result files.
+        out: The folder for the cards.
+
+    Returns:
+        The paths of the cards.
+
+    Raises:
+        DataError: The folder holds no result, or a damaged one.
+        ConfigError: out cannot be written.
     """
     groups = by_experiment(load_results(results))
     if not groups:

@@ -17,9 +17,13 @@ _FILE_NAME = re.compile(r"\w[\w.-]{0,99}", re.ASCII)
 
 
 def load_results(folder: Path) -> list[Result]:
-    """The experiments' results in folder, in the order of their file names.
+    """The results of experiments in folder, in the order of their file names.
 
-    Raises DataError for a damaged file, and where results of one experiment were made with different settings.
+    Args:
+        folder: Files of other kinds in it are ignored.
+
+    Raises:
+        DataError: A file is damaged, or results of one experiment have different settings or numbers of epochs.
     """
     found: list[Result] = []
     first: dict[str, Result] = {}
@@ -79,7 +83,7 @@ def _number(value: Any) -> bool:
 
 
 def _file_name(value: Any) -> bool:
-    """Cards are called as their experiment is, so its name must not lead into another folder."""
+    """A card has the name of its experiment, so that name must not lead into another folder."""
     return isinstance(value, str) and _FILE_NAME.fullmatch(value) is not None
 
 
@@ -92,7 +96,7 @@ _PHASE: dict[str, _Check] = {"kind": _text, "seconds_per_step": _number, "sparse
 _EPOCH: dict[str, Any] = {"step": _count, "train_loss": _number, "flip_rate": _number, "kept_magnitude": _number,
                           "validation": {"loss": _number, "accuracy": _number}}  # fmt: skip
 _OPTIONAL = {"kept_magnitude": None}
-"""What older results do not have."""
+"""Fields that older results lack."""
 _RESULT: dict[str, Any] = {
     "experiment": _file_name, "row": _text, "row_title": _text, "order": _count, "seed": _count, "value": _number,
     "more": _more, "run": {"phases": [_PHASE], "epochs": [_EPOCH]}, "settings": lambda value: True, "gpu": _text,

@@ -59,7 +59,15 @@ def run_document(experiment: Experiment, row: Row, seed: int, outcome: Outcome) 
 
 
 def write_document(path: Path, document: Document) -> None:
-    """Write document as indented JSON, in one atomic move. Raises OSError."""
+    """Write document as indented JSON, atomically.
+
+    Args:
+        path: The file to write.
+        document: What run_document returned.
+
+    Raises:
+        OSError: path cannot be written.
+    """
     write_atomically(path, json.dumps(document, indent=2, allow_nan=False).encode() + b"\n")
 
 

@@ -88,7 +88,15 @@ FILES = (RESULTS_FILE, PLOT_FILE, *(f"{row.slug}{checkpoint.SUFFIX}" for row in 
 
 
 def swap_report(model: ViTConfig, layers: str) -> SwapReport:
-    """Which layers of the model will be sparse, without building its weights. Raises NoLayerMatchedError."""
+    """Which layers of the model will be sparse, without building its weights.
+
+    Args:
+        model: Sizes of the model.
+        layers: As the option of the command.
+
+    Raises:
+        NoLayerMatchedError: No layer would be sparse.
+    """
     with torch.device("meta"):
         return sparsify_model(VisionTransformer(model), layers)
 

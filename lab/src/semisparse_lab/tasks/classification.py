@@ -51,7 +51,14 @@ class ImageClassification:
         self.augmentation = augmentation
 
     def steps_per_epoch(self, batch_size: int) -> int:
-        """Whole batches in the training split. Raises ConfigError when there is none."""
+        """Whole batches in the training split.
+
+        Args:
+            batch_size: Images per batch.
+
+        Raises:
+            ConfigError: The split has fewer images.
+        """
         steps = len(self.data.train) // batch_size
         if steps == 0:
             raise ConfigError(f"batch_size={batch_size} exceeds the {len(self.data.train)} training images")

@@ -28,11 +28,20 @@ _CHUNK = 1000
 
 
 def crops(images: Tensor, draws: Tensor, scale: tuple[float, float], size: int, config: DinoConfig) -> Tensor:
-    """Views of images (n, C, S, S) with pixels from 0 to 1, as draws (n, views, 7) in [0, 1) say; fp32.
+    """Random views of images, in fp32.
 
-    Each view is a square of a share of the area within scale, anywhere inside the image, resized bilinearly to size,
-    with half of them mirrored, then brightness, contrast and blur. Returns (views * n, C, size, size), pixels from 0 to
-    1, view by view.
+    Each view is a square anywhere inside the image, resized bilinearly; half of the views are mirrored. Brightness,
+    contrast and blur follow.
+
+    Args:
+        images: (n, C, S, S), pixels from 0 to 1.
+        draws: (n, views, 7), random numbers in [0, 1) that decide all of this.
+        scale: Smallest and largest share of the area.
+        size: Side of a view, in pixels.
+        config: Strength of brightness, contrast and blur.
+
+    Returns:
+        (views * n, C, size, size), pixels from 0 to 1, view by view.
     """
     area, x, y, flip, brightness, contrast, blur = draws.transpose(0, 1).flatten(0, 1).unbind(1)
     side = (scale[0] + area * (scale[1] - scale[0])).sqrt()
@@ -53,13 +62,17 @@ def crops(images: Tensor, draws: Tensor, scale: tuple[float, float], size: int, 
 
 
 def dino_loss(student: Tensor, teacher: Tensor, center: Tensor, config: DinoConfig) -> Tensor:
-    """Mean cross-entropy of the student's views with the teacher's other ones, a scalar.
+    """Mean cross-entropy over all pairs of a student's view and another view of the teacher, a scalar.
 
-    student: (views, n, out_dim), its first entries the views of teacher, (2, n, out_dim); center: (out_dim,).
+    Args:
+        student: (views, n, out_dim); its first entries are for the teacher's views.
+        teacher: (2, n, out_dim).
+        center: (out_dim,).
+        config: Its temperatures.
     """
     targets = ((teacher - center) / config.teacher_temperature).softmax(dim=-1)
     logs = (student / config.student_temperature).log_softmax(dim=-1)
-    # The sum over all pairs needs no loop; what a view would tell itself is taken off again.
+    # The sum over all pairs needs no loop; pairs of a view with itself are subtracted.
     total = (targets.sum(dim=0) * logs.sum(dim=0)).sum() - (targets * logs[: len(targets)]).sum()
     return -total / (len(targets) * (len(logs) - 1) * student.shape[1])
 
@@ -71,7 +84,7 @@ class DinoTask(ImageClassification):
 
     Args:
         data: The images, on one device.
-        student: Dense, on data's device, and the very model that is trained. Its copy, the teacher, is not part of it
+        student: The model that is trained; dense, on data's device. Its copy, the teacher, is not part of it
             and stays dense when the student's layers become sparse.
         config: Settings of the method.
         wrap: What the teacher's forward goes through, as in fit.
@@ -146,11 +159,17 @@ class DinoTask(ImageClassification):
         return self._knn(self.data.train, self.data.test)
 
     def frozen_scores(self, precision: Precision, untrained: DinoStudent) -> dict[str, float]:
-        """Of the student as it is, on the test split, accuracies in percent.
+        """Scores of the student as it is now, on the test split.
 
-        knn_accuracy: as test; untrained_knn_accuracy: the same of another student; pooled_knn_accuracy: of the mean
-        over the tokens; linear_accuracy: of a linear_probe on that mean; raw_pixel_knn_accuracy: of the images alone.
-        feature_std: of the means, 1 where normalised ones spread in all directions, 0 where all are the same.
+        Args:
+            precision: Of the forward passes.
+            untrained: A student to compare with.
+
+        Returns:
+            Accuracies in percent: "knn_accuracy", as test; "untrained_knn_accuracy", the same for untrained;
+            "pooled_knn_accuracy", by the mean over the tokens; "linear_accuracy", of a linear_probe on that mean;
+            "raw_pixel_knn_accuracy", by the images alone. Besides, "feature_std" of the means: 1 if the normalised
+            means spread in all directions, 0 if all are the same.
         """
         train, test, classes = self.data.train, self.data.test, self.data.classes
 

@@ -30,7 +30,14 @@ class NextByte:
         self._window = torch.arange(context + 1, device=corpus.train.device)
 
     def steps_per_epoch(self, batch_size: int) -> int:
-        """Whole batches of windows in the training set. Raises ConfigError when there is none."""
+        """Whole batches of windows in the training set.
+
+        Args:
+            batch_size: Windows per batch.
+
+        Raises:
+            ConfigError: The set has fewer windows.
+        """
         steps = len(self.corpus.train) // (self.context * batch_size)
         if steps == 0:
             raise ConfigError(f"batch_size={batch_size} windows of {self.context} bytes exceed the training set")

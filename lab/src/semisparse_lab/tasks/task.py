@@ -16,7 +16,14 @@ class Task(Protocol):
     """One learning problem. forward maps a batch's inputs to outputs: the model, or what wraps it."""
 
     def steps_per_epoch(self, batch_size: int) -> int:
-        """Batches in one epoch. Raises ConfigError for a batch size that does not fit."""
+        """Batches in one epoch.
+
+        Args:
+            batch_size: Examples per batch.
+
+        Raises:
+            ConfigError: The data do not fill one batch.
+        """
 
     def batches(self, batch_size: int, generator: torch.Generator) -> Iterator[Batch]:
         """One epoch of (inputs, targets); their order and augmentation depend on the CPU generator alone."""

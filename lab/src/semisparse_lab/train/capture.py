@@ -25,7 +25,13 @@ def compiled_blocks(model: nn.Module) -> Forward:
     """The forward of a Transformer with its blocks compiled; they share one compilation, and so do equal models.
 
     Sets dynamo's recompile limit for the whole process to 64, so that it may train with many masks, phases and batch
-    sizes. Raises ConfigError for another model.
+    sizes.
+
+    Args:
+        model: A Transformer.
+
+    Raises:
+        ConfigError: It is another model.
     """
     if not isinstance(model, Transformer):
         raise ConfigError(f"model={type(model).__name__} must be one of the lab's Transformers to compile its blocks")

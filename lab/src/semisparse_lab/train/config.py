@@ -76,7 +76,14 @@ class TrainConfig:
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device called name; "auto" is CUDA where there is one, else the CPU. Raises ConfigError if it is absent."""
+    """The device called name.
+
+    Args:
+        name: "auto" is CUDA if there is one, else the CPU.
+
+    Raises:
+        ConfigError: name is not "auto", a CPU or a CUDA device of this machine.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:

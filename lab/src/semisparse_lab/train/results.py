@@ -1,4 +1,4 @@
-"""What one training run leaves behind: curves, phases, scores and costs."""
+"""Results of one training run: curves, phases, scores and costs."""
 
 import math
 from dataclasses import dataclass
@@ -10,7 +10,12 @@ Kind = Literal["sparse", "dense"]
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """Mean loss and accuracy (share from 0 to 1) over one split."""
+    """Scores of a model on one split.
+
+    Attributes:
+        loss: Mean loss.
+        accuracy: Share from 0 to 1.
+    """
 
     loss: float
     accuracy: float
@@ -20,9 +25,13 @@ class Scores:
 class EpochRecord:
     """One point of the curves.
 
-    step: optimizer steps tried so far; train_loss: mean over the epoch's batches; flip_rate: mean flip rate of all
-    followed layers (see MaskMetrics) in one step near the end of the epoch, None where none was measured;
-    kept_magnitude: share of the weights' magnitude that their masks keep at that step, the mean over these layers.
+    Attributes:
+        step: Optimizer steps tried so far.
+        train_loss: Mean over the epoch's batches.
+        validation: Scores on the validation split.
+        flip_rate: Mean flip rate of all followed layers (see MaskMetrics) in one step near the end of the epoch; None
+            if none was measured.
+        kept_magnitude: Share of the weights' magnitude that their masks keep at that step, the mean over these layers.
     """
 
     step: int
@@ -34,10 +43,14 @@ class EpochRecord:
 
 @dataclass(frozen=True, slots=True)
 class PhaseSpan:
-    """Steps start (included) to end (excluded) of one kind.
+    """Consecutive steps of one kind.
 
-    seconds_per_step: median after warm-up, None if untimed. sparse_products: products on sparse tensor cores that its
-    training steps ran, 0 where all were dense or masked dense.
+    Attributes:
+        kind: Of the steps.
+        start: The first step.
+        end: The step after the last one.
+        seconds_per_step: Median after warm-up; None if untimed.
+        sparse_products: Products on sparse tensor cores in these training steps; 0 if all were dense or masked dense.
     """
 
     kind: Kind
@@ -49,7 +62,12 @@ class PhaseSpan:
 
 @dataclass(frozen=True, slots=True)
 class PeakMemory:
-    """bytes: highest use during the run, None where it cannot be read; kind: what was counted."""
+    """Peak memory of a run.
+
+    Attributes:
+        bytes: Highest use during the run; None if it cannot be read.
+        kind: What was counted.
+    """
 
     bytes: int | None
     kind: str
@@ -59,8 +77,14 @@ class PeakMemory:
 class RunResult:
     """One finished run.
 
-    steps: optimizer steps tried; skipped_steps: those that a gradient scaler skipped. validation and test scores were
-    taken with the layers as they were in the last phase, the test split only once, after the last step.
+    Attributes:
+        name: Of the row.
+        steps: Optimizer steps tried.
+        skipped_steps: Those that a gradient scaler skipped.
+        epochs: Points of the curves; each was scored with the layers as they were then, sparse or dense.
+        phases: In order.
+        test: Scores on the test split, taken once, after the last step, in the last phase.
+        peak_memory: Of the run.
     """
 
     name: str
@@ -82,8 +106,8 @@ class RunResult:
     def diverged(self) -> bool:
         """Whether a loss was not finite, so that the scores mean nothing.
 
-        Where a gradient scaler skipped steps, which it does for such losses while it looks for a scale, only the last
-        epoch's training loss counts.
+        A gradient scaler skips steps with such losses while it searches for a scale. If it skipped any, only the
+        training loss of the last epoch counts.
         """
         counted = self.epochs[-1:] if self.skipped_steps else self.epochs
         losses = [self.test.loss, *(record.validation.loss for record in self.epochs)]
