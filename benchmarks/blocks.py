@@ -26,7 +26,7 @@ def filled(pages: Iterable[Path], blocks: Mapping[str, str]) -> dict[Path, str]:
     """Path -> filled text of each page.
 
     Raises:
-        ValueError: A block stands on no page, or a page marks a place that has no block.
+        ValueError: None of the pages has a place for a block, or a place has no block.
     """
     texts = {page: page.read_text() for page in pages}
     placed = {found[2] for text in texts.values() for found in _PLACE.finditer(text)}

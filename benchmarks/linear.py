@@ -2,8 +2,8 @@
 
 Every variant is a whole eager call as a training step makes it: bf16 parameters with bias, gradients set to None
 before, x.requires_grad, weights pruned and packed in the call. Each call is also replayed from a CUDA graph, which
-shows what is left when the host is not in the way, and run with backward on the calling thread
-(torch.autograd.set_multithreading_enabled), which spares the host the way to another core.
+removes the host's time, and run with backward on the calling thread (torch.autograd.set_multithreading_enabled), which
+avoids the switch to another thread.
 
 The limit is the ratio of the same call with its weight packed beforehand (semisparse.reuse_packed), measured in the
 same interleaved blocks. A pruned activation cannot be packed beforehand: its limit is estimated from the products

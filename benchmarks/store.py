@@ -1,4 +1,4 @@
-"""Where results come from and go to: one JSON file per run, with everything needed to judge it."""
+"""Where results come from and go to: one JSON file per run, with all that is needed to judge it."""
 
 import json
 import subprocess

@@ -1,6 +1,6 @@
 """The tables of every kind of result, drawn from result files old and new; the terminal and the cards show the same.
 
-Headline rows come first and the ratio stands beside the time. A limit with a tilde is an estimate (older results, and
+Headline rows come first and the ratio is next to the time. A limit with a tilde is an estimate (older results, and
 pruned activations): see LIMIT.
 """
 

@@ -1,11 +1,11 @@
-"""Stop a sparse training, go on in new objects from a file, and end with the numbers of the run that never stopped.
+"""Stop a sparse training, resume it from a file in new objects, and end with the numbers of an uninterrupted run.
 
     python examples/resume.py                        # stops in the sparse phase
     python examples/resume.py --stop-at 180          # stops in the dense phase
 
-What is saved: model, optimizer and schedule. The schedule's state holds how many steps counted, and what a recipe
-holds: fst keeps its masks for some steps, so a run that chose them anew would go another way. Batches depend on the
-number of the step alone, so nothing of the data needs to be saved.
+What is saved: model, optimizer and schedule. The schedule's state has the number of steps that counted and what a
+recipe holds: fst keeps its masks for some steps, so a run that chose new ones would differ. Batches depend only on the
+number of the step, so no state of the data needs to be saved.
 """
 
 import argparse

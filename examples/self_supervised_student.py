@@ -5,7 +5,7 @@
 
 The student's MLPs are 2:4 sparse for 70 % of the steps. The teacher is a copy that was made after the swap, so its MLPs
 are sparse layers too, and schedule.follow() switches them together with the student's. Without it they would stay
-sparse for ever. A copy that is made before the swap stays dense throughout, which is how DINOv2 was trained. The lines
+sparse. A copy that is made before the swap stays dense throughout, which is how DINOv2 was trained. The lines
 that differ from dense training are marked with [sparse].
 """
 

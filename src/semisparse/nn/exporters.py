@@ -1,6 +1,6 @@
-"""What a semi-sparse layer does when an exporter other than torch.export meets it.
+"""What a semi-sparse layer does under exporters other than torch.export.
 
-torch.export needs nothing from here: the ops carry registered fakes and gradient formulas.
+torch.export needs no code here: the ops have registered fakes and gradient formulas.
 """
 
 from typing import Any, NoReturn

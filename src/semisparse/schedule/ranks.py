@@ -52,11 +52,11 @@ def agree(mine: int | Exception, group: Group = None) -> None:
     in group compare nothing.
 
     Args:
-        mine: The digest of this rank, or the exception that it met instead.
+        mine: The digest of this rank, or the exception that it raised instead.
         group: The ranks to compare.
 
     Raises:
-        RankMismatchError: The digests differ, or another rank met an exception.
+        RankMismatchError: The digests differ, or another rank raised an exception.
         Exception: mine, if it is one.
     """
     if group is not False and dist.is_available() and dist.is_initialized() and _is_member(group):

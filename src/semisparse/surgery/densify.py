@@ -53,7 +53,7 @@ def densify(model: nn.Module, weights: Weights = "dense") -> SwapReport:
     rows: dict[int, LayerRow] = {}
     for found in layers:
         layer = found.layer
-        if isinstance(layer, SemiSparseBase):  # a tied layer is dense already when it is met under its second name
+        if isinstance(layer, SemiSparseBase):  # a tied layer is dense already when its second name comes
             note = "dense weight kept" if masked is None else masked.note(layer)
             SemiSparseBase.to_dense(layer)
             rows[id(layer)] = LayerRow(found.name, layer.out_features, layer.in_features, SWAPPED, note)

@@ -1,4 +1,4 @@
-"""What a swap did: one row per layer, with the reason for every layer left alone."""
+"""What a swap did: one row per layer, with the reason for every layer that stays dense."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
@@ -49,7 +49,7 @@ class SwapReport:
 
     @property
     def skipped(self) -> dict[str, str]:
-        """Name -> reason of the layers that were examined and left alone."""
+        """Name -> reason of the layers that were examined and not changed."""
         return {row.name: row.reason for row in self.rows if row.status == SKIPPED}
 
     @property

@@ -35,7 +35,7 @@ def transpose_refusal(layer: nn.Module, parent: nn.Module | None) -> str | None:
     if hasattr(parent, "fan_in_fan_out"):  # peft's name for a weight of K x N
         return f"the adapter {type(parent).__name__} around it relies on the shape of its weight: convert without it"
     if weight._backward_hooks or getattr(weight, "_post_accumulate_grad_hooks", None):
-        return "its weight has gradient hooks, which would meet another shape: register them after converting"
+        return "its weight has gradient hooks, whose gradients would change shape: register them after converting"
     if _in_a_graph(weight):
         return (
             "a graph still holds its weight in the old shape: delete the outputs and losses of earlier forwards (del "

@@ -1,4 +1,4 @@
-"""A finished run as the JSON document that tables, cards and curves are made of."""
+"""A finished run as the JSON document from which tables, cards and curves are made."""
 
 import json
 import math

@@ -1,7 +1,8 @@
-"""Self-supervised learning in small: DINO (arXiv 2104.14294), a student that learns from a teacher made of its past.
+"""Self-supervised learning at small scale: DINO (arXiv 2104.14294).
 
-The student sees two large and several small crops of each image, the teacher, the moving average of the student's
-weights, the large ones; the student learns to name the teacher's prototype of any other crop. Labels only score it.
+The teacher is the moving average of the student's weights. The student sees two large and several small crops of each
+image, the teacher the large ones. The student learns to predict the teacher's prototype of any other crop. Labels are
+used for scores only.
 """
 
 from collections.abc import Callable, Iterator
@@ -80,7 +81,8 @@ def dino_loss(student: Tensor, teacher: Tensor, center: Tensor, config: DinoConf
 class DinoTask(ImageClassification):
     """Task: DINO on the training images of data, scored by k-NN of the student's features (see knn_votes).
 
-    A batch is (images, draws). Views are made of both in loss, which draws nothing and so fits into a CUDA graph.
+    A batch is (images, draws). loss makes the views from both; it draws no random numbers, so that it can be captured
+    in a CUDA graph.
 
     Args:
         data: The images, on one device.
