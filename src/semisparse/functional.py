@@ -33,7 +33,7 @@ from semisparse.config import Backend
 from semisparse.formats.packed import PackedMatrix
 from semisparse.masks import MaskName
 from semisparse.operands import as_tokens, check_operands, compute_dtype, in_dtype, in_rows
-from semisparse.tracing import exporting
+from semisparse.tracing import recording
 
 
 def semi_sparse_linear(
@@ -82,7 +82,7 @@ def semi_sparse_linear(
         packed = PackedMatrix(*ops.pack(weight.detach(), dtype, mask, codes, scale))
     tokens, bias = _distinct(in_dtype(dtype, as_tokens(input))), None if bias is None else in_dtype(dtype, bias)
     operands = tokens, weight, bias, packed.matrix, packed.transposed, mask, backend
-    if torch.compiler.is_compiling() and exporting():
+    if recording():
         y = ops.packed_linear(*operands)
     else:
         y = (TransformedPackedLinear if transform else PackedLinear).apply(*operands)
@@ -122,7 +122,7 @@ def semi_sparse_activation_linear(
     # The engine adds no bias along these rows, so the op passes over y again. A compiler fuses that into what follows.
     compiling = torch.compiler.is_compiling()
     operands = _distinct(tokens), weight, None if compiling else bias, *buffers, backend
-    if compiling and exporting():
+    if recording():
         y = ops.packed_tokens_linear(*operands)
     else:
         y = (TransformedPackedTokensLinear if transform else PackedTokensLinear).apply(*operands)

@@ -12,9 +12,13 @@ def _constant(question: Callable[[], bool]) -> Callable[[], bool]:
 
 
 @_constant
-def exporting() -> bool:
-    """Whether torch.export is running. (In torch 2.11 torch.compile takes torch.compiler.is_exporting() for true.)"""
-    return torch.compiler._is_exporting_flag
+def recording() -> bool:
+    """Whether torch.export or torch.jit.trace records a graph that may outlive this process.
+
+    Such a graph can hold ops, and no Python functions. (In torch 2.11 torch.compile takes torch.compiler.is_exporting()
+    for true.)
+    """
+    return torch.compiler._is_exporting_flag or torch._C._get_tracing_state() is not None
 
 
 @_constant

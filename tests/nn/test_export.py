@@ -111,6 +111,16 @@ def test_export_of_frozen_layers_in_training_works() -> None:
 
 
 @OPERANDS
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.*:DeprecationWarning")
+def test_a_trace_is_saved_loaded_and_trained(route: str, operand: str, tmp_path) -> None:
+    model, x = net(operand).bfloat16(), small_integers((4, 16), seed=5, dtype=torch.bfloat16)
+    torch.jit.save(torch.jit.trace(model, x), tmp_path / "traced.pt")
+    loaded = torch.jit.load(tmp_path / "traced.pt")
+    for ours, expected in zip(gradients(loaded, x), gradients(model, x), strict=True):
+        assert_bit_equal(ours, expected)
+
+
+@OPERANDS
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # of sizes that become constants, as in any trace
 def test_jit_script_is_refused_and_trace_works(operand: str) -> None:
     model = net(operand)

@@ -15,7 +15,7 @@ from semisparse.nn.exporters import fx_call, refuse_onnx, refuse_script
 from semisparse.nn.refusals import bound_sparse, refusal
 from semisparse.nn.registry import swapped_class
 from semisparse.pattern import GROUP
-from semisparse.tracing import exporting
+from semisparse.tracing import recording
 
 HELD = ("held_codes", "held_scale")
 """Attributes that a recipe sets on a layer with a pruned weight."""
@@ -88,14 +88,13 @@ class SemiSparseBase(CopyableLinear):
             EngineError: backend="cusparselt" cannot run here.
             ExportError: The call is part of an ONNX export, or torch.fx cannot record it.
         """
-        compiling = torch.compiler.is_compiling()
-        if not compiling:
+        if not torch.compiler.is_compiling():
             if isinstance(input, Proxy):
                 return fx_call(self, input)
             (self._stands_for or self).__dict__["_called"] = True
         if not self.sparse_enabled:
             return F.linear(input, self.weight, self.bias)
-        if exporting() if compiling else torch._C._get_tracing_state() is not None:
+        if recording():
             refuse_onnx()
         return self._sparse_forward(input)
 
