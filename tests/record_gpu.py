@@ -27,7 +27,7 @@ def recorded_files() -> dict[str, str]:
     package = ROOT / "src" / "semisparse"
     folders = ("formats", "kernels", "gemm", "ops")
     files = [path for folder in folders for end in ("py", "json") for path in package.glob(f"{folder}/**/*.{end}")]
-    files += [package / "masks.py", package / "functional.py", package / "autograd.py"]
+    files += [package / f"{name}.py" for name in ("masks", "operands", "routes", "functional", "autograd")]
     return {str(path.relative_to(ROOT)): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(files)}
 
 

@@ -60,7 +60,8 @@ class SparseConfig:
             value = getattr(self, name)
             if value == planned:
                 raise ConfigError(f"{name}={value!r} is not available yet; leave it at None")
-            _check(name, value, (None,))
+            if value is not None:
+                raise ConfigError(f"{name}={value!r} is not one of None and, not available yet, {planned!r}")
         _check("weight", self.weight, (None, *MASKS))
         _check("activation", self.activation, (None, *get_args(ActivationMask)))
         _check("backend", self.backend, BACKENDS)

@@ -6,12 +6,13 @@ from dataclasses import dataclass
 
 import torch
 
+from semisparse.formats.layout import SPARSE_MULTIPLE
 from semisparse.formats.packed import Packer, packed_format
 from semisparse.gemm.engine import available, engine
 from semisparse.versions import __version__, driver_version, package_version
 
 _NOT_FOUND = "not found"
-_WHERE_PACKED = "packed in fp16 and bf16 with N and K multiples of 16, otherwise masked dense"
+_WHERE_PACKED = f"packed in fp16 and bf16 with N and K multiples of {SPARSE_MULTIPLE}, otherwise masked dense"
 _PACKERS: dict[Packer, tuple[str, str]] = {
     "kernel": ("Triton kernel", "Triton kernel, one pass for both directions"),
     "compressor": ("reference", "NVIDIA's compressor, once per direction"),

@@ -5,8 +5,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from semisparse.config import Backend
-from semisparse.errors import EngineError
+from semisparse.config import BACKENDS, Backend
+from semisparse.errors import ConfigError, EngineError
 from semisparse.formats.layout import PACKED_DTYPES, SPARSE_MULTIPLE
 from semisparse.tracing import transforming
 
@@ -22,9 +22,12 @@ def packs(weight: Tensor, dtype: torch.dtype, backend: Backend) -> bool:
         backend: As SparseConfig's.
 
     Raises:
+        ConfigError: There is no such backend.
         EngineError: backend="cusparselt" asks for a route that is not there.
     """
-    possible = weight.is_cuda and dtype in PACKED_DTYPES and _sizes_fit(weight)
+    if backend not in BACKENDS:
+        raise ConfigError(f"backend={backend!r} is not one of {', '.join(map(repr, BACKENDS))}")
+    possible = not _obstacle(weight, dtype)
     if backend == "cusparselt" and not possible:
         raise EngineError(
             f"backend='cusparselt' needs a CUDA weight in fp16 or bf16 with N and K multiples of {SPARSE_MULTIPLE}; "
@@ -35,19 +38,18 @@ def packs(weight: Tensor, dtype: torch.dtype, backend: Backend) -> bool:
 
 def why_masked_dense(weight: Tensor, dtype: torch.dtype, backend: Backend) -> str:
     """Why packs() says no, in words; empty where it says yes."""
-    if backend == "dense":
-        return "backend='dense' asks for it"
+    return "backend='dense' asks for it" if backend == "dense" else _obstacle(weight, dtype)
+
+
+def _obstacle(weight: Tensor, dtype: torch.dtype) -> str:
+    """Why no sparse product can take this weight, whatever the backend; empty where one can."""
     if not weight.is_cuda:
         return f"the weight is on {weight.device}, and sparse products need CUDA"
     if dtype not in PACKED_DTYPES:
         return f"computed in {dtype}, and sparse products need fp16 or bf16: use torch.autocast"
-    if not _sizes_fit(weight):
+    if weight.shape[0] % SPARSE_MULTIPLE or weight.shape[1] % SPARSE_MULTIPLE:
         return f"N x K = {' x '.join(map(str, weight.shape))}, and sparse products need multiples of {SPARSE_MULTIPLE}"
     return ""
-
-
-def _sizes_fit(weight: Tensor) -> bool:
-    return not (weight.shape[0] % SPARSE_MULTIPLE or weight.shape[1] % SPARSE_MULTIPLE)
 
 
 def transform_at_work(backend: Backend) -> Transform:

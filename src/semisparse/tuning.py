@@ -15,6 +15,7 @@ import torch.distributed as dist
 from semisparse.errors import ConfigError
 from semisparse.gemm.autotune.algorithm import Choice
 from semisparse.gemm.autotune.autotuner import autotuner
+from semisparse.gemm.autotune.store import canonical
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -78,4 +79,4 @@ def share(group: ProcessGroup | None = None) -> int:
     dist.all_gather_object(states, state(), group=group)
     for other in reversed(states):  # of the same problem the last one counts
         load_state(other)
-    return len({repr(entry["key"]) for other in states for entry in other["choices"]})
+    return len({canonical(entry["key"]) for other in states for entry in other["choices"]})

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from semisparse.errors import EngineError, SemiSparseError, ShapeError, TensorError
+from semisparse.errors import ConfigError, EngineError, SemiSparseError, ShapeError, TensorError
 from semisparse.functional import compute_dtype, semi_sparse_activation_linear, semi_sparse_linear
 from semisparse.nn import SemiSparseActivationLinear, SemiSparseLinear
 from semisparse.reference import masks
@@ -120,3 +120,8 @@ def test_compute_dtype_is_the_weights_unless_autocast_applies() -> None:
             assert compute_dtype(x, weight) == dtype
             assert compute_dtype(x.bfloat16(), weight) == dtype
             assert compute_dtype(x.double(), weight.double()) == torch.float64
+
+
+def test_an_unknown_backend_is_named_on_every_device() -> None:
+    with pytest.raises(ConfigError, match="backend='fast' is not one of 'auto', 'cusparselt', 'dense'"):
+        semi_sparse_linear(torch.ones(4, 16), torch.ones(16, 16), backend="fast")  # type: ignore[arg-type]

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+import semisparse
 from semisparse import SemiSparseActivationLinear, densify, routes, sparsify
 from semisparse.errors import ExportError
 from semisparse.functional import semi_sparse_activation_linear, semi_sparse_linear
@@ -167,6 +168,19 @@ def test_gradients_pass_an_exported_layer_that_does_not_train() -> None:
     for ours, expected in zip(module.parameters(), model.parameters(), strict=True):
         assert (ours.grad is None) is (expected.grad is None)
         assert ours.grad is None or torch.equal(ours.grad, expected.grad)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.parametrize("how", ["export", "trace"])
+def test_what_is_recorded_inside_reuse_packed_follows_its_own_weight(monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    monkeypatch.setattr(routes, "packs", lambda weight, dtype, backend: True)
+    model, x = net().bfloat16(), X.bfloat16()
+    with semisparse.reuse_packed(model):
+        recorded = torch.export.export(model, (x,)).module() if how == "export" else torch.jit.trace(model, x)
+    with torch.no_grad():
+        for parameter in recorded.parameters():
+            parameter.zero_()
+    assert not recorded(x).any()
 
 
 def test_fx_and_hooks_of_the_layer() -> None:

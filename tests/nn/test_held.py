@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from semisparse import SemiSparseLinear, SparseConfig, ops
-from semisparse.errors import ConfigError
+from semisparse.errors import ConfigError, TensorError
 from semisparse.reference import linear, masks
 from semisparse.testing import assert_bit_equal, small_integers
 from tests.support import MaskArguments, Result, held_by, run_layer
@@ -174,3 +174,12 @@ def test_a_compiled_step_sees_what_was_refreshed_in_place_without_compiling_agai
         assert_bit_equal(outputs[-1] + 0, linear.forward(x, pruned_by(layer), layer.bias.detach()) + 0)
     assert counter.frame_count == 1
     assert not torch.equal(outputs[0], outputs[1])
+
+
+@pytest.mark.parametrize("held", [{"scale": 2.0}, {"codes": [1, 2]}])
+def test_what_is_held_must_be_a_tensor(held: dict) -> None:
+    layer = layer_of("soft")
+    before = held_by(layer)
+    with pytest.raises(TensorError, match=f"{next(iter(held))}=.* is not a tensor"):
+        layer.hold(**held)
+    assert held_by(layer) is before

@@ -243,3 +243,13 @@ def test_the_two_classes_keep_their_settings_apart() -> None:
 def test_the_base_class_alone_is_no_layer() -> None:
     with pytest.raises(NotImplementedError):
         SemiSparseBase.pruned_weight(SemiSparseLinear(K, N))
+
+
+@pytest.mark.parametrize("config", ["row", {"weight": "row"}])
+def test_what_is_not_a_config_is_named(config: object) -> None:
+    for call in (
+        lambda: SemiSparseLinear(K, N, config=config),  # type: ignore[arg-type]
+        lambda: SemiSparseLinear.from_dense(nn.Linear(K, N), config),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(ConfigError, match="is not a SparseConfig"):
+            call()

@@ -140,3 +140,20 @@ def test_pruning_passes_the_gradient_straight_through_in_the_dtype_of_the_matrix
         grad_output = torch.randn(8, 8).bfloat16()
         (gradient,) = torch.autograd.grad(pruned, matrix, grad_output)
         assert_bit_equal(gradient, grad_output.float())
+
+
+def test_products_by_themselves_have_no_gradient() -> None:
+    """As on a GPU, where autograd sees nothing of them; packed_linear is the op with a formula."""
+    x = torch.randn(4, 16, dtype=torch.bfloat16, requires_grad=True)
+    packed, _ = ops.pack(torch.randn(32, 16), torch.bfloat16, "transposable")
+    assert not ops.packed_matmul(x, packed, None, 32, "auto").requires_grad
+
+
+@pytest.mark.parametrize(("matrix", "dtype", "error"), [
+    (torch.ones(16, 16), torch.float32, TensorError),
+    (torch.ones(16, 20), torch.bfloat16, ShapeError),
+    (torch.ones(8, 16), torch.bfloat16, ShapeError),
+])  # fmt: skip
+def test_what_a_gpu_cannot_pack_is_not_packed_on_the_cpu(matrix: Tensor, dtype: torch.dtype, error: type) -> None:
+    with pytest.raises(error):
+        ops.pack(matrix, dtype, "transposable")

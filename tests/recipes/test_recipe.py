@@ -37,7 +37,7 @@ def test_the_docs_say_which_products_of_a_preset_are_sparse() -> None:
     )
     said = {name: row[1:] for row in rows for name in re.findall(r"\w+", row[0])}
     assert said == {name: tuple(preset().config.products.values()) for name, preset in PRESETS.items()}
-    assert sr_ste(mask="row").config.products["grad_input"] == "dense"
+    assert sr_ste(weight="row").config.products["grad_input"] == "dense"
 
 
 def test_the_presets_are_all_named() -> None:
@@ -56,8 +56,8 @@ def test_a_preset_takes_a_backend_and_its_own_settings(name: str) -> None:
         "sparse_fraction": 0.5,
         "dense_range": None,
     }
-    assert sr_ste(mask="row").config.weight == "row"
-    assert step(mask="transposable", dense_range=(0.2, 0.3)).dense_range == (0.2, 0.3)
+    assert sr_ste(weight="row").config.weight == "row"
+    assert step(weight="transposable", dense_range=(0.2, 0.3)).dense_range == (0.2, 0.3)
 
 
 def test_a_recipe_cannot_be_changed_but_compared_copied_and_pickled() -> None:
@@ -117,8 +117,8 @@ def test_what_does_not_belong_together_is_refused_with_the_way_out(case: str) ->
 
 def test_presets_refuse_the_same() -> None:
     with pytest.raises(ConfigError, match="weight='soft'"):
-        sr_ste(mask="soft")
+        sr_ste(weight="soft")
     with pytest.raises(ConfigError, match="weight='soft'"):
-        step(mask="soft")
+        step(weight="soft")
     with pytest.raises(ConfigError, match="backend='fast'"):
         dinov2(backend="fast")

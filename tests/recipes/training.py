@@ -20,7 +20,7 @@ SPARSE = ("0", "2")  # names of the layers that are swapped
 RECIPES: dict[str, Callable[[], Recipe]] = {
     "dinov2": dinov2,
     "sr_ste": lambda: sr_ste(decay=DECAY, sparse_fraction=0.75),
-    "sr_ste by rows": lambda: sr_ste(decay=DECAY, mask="row"),
+    "sr_ste by rows": lambda: sr_ste(decay=DECAY, weight="row"),
     "fst": lambda: fst(decay=DECAY, refresh_every=3),
     "s_ste": lambda: s_ste(sparse_fraction=0.75),
     "step": lambda: step(dense_range=(0.1, 0.75)),

@@ -10,7 +10,8 @@ from semisparse.errors import ConfigError, ShapeError, TensorError
 from semisparse.formats.layout import PACKED_DTYPES, SPARSE_MULTIPLE, MetadataLayout
 from semisparse.pattern import GROUP
 
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+READ_DTYPES = (torch.float32, *PACKED_DTYPES)
+"""Dtypes of the matrices that kernels read; fp64 is left to the reference."""
 
 
 def check_sizes(
@@ -36,7 +37,7 @@ def check_sizes(
         TensorError: A dtype does not fit.
         ConfigError: mask has no packed transpose.
     """
-    if types[0] not in _DTYPES or types[1] not in PACKED_DTYPES:
+    if types[0] not in READ_DTYPES or types[1] not in PACKED_DTYPES:
         raise TensorError(f"matrix is {types[0]}, packed as {types[1]}; use fp32, fp16 or bf16, packed as fp16 or bf16")
     if columns % SPARSE_MULTIPLE or rows_padded % SPARSE_MULTIPLE or rows_padded < rows:
         raise ShapeError(

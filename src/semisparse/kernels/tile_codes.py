@@ -13,6 +13,7 @@ from torch import Tensor
 from semisparse import masks
 from semisparse.errors import ShapeError, TensorError
 from semisparse.kernels import packed_values, tile_masks
+from semisparse.kernels.launch_checks import READ_DTYPES
 from semisparse.kernels.launcher import Launcher
 from semisparse.pattern import GROUP
 
@@ -23,7 +24,6 @@ _TRANSPOSABLE = tl.constexpr(masks.get("transposable").constant)
 _ROW = tl.constexpr(masks.get("row").constant)
 _SOFT = tl.constexpr(masks.get("soft").constant)
 _SIGNED_GREEDY = tl.constexpr(masks.get("signed_greedy").constant)
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @triton.jit
@@ -67,7 +67,7 @@ def launch(matrix: Tensor, codes: Tensor, *, mask: str) -> None:
         ConfigError: The mask is unknown.
     """
     constant = masks.get(mask).constant
-    if matrix.dtype not in _DTYPES or codes.dtype != torch.int16 or not codes.is_contiguous():
+    if matrix.dtype not in READ_DTYPES or codes.dtype != torch.int16 or not codes.is_contiguous():
         raise TensorError(f"matrix is {matrix.dtype}, codes {codes.dtype}; use fp32, fp16 or bf16, contiguous int16")
     rows, columns = matrix.shape
     if rows % GROUP or columns % GROUP or codes.shape != (rows // GROUP, columns // GROUP):

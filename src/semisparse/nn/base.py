@@ -178,9 +178,13 @@ class SemiSparseBase(CopyableLinear):
 
     @classmethod
     def _checked(cls, config: SparseConfig | None) -> SparseConfig | None:
+        if config is not None and not isinstance(config, SparseConfig):
+            raise ConfigError(
+                f"config={config!r} is not a SparseConfig; pass SparseConfig(...), or None for the default"
+            )
         if config is not None and config.operand != cls.operand:
             raise ConfigError(
-                f"config={config} does not fit {cls.__name__}: set {cls.operand}='transposable' and "
+                f"config={config!r} does not fit {cls.__name__}: set {cls.operand}='transposable' and "
                 f"{config.operand}=None"
             )
         return config

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from semisparse import functional, ops
 from semisparse.config import Operand, SparseConfig
+from semisparse.errors import TensorError
 from semisparse.masks import MaskName
 from semisparse.nn.base import SemiSparseBase
 from semisparse.nn.packed_weights import PackedWeight, usable
@@ -54,8 +55,14 @@ class SemiSparseLinear(SemiSparseBase):
 
         Args:
             codes: int16, N/4 x K/4, for mask "transposable".
-            scale: One fp32 number, which mask "soft" needs.
+            scale: An fp32 tensor without dimensions, which mask "soft" needs.
+
+        Raises:
+            TensorError: codes or scale is not a tensor.
         """
+        for name, held in (("codes", codes), ("scale", scale)):
+            if held is not None and not isinstance(held, Tensor):
+                raise TensorError(f"{name}={held!r} is not a tensor; pass one on the weight's device, or None")
         self.held_codes, self.held_scale = codes, scale
 
     def _sparse_forward(self, input: Tensor) -> Tensor:

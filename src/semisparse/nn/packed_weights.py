@@ -18,6 +18,7 @@ from semisparse.config import SparseConfig
 from semisparse.formats.packed import PackedMatrix
 from semisparse.masks import MaskName
 from semisparse.operands import compute_dtype
+from semisparse.tracing import recording
 
 
 class PackedWeight(NamedTuple):
@@ -124,7 +125,7 @@ def usable(layer: PackingLayer, x: Tensor) -> PackedMatrix | None:
         x: Its input.
     """
     packed = layer._packed
-    if packed is None:
+    if packed is None or recording():  # a recorded graph packs the weight that it will be run with
         return None
     dtype = compute_dtype(x, layer.weight)
     if packed.dtype is dtype and (torch.compiler.is_compiling() or packed.source == _source(layer)):

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from semisparse import calls, masks
-from semisparse.formats.layout import SM90_16BIT, SPARSE_MULTIPLE, packed_bytes, round_up
+from semisparse.errors import ShapeError, TensorError
+from semisparse.formats.layout import PACKED_DTYPES, SM90_16BIT, SPARSE_MULTIPLE, packed_bytes, round_up
 from semisparse.formats.packed import PackedFormat, packed_format
 from semisparse.gemm.engine import engine
 from semisparse.gemm.operands import Operands
@@ -20,6 +21,14 @@ from semisparse.reference import masks as reference_masks
 from semisparse.reference import packing as reference_packing
 
 _packed_bytes = lru_cache(4096)(packed_bytes)
+
+
+def _check_packable(matrix: Tensor, dtype: torch.dtype) -> None:
+    """What the pack kernel checks on CUDA."""
+    if dtype not in PACKED_DTYPES:
+        raise TensorError(f"dtype={dtype}: packed values are fp16 or bf16")
+    if any(size % SPARSE_MULTIPLE for size in matrix.shape):
+        raise ShapeError(f"matrix is {tuple(matrix.shape)}; packing needs multiples of {SPARSE_MULTIPLE}: pad it")
 
 
 def _encoded(matrix: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
@@ -71,6 +80,7 @@ def pack(
         EngineError: On CUDA, when nothing was ever packed on this device and a CUDA graph is being captured.
     """
     found = checked(matrix, mask, codes, scale)
+    _check_packable(matrix, dtype)
     kept = found.choose(matrix) if codes is None else reference_masks.from_codes(codes)
     if found.needs_scale:
         matrix = prune_anywhere(matrix, dtype, mask, codes, scale)

@@ -37,7 +37,7 @@ def register(
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Register the decorated function as the CPU implementation of a new op, and return the function that calls the op.
 
-    Autocast is off inside the CPU implementation: dtypes are arguments of the ops.
+    Inside the CPU implementation autocast is off, since dtypes are arguments of the ops, and autograd does not look.
 
     Args:
         schema: As torch.library takes it, without the namespace.
@@ -56,7 +56,7 @@ def register(
     def decorate(cpu: Callable[P, R]) -> Callable[P, R]:
         LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         everywhere = "CompositeExplicitAutograd" if every_device else "CPU"
-        LIBRARY.impl(name, _noting(note, _without_autocast(cpu)), everywhere)
+        LIBRARY.impl(name, _noting(note, _guarded(cpu)), everywhere)
         if cuda is not None and CUDA_SIDE == "python":
             LIBRARY.impl(name, _noting(note, cuda), "CUDA")
         if not differentiable:
@@ -123,15 +123,16 @@ def _noting(note: Callable[[Tensor], None] | None, implementation: Callable[...,
     return call
 
 
-def _without_autocast(implementation: Callable[..., R]) -> Callable[..., R]:
-    """implementation with autocast off: torch.cat, say, raises for fp16 operands under autocast to bf16."""
+def _guarded(implementation: Callable[..., R]) -> Callable[..., R]:
+    """implementation below autograd, and with autocast off: torch.cat raises for fp16 operands under the other kind."""
 
     @wraps(implementation)
     def call(first: Tensor, *args: Any) -> R:
         device = first.device.type
-        if device == "meta" or not torch.is_autocast_enabled(device):
-            return implementation(first, *args)
-        with torch.autocast(device, enabled=False):
-            return implementation(first, *args)
+        with torch._C._AutoDispatchBelowAutograd():
+            if device == "meta" or not torch.is_autocast_enabled(device):
+                return implementation(first, *args)
+            with torch.autocast(device, enabled=False):
+                return implementation(first, *args)
 
     return call

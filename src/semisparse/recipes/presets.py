@@ -25,7 +25,7 @@ def dinov2(*, sparse_fraction: float = 0.7, backend: Backend = "auto") -> Recipe
 
 
 def sr_ste(
-    *, decay: float = 2e-4, sparse_fraction: float = 1.0, mask: MaskName = "transposable", backend: Backend = "auto"
+    *, decay: float = 2e-4, sparse_fraction: float = 1.0, weight: MaskName = "transposable", backend: Backend = "auto"
 ) -> Recipe:
     """Masks chosen at every forward; pruned weights decay: gradient + decay * (1 - M) * W. arXiv 2102.04010.
 
@@ -34,10 +34,10 @@ def sr_ste(
     Args:
         decay: Default: the paper's value, chosen for SGD. Adam divides the term by its own scale.
         sparse_fraction: As in Recipe.
-        mask: "row" is the paper's mask; with the default the input gradient is also a sparse product.
+        weight: Mask of the weights. "row" is the paper's; with the default the input gradient is also a sparse product.
         backend: As in SparseConfig.
     """
-    config = SparseConfig(weight=mask, backend=backend)
+    config = SparseConfig(weight=weight, backend=backend)
     return Recipe(name="sr_ste", config=config, sparse_fraction=sparse_fraction, decay=decay)
 
 
@@ -73,7 +73,9 @@ def s_ste(*, sparse_fraction: float = 1.0, backend: Backend = "auto") -> Recipe:
     return Recipe(name="s_ste", config=SparseConfig(weight="soft", backend=backend), sparse_fraction=sparse_fraction)
 
 
-def step(*, dense_range: tuple[float, float] = (0.1, 0.5), mask: MaskName = "row", backend: Backend = "auto") -> Recipe:
+def step(
+    *, dense_range: tuple[float, float] = (0.1, 0.5), weight: MaskName = "row", backend: Backend = "auto"
+) -> Recipe:
     """Dense until Adam's second moment has settled, then sparse with that moment frozen. arXiv 2302.01172.
 
     Needs StepAdamW. The switch comes when the change of the second moment, |v_t - v_{t-1}| averaged over all sparse
@@ -83,10 +85,10 @@ def step(*, dense_range: tuple[float, float] = (0.1, 0.5), mask: MaskName = "row
     Args:
         dense_range: Shares of all steps before and after which the switch does not come. Default: as the paper
             recommends.
-        mask: As in SparseConfig; the paper's is "row".
+        weight: Mask of the weights, as in SparseConfig; the paper's is "row".
         backend: As in SparseConfig.
     """
-    config = SparseConfig(weight=mask, backend=backend)
+    config = SparseConfig(weight=weight, backend=backend)
     return Recipe(name="step", config=config, dense_range=dense_range)
 
 
