@@ -63,9 +63,9 @@ def linear_summary(results: Sequence[Result]) -> Table:
             cells += [f"{times[kind]['median_ms']:.3f}" for kind in ("dense", name)]
             cells += [f"**{ratios[name]:.3f}**", limit(result, name)]
             cells += [f"{ratios[f'{way}{name}']:.3f}" for way in ("one thread: ", "graph: ")]
-            rows.append(tuple(cells))
+            rows.append((*cells, gpu(result) if "provenance" in result else ""))
     columns = ("M x K x N", "operand", "dense ms", "2:4 ms", "ratio", "limit", "ratio, one thread", "ratio, CUDA graph")
-    return Table(columns, tuple(rows))
+    return without_empty(Table((*columns, "GPU"), tuple(rows)))
 
 
 def linear_variants(result: Result) -> Table:
