@@ -86,6 +86,8 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
+    if not 0 < options.stop_at < options.steps:
+        parser.error(f"--stop-at {options.stop_at} must lie between 0 and --steps {options.steps}")
     sizes = options.steps, options.width, options.device
 
     whole = Training(*sizes)

@@ -21,7 +21,7 @@ ProgressFor = Callable[[str], AbstractContextManager[OnProgress]]
 """Called with a run's name; its context gives that run's on_progress."""
 
 Backend = Literal["auto", "cusparselt"]
-"""What multiplies in the rows of an experiment: the engine by force on a GPU, whatever can run elsewhere."""
+"""Backend of the rows of an experiment (see SparseConfig): "cusparselt" on a GPU, "auto" elsewhere."""
 
 EXCLUDE = ("patch_embed", "head")
 """First and last layer stay dense, as is usual in sparse training: they are small and sensitive."""
@@ -29,7 +29,13 @@ EXCLUDE = ("patch_embed", "head")
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One configuration. slug: for file names; title: for tables; recipe: how it trains."""
+    """One configuration.
+
+    Attributes:
+        slug: Short name for file names.
+        title: Name for tables.
+        recipe: How it trains.
+    """
 
     slug: str
     title: str
@@ -38,7 +44,13 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """value: the metric, of the test split; result: the run; more: further figures of the run, plain JSON values."""
+    """What training one row with one seed gave.
+
+    Attributes:
+        value: The experiment's metric on the test split.
+        result: The run.
+        more: Further figures of the run, plain JSON values.
+    """
 
     value: float
     result: RunResult
@@ -101,7 +113,15 @@ class Trained:
 
 
 def sparsify_model(model: nn.Module, layers: str, sparse: SparseConfig | None = None) -> SwapReport:
-    """Make the layers that match layers (see sparsify's select) semi-sparse, all but EXCLUDE.
+    """Make layers of a model semi-sparse, in place, except those in EXCLUDE.
+
+    Args:
+        model: The model to change.
+        layers: Pattern of the layers' names, as sparsify's select.
+        sparse: As in sparsify.
+
+    Returns:
+        The report of sparsify.
 
     Raises:
         NoLayerMatchedError: No layer of model would change.
@@ -165,8 +185,13 @@ def train_settings(config: TrainConfig) -> dict[str, Any]:
 def check_products(row: Row, result: RunResult) -> None:
     """Check that a sparse row was sparse.
 
+    Args:
+        row: The row that was trained.
+        result: Its run.
+
     Raises:
-        EngineError: It had no sparse step, or asked for the engine and ran no sparse product in a sparse phase.
+        EngineError: The run had no sparse step, or a sparse phase ran no sparse product although the row's backend is
+            "cusparselt".
     """
     if (row.recipe.sparse_fraction or row.recipe.dense_range) and not any(p.kind == "sparse" for p in result.phases):
         raise EngineError(

@@ -45,7 +45,15 @@ def written(config: ViTConfig, info: dict[str, Any]) -> str:
 
 
 def checksum(text: str, tensors: dict[str, torch.Tensor]) -> str:
-    """The sha256 of a description with NO_CHECKSUM and of all tensors on the CPU: names, dtypes, shapes and bytes."""
+    """The sha256 of a description and of its tensors.
+
+    Args:
+        text: The description, with NO_CHECKSUM in the place of its checksum.
+        tensors: Tensors by name, on the CPU. Names, dtypes, shapes and bytes count.
+
+    Returns:
+        The checksum, in hexadecimal.
+    """
     digest = hashlib.sha256(text.encode(errors="surrogatepass"))
     for name, tensor in sorted(tensors.items()):
         digest.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())

@@ -16,7 +16,12 @@ from semisparse_lab.train.results import Scores
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """scores: on the test split now; recorded: the test accuracy saved with the checkpoint, None if there is none."""
+    """Test scores of a checkpoint, measured and recorded.
+
+    Attributes:
+        scores: Measured on the test split.
+        recorded: Test accuracy saved with the checkpoint, from 0 to 1; None if none was saved.
+    """
 
     scores: Scores
     recorded: float | None

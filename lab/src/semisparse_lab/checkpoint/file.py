@@ -37,7 +37,12 @@ SUFFIX = ".safetensors"
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A loaded checkpoint. model: plain nn.Linear model in eval mode; info: what was saved with it."""
+    """A loaded checkpoint.
+
+    Attributes:
+        model: A model with plain nn.Linear layers, in eval mode.
+        info: What was saved with it.
+    """
 
     model: VisionTransformer
     info: dict[str, Any]

@@ -11,7 +11,7 @@ LARGEST_HEADER = 4 << 20
 """Bytes; the header of a ViT of 3000 blocks is smaller."""
 
 Kind = tuple[tuple[int, ...], torch.dtype | str]
-"""Shape and dtype of a tensor; the dtype as the file calls it where it is none of ours."""
+"""Shape and dtype of a tensor; a dtype that checkpoints do not use is given by its name in the file."""
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _METADATA = "__metadata__"
@@ -36,8 +36,8 @@ def read_header(file: BinaryIO, size: int) -> Header:
     """Read the header of an open file, and at most LARGEST_HEADER bytes, even if the file announces more.
 
     Args:
-        file: At its start.
-        size: Bytes of the file.
+        file: The file, opened in binary mode, at its start.
+        size: Size of the file in bytes.
 
     Raises:
         OSError: The file cannot be read.

@@ -25,7 +25,12 @@ _VALIDATION = 1 / 12
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """images: (n, channels, side, side) float32, normalised; labels: (n,) int64; both on one device."""
+    """Images and their labels, on one device.
+
+    Attributes:
+        images: (n, channels, side, side) float32, normalised.
+        labels: (n,) int64.
+    """
 
     images: Tensor
     labels: Tensor
@@ -42,9 +47,17 @@ class Split:
 
 @dataclass(frozen=True, slots=True)
 class Dataset:
-    """A data set in three disjoint, class-balanced splits. mean and std are the training pixels' before normalising.
+    """A data set in three disjoint, class-balanced splits.
 
-    sha256: of pixels and labels as given. Settings are chosen on validation; test is read once, after training.
+    Attributes:
+        name: As load_dataset calls it.
+        train: The split to train on.
+        validation: The split on which settings are chosen.
+        test: The split that is read once, after training.
+        classes: Number of classes.
+        mean: Mean of the training pixels before normalising.
+        std: Standard deviation of the training pixels before normalising.
+        sha256: Checksum of pixels and labels as given.
     """
 
     name: str

@@ -15,7 +15,15 @@ _LEFT_OUT = frozenset({"site-packages", "dist-packages", "test", "tests", "__pyc
 
 @dataclass(frozen=True, slots=True)
 class Corpus:
-    """Bytes (uint8, one dimension, on one device) in three disjoint sets of whole files. sha256: names and contents."""
+    """Bytes in three disjoint sets of whole files: uint8 tensors of one dimension, on one device.
+
+    Attributes:
+        train: Bytes to train on.
+        validation: Bytes on which settings are chosen.
+        test: Bytes that are read once, after training.
+        files: Number of files in all sets.
+        sha256: Checksum of the files' names and contents.
+    """
 
     train: Tensor
     validation: Tensor

@@ -24,7 +24,7 @@ class RowSummary:
         title: The row's title.
         values: The metric by seed.
         diverged: Seeds whose metric is not a number.
-        differences: To the baseline, over the seeds that both have.
+        differences: Differences of the metric to the baseline's, one per seed that both have.
         sparse_products: Products on sparse tensor cores, the mean over the runs.
         seconds: Median seconds per step by kind of phase; empty if results of several GPUs are mixed.
     """
@@ -240,8 +240,8 @@ def write_cards(results: Path, out: Path) -> list[Path]:
         The paths of the cards.
 
     Raises:
-        DataError: The folder holds no result, or a damaged one.
-        ConfigError: out cannot be written.
+        DataError: The folder has no result, or a damaged one.
+        ConfigError: The folder for the cards cannot be written.
     """
     groups = by_experiment(load_results(results))
     if not groups:

@@ -17,10 +17,13 @@ _FILE_NAME = re.compile(r"\w[\w.-]{0,99}", re.ASCII)
 
 
 def load_results(folder: Path) -> list[Result]:
-    """The results of experiments in folder, in the order of their file names.
+    """Read the results of experiments in a folder.
 
     Args:
-        folder: Files of other kinds in it are ignored.
+        folder: The folder; files of other kinds in it are ignored.
+
+    Returns:
+        The results, in the order of their file names.
 
     Raises:
         DataError: A file is damaged, or results of one experiment have different settings or numbers of epochs.

@@ -53,6 +53,9 @@ _PRESETS = {
 def preset(data: str) -> Preset:
     """Model, augmentation and training settings for a data set.
 
+    Args:
+        data: "digits" or "fashion-mnist".
+
     Raises:
         ConfigError: data is not "digits" or "fashion-mnist".
     """

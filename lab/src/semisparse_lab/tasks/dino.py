@@ -137,7 +137,12 @@ class DinoTask(ImageClassification):
             return large * span + self._low, small * span + self._low
 
     def loss(self, forward: Forward, batch: Batch) -> Tensor:
-        """dino_loss of one batch. Moves the teacher to what the last optimizer step left first, and the centre last."""
+        """dino_loss of one batch; updates the teacher by the student's weights before it, and the centre after it.
+
+        Args:
+            forward: The student.
+            batch: Images and draws, as batches yields them.
+        """
         torch._foreach_lerp_(self._past, self._now, 1 - self.config.teacher_momentum)
         large, small = self.views(*batch)
         count, out_dim = len(batch[0]), self.config.out_dim
@@ -151,13 +156,23 @@ class DinoTask(ImageClassification):
     def validate(self, forward: Forward) -> Scores:
         """k-NN of the student's tokens on the validation split, among those of 10,000 training images.
 
-        Images are compared token by token, as raw pixels are pixel by pixel: by the cosine of all tokens in a row.
-        forward is not used. loss: mean -log of the votes' share of the true class, at least 1 / 1000.
+        Two images are compared by the cosine between their tokens, concatenated.
+
+        Args:
+            forward: Not used; the student itself gives the tokens.
+
+        Returns:
+            The accuracy, and as loss the mean -log of the votes' share of the true class, which counts as at least
+            1 / 1000.
         """
         return self._knn(self._memory, self.data.validation)
 
     def test(self, forward: Forward) -> Scores:
-        """As validate, on the test split, among the tokens of all training images."""
+        """As validate, on the test split, among the tokens of all training images.
+
+        Args:
+            forward: Not used.
+        """
         return self._knn(self.data.train, self.data.test)
 
     def frozen_scores(self, precision: Precision, untrained: DinoStudent) -> dict[str, float]:

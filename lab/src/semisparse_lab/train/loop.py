@@ -20,7 +20,15 @@ from semisparse_lab.train.results import EpochRecord, Kind, PhaseSpan, RunResult
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """Where a run is, after each step. record is set at the end of an epoch only."""
+    """Where a run is, after each step.
+
+    Attributes:
+        name: The run.
+        step: Optimizer steps tried so far.
+        total_steps: Steps of the whole run.
+        phase: Kind of the phase.
+        record: The epoch's point of the curves at the end of an epoch, otherwise None.
+    """
 
     name: str
     step: int

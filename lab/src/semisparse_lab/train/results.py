@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Kind = Literal["sparse", "dense"]
-"""Of a phase."""
+"""Kind of a phase."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,7 +14,7 @@ class Scores:
 
     Attributes:
         loss: Mean loss.
-        accuracy: Share from 0 to 1.
+        accuracy: Share of right predictions, from 0 to 1.
     """
 
     loss: float
@@ -46,7 +46,7 @@ class PhaseSpan:
     """Consecutive steps of one kind.
 
     Attributes:
-        kind: Of the steps.
+        kind: Kind of the steps.
         start: The first step.
         end: The step after the last one.
         seconds_per_step: Median after warm-up; None if untimed.
