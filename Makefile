@@ -29,11 +29,11 @@ $(READY): pyproject.toml lab/pyproject.toml constraints.txt constraints-triton.t
 	@echo "setup: done; it is not repeated until the lists of packages change"
 
 demo: $(READY)
-	@echo "demo: trains three small ViTs, about a minute on two CPU cores; table here, curves and checkpoints in $(OUT)"
+	@echo "demo: trains three small ViTs, half a minute to a minute on two CPU cores; table here, curves and checkpoints in $(OUT)"
 	$(BIN)/semisparse-lab train --out $(OUT) --force
 
 test: $(READY)
-	@echo "test: no GPU needed; about ten minutes on two cores; pytest prints a dot per test"
+	@echo "test: no GPU needed; about six minutes on two cores; pytest prints a dot per test"
 	$(BIN)/python -m pytest -q -n auto
 
 check: $(READY)

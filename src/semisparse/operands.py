@@ -24,7 +24,7 @@ def autocast_enabled(device: torch.device) -> bool:
 
 
 def check_operands(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    """Check that the operands of one call fit together. The only check of a call; ops and kernels rely on it.
+    """Check that the operands of one call fit together. Ops take this as given; the engine checks what it hands over.
 
     Args:
         input: (..., K).

@@ -25,13 +25,18 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 LONGEST = 120
 
 
-def run(name: str, *options: object, device: str = "cpu") -> str:
-    """What the example prints."""
+def start(name: str, *options: object, device: str = "cpu") -> subprocess.CompletedProcess[str]:
+    """The example from start to end, however it ends."""
     command = [sys.executable, EXAMPLES[name], "--device", device, *options]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
+    return subprocess.run(
         [str(word) for word in command], capture_output=True, text=True, env=environment, check=False, timeout=300
     )
+
+
+def run(name: str, *options: object, device: str = "cpu") -> str:
+    """What the example prints."""
+    done = start(name, *options, device=device)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -117,3 +122,9 @@ def test_the_images_are_cut_into_patches_row_by_row() -> None:
     images = torch.arange(64.0).view(1, 8, 8)
     model(images)
     assert torch.equal(seen[0][0, 1], images[0, :4, 4:].flatten())
+
+
+@pytest.mark.parametrize("options", [("--steps", 30), ("--stop-at", 0), ("--steps", 30, "--stop-at", 30)])
+def test_a_stop_outside_of_the_training_is_refused(options: tuple[object, ...]) -> None:
+    done = start("resume", *options)
+    assert done.returncode == 2 and "must lie between 0 and --steps" in done.stderr

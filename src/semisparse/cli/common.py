@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -20,6 +20,32 @@ WRONG_INPUT, INTERRUPTED = 2, 130
 _WIDTH_OF_A_PIPE = 120
 
 _QUOTED = re.compile(r"""((?<!\w)'(?:[^'\\]|\\.)*'|(?<!\w)"(?:[^"\\]|\\.)*")""")
+
+
+def application(name: str, version: str, about: str) -> typer.Typer:
+    """A typer application with --version and no commands yet.
+
+    Args:
+        name: Of the program, printed with its version.
+        version: What --version prints.
+        about: First line of --help.
+    """
+    app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+    def show_version(wanted: bool) -> None:
+        if wanted:
+            typer.echo(f"{name} {version}")
+            raise typer.Exit
+
+    @app.callback(help=about)
+    def options(
+        version: Annotated[
+            bool, typer.Option("--version", help="Print the version and exit.", callback=show_version, is_eager=True)
+        ] = False,
+    ) -> None:
+        """The options before any command."""
+
+    return app
 
 
 def console() -> "Console":

@@ -1,7 +1,7 @@
 """Entry point of the `semisparse` command. Heavy packages are imported inside the commands to keep --help fast."""
 
 import sys
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import typer
@@ -14,30 +14,12 @@ def build_app() -> "typer.Typer":
         ImportError: The cli extra is not installed.
     """
     import rich  # noqa: F401  (imported here so that a missing package is reported before a command runs)
-    import typer
 
     import semisparse
+    from semisparse.cli.common import application
     from semisparse.cli.env import env
 
-    app = typer.Typer(
-        no_args_is_help=True,
-        add_completion=False,
-        pretty_exceptions_enable=False,
-    )
-
-    def show_version(wanted: bool) -> None:
-        if wanted:
-            typer.echo(f"semisparse {semisparse.__version__}")
-            raise typer.Exit
-
-    @app.callback()
-    def options(
-        version: Annotated[
-            bool, typer.Option("--version", help="Print the version and exit.", callback=show_version, is_eager=True)
-        ] = False,
-    ) -> None:
-        """2:4 sparse training in PyTorch: what this machine can do."""
-
+    app = application("semisparse", semisparse.__version__, "2:4 sparse training in PyTorch: what this machine can do.")
     app.command()(env)
     return app
 

@@ -78,7 +78,8 @@ def sparsify(
     if isinstance(config, Mapping):
         if select is not None or exclude is not None:
             raise ConfigError("config is a mapping, which names the layers itself: leave out select and exclude")
-        return swap_named(model, config)
+        candidates = Candidates(model)
+        return _swap(candidates, *_by_names(candidates, config))
     config = SparseConfig() if config is None else config
     if not isinstance(config, SparseConfig):
         raise ConfigError(f"config={config!r} must be a SparseConfig or a mapping from layer names to SparseConfig")
@@ -88,9 +89,10 @@ def sparsify(
     return _swap(candidates, decide, (*remarks, *([outside] if outside else [])))
 
 
-def swap_named(model: nn.Module, configs: Mapping[str, SparseConfig]) -> SwapReport:
-    """sparsify with a mapping from layer names to settings; see there."""
-    candidates = Candidates(model)
+def _by_names(
+    candidates: Candidates, configs: Mapping[str, SparseConfig]
+) -> tuple[Callable[[FoundLayer], Decision], tuple[str, ...]]:
+    """The decision about each layer, and remarks on entries of the mapping that had no effect."""
     wanted, remarks = configs_by_layer(candidates, configs)
 
     def decide(found: FoundLayer) -> Decision:
@@ -99,7 +101,7 @@ def swap_named(model: nn.Module, configs: Mapping[str, SparseConfig]) -> SwapRep
             return refusal or wanted[id(found.layer)]
         return _left("not named", refusal)
 
-    return _swap(candidates, decide, remarks)
+    return decide, remarks
 
 
 def _by_selectors(

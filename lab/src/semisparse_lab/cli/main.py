@@ -1,11 +1,11 @@
 """Entry point of the `semisparse-lab` command. Heavy packages are imported inside the commands: --help stays quick."""
 
 import sys
-from typing import Annotated
 
 import typer
 
 import semisparse_lab
+from semisparse.cli.common import application
 from semisparse_lab.cli import experiments
 from semisparse_lab.cli.evaluate import evaluate
 from semisparse_lab.cli.train import train
@@ -13,21 +13,8 @@ from semisparse_lab.cli.train import train
 
 def build_app() -> typer.Typer:
     """The typer application with its commands."""
-    app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-
-    def show_version(wanted: bool) -> None:
-        if wanted:
-            typer.echo(f"semisparse-lab {semisparse_lab.__version__}")
-            raise typer.Exit
-
-    @app.callback()
-    def options(
-        version: Annotated[
-            bool, typer.Option("--version", help="Print the version and exit.", callback=show_version, is_eager=True)
-        ] = False,
-    ) -> None:
-        """Experiments with 2:4 sparse training: see what it does to accuracy and speed."""
-
+    about = "Experiments with 2:4 sparse training: see what it does to accuracy and speed."
+    app = application("semisparse-lab", semisparse_lab.__version__, about)
     for command in (train, evaluate):
         app.command()(command)
     app.add_typer(experiments.build_group(), name="experiment")
