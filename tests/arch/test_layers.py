@@ -9,7 +9,7 @@ from tests.arch.source import FILES, NAMES, PACKAGE, imported, module_name
 
 LEVELS = {
     1: {"errors", "arguments", "config", "masks", "pattern", "reference", "versions"},
-    2: {"formats", "kernels", "gemm"},
+    2: {"formats", "kernels", "gemm", "native"},
     3: {"calls", "tracing", "ops", "flops", "operands", "routes", "autograd", "functional"},
     4: {"nn", "surgery"},
     # "" is the package itself, which collects the public names of the levels up to 5.

@@ -13,12 +13,13 @@ FUNCTION_LINES = 60
 KERNEL_LINES = 120
 LINE_LENGTH = 120
 
-FOLDERS = ("src", "tests", "benchmarks", "examples", "lab")
-PYTHON = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
+FOLDERS = ("src", "csrc", "tests", "benchmarks", "examples", "lab")
+PYTHON = sorted([*ROOT.glob("*.py"), *(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))])
+CPP = sorted(path for pattern in ("*.cpp", "*.h") for path in (ROOT / "csrc").rglob(pattern))
 LIBRARIES = [path for path in PYTHON if PACKAGE in path.parents or ROOT / "lab" / "src" in path.parents]
 PATTERNS = ("*.md", "*.toml", "*.txt", "Makefile", ".ci/*", "docs/**/*.md", "benchmarks/**/*.json",
             "benchmarks/**/*.md", "src/**/*.json", "tests/*.json", "tests/*.md", "lab/*.md", "lab/*.toml")  # fmt: skip
-TEXT = [*PYTHON, *(path for pattern in PATTERNS for path in sorted(ROOT.glob(pattern)) if path.is_file())]
+TEXT = [*PYTHON, *CPP, *(path for pattern in PATTERNS for path in sorted(ROOT.glob(pattern)) if path.is_file())]
 # Home and scratch folders of one machine; the first slash is written apart so that this file passes too.
 MACHINE_PATH = re.compile(r"(?<![\w.~$}])/" + r"(?:work|root|home|Users|mnt|scratch)/[\w.]")
 
@@ -27,7 +28,7 @@ def name(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
 
-@pytest.mark.parametrize("path", PYTHON, ids=name)
+@pytest.mark.parametrize("path", [*PYTHON, *CPP], ids=name)
 def test_files_are_short(path: Path) -> None:
     assert len(path.read_text().splitlines()) <= FILE_LINES
 
