@@ -1,16 +1,18 @@
 """Evidence of which layers were called, from the ops, so that it includes compiled code.
 
 A layer sets a flag in eager forward, but not under torch.compile: a write there would cost host time per call and break
-strict export and checkpointed regions. The ops run in Python either way. Ops that prune a weight record it. Ops that
+strict export and checkpointed regions. While anything watches, the ops run in Python either way. Ops that prune a weight record it. Ops that
 prune tokens are counted and compared with eager calls of layers; a surplus comes from compiled code.
 """
 
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from weakref import WeakSet
+from weakref import WeakSet, finalize
 
 from torch import Tensor
+
+from semisparse import native
 
 
 class Watch:
@@ -22,6 +24,8 @@ class Watch:
         self._seen: set[int] = set()
         self._token_ops = self._eager_calls = 0
         _watches.add(self)
+        native.watch(1)  # ops that C++ runs do not come by here
+        finalize(self, native.watch, -1)
 
     def saw(self, matrix: Tensor) -> bool:
         """Whether an op has read the memory that matrix starts at; False for tensors without storage, as shards."""

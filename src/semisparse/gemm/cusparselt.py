@@ -104,6 +104,7 @@ class Plan:
         workspace: Bytes on the device that a call must provide.
         bias: The device address that the product adds from, 0 for none, as the host word that the library reads.
         last_use: Number of the handle's last use of this plan.
+        handed_over: Whether the native library knows the plan, too.
     """
 
     __slots__ = (
@@ -112,6 +113,7 @@ class Plan:
         "bias",
         "d_shape",
         "descriptor",
+        "handed_over",
         "last_use",
         "owned",
         "packed_bytes",
@@ -123,6 +125,17 @@ class Plan:
         self.bias = ctypes.c_size_t(bias)
         self.address = self.descriptor = self.packed_bytes = self.workspace = self.last_use = 0
         self.owned = ExitStack()
+        self.handed_over = False
+
+    @property
+    def bias_word(self) -> int:
+        """Host address of the word that the library reads the bias address from."""
+        return ctypes.addressof(self.bias)
+
+    def before_freeing(self, call: Callable[[], object]) -> None:
+        """Note that the plan is used elsewhere, by something that call ends before the plan is freed."""
+        self.owned.callback(call)
+        self.handed_over = True
 
 
 class Handle:

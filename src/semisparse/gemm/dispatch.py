@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 from torch import Tensor
 
+from semisparse import native
 from semisparse.config import BACKENDS, Backend
 from semisparse.errors import ConfigError, EngineError
 from semisparse.gemm import dense
@@ -26,9 +27,11 @@ _observers: list[Observer] = []
 def observed(observer: Observer) -> Iterator[None]:
     """Call observer for every product that is started inside the block, on any thread."""
     _observers.append(observer)
+    native.watch(1)  # products that C++ starts are not seen here
     try:
         yield
     finally:
+        native.watch(-1)
         _observers.remove(observer)
 
 
@@ -75,7 +78,7 @@ def multiply(
         if algorithm is not None:
             engine = engine or process_engine()
             engine.matmul(problem, algorithm, operands)
-            engine.products += 1
+            engine.python_products += 1
         elif backend == "auto":
             dense.product(problem, unpack(operands.packed), operands)
         else:

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from semisparse import native
 from semisparse.errors import EngineError, ShapeError, TensorError
 from semisparse.formats.layout import ALIGNMENT, PACKED_DTYPES, SPARSE_MULTIPLE
 from semisparse.gemm import cusparselt
@@ -50,8 +51,13 @@ class Engine:
         self._lock = threading.Lock()
         self._verdicts: dict[int, Availability] = {}
         self._follows: dict[int, bool] = {}
-        self.products = 0
+        self.python_products = 0
+        """As products, without those that the native library started."""
+
+    @property
+    def products(self) -> int:
         """Sparse products started, or recorded in a CUDA graph, since the process began, without those of tuning."""
+        return self.python_products + native.started()
 
     def available(self, device: torch.device | str | int | None = None) -> Availability:
         """Whether the engine can be used on a device, and the reason. Never raises.
@@ -138,6 +144,24 @@ class Engine:
             handle.multiply(plan, a_at, b_at, d_at, scratch.data_ptr(), self.runtime.stream(index))
         else:
             handle.multiply(plan, a_at, b_at, d_at, 0, self.runtime.stream(index))
+
+    def prepared(self, problem: Problem, algorithm: int, index: int) -> tuple[Handle, Plan, bool] | None:
+        """The calling thread's plan of a product that it started before.
+
+        Args:
+            problem: The product.
+            algorithm: Of the plan.
+            index: Of the device.
+
+        Returns:
+            The handle, the plan, and whether the plan follows a new bias address; None if there is no plan.
+        """
+        handle: Handle | None = self._local.__dict__.get("handles", {}).get(index)
+        plan = None if handle is None else handle.plans.get((problem, algorithm))
+        if handle is None or plan is None:
+            return None
+        with self._on(index):
+            return handle, plan, problem.bias and self._bias_follows(index)
 
     def _rebind(self, index: int, handle: Handle, key: tuple[Problem, int], plan: Plan, address: int) -> Plan:
         """A plan for the same product that adds the bias at another address."""

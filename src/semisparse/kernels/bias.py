@@ -32,12 +32,15 @@ def add_bias(matrix, bias, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.conste
     tl.store(at, total.to(matrix.dtype.element_ty), mask=inside)
 
 
-def launch(matrix: Tensor, bias: Tensor) -> None:
+def launch(matrix: Tensor, bias: Tensor) -> Launcher:
     """matrix += bias, in place. Asynchronous, on the current stream.
 
     Args:
         matrix: M x N, contiguous, fp16 or bf16.
         bias: (N,), contiguous, of the same dtype.
+
+    Returns:
+        What was launched. Its pointers are matrix and bias.
 
     Raises:
         ShapeError: The sizes differ.
@@ -48,7 +51,9 @@ def launch(matrix: Tensor, bias: Tensor) -> None:
     rows, columns = matrix.shape
     if bias.shape != (columns,):
         raise ShapeError(f"bias has shape {tuple(bias.shape)}; it must be ({columns},)")
-    _prepare(rows, columns, matrix.dtype)(matrix.get_device(), matrix, bias)
+    start = _prepare(rows, columns, matrix.dtype)
+    start(matrix.get_device(), matrix, bias)
+    return start
 
 
 @lru_cache(4096)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from semisparse.formats.layout import ALIGNMENT
+from semisparse.kernels.compiled import CompiledLaunch, compiled_launch
 from semisparse.kernels.grid import check_grid
 
 
@@ -30,7 +31,7 @@ class Launcher:
         ShapeError: CUDA cannot start such a grid.
     """
 
-    __slots__ = ("_constants", "_grid", "_kernel", "_options", "_sizes", "_started")
+    __slots__ = ("_compiled", "_constants", "_grid", "_kernel", "_options", "_sizes", "_started")
 
     def __init__(
         self,
@@ -44,6 +45,7 @@ class Launcher:
         self._kernel, self._grid, self._sizes, self._constants = kernel, grid, sizes, constants
         self._options = options
         self._started: dict[int, Callable[..., None]] = {}
+        self._compiled: dict[int, Any] = {}
 
     def __call__(self, index: int, *pointers: Tensor | None) -> None:
         """Launch on the current stream of CUDA device index; -1 runs Triton's interpreter on the CPU."""
@@ -60,6 +62,21 @@ class Launcher:
         finally:
             torch._C._cuda_exchangeDevice(previous)
 
+    def compiled(self, index: int, *pointers: Tensor | None) -> CompiledLaunch | str:
+        """How the kernel is started without Triton on a device where it was launched with aligned addresses.
+
+        Args:
+            index: Of the CUDA device.
+            *pointers: As at a call; only which of them are None matters.
+
+        Returns:
+            The launch, or why only Triton can start it.
+        """
+        kernel = self._compiled.get(index)
+        if kernel is None:
+            return "it was not launched with aligned addresses yet"
+        return compiled_launch(kernel, self._grid, pointers, self._sizes)
+
     def _start(self, index: int, pointers: tuple[Tensor | None, ...]) -> None:
         bits = 0
         for tensor in pointers:
@@ -71,7 +88,8 @@ class Launcher:
             stream = torch._C._cuda_getCurrentRawStream(index)
             start(*pointers, *self._sizes, *self._constants, stream=stream)
         else:
-            self._started[index] = self._launch(*pointers)[self._grid]
+            self._compiled[index] = compiled = self._launch(*pointers)
+            self._started[index] = compiled[self._grid]
 
     def _launch(self, *pointers: Tensor | None) -> Any:
         return self._kernel[self._grid](*pointers, *self._sizes, *self._constants, **self._options)

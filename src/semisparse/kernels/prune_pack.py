@@ -154,7 +154,7 @@ def launch(
     codes: Tensor | None = None,
     scale: Tensor | None = None,
     block: Block | None = None,
-) -> None:
+) -> Launcher:
     """Prune a matrix and write it, and its transpose, in packed form. Asynchronous, on the device's current stream.
 
     Args:
@@ -171,6 +171,9 @@ def launch(
             (i, j) of a tile.
         scale: For mask "soft": one fp32 element on the device.
         block: What one program covers; None takes what is fastest for the device and dtype.
+
+    Returns:
+        What was launched. Its pointers are matrix, codes, scale, packed and packed_t.
 
     Raises:
         ShapeError: A size or a buffer does not fit.
@@ -193,6 +196,7 @@ def launch(
     if packed.numel() < needed[0] or (packed_t is not None and packed_t.numel() < needed[1]):
         check_buffers(packed, packed_t, rows_padded, columns, layout)
     start(index, matrix.view(torch.int64), codes, scale, packed, packed_t)
+    return start
 
 
 def check_block(block: Block, layout: MetadataLayout) -> None:

@@ -40,13 +40,16 @@ def unpack(
     tl.store(out + at, values, mask=inside)
 
 
-def launch(packed: Tensor, out: Tensor, *, layout: MetadataLayout) -> None:
+def launch(packed: Tensor, out: Tensor, *, layout: MetadataLayout) -> Launcher:
     """Write the matrix that packed holds into out. Asynchronous, on the current stream; exact.
 
     Args:
         packed: Contiguous uint8, as prune_pack.launch or NVIDIA's compressor writes it.
         out: rows x columns (a multiple of 16), fp16 or bf16, contiguous.
         layout: Of the metadata in packed.
+
+    Returns:
+        What was launched. Its pointers are packed and out.
 
     Raises:
         ShapeError: A size does not fit.
@@ -58,7 +61,9 @@ def launch(packed: Tensor, out: Tensor, *, layout: MetadataLayout) -> None:
     if columns % SPARSE_MULTIPLE:
         raise ShapeError(f"out is {rows} x {columns}; its columns must be a multiple of {SPARSE_MULTIPLE}")
     check_buffer("packed", packed, rows, columns, layout)
-    _prepare(rows, columns, layout)(out.get_device(), packed, out.view(torch.int64))
+    start = _prepare(rows, columns, layout)
+    start(out.get_device(), packed, out.view(torch.int64))
+    return start
 
 
 @lru_cache(4096)

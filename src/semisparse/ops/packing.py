@@ -15,6 +15,8 @@ from semisparse.formats.packed import PackedFormat, packed_format
 from semisparse.gemm.engine import engine
 from semisparse.gemm.operands import Operands
 from semisparse.gemm.problem import Problem
+from semisparse.native.structures import LaunchKind
+from semisparse.ops import prepare
 from semisparse.ops.masks import _cuda_prune, checked, prune_anywhere
 from semisparse.ops.register import register
 from semisparse.reference import masks as reference_masks
@@ -50,14 +52,15 @@ def _fake_buffers(matrix: Tensor, rows: int, columns: int, both_ways: bool) -> t
 def _cuda_pack(
     matrix: Tensor, dtype: torch.dtype, mask: str, codes: Tensor | None = None, scale: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    return _pack_rows(matrix, matrix.shape[0], dtype, checked(matrix, mask, codes, scale), codes, scale)
+    found = checked(matrix, mask, codes, scale)
+    return _pack_rows(LaunchKind.PACK, matrix, matrix.shape[0], dtype, found, codes, scale)
 
 
 @register(
     "pack(Tensor matrix, ScalarType dtype, str mask, Tensor? codes=None, Tensor? scale=None) -> (Tensor, Tensor)",
     fake=_fake_pack,
     cuda=_cuda_pack,
-    shortcut=True,
+    hot=True,
     note=calls.note,
 )
 def pack(
@@ -97,14 +100,14 @@ _TOKENS = masks.get("transposable")
 
 def _cuda_pack_tokens(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     calls.note_tokens(op=True)
-    return _pack_rows(x, round_up(x.shape[0], SPARSE_MULTIPLE), dtype, _TOKENS, None, None)
+    return _pack_rows(LaunchKind.PACK_TOKENS, x, round_up(x.shape[0], SPARSE_MULTIPLE), dtype, _TOKENS, None, None)
 
 
 @register(
     "pack_tokens(Tensor x, ScalarType dtype) -> (Tensor, Tensor)",
     fake=_fake_pack_tokens,
     cuda=_cuda_pack_tokens,
-    shortcut=True,
+    hot=True,
 )
 def pack_tokens(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Tokens pruned by 4x4 tiles and packed as pack does; rows are padded with zeros to a multiple of 16.
@@ -133,7 +136,14 @@ def _cuda_unpack(packed: Tensor, rows: int, columns: int, dtype: torch.dtype) ->
         from semisparse.kernels import unpack as kernel
 
         out = packed.new_empty(rows, columns, dtype=dtype)
-        kernel.launch(packed, out, layout=written.layout)
+        prepare.launch(
+            LaunchKind.UNPACK,
+            kernel.launch(packed, out, layout=written.layout),
+            (packed, out),
+            dtypes=(None, dtype),
+            sizes=(rows, columns, 0),
+            sizes_in_bytes=(written.layout.buffer_bytes(rows, columns), 0),
+        )
         return out
     if written.layout is not None:
         return reference_packing.unpack(written.layout.decode(packed, rows, columns, dtype))
@@ -147,7 +157,7 @@ def _cuda_unpack(packed: Tensor, rows: int, columns: int, dtype: torch.dtype) ->
     "unpack(Tensor packed, SymInt rows, SymInt columns, ScalarType dtype) -> Tensor",
     fake=_fake_unpack,
     cuda=_cuda_unpack,
-    shortcut=True,
+    hot=True,
 )
 def unpack(packed: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     """The pruned matrix (rows x columns of dtype, contiguous) that a buffer of pack holds; exact."""
@@ -155,7 +165,13 @@ def unpack(packed: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tenso
 
 
 def _pack_rows(
-    matrix: Tensor, rows: int, dtype: torch.dtype, mask: masks.Mask, codes: Tensor | None, scale: Tensor | None
+    kind: LaunchKind,
+    matrix: Tensor,
+    rows: int,
+    dtype: torch.dtype,
+    mask: masks.Mask,
+    codes: Tensor | None,
+    scale: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """pack on CUDA, with rows of zeros added up to rows."""
     written, columns = packed_format(matrix.get_device(), dtype, engine()), matrix.shape[1]
@@ -168,7 +184,7 @@ def _pack_rows(
 
     packed = matrix.new_empty(_packed_bytes(rows, columns), dtype=torch.uint8)
     packed_t = matrix.new_empty(_packed_bytes(columns, rows) if mask.both_ways else 0, dtype=torch.uint8)
-    kernel.launch(
+    launcher = kernel.launch(
         matrix,
         packed,
         packed_t if mask.both_ways else None,
@@ -179,6 +195,16 @@ def _pack_rows(
         codes=codes,
         scale=scale,
     )
+    if prepare.repeatable(matrix):
+        prepare.launch(
+            kind,
+            launcher,
+            (matrix, codes, scale, packed, packed_t if mask.both_ways else None),
+            dtypes=(matrix.dtype, dtype),
+            sizes=(matrix.shape[0], columns, matrix.stride(0)),
+            mask=mask.name if kind is LaunchKind.PACK else "",
+            sizes_in_bytes=(packed.numel(), packed_t.numel()),
+        )
     return packed, packed_t
 
 

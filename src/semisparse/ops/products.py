@@ -12,9 +12,12 @@ from semisparse.config import Backend
 from semisparse.formats.layout import ALIGNMENT, SPARSE_MULTIPLE, round_up
 from semisparse.formats.packed import packed_format
 from semisparse.gemm import dispatch, problem
+from semisparse.gemm.autotune.algorithm import Choice
 from semisparse.gemm.engine import engine
 from semisparse.gemm.operands import Operands
 from semisparse.gemm.problem import DENSE_MULTIPLE, Problem
+from semisparse.native.structures import LaunchKind, ProductKind
+from semisparse.ops import prepare
 from semisparse.ops.packing import _cuda_unpack, unpack
 from semisparse.ops.register import register
 
@@ -31,7 +34,9 @@ def _cuda_packed_matmul(x: Tensor, packed: Tensor, bias: Tensor | None, out_feat
     asked = problem.forward(tokens, out_features, in_features, x.dtype, bias is not None)
     x = _padded(x, round_up(tokens, DENSE_MULTIPLE))
     out = x.new_empty(x.shape[0], out_features)
-    _multiply(asked, packed, x, out, None if bias is None else _aligned(bias), backend)
+    choice = _multiply(asked, packed, x, out, None if bias is None else _aligned(bias), backend)
+    sizes = tokens, out_features, in_features
+    prepare.product(ProductKind.WEIGHT, asked, out.get_device(), sizes, choice, backend)
     return out[:tokens] if out.shape[0] != tokens else out
 
 
@@ -39,7 +44,7 @@ def _cuda_packed_matmul(x: Tensor, packed: Tensor, bias: Tensor | None, out_feat
     "packed_matmul(Tensor x, Tensor packed, Tensor? bias, SymInt out_features, str backend) -> Tensor",
     fake=_fake_packed_matmul,
     cuda=_cuda_packed_matmul,
-    shortcut=True,
+    hot=True,
 )
 def packed_matmul(x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, backend: Backend) -> Tensor:
     """x A^T + bias with A packed.
@@ -105,12 +110,21 @@ def _cuda_packed_tokens_matmul(
         return weight.new_empty(0, out_features)
     asked = problem.activation_forward(tokens, out_features, in_features, weight.dtype)
     out = weight.new_empty(asked.d_shape)
-    _multiply(asked, packed, _padded(weight, out_features), out, None, backend)
+    choice = _multiply(asked, packed, _padded(weight, out_features), out, None, backend)
+    sizes = tokens, out_features, in_features
+    prepare.product(ProductKind.TOKENS, asked, out.get_device(), sizes, choice, backend)
     out = out[:tokens] if out.shape[0] != tokens else out
     if bias is not None and packed_format(out.get_device(), out.dtype, engine()).packer == "kernel":
         from semisparse.kernels import bias as kernel
 
-        kernel.launch(out, bias.contiguous())
+        bias = bias.contiguous()
+        prepare.launch(
+            LaunchKind.ADD_BIAS,
+            kernel.launch(out, bias),
+            (out, bias),
+            dtypes=(out.dtype, out.dtype),
+            sizes=(tokens, out_features, 0),
+        )
     elif bias is not None:
         out += bias
     return out
@@ -120,7 +134,7 @@ def _cuda_packed_tokens_matmul(
     "packed_tokens_matmul(Tensor packed, Tensor weight, Tensor? bias, SymInt tokens, str backend) -> Tensor",
     fake=_fake_packed_tokens_matmul,
     cuda=_cuda_packed_tokens_matmul,
-    shortcut=True,
+    hot=True,
 )
 def packed_tokens_matmul(packed: Tensor, weight: Tensor, bias: Tensor | None, tokens: int, backend: Backend) -> Tensor:
     """x~ W^T + bias with x~ packed. On CUDA y is rounded twice: before the bias is added, and after.
@@ -182,7 +196,10 @@ def _cuda_packed_tokens_grad_weight(
         return grad_output.new_zeros(out_features, in_features)
     asked = problem.activation_weight(tokens, out_features, in_features, grad_output.dtype)
     out = grad_output.new_empty(asked.d_shape)
-    _multiply(asked, packed_t, _padded(grad_output, round_up(tokens, SPARSE_MULTIPLE)), out, None, backend)
+    padded = _padded(grad_output, round_up(tokens, SPARSE_MULTIPLE))
+    choice = _multiply(asked, packed_t, padded, out, None, backend)
+    sizes = tokens, out_features, in_features
+    prepare.product(ProductKind.GRAD_WEIGHT, asked, out.get_device(), sizes, choice, backend)
     return out
 
 
@@ -190,7 +207,7 @@ def _cuda_packed_tokens_grad_weight(
     "packed_tokens_grad_weight(Tensor packed_t, Tensor grad_output, SymInt in_features, str backend) -> Tensor",
     fake=_fake_packed_tokens_grad_weight,
     cuda=_cuda_packed_tokens_grad_weight,
-    shortcut=True,
+    hot=True,
 )
 def packed_tokens_grad_weight(packed_t: Tensor, grad_output: Tensor, in_features: int, backend: Backend) -> Tensor:
     """dW = dy^T x~ (N x K) with x~^T packed.
@@ -212,11 +229,13 @@ def sac_save_ops() -> list[torch._ops.OpOverload]:
     return [ops.packed_matmul.default, ops.packed_tokens_matmul.default]
 
 
-def _multiply(asked: Problem, packed: Tensor, b: Tensor, out: Tensor, bias: Tensor | None, backend: Backend) -> None:
+def _multiply(
+    asked: Problem, packed: Tensor, b: Tensor, out: Tensor, bias: Tensor | None, backend: Backend
+) -> Choice | None:
     def unpacked(buffer: Tensor) -> Tensor:
         return _cuda_unpack(buffer, asked.rows, asked.reduction, asked.dtype)
 
-    dispatch.multiply(asked, Operands(packed, b, out, bias), unpacked, backend)
+    return dispatch.multiply(asked, Operands(packed, b, out, bias), unpacked, backend)
 
 
 def _padded(matrix: Tensor, rows: int) -> Tensor:

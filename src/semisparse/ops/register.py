@@ -1,7 +1,12 @@
-"""One call registers an op: schema, fake, CPU and CUDA implementations, and the shortcut for eager CUDA calls.
+"""One call registers an op: schema, fake, CPU and CUDA implementations, and how eager calls reach them.
 
 Ops are defined with Library.define and Library.impl, which costs a quarter of a custom_op per call. They are
 functional: they never write to or alias an input. Gradients are not defined here; autograd.py has the only formulas.
+
+The hot ops, which every training step calls for every layer, have C++ implementations on CUDA (csrc/). Where the native
+library is loaded, C++ alone implements their CUDA key, and what it has not seen yet it asks of the Python
+implementation, registered as an op of its own with the suffix _in_python. Without the library Python implements the
+CUDA key, and eager calls on plain CUDA tensors skip the dispatcher.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,14 +16,16 @@ from typing import Any, Literal, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
+from semisparse import native
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
 LIBRARY = torch.library.Library("semisparse", "FRAGMENT")
 """Holds every op for the life of the process."""
 
-CUDA_SIDE: Literal["python", "native"] = "python"
-"""Who implements the CUDA key of all ops. Decided here, before the first of them is registered."""
+CUDA_SIDE: Literal["python", "native"] = "native" if native.registered() else "python"
+"""Who implements the CUDA key of the hot ops. Decided here, before the first of them is registered."""
 
 _EAGER_DEVICE = "cuda"
 _PLAIN = frozenset({Tensor, torch.nn.Parameter})
@@ -30,7 +37,7 @@ def register(
     fake: Callable[..., Any],
     cuda: Callable[..., Any] | None = None,
     every_device: bool = False,
-    shortcut: bool = False,
+    hot: bool = False,
     differentiable: bool = False,
     note: Callable[[Tensor], None] | None = None,
     vmap: Callable[..., Any] | None = None,
@@ -44,8 +51,7 @@ def register(
         fake: Shapes and dtypes of the results, for fake and meta tensors.
         cuda: The implementation on CUDA.
         every_device: Whether the decorated function serves every device that has no implementation of its own.
-        shortcut: Whether eager calls on plain CUDA tensors go to cuda at once: the dispatcher and its way back into
-            Python cost host time at every call of an eager training step.
+        hot: Whether C++ implements the op on CUDA where it can.
         differentiable: Whether autograd.py registers a formula. Other ops let autograd pass by without a trace, rather
             than with torch's default of a warning and a wrong gradient.
         note: Called with the first argument of every call that goes through the dispatcher.
@@ -57,7 +63,10 @@ def register(
         LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         everywhere = "CompositeExplicitAutograd" if every_device else "CPU"
         LIBRARY.impl(name, _noting(note, _guarded(cpu)), everywhere)
-        if cuda is not None and CUDA_SIDE == "python":
+        natively = hot and CUDA_SIDE == "native"
+        if cuda is not None and natively:
+            _register_fallback(schema, _noting(note, cuda))
+        elif cuda is not None:
             LIBRARY.impl(name, _noting(note, cuda), "CUDA")
         if not differentiable:
             LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")
@@ -65,9 +74,35 @@ def register(
         if vmap is not None:
             torch.library.register_vmap(f"semisparse::{name}", vmap, lib=LIBRARY)
         overload = getattr(torch.ops.semisparse, name).default
-        return _caller(cpu, overload, cuda if shortcut else None)
+        return _typed_caller(cpu, overload) if natively else _caller(cpu, overload, cuda if hot else None)
 
     return decorate
+
+
+def _register_fallback(schema: str, implementation: Callable[..., Any]) -> None:
+    """The op that C++ calls for what it cannot do itself."""
+    signature, _, returned = schema.partition(" -> ")
+    name, _, arguments = signature.replace("SymInt", "int").partition("(")
+    results = returned.strip("()").split(", ")
+    fallback = f"{name}_in_python"
+    LIBRARY.define(f"{fallback}({arguments} -> ({', '.join([*results, 'str'])})")
+    LIBRARY.impl(fallback, native.in_python(implementation, len(results)), "CompositeExplicitAutograd")
+    LIBRARY.impl(fallback, torch.library.fallthrough_kernel, "Autograd")
+
+
+def _typed_caller(cpu: Callable[P, R], overload: Any) -> Callable[P, R]:
+    """Calls an op that C++ implements, and raises what the Python behind it raised."""
+
+    @wraps(cpu)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        if torch.compiler.is_compiling():
+            return overload(*args, **kwargs)
+        try:
+            return overload(*args, **kwargs)
+        except RuntimeError as error:
+            raise native.typed(error) from None
+
+    return call
 
 
 def _caller(cpu: Callable[P, R], overload: Any, cuda: Callable[..., R] | None) -> Callable[P, R]:

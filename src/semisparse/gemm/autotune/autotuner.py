@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from semisparse import native
 from semisparse.errors import ConfigError, EngineError
 from semisparse.gemm.autotune.algorithm import Choice, clipped, one_line
 from semisparse.gemm.autotune.candidates import Candidates
@@ -163,6 +164,7 @@ class Autotuner:
             self._measured.update(named)
             self._known.clear()
             self._provisional.clear()
+        native.forget_products()
         logger.info("adopted %d choices made elsewhere", len(named))
         return len(named)
 

@@ -1,0 +1,269 @@
+// The hot ops, for any device whose allocator and foreign functions are given.
+//
+// An op looks up what Python prepared for such a call, allocates the result, takes the current stream and starts it.
+// In every other case (nothing prepared, an operand that does not fit, a refused allocation or launch) it asks the
+// Python implementation of the same op, which computes the result, raises the typed error, and prepares the next call.
+#pragma once
+
+#include <string>
+#include <tuple>
+
+#include "keys.h"
+#include "tensors.h"
+
+namespace semisparse {
+
+using torch::stable::detail::from;
+using torch::stable::detail::to;
+
+inline void ask(const std::string& op, StableIValue* stack) {
+  if (torch_call_dispatcher(op.c_str(), "", stack, TORCH_ABI_VERSION) != 0) {
+    throw std::runtime_error(op + " could not be called");
+  }
+}
+
+// Python's ops return a message in addition, empty where all went well. The exception itself waits for the caller in
+// Python (native/fallback.py), because the ABI carries none.
+inline void raise_if(const std::string& message) {
+  if (!message.empty()) throw std::runtime_error(message);
+}
+
+template <class Device, class... Arguments>
+Tensor one_from_python(const char* op, const Arguments&... arguments) {
+  std::array<StableIValue, std::max<size_t>(sizeof...(Arguments), 2)> stack{from(arguments)...};
+  ask(std::string(Device::library) + "::" + op + "_in_python", stack.data());
+  Tensor result = to<Tensor>(stack[0]);
+  raise_if(to<std::string>(stack[1]));
+  return result;
+}
+
+template <class Device, class... Arguments>
+std::tuple<Tensor, Tensor> two_from_python(const char* op, const Arguments&... arguments) {
+  std::array<StableIValue, std::max<size_t>(sizeof...(Arguments), 3)> stack{from(arguments)...};
+  ask(std::string(Device::library) + "::" + op + "_in_python", stack.data());
+  Tensor first = to<Tensor>(stack[0]), second = to<Tensor>(stack[1]);
+  raise_if(to<std::string>(stack[2]));
+  return {std::move(first), std::move(second)};
+}
+
+// Whether calls may be started here at all: while something in Python watches them, Python does.
+template <class Device>
+bool ready() {
+  Prepared& prepared = Device::prepared();
+  return prepared.connected.load(std::memory_order_acquire) && prepared.watchers.load(std::memory_order_relaxed) == 0;
+}
+
+// attempt(), or nothing where it fails in a way that Python explains better.
+template <class Attempt>
+auto attempted(Attempt attempt) -> decltype(attempt()) {
+  try {
+    return attempt();
+  } catch (const std::exception&) {
+    return std::nullopt;
+  }
+}
+
+using TwoBuffers = std::optional<std::tuple<Tensor, Tensor>>;
+
+template <class Device>
+TwoBuffers start_pack(LaunchKind kind, const Tensor& matrix, ScalarType dtype, std::string_view mask,
+                      const Optional& codes, const Optional& scale) {
+  if (!ready<Device>() || matrix.dim() != 2 || device_type(matrix) != Device::type() || matrix.stride(1) != 1) {
+    return std::nullopt;
+  }
+  const int32_t device = matrix.get_device_index();
+  const int64_t rows = matrix.size(0), columns = matrix.size(1);
+  Prepared& prepared = Device::prepared();
+  const auto launch = prepared.launches.find(launch_key(kind, device, dtype_code(matrix.scalar_type()),
+                                                        dtype_code(dtype), mask, rows, columns, matrix.stride(0),
+                                                        codes.has_value(), scale.has_value()));
+  if (launch == nullptr || !aligned(matrix.data_ptr())) return std::nullopt;
+  if (codes && !(usable<Device>(*codes, ScalarType::Short, device) && codes->dim() == 2 &&
+                 codes->size(0) * 4 == rows && codes->size(1) * 4 == columns)) {
+    return std::nullopt;
+  }
+  if (scale && !(usable<Device>(*scale, ScalarType::Float, device) && scale->dim() == 0)) return std::nullopt;
+  Guard guard(prepared.functions, device);
+  void* stream = nullptr;
+  if (!guard.open || prepared.functions.current_stream(device, &stream) != 0) return std::nullopt;
+  const auto& bytes = launch->facts.bytes;
+  Optional packed = allocate<Device, 1>({bytes[0]}, ScalarType::Byte, device);
+  Optional packed_t = allocate<Device, 1>({bytes[1]}, ScalarType::Byte, device);
+  if (!packed || !packed_t || !aligned(packed->data_ptr()) || !aligned(packed_t->data_ptr())) return std::nullopt;
+  const std::array<void*, 5> addresses{matrix.data_ptr(), codes ? codes->data_ptr() : nullptr,
+                                       scale ? scale->data_ptr() : nullptr, packed->data_ptr(),
+                                       packed_t->data_ptr()};
+  if (!launch->start(prepared.functions, addresses, stream)) return std::nullopt;
+  return std::make_tuple(std::move(*packed), std::move(*packed_t));
+}
+
+template <class Device>
+std::tuple<Tensor, Tensor> pack(const Tensor& matrix, ScalarType dtype, std::string mask, Optional codes,
+                                Optional scale) {
+  auto packed = attempted([&] { return start_pack<Device>(LaunchKind::pack, matrix, dtype, mask, codes, scale); });
+  return packed ? std::move(*packed) : two_from_python<Device>("pack", matrix, dtype, mask, codes, scale);
+}
+
+template <class Device>
+std::tuple<Tensor, Tensor> pack_tokens(const Tensor& x, ScalarType dtype) {
+  auto packed = attempted([&] {
+    return start_pack<Device>(LaunchKind::pack_tokens, x, dtype, "", std::nullopt, std::nullopt);
+  });
+  return packed ? std::move(*packed) : two_from_python<Device>("pack_tokens", x, dtype);
+}
+
+template <class Device>
+Optional start_unpack(const Tensor& packed, int64_t rows, int64_t columns, ScalarType dtype) {
+  if (!ready<Device>()) return std::nullopt;
+  Prepared& prepared = Device::prepared();
+  const int32_t device = packed.get_device_index();
+  const auto launch = prepared.launches.find(launch_key(LaunchKind::unpack, device, 0, dtype_code(dtype), "", rows,
+                                                        columns, 0, false, false));
+  if (launch == nullptr || !usable<Device>(packed, ScalarType::Byte, device) ||
+      packed.numel() < launch->facts.bytes[0]) {
+    return std::nullopt;
+  }
+  Guard guard(prepared.functions, device);
+  void* stream = nullptr;
+  if (!guard.open || prepared.functions.current_stream(device, &stream) != 0) return std::nullopt;
+  Optional matrix = allocate<Device, 2>({rows, columns}, dtype, device);
+  if (!matrix || !aligned(matrix->data_ptr())) return std::nullopt;
+  const std::array<void*, 2> addresses{packed.data_ptr(), matrix->data_ptr()};
+  return launch->start(prepared.functions, addresses, stream) ? std::move(matrix) : std::nullopt;
+}
+
+template <class Device>
+Tensor unpack(const Tensor& packed, int64_t rows, int64_t columns, ScalarType dtype) {
+  auto matrix = attempted([&] { return start_unpack<Device>(packed, rows, columns, dtype); });
+  return matrix ? std::move(*matrix) : one_from_python<Device>("unpack", packed, rows, columns, dtype);
+}
+
+// D = A B (+ bias) for a prepared product, with b padded to the rows that it takes. D is returned with its padding.
+template <class Device>
+Optional start_product(Product& product, const Tensor& packed, const Tensor& b, const Optional& bias) {
+  Prepared& prepared = Device::prepared();
+  const ProductFacts& facts = product.facts;
+  const int32_t device = b.get_device_index();
+  const ScalarType dtype = b.scalar_type();
+  if (b.dim() != 2 || b.size(0) > facts.b_rows || b.size(1) != facts.b_columns ||
+      !usable<Device>(packed, ScalarType::Byte, device) || packed.numel() < facts.packed_bytes) {
+    return std::nullopt;
+  }
+  if (bias && !usable<Device>(*bias, dtype, device)) return std::nullopt;
+  Guard guard(prepared.functions, device);
+  void* stream = nullptr;
+  if (!guard.open || prepared.functions.current_stream(device, &stream) != 0) return std::nullopt;
+  const Tensor padded = with_rows(b, facts.b_rows);
+  Optional out = allocate<Device, 2>({facts.d_rows, facts.d_columns}, dtype, device);
+  // Per call: a workspace that is kept would live in a CUDA graph's memory and be overwritten by its replays.
+  Optional workspace = facts.workspace ? allocate<Device, 1>({facts.workspace}, ScalarType::Byte, device) : out;
+  if (!out || !workspace || !usable<Device>(padded, dtype, device) || !aligned(out->data_ptr())) return std::nullopt;
+  void* scratch = facts.workspace ? workspace->data_ptr() : nullptr;
+  if (!product.start(prepared.functions, packed.data_ptr(), padded.data_ptr(), out->data_ptr(),
+                     bias ? bias->data_ptr() : nullptr, scratch, stream)) {
+    return std::nullopt;
+  }
+  prepared.started.fetch_add(1, std::memory_order_relaxed);
+  return out;
+}
+
+inline Tensor first_rows(Tensor matrix, int64_t rows) {
+  if (matrix.size(0) == rows) return matrix;
+  return torch::stable::narrow(matrix, 0, 0, rows);
+}
+
+template <class Device>
+Optional start_weight(const Tensor& x, const Tensor& packed, const Optional& bias, int64_t out_features,
+                      std::string_view backend) {
+  if (!ready<Device>() || x.dim() != 2 || device_type(x) != Device::type()) return std::nullopt;
+  const auto product = Device::prepared().products.find(
+      product_key(ProductKind::weight, x.get_device_index(), dtype_code(x.scalar_type()), x.size(0), out_features,
+                  x.size(1), bias.has_value(), backend));
+  if (product == nullptr) return std::nullopt;
+  if (bias && !(bias->dim() == 1 && bias->size(0) == out_features)) return std::nullopt;
+  Optional out = start_product<Device>(*product, packed, x, bias);
+  return out ? first_rows(std::move(*out), x.size(0)) : out;
+}
+
+template <class Device>
+Tensor packed_matmul(const Tensor& x, const Tensor& packed, Optional bias, int64_t out_features,
+                     std::string backend) {
+  auto out = attempted([&] { return start_weight<Device>(x, packed, bias, out_features, backend); });
+  return out ? std::move(*out) : one_from_python<Device>("packed_matmul", x, packed, bias, out_features, backend);
+}
+
+template <class Device>
+Optional start_tokens(const Tensor& packed, const Tensor& weight, const Optional& bias, int64_t tokens,
+                      std::string_view backend) {
+  if (!ready<Device>() || weight.dim() != 2 || device_type(weight) != Device::type()) return std::nullopt;
+  Prepared& prepared = Device::prepared();
+  const int32_t device = weight.get_device_index(), dtype = dtype_code(weight.scalar_type());
+  const int64_t out_features = weight.size(0);
+  const auto product = prepared.products.find(
+      product_key(ProductKind::tokens, device, dtype, tokens, out_features, weight.size(1), false, backend));
+  if (product == nullptr) return std::nullopt;
+  std::shared_ptr<Launch> adding;
+  if (bias) {
+    // The bias lies along the rows here, where the product adds none: a kernel of ours does, in place.
+    adding = prepared.launches.find(launch_key(LaunchKind::add_bias, device, dtype, dtype, "", tokens, out_features, 0,
+                                               false, false));
+    if (adding == nullptr || !usable<Device>(*bias, weight.scalar_type(), device) || bias->dim() != 1 ||
+        bias->size(0) != out_features) {
+      return std::nullopt;
+    }
+  }
+  Optional out = start_product<Device>(*product, packed, weight, std::nullopt);
+  if (!out) return std::nullopt;
+  if (bias) {
+    Guard guard(prepared.functions, device);
+    void* stream = nullptr;
+    const std::array<void*, 2> addresses{out->data_ptr(), bias->data_ptr()};
+    if (!guard.open || prepared.functions.current_stream(device, &stream) != 0 ||
+        !adding->start(prepared.functions, addresses, stream)) {
+      return std::nullopt;
+    }
+  }
+  return first_rows(std::move(*out), tokens);
+}
+
+template <class Device>
+Tensor packed_tokens_matmul(const Tensor& packed, const Tensor& weight, Optional bias, int64_t tokens,
+                            std::string backend) {
+  auto out = attempted([&] { return start_tokens<Device>(packed, weight, bias, tokens, backend); });
+  return out ? std::move(*out)
+             : one_from_python<Device>("packed_tokens_matmul", packed, weight, bias, tokens, backend);
+}
+
+template <class Device>
+Optional start_grad_weight(const Tensor& packed_t, const Tensor& grad_output, int64_t in_features,
+                           std::string_view backend) {
+  if (!ready<Device>() || grad_output.dim() != 2 || device_type(grad_output) != Device::type()) return std::nullopt;
+  const auto product = Device::prepared().products.find(
+      product_key(ProductKind::grad_weight, grad_output.get_device_index(), dtype_code(grad_output.scalar_type()),
+                  grad_output.size(0), grad_output.size(1), in_features, false, backend));
+  if (product == nullptr) return std::nullopt;
+  return start_product<Device>(*product, packed_t, grad_output, std::nullopt);
+}
+
+template <class Device>
+Tensor packed_tokens_grad_weight(const Tensor& packed_t, const Tensor& grad_output, int64_t in_features,
+                                 std::string backend) {
+  auto out = attempted([&] { return start_grad_weight<Device>(packed_t, grad_output, in_features, backend); });
+  return out ? std::move(*out)
+             : one_from_python<Device>("packed_tokens_grad_weight", packed_t, grad_output, in_features, backend);
+}
+
+// Makes these functions the implementations of the ops of Device::library under its dispatch key.
+template <class Device>
+void register_ops() {
+  static torch::stable::detail::StableLibrary library(torch::stable::detail::StableLibrary::Kind::IMPL,
+                                                      Device::library, Device::dispatch_key, __FILE__, __LINE__);
+  library.impl("pack", TORCH_BOX(&pack<Device>));
+  library.impl("pack_tokens", TORCH_BOX(&pack_tokens<Device>));
+  library.impl("unpack", TORCH_BOX(&unpack<Device>));
+  library.impl("packed_matmul", TORCH_BOX(&packed_matmul<Device>));
+  library.impl("packed_tokens_matmul", TORCH_BOX(&packed_tokens_matmul<Device>));
+  library.impl("packed_tokens_grad_weight", TORCH_BOX(&packed_tokens_grad_weight<Device>));
+}
+
+}  // namespace semisparse

@@ -1,0 +1,51 @@
+"""How C++ asks Python, and how Python's exceptions come back through C++ with their type.
+
+The stable ABI carries no exceptions. An op that C++ calls therefore returns a message, empty for success, and keeps the
+exception itself for the calling thread. C++ raises a RuntimeError with the message, and the caller in Python raises
+the kept exception in its place. Compiled code, which has no such caller, raises the RuntimeError.
+"""
+
+import threading
+import traceback
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_failed = threading.local()
+
+
+def in_python(implementation: Callable[..., Any], results: int) -> Callable[..., tuple[Any, ...]]:
+    """implementation, in the form that C++ calls.
+
+    Args:
+        implementation: Computes an op.
+        results: How many tensors it returns.
+
+    Returns:
+        A function of the same arguments that never raises. It returns the tensors and a message, which is empty unless
+        implementation raised.
+    """
+
+    @wraps(implementation)
+    def call(*args: Any) -> tuple[Any, ...]:
+        try:
+            found: Tensor | tuple[Tensor, ...] = implementation(*args)
+        except BaseException as error:
+            message = f"{type(error).__name__}: {error}"
+            traceback.clear_frames(error.__traceback__)  # they hold tensors, for as long as nothing takes the error
+            _failed.kept = message, error
+            return (*(torch.empty(0) for _ in range(results)), message)
+        return (found, "") if isinstance(found, Tensor) else (*found, "")
+
+    return call
+
+
+def typed(raised: RuntimeError) -> BaseException:
+    """The exception behind one that C++ raised; raised itself where there is none."""
+    message, error = _failed.__dict__.pop("kept", (None, None))
+    if error is None or not str(raised).startswith(message):
+        return raised
+    return error

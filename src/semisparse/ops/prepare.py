@@ -1,0 +1,137 @@
+"""What the Python implementations hand to the native library, so that the next such call runs without Python.
+
+Each function is called after the Python implementation of an op has worked, with what it worked with. Nothing here
+changes a result: a call that cannot be handed over goes through Python again.
+"""
+
+import logging
+from functools import cache
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from semisparse import native
+from semisparse.config import Backend
+from semisparse.formats.layout import ALIGNMENT
+from semisparse.gemm.addresses import addresses
+from semisparse.gemm.autotune.algorithm import Choice
+from semisparse.gemm.autotune.autotuner import autotuner
+from semisparse.gemm.engine import engine
+from semisparse.gemm.problem import Problem
+from semisparse.kernels.compiled import CompiledLaunch
+from semisparse.native.foreign import functions
+from semisparse.native.interface import Interface
+from semisparse.native.structures import (
+    DTYPE_CODES,
+    MOST_PARAMETERS,
+    LaunchFacts,
+    LaunchKind,
+    ProductFacts,
+    ProductKind,
+)
+
+if TYPE_CHECKING:
+    from semisparse.kernels.launcher import Launcher
+
+logger = logging.getLogger(__name__)
+
+# Compiled kernels that C++ starts; they live as long as the process.
+_KEPT: dict[int, object] = {}
+
+
+@cache
+def _connected() -> Interface | None:
+    """The native library with its foreign functions; None, once and for all, where it cannot have them."""
+    library = native.library() if native.registered() else None
+    if library is None:
+        return None
+    try:
+        library.connect(functions(*addresses("cusparseLtMatmul", "cusparseLtMatmulDescSetAttribute")))
+    except (OSError, AttributeError) as error:
+        logger.warning("launches go through Python: %s", error)
+        return None
+    return library
+
+
+def launch(
+    kind: LaunchKind,
+    launcher: "Launcher",
+    pointers: tuple[Tensor | None, ...],
+    *,
+    dtypes: tuple[torch.dtype | None, torch.dtype | None],
+    sizes: tuple[int, int, int],
+    mask: str = "",
+    sizes_in_bytes: tuple[int, int] = (0, 0),
+) -> None:
+    """Hand over a kernel that was just launched.
+
+    Args:
+        kind: Which kernel.
+        launcher: What launched it.
+        pointers: As it was launched with.
+        dtypes: Read and written.
+        sizes: Rows, columns and entries from row to row, as the op's call has them.
+        mask: As the op's call names it.
+        sizes_in_bytes: Of the buffers that the native op allocates; for unpack, of the buffer that it reads.
+    """
+    library, index = _connected(), next(pointer for pointer in pointers if pointer is not None).get_device()
+    if library is None or index < 0:
+        return
+    found = launcher.compiled(index, *pointers)
+    if not isinstance(found, CompiledLaunch) or len(found.parameters) > MOST_PARAMETERS:
+        logger.debug("%s goes through Python: %s", kind.name, found)
+        return
+    facts = LaunchFacts(function=found.function, threads=found.threads, shared_bytes=found.shared_bytes)
+    facts.grid[:], facts.bytes[:] = found.grid, sizes_in_bytes
+    facts.parameter_count = len(found.parameters)
+    for number, (source, value) in enumerate(found.parameters):
+        facts.source[number], facts.value[number] = source, value
+    _KEPT[found.function] = found.kernel
+    read, written = (0 if dtype is None else DTYPE_CODES[dtype] for dtype in dtypes)
+    given = (pointers[1] is not None, pointers[2] is not None) if len(pointers) > 2 else (False, False)
+    library.add_launch(kind, index, (read, written), mask, sizes, given, facts)
+
+
+def product(
+    kind: ProductKind, asked: Problem, index: int, sizes: tuple[int, int, int], choice: Choice | None, backend: Backend
+) -> None:
+    """Hand over the plan of a product that was just started in this thread.
+
+    Args:
+        kind: Which product.
+        asked: Its problem.
+        index: Of the CUDA device.
+        sizes: Tokens (before padding), out_features and in_features of the op's call.
+        choice: What dispatch.multiply followed.
+        backend: As the call names it.
+    """
+    library = _connected()
+    if library is None or choice is None or autotuner().known(asked, index) is not choice:
+        return  # masked dense, or a choice that tuning may still replace
+    algorithm = choice.algorithm if backend == "auto" else choice.sparse_algorithm
+    prepared = None if algorithm is None or not library.multiplies else engine().prepared(asked, algorithm, index)
+    if prepared is None:
+        return
+    handle, plan, follows = prepared
+    address = plan.address
+    facts = ProductFacts(
+        handle=handle.handle,
+        plan=address,
+        descriptor=plan.descriptor,
+        bias=plan.bias_word if asked.bias else None,
+        packed_bytes=plan.packed_bytes,
+        workspace=plan.workspace,
+        bias_follows=follows,
+    )
+    facts.b_rows, facts.b_columns = plan.b_shape
+    facts.d_rows, facts.d_columns = plan.d_shape
+    if not plan.handed_over:
+        plan.before_freeing(lambda: library.drop_plan(address))
+    library.add_product(kind, index, DTYPE_CODES[asked.dtype], sizes, asked.bias, backend, facts)
+
+
+def repeatable(matrix: Tensor) -> bool:
+    """Whether a kernel reads matrix itself, and not a copy that was made for it."""
+    aligned = not (matrix.data_ptr() % ALIGNMENT or matrix.stride(0) * matrix.itemsize % ALIGNMENT)
+    return matrix.stride(1) == 1 and aligned
