@@ -1,8 +1,9 @@
 """Evidence of which layers were called, from the ops, so that it includes compiled code.
 
 A layer sets a flag in eager forward, but not under torch.compile: a write there would cost host time per call and break
-strict export and checkpointed regions. While anything watches, the ops run in Python either way. Ops that prune a weight record it. Ops that
-prune tokens are counted and compared with eager calls of layers; a surplus comes from compiled code.
+strict export and checkpointed regions. While anything watches, the ops run in Python, compiled or not. Ops that prune a
+weight record it. Ops that prune tokens are counted and compared with eager calls of layers; a surplus comes from
+compiled code.
 """
 
 import threading

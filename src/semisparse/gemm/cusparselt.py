@@ -1,4 +1,4 @@
-"""NVIDIA's cuSPARSELt through its own bindings, nvmath.bindings.cusparseLt. The only file that touches the library.
+"""NVIDIA's cuSPARSELt through its own bindings, nvmath.bindings.cusparseLt. The only file that calls the library.
 
 This layer knows addresses and sizes, not tensors (engine.py does). The library is imported on first use. A Handle
 serves one device and one thread, and keeps the plans built with it.

@@ -1,6 +1,6 @@
 """Control over calls that C++ starts on its own; every function does nothing where the library is not used."""
 
-from semisparse.native.library import library
+from semisparse.native.loading import library
 
 
 def watch(more: int) -> None:
