@@ -22,10 +22,12 @@ inline void ask(const std::string& op, StableIValue* stack) {
   }
 }
 
-// Python's ops return a message in addition, empty where all went well. The exception itself waits for the caller in
+// Python's ops return a message in addition, as bytes on the CPU: a tensor, because torch 2.11 mistakes the types of
+// results that are not all of one type. It is empty where all went well. The exception itself waits for the caller in
 // Python (native/fallback.py), because the ABI carries none.
-inline void raise_if(const std::string& message) {
-  if (!message.empty()) throw std::runtime_error(message);
+inline void raise_if(const Tensor& message) {
+  if (message.numel() == 0) return;
+  throw std::runtime_error(std::string(static_cast<const char*>(message.data_ptr()), message.numel()));
 }
 
 template <class Device, class... Arguments>
@@ -33,7 +35,7 @@ Tensor one_from_python(const char* op, const Arguments&... arguments) {
   std::array<StableIValue, std::max<size_t>(sizeof...(Arguments), 2)> stack{from(arguments)...};
   ask(std::string(Device::library) + "::" + op + "_in_python", stack.data());
   Tensor result = to<Tensor>(stack[0]);
-  raise_if(to<std::string>(stack[1]));
+  raise_if(to<Tensor>(stack[1]));
   return result;
 }
 
@@ -42,7 +44,7 @@ std::tuple<Tensor, Tensor> two_from_python(const char* op, const Arguments&... a
   std::array<StableIValue, std::max<size_t>(sizeof...(Arguments), 3)> stack{from(arguments)...};
   ask(std::string(Device::library) + "::" + op + "_in_python", stack.data());
   Tensor first = to<Tensor>(stack[0]), second = to<Tensor>(stack[1]);
-  raise_if(to<std::string>(stack[2]));
+  raise_if(to<Tensor>(stack[2]));
   return {std::move(first), std::move(second)};
 }
 

@@ -1,7 +1,7 @@
 """How C++ asks Python, and how Python's exceptions come back through C++ with their type.
 
-The stable ABI carries no exceptions. An op that C++ calls therefore returns a message, empty for success, and keeps the
-exception itself for the calling thread. C++ raises a RuntimeError with the message, and the caller in Python raises
+The stable ABI carries no exceptions. An op that C++ calls therefore returns a message, a tensor of bytes that is empty
+for success, and keeps the exception itself for the calling thread. C++ raises a RuntimeError with the message, and the caller in Python raises
 the kept exception in its place. Compiled code, which has no such caller, raises the RuntimeError.
 """
 
@@ -17,7 +17,7 @@ from torch import Tensor
 _failed = threading.local()
 
 
-def in_python(implementation: Callable[..., Any], results: int) -> Callable[..., tuple[Any, ...]]:
+def in_python(implementation: Callable[..., Any], results: int) -> Callable[..., tuple[Tensor, ...]]:
     """implementation, in the form that C++ calls.
 
     Args:
@@ -30,15 +30,17 @@ def in_python(implementation: Callable[..., Any], results: int) -> Callable[...,
     """
 
     @wraps(implementation)
-    def call(*args: Any) -> tuple[Any, ...]:
+    def call(*args: Any) -> tuple[Tensor, ...]:
         try:
             found: Tensor | tuple[Tensor, ...] = implementation(*args)
         except BaseException as error:
             message = f"{type(error).__name__}: {error}"
             traceback.clear_frames(error.__traceback__)  # they hold tensors, for as long as nothing takes the error
             _failed.kept = message, error
-            return (*(torch.empty(0) for _ in range(results)), message)
-        return (found, "") if isinstance(found, Tensor) else (*found, "")
+            nothing = [torch.empty(0) for _ in range(results)]
+            return (*nothing, torch.frombuffer(bytearray(message.encode()), dtype=torch.uint8))
+        fine = torch.empty(0, dtype=torch.uint8)
+        return (found, fine) if isinstance(found, Tensor) else (*found, fine)
 
     return call
 

@@ -85,7 +85,7 @@ def _register_fallback(schema: str, implementation: Callable[..., Any]) -> None:
     name, _, arguments = signature.replace("SymInt", "int").partition("(")
     results = returned.strip("()").split(", ")
     fallback = f"{name}_in_python"
-    LIBRARY.define(f"{fallback}({arguments} -> ({', '.join([*results, 'str'])})")
+    LIBRARY.define(f"{fallback}({arguments} -> ({', '.join([*results, 'Tensor'])})")
     LIBRARY.impl(fallback, native.in_python(implementation, len(results)), "CompositeExplicitAutograd")
     LIBRARY.impl(fallback, torch.library.fallthrough_kernel, "Autograd")
 
