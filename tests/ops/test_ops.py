@@ -52,6 +52,7 @@ IDS = [
 
 
 @pytest.mark.filterwarnings("ignore:.*is non-deterministic.*")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # read by torch 2.15's opcheck
 @pytest.mark.parametrize(("op", "make", "rest"), ARGUMENTS, ids=IDS)
 def test_opcheck(op: torch._ops.OpOverload, make, rest) -> None:
     torch.library.opcheck(op, (make(), *rest))

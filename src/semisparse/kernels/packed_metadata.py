@@ -61,7 +61,7 @@ def _stride(bits, turned, log_pairs, f, part):
         if held[position] != bits[position] and _index_bit(turned, log_pairs, bits[position]) == f:
             source = held[position]
     if source in bits:
-        return (1 << bits.index(source) - 3) if part == "inner" else 0
+        return (1 << list(bits).index(source) - 3) if part == "inner" else 0  # Triton's tuples have no index()
     inside = sum(1 for bit in bits if (bit < GROUP_BIT) == (source < GROUP_BIT))
     blocks = 1 << (source if source < GROUP_BIT else source - GROUP_BIT) - inside
     return blocks if part == ("row" if source < GROUP_BIT else "group") else 0

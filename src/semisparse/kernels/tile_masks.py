@@ -181,7 +181,8 @@ def shrink(values, scores, choice, scale):
             value = values[4 * i + j]
             rest = tl.abs(value) - threshold
             rest = tl.where(rest < 0, 0.0, rest) * scale  # a NaN stays one
-            result = result + (tl.where(value < 0, -rest, rest),)
+            # Not -rest: what shrinks to 0 is +0. (Up to Triton 3.6 -x was 0 - x; in 3.9 it flips the sign of 0 too.)
+            result = result + (tl.where(value < 0, 0.0 - rest, rest),)
     return result
 
 
