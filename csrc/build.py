@@ -57,7 +57,7 @@ class Torch:
 def build(
     output: Path = LIBRARY, sources: Sequence[Path] | None = None, flags: Sequence[str] = (), force: bool = False
 ) -> str:
-    """Compile and link, unless output is up to date.
+    """Compile and link, unless output is up to date. An output that is not is removed first.
 
     The linker writes a digest of the sources, the flags and the version of torch into output as its build id. Output is
     up to date if it holds that digest, so dates of files don't matter.
@@ -72,23 +72,19 @@ def build(
         One line that says what was done.
 
     Raises:
-        Unavailable: If torch, the compiler or sources are missing, or on another system than Linux. An output that is
-            not up to date is removed, so that nothing loads it.
-        CompileError: If the compiler fails. The output is removed as well.
+        Unavailable: If torch, the compiler or sources are missing, or on another system than Linux.
+        CompileError: If the compiler fails.
     """
-    try:
-        torch = installed_torch()
-        files = sorted(HERE.glob("*.cpp") if sources is None else [Path(source).resolve() for source in sources])
-        if not files:
-            raise Unavailable("no C++ sources are given or in csrc/")
-        digest = _digest(files, flags, torch)
-        if not force and output.is_file() and bytes.fromhex(digest) in output.read_bytes():
-            return f"native: {output.name} is up to date ({_size(output)}, built with torch {torch.version})"
-        command = compiler()
-        _compile(command, files, flags, torch, digest, output)
-    except (Unavailable, CompileError):
-        output.unlink(missing_ok=True)
-        raise
+    torch = installed_torch()
+    files = sorted(HERE.glob("*.cpp") if sources is None else [Path(source).resolve() for source in sources])
+    if not files:
+        raise Unavailable("no C++ sources are given or in csrc/")
+    digest = _digest(files, flags, torch)
+    if not force and output.is_file() and bytes.fromhex(digest) in output.read_bytes():
+        return f"native: {output.name} is up to date ({_size(output)}, built with torch {torch.version})"
+    output.unlink(missing_ok=True)  # if the build fails, nothing shall load what other sources made
+    command = compiler()
+    _compile(command, files, flags, torch, digest, output)
     made = f"native: built {output.name} ({_size(output)}) with {command[0]} and torch {torch.version}"
     return f"{made}, for torch >= {_OLDEST}"
 
