@@ -11,7 +11,6 @@ from semisparse.ops import register
 from semisparse.ops.register import CUDA_SIDE
 from semisparse.ops.register import register as registered
 
-
 DIRECT: list[str] = []
 
 
