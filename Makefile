@@ -1,5 +1,6 @@
-# Five verbs. demo, test and check set up their own virtual environment when there is none; test-gpu and bench use the
-# Python they find ($(PYTHON)) and never install anything.
+# demo, test, check and wheel set up a virtual environment when there is none, and test-torch one per version of torch;
+# test-gpu and bench use the Python they find ($(PYTHON)) and never install anything. All but demo build the native library
+# before (csrc/build.py), unless it is up to date; without a C++ compiler they say so and go on.
 
 PYTHON ?= python3
 VENV := .venv
@@ -7,12 +8,18 @@ READY := $(VENV)/.ready
 BIN := $(VENV)/bin
 OUT ?= demo-out
 BENCH_ARGS ?=
+# What csrc/build.py gets. `make test NATIVE=` makes a missing compiler an error.
+NATIVE ?= --optional
+TORCH ?= 2.11.0
 
-.PHONY: help demo test check test-gpu bench
+.PHONY: help demo test check native wheel test-torch test-gpu bench
 help:
 	@echo "make demo      set everything up and train the small ViT dense, sparse then dense, and fully sparse"
 	@echo "make test      set everything up and run the tests"
 	@echo "make check     format, lint, types and import levels"
+	@echo "make native    build the native library (C++ compiler needed); make test and make check do that too"
+	@echo "make wheel     build the wheel with the native library into dist"
+	@echo "make test-torch TORCH=2.11.0   run the tests of the ops from the wheel with another torch, in an environment of its own"
 	@echo "make test-gpu  run the GPU tests with $(PYTHON) and write tests/gpu_record.json"
 	@echo "make bench     run the benchmarks with $(PYTHON) and write benchmarks/results"
 
@@ -32,21 +39,48 @@ demo: $(READY)
 	@echo "demo: trains three small ViTs, half a minute to a minute on two CPU cores; table here, curves and checkpoints in $(OUT)"
 	$(BIN)/semisparse-lab train --out $(OUT) --force
 
-test: $(READY)
+native: $(READY)
+	$(BIN)/python csrc/build.py $(NATIVE)
+
+test: native
 	@echo "test: no GPU needed; about six minutes on two cores; pytest prints a dot per test"
 	$(BIN)/python -m pytest -q -n auto
 
-check: $(READY)
+check: native
 	@echo "check: format, lint, types, import levels; about half a minute"
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/arch/test_layers.py tests/arch/test_lab_imports.py
 
+wheel: $(READY)
+	rm -rf dist
+	SEMISPARSE_BUILD_NATIVE=1 $(PIP) wheel --verbose --no-build-isolation --no-deps --wheel-dir dist .
+
+# The wheel is built with the torch of $(VENV) and must serve this one. pip takes torch from PyPI, with the CUDA libraries that
+# it loads: 5 GB on disk. The other pins are those of $(VENV).
+OTHER := .venv-torch-$(TORCH)
+$(OTHER)/.ready: constraints.txt
+	@echo "setup: makes $(OTHER) with torch $(TORCH) and its CUDA libraries; 5 GB on disk, about a minute on a fast connection"
+	$(PYTHON) -m venv $(OTHER)
+	grep -v '^torch==' constraints.txt > $(OTHER)/constraints.txt
+	PIP_CONSTRAINT=$(OTHER)/constraints.txt $(OTHER)/bin/python -m pip --disable-pip-version-check install \
+	    torch==$(TORCH) numpy nvmath-python hatchling pytest pytest-xdist hypothesis
+	@touch $@
+
+test-torch: wheel $(OTHER)/.ready
+	$(OTHER)/bin/python -m pip --disable-pip-version-check install --no-deps --force-reinstall dist/*.whl
+	@echo "test-torch: tests of the ops with torch $(TORCH) and the installed wheel; about a minute on two cores"
+	SEMISPARSE_REQUIRE_NATIVE=1 $(OTHER)/bin/python -m pytest -q -n auto -o pythonpath=. tests/native tests/ops tests/functional
+	@echo "test-torch: compiles the kernels for a GPU that need not be there"
+	PYTHONPATH=. $(OTHER)/bin/python tests/kernels/compiling.py 90 > $(OTHER)/kernels.json
+
 test-gpu:
+	$(PYTHON) csrc/build.py $(NATIVE)
 	PYTHONPATH=src:lab/src SEMISPARSE_REQUIRE_GPU=1 $(PYTHON) tests/record_gpu.py
 
 bench:
+	$(PYTHON) csrc/build.py $(NATIVE)
 	PYTHONPATH=src:lab/src:. $(PYTHON) benchmarks/benchmark_semi_structured_training.py --linear --save $(BENCH_ARGS)
 	PYTHONPATH=src:lab/src:. $(PYTHON) benchmarks/benchmark_semi_structured_training.py --no-gain --save $(BENCH_ARGS)
 	PYTHONPATH=src:lab/src:. $(PYTHON) benchmarks/benchmark_semi_structured_training.py --pack --save $(BENCH_ARGS)

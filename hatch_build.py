@@ -1,7 +1,7 @@
 """Build hook of the wheel: with the native library and a platform tag where it can be built, else pure Python.
 
-torch is not a build requirement, because every isolated build would then download all of it. So an isolated build finds
-no torch and makes the pure wheel; `pip install --no-build-isolation .` builds with the torch that is installed.
+torch is not a build requirement, because every isolated build would then download all of it. The hook builds with the
+torch of the environment that pip installs into, also from an isolated build; without one it makes the pure wheel.
 SEMISPARSE_BUILD_NATIVE=1 makes torch a requirement of the build and a missing library an error, for releases; =0 asks
 for the pure wheel.
 """

@@ -16,6 +16,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -92,21 +93,25 @@ def build(
 def installed_torch() -> Torch:
     """The torch of this Python, found without importing it.
 
+    pip hides the packages of the environment from an isolated build, but not the folder that they are in. Looking there
+    is safe, since the result does not depend on the version of torch.
+
     Raises:
         Unavailable: If there is none, if it is older than OLDEST_TORCH, or if it has no headers.
     """
     spec = importlib.util.find_spec("torch")
-    if spec is None or not spec.submodule_search_locations:
+    visible = [Path(folder) for folder in (spec.submodule_search_locations or ())] if spec else []
+    folders = [folder for folder in (*visible, Path(sysconfig.get_path("platlib")) / "torch") if folder.is_dir()]
+    if not folders:
         raise Unavailable(f"torch is not installed for {sys.executable}")
-    folder = Path(spec.submodule_search_locations[0])
-    header = folder / "include" / "torch" / "headeronly" / "version.h"
+    header = folders[0] / "include" / "torch" / "headeronly" / "version.h"
     found = re.search(r'#define TORCH_VERSION \\?\s*"([^"]+)"', header.read_text()) if header.is_file() else None
     if found is None:
-        raise Unavailable(f"the torch in {folder} has no C++ headers of the stable ABI")
+        raise Unavailable(f"the torch in {folders[0]} has no C++ headers of the stable ABI")
     version = found[1]
     if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_TORCH:
         raise Unavailable(f"torch {version} is older than {_OLDEST}")
-    return Torch(version, folder)
+    return Torch(version, folders[0])
 
 
 def compiler() -> list[str]:

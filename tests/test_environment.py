@@ -8,11 +8,12 @@ import torch
 
 import semisparse
 from semisparse import environment as env
+from semisparse import native
 from semisparse.formats.layout import SM90_16BIT
 from semisparse.formats.packed import PackedFormat, Packer
 from semisparse.gemm.cusparselt import Availability
 
-NAMES = ["weight mask", "activation mask", "packing", "sparse GEMM"]
+NAMES = ["weight mask", "activation mask", "packing", "sparse GEMM", "launches"]
 
 
 def test_the_facts_are_those_of_this_process() -> None:
@@ -20,9 +21,9 @@ def test_the_facts_are_those_of_this_process() -> None:
     assert found.device == ("cuda" if torch.cuda.is_available() else "cpu")
     assert found.facts["semisparse"] == semisparse.__version__
     assert found.facts["torch"] == torch.__version__
-    assert {"Python", "platform", "GPU", "driver", "CUDA of torch", "triton", "cuSPARSELt", "nvmath-python"} < set(
-        found.facts
-    )
+    named = {"Python", "platform", "GPU", "driver", "CUDA of torch", "triton", "cuSPARSELt", "nvmath-python"}
+    assert named < set(found.facts)
+    assert found.facts["native library"] == native.status().reason
     assert all(found.facts.values())
     assert found.capabilities == env.capabilities(found.device)
 
@@ -44,7 +45,7 @@ def test_on_a_cpu_everything_is_the_reference() -> None:
     found = env.capabilities("cpu")
     assert [capability.name for capability in found] == NAMES
     assert {capability.reason for capability in found} == {"CPU"}
-    assert found[-1].path == "masked dense (reference)"
+    assert {capability.name: capability.path for capability in found}["sparse GEMM"] == "masked dense (reference)"
 
 
 def paths_on_cuda(
@@ -96,6 +97,15 @@ def test_on_a_gpu_without_the_engine_the_reason_is_the_engines(monkeypatch: pyte
     verdict = Availability(False, "nvmath-python cannot be imported")
     found = paths_on_cuda(monkeypatch, verdict, PackedFormat("kernel", SM90_16BIT, "no engine"))
     assert found["sparse GEMM"] == ("masked dense", "nvmath-python cannot be imported")
+
+
+@pytest.mark.parametrize(("loaded", "path"), [(True, "native (C++)"), (False, "Python")])
+def test_on_a_gpu_who_starts_the_launches_is_named_with_the_reason(
+    monkeypatch: pytest.MonkeyPatch, loaded: bool, path: str
+) -> None:
+    monkeypatch.setattr(native, "status", lambda: native.Status(loaded, "as it is"))
+    found = paths_on_cuda(monkeypatch, Availability(True, "cuSPARSELt 0.8.1", 801), PACKERS[0][0])
+    assert found["launches"] == (path, "as it is")
 
 
 def test_a_probe_that_fails_is_told_and_not_raised(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from semisparse import native
 from semisparse.formats.layout import SPARSE_MULTIPLE
 from semisparse.formats.packed import Packer, packed_format
 from semisparse.gemm.engine import available, engine
@@ -66,12 +67,13 @@ def environment() -> Environment:
         "triton": _package("triton"),
         "cuSPARSELt": _guarded(_cusparselt),
         "nvmath-python": _package("nvmath-python"),
+        "native library": native.status().reason,
     }
     return Environment(device, facts, capabilities(device))
 
 
 def capabilities(device: str) -> tuple[Capability, ...]:
-    """Which path weight mask, activation mask, packing and sparse GEMM take, and why.
+    """Which path weight mask, activation mask, packing, sparse GEMM and the launches of ops take, and why.
 
     Never raises: if a probe fails, the paths are "unknown" and the reason is its error. On CUDA it loads cuSPARSELt and
     probes its packed format, once per process.
@@ -86,8 +88,11 @@ def capabilities(device: str) -> tuple[Capability, ...]:
             Capability("activation mask", "reference", reason),
             Capability("packing", "not used: masked dense needs none", reason),
             Capability("sparse GEMM", "masked dense (reference)", reason),
+            Capability("launches", "not used: nothing is launched", reason),
         )
-    return (*_packing(device), Capability("sparse GEMM", *_product(device)))
+    found = native.status()
+    launches = Capability("launches", "native (C++)" if found.loaded else "Python", found.reason)
+    return (*_packing(device), Capability("sparse GEMM", *_product(device)), launches)
 
 
 def _packing(device: str) -> tuple[Capability, ...]:

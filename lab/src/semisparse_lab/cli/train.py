@@ -81,7 +81,7 @@ def _print_results(documents: Sequence[dict[str, Any]], device: str, out: Path) 
     from semisparse_lab.cli.tables import results_table
 
     screen = console()
-    sparse_gemm = capabilities(device)[-1]
+    sparse_gemm = next(found for found in capabilities(device) if found.name == "sparse GEMM")
     screen.print(results_table(documents))
     screen.print("seconds per step: median after warm-up, without data preparation")
     screen.print(f"peak memory: {documents[0]['run']['peak_memory']['kind']}")
