@@ -45,7 +45,7 @@ class NativeBuildHook(BuildHookInterface):
             return
         try:
             # Another compiler may warn about other things; that is no reason to leave a user without the library.
-            line = native.build(flags=["-Wno-error"])
+            line = native.build(strict=False)
         except (native.Unavailable, native.CompileError) as error:
             if asked:
                 raise RuntimeError(f"{VARIABLE}=1, and the native library can't be built: {error}") from error

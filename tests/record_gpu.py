@@ -25,8 +25,9 @@ sys.path.insert(0, str(ROOT))
 def recorded_files() -> dict[str, str]:
     """Path -> sha256 of each file that a GPU record speaks for."""
     package = ROOT / "src" / "semisparse"
-    folders = ("formats", "kernels", "gemm", "ops")
+    folders = ("formats", "kernels", "gemm", "native", "ops")
     files = [path for folder in folders for end in ("py", "json") for path in package.glob(f"{folder}/**/*.{end}")]
+    files += [path for end in ("cpp", "h") for path in (ROOT / "csrc").glob(f"*.{end}")]
     files += [package / f"{name}.py" for name in ("masks", "operands", "routes", "functional", "autograd")]
     return {str(path.relative_to(ROOT)): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(files)}
 

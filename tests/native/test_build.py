@@ -93,6 +93,12 @@ def test_what_the_compiler_says_is_in_the_error_and_the_old_library_is_gone(
     assert not made.exists()
 
 
+def test_a_warning_can_be_let_pass_and_the_result_is_up_to_date_for_both(source: Path, made: Path) -> None:
+    source.write_text("int f(int unused) { return 1; }")
+    assert "native: built" in build.build(made, [source], strict=False)
+    assert "is up to date" in build.build(made, [source])
+
+
 def test_no_torch_and_no_sources_are_told(source: Path, made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(build.Unavailable, match=r"no C\+\+ sources"):
         build.build(made, [])
