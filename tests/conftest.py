@@ -48,6 +48,20 @@ def poison() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture
+def packed_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The packed route is taken on the CPU: its ops have a CPU implementation, only the choice of route is forced."""
+    from semisparse import routes
+    from semisparse.errors import EngineError
+
+    def packs(weight: torch.Tensor, dtype: torch.dtype, backend: str) -> bool:
+        if backend == "cusparselt":
+            raise EngineError("there is none")
+        return dtype in (torch.float16, torch.bfloat16) and backend != "dense"
+
+    monkeypatch.setattr(routes, "packs", packs)
+
+
 @pytest.fixture(autouse=True)
 def seed() -> None:
     """Every test starts from the same random numbers, whatever ran before."""

@@ -9,7 +9,7 @@ from semisparse.config import SparseConfig
 from semisparse.errors import SemiSparseError, TokenMixingWarning
 from semisparse.flops import register_flop_formulas
 from semisparse.metrics import MaskMetrics, mask_statistics
-from semisparse.nn import SemiSparseActivationLinear, SemiSparseLinear, register_linear, reuse_packed
+from semisparse.nn import PackedWeights, SemiSparseActivationLinear, SemiSparseLinear, register_linear, reuse_packed
 from semisparse.ops import sac_save_ops
 from semisparse.schedule.phases import Phase
 from semisparse.schedule.sparse_schedule import SparseSchedule
@@ -23,6 +23,7 @@ from semisparse.versions import __version__ as __version__
 __all__ = [
     "CheckReport",
     "MaskMetrics",
+    "PackedWeights",
     "Phase",
     "SemiSparseActivationLinear",
     "SemiSparseError",

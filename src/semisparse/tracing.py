@@ -1,11 +1,14 @@
-"""Queries of PyTorch's state whose results torch.compile takes as constants while it traces."""
+"""Questions and notes that torch.compile answers or takes once, while it traces."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 
+Question = TypeVar("Question", bound=Callable[..., bool])
 
-def _constant(question: Callable[[], bool]) -> Callable[[], bool]:
+
+def _constant(question: Question) -> Question:
     """The same as torch.compiler.assume_constant_result, without importing the compiler."""
     question._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return question
@@ -25,3 +28,18 @@ def recording() -> bool:
 def transforming() -> bool:
     """Whether a torch.func transform is active. (torch.compile cannot trace the query itself.)"""
     return torch._C._functorch.maybe_current_level() is not None
+
+
+_noted: list[torch.dtype] = []
+
+
+@_constant
+def note_compute_dtype(dtype: torch.dtype) -> bool:
+    """Note that traced code computes in dtype, for weights that are packed for it later; returns True."""
+    _noted.append(dtype)
+    return True
+
+
+def noted_compute_dtypes() -> Sequence[torch.dtype]:
+    """All that were noted, the last one last."""
+    return _noted

@@ -13,6 +13,7 @@ from tests.arch.source import ROOT
 PUBLIC = {
     "CheckReport",
     "MaskMetrics",
+    "PackedWeights",
     "Phase",
     "SemiSparseActivationLinear",
     "SemiSparseError",

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import semisparse
-from semisparse import SemiSparseActivationLinear, SemiSparseLinear, ops, routes
+from semisparse import SemiSparseActivationLinear, SemiSparseLinear, ops
 from semisparse.errors import EngineError
 from semisparse.testing import assert_bit_equal, small_integers
 from tests.functional.counting import CountOps
@@ -15,14 +15,6 @@ CASES = [
     ("activation", "transposable"),
     *(("weight", mask) for mask in ("transposable", "row", "greedy", "signed_greedy", "soft", "codes")),
 ]
-
-
-@pytest.fixture
-def packed_on_cpu(monkeypatch):
-    def packs(weight, dtype, backend):
-        return dtype in (torch.float16, torch.bfloat16) and backend != "dense"
-
-    monkeypatch.setattr(routes, "packs", packs)
 
 
 def layer_of(operand, mask="transposable", backend="auto", dtype=torch.bfloat16):

@@ -9,7 +9,7 @@ from semisparse.config import Operand, SparseConfig
 from semisparse.errors import TensorError
 from semisparse.masks import MaskName
 from semisparse.nn.base import SemiSparseBase
-from semisparse.nn.packed_weights import PackedWeight, usable
+from semisparse.nn.packed_weight import PackedWeight, usable
 from semisparse.reference.masks import from_codes
 
 
@@ -32,7 +32,7 @@ class SemiSparseLinear(SemiSparseBase):
 
     operand: ClassVar[Operand] = "weight"
     sparse_config: SparseConfig = SparseConfig()
-    # Set only inside reuse_packed: the packed weight to use instead of packing again.
+    # Set by owners of packed weights: what to use instead of packing again.
     _packed: PackedWeight | None = None
     held_codes: Tensor | None = None
     held_scale: Tensor | None = None
@@ -66,15 +66,16 @@ class SemiSparseLinear(SemiSparseBase):
         self.held_codes, self.held_scale = codes, scale
 
     def _sparse_forward(self, input: Tensor) -> Tensor:
+        weight = self.weight
         return functional.semi_sparse_linear(
             input,
-            self.weight,
+            weight,
             self.bias,
             mask=self._mask,
             codes=self.held_codes,
             scale=self.held_scale,
             backend=self.sparse_config.backend,
-            packed=None if self._packed is None else usable(self, input),
+            packed=None if self._packed is None else usable(self, weight, input),
         )
 
     def pruned_weight(self) -> Tensor:

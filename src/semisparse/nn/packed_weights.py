@@ -1,176 +1,250 @@
-"""Ownership of packed weights: what each was packed from, where its buffers are kept, and when it may be used.
+"""The packed weights of a model, packed together and kept for the forwards that follow."""
 
-A packed weight belongs to one state of one weight and to one compute dtype. It stays with its layer: copies, pickles
-and state_dicts do not contain it.
-"""
-
+import logging
+import threading
 import warnings
-from functools import cache
-from typing import NamedTuple, Protocol
-from weakref import WeakKeyDictionary
+import weakref
+from collections.abc import Iterable
+from typing import Any
 
 import torch
-from torch import Tensor
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch import Tensor, nn
 
-from semisparse import ops, routes
-from semisparse.config import SparseConfig
+from semisparse import routes
+from semisparse.arguments import check_module
+from semisparse.errors import EngineError
+from semisparse.formats.layout import PACKED_DTYPES
 from semisparse.formats.packed import PackedMatrix
-from semisparse.masks import MaskName
-from semisparse.operands import compute_dtype
-from semisparse.tracing import recording
+from semisparse.nn.linear import SemiSparseLinear
+from semisparse.nn.pack_together import Member, both_ways, fit, new_buffers, pack_together
+from semisparse.nn.packed_weight import PackedWeight, PackingLayer, close_on, open_on
+from semisparse.nn.whole_weights import managed_by_fsdp, plain_call, why_not_whole
+from semisparse.operands import autocast_enabled
+from semisparse.tracing import noted_compute_dtypes
+
+logger = logging.getLogger(__name__)
 
 
-class PackedWeight(NamedTuple):
-    """A packed weight, and what it was made from.
+class PackedWeights:
+    """Packs the weights of a model's SemiSparseLinear layers when told to, instead of at each forward.
+
+    pack() packs all weights of one stored dtype, compute dtype and mask in one launch. Forwards then use the result. It
+    lies in buffers that keep their addresses, so that compiled and captured steps read what was packed last:
+
+        packed = PackedWeights(model)
+        packed.pack()
+        ... optimizer.step(); packed.pack()
+
+    SparseSchedule(..., pack="per_step") does this by itself.
+
+    *Eager* forwards are right whoever writes the weights. They compare version and address of the weight, the held
+    tensors and the settings with what was packed. The first forward that finds a difference packs all weights that
+    changed. It writes to the same buffers, so that the backward of an older graph raises PyTorch's error for variables
+    that were modified in place. Writes through weight.data and by replayed CUDA graphs leave no trace.
+
+    *Compiled and captured* code reads the buffers and compares nothing but the dtype. After load_state_dict, after a
+    swap with averaged weights, and after writes as above, call pack(everything=True).
+
+    Weights are packed for the dtype that forwards compute in: autocast's where pack() is called inside torch.autocast
+    or the first forward runs in it, else the weight's. A forward in another dtype packs for itself, with a warning.
+    Frozen weights are packed once, until they change. Layers in a dense phase hold nothing.
+
+    A sharded (FSDP), offloaded, computed (parametrised) or inference weight cannot be packed between forwards. Such
+    layers pack at each forward; that is logged once, and `fallbacks` has the reasons.
+
+    Packed weights are never part of a state_dict. A copy of this object belongs to the copied model and has packed
+    nothing.
+
+    Args:
+        model: Any module. The first pack() reads it.
 
     Attributes:
-        packed: Its buffers.
-        dtype: The compute dtype.
-        source: Weight, held tensors and settings at the time of packing, as _source gives them.
-    """
-
-    packed: PackedMatrix
-    dtype: torch.dtype
-    source: tuple[object, ...]
-
-    def __deepcopy__(self, memo: object) -> None:
-        """None: a copy of a layer packs its own weight. (Parametrised modules copy their dict, not their state.)"""
-
-    def __reduce__(self) -> tuple[type[None], tuple[()]]:
-        return type(None), ()
-
-
-class PackingLayer(Protocol):
-    """The part of SemiSparseLinear that packing needs."""
-
-    weight: Tensor
-    sparse_config: SparseConfig
-    held_codes: Tensor | None
-    held_scale: Tensor | None
-
-    @property
-    def _mask(self) -> MaskName:
-        """The name of its mask."""
-        ...
-
-    _packed: PackedWeight | None
-
-
-# The packed weights of open blocks, innermost last.
-_OPEN: WeakKeyDictionary[PackingLayer, list[PackedWeight]] = WeakKeyDictionary()
-# Buffers outlive a block, so that a compiled or captured step finds them at the same address in the next block. They
-# are kept outside the modules, one pair for each compute dtype.
-_BUFFERS: WeakKeyDictionary[PackingLayer, dict[torch.dtype, PackedWeight]] = WeakKeyDictionary()
-
-
-def open_block(layer: PackingLayer) -> PackedWeight | None:
-    """Pack the current weight of layer for the dtype that a forward would compute in now, and let forwards use it.
-
-    Writes to the buffers that the layer already has, unless an outer block uses them. Buffers are ordinary tensors also
-    under inference_mode, so that a later training step can use them.
-
-    Args:
-        layer: A layer with a pruned weight.
-
-    Returns:
-        The packed weight; None if a forward would take the masked-dense route.
+        fallbacks: Name of a layer -> why it packs at each forward, as of the last call. Layers on the masked-dense
+            route are not among them; semisparse.check reports those.
+        ready: False lets all layers pack at each forward for now.
 
     Raises:
-        ConfigError: The layer's mask needs a scale that is not set.
-        EngineError: backend="cusparselt" cannot run here.
+        ConfigError: model is not a module.
     """
-    dtype = compute_dtype(layer.weight, layer.weight)
-    if not routes.packs(layer.weight, dtype, layer.sparse_config.backend):
-        return None
-    packed = _packed(layer, dtype)
-    _OPEN.setdefault(layer, []).append(packed)
-    layer._packed = packed
-    _fused_steps_show()
-    return packed
+
+    def __init__(self, model: nn.Module) -> None:
+        check_module(model)
+        self.fallbacks: dict[str, str] = {}
+        self.ready = True
+        self._model = model
+        self._named: list[tuple[str, SemiSparseLinear]] | None = None
+        self._records: dict[PackingLayer, PackedWeight] = {}
+        self._autocast: torch.dtype | None = None
+        self._noted_before = len(noted_compute_dtypes())
+        self._logged = False
+        self._lock = threading.RLock()
+        # If this object is dropped without close(), nothing keeps the packed weights current any longer.
+        weakref.finalize(self, _close, self._records).atexit = False
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return PackedWeights, (self._model,)
+
+    @property
+    def layers(self) -> int:
+        """The number of layers whose packed weight is in use."""
+        return sum(record.dtype is not None for record in self._records.values())
+
+    def pack(self, *, everything: bool = False) -> int:
+        """Pack the current weights of all layers that are sparse now and take the packed route.
+
+        Does not synchronise. While a CUDA graph is captured, the launch becomes part of the graph.
+
+        Args:
+            everything: Also frozen weights that show no change, and layers that the model got since the last call.
+
+        Returns:
+            The number of layers whose packed weight is in use.
+
+        Raises:
+            ConfigError: A layer's mask needs a scale that no recipe has set. Nothing is held then.
+        """
+        with self._lock:
+            if everything:
+                self._named = None
+            try:
+                members = self._survey()
+                self._pack(m for m in members if everything or m.weight.requires_grad or not m.fits)
+            except BaseException:
+                self.close()
+                raise
+            self._log_fallbacks()
+            return self.layers
+
+    def pack_changed(self) -> None:
+        """As pack(), but only weights that show a change."""
+        with self._lock:
+            self._pack(m for m in self._survey() if not m.fits)
+
+    def close(self) -> None:
+        """Let go of all packed weights and their memory; layers pack at each forward again."""
+        with self._lock:
+            _close(self._records)
+
+    def renewed(
+        self, layer: PackingLayer, record: PackedWeight, weight: Tensor, dtype: torch.dtype
+    ) -> PackedMatrix | None:
+        """The packed weight for an eager forward that found another one than it needs; None if it packs for itself.
+
+        Args:
+            layer: The layer whose forward runs.
+            record: Its packed weight.
+            weight: Its weight in this forward.
+            dtype: The forward's compute dtype, fp16 or bf16.
+        """
+        if self._autocast is None and weight.dtype is torch.float32:
+            self._autocast = dtype
+        # Another weight is not the layer's own (functional_call).
+        if not self.ready or record.weight is not weight or not plain_call(weight):
+            return None
+        if dtype is not self._forwards_dtype(weight):
+            _warn_of_dtype(self._forwards_dtype(weight), dtype)
+            return None
+        with self._lock:
+            if not Member(layer, record, weight, dtype).fits:
+                self._pack([m for m in self._known() if not m.fits], waited_for=True)
+            if not Member(layer, record, weight, dtype).fits:
+                return None
+            if record.pending is not None and record.pending.query():
+                record.pending = None
+            elif record.pending is not None:
+                torch.cuda.current_stream(weight.device).wait_event(record.pending)
+            return record.packed
+
+    def _known(self) -> list[Member]:
+        """The layers that have records, as far as their own weights are there."""
+        return [
+            Member(layer, record, weight, self._dtype(weight))
+            for layer, record in self._records.items()
+            if (weight := layer._parameters.get("weight")) is not None
+            and weight is record.weight
+            and layer.sparse_enabled
+            and not why_not_whole(layer)
+        ]
+
+    def _survey(self) -> list[Member]:
+        """The layers that can be packed now. Opens records on them, and closes those of all others."""
+        if self._named is None:
+            modules = self._model.named_modules()
+            self._named = [(name, layer) for name, layer in modules if isinstance(layer, SemiSparseLinear)]
+        members, self.fallbacks = [], {}
+        sharded = managed_by_fsdp(self._model)
+        for name, layer in self._named:
+            if not isinstance(layer, SemiSparseLinear) or not layer.sparse_enabled:  # made dense, or in a dense phase
+                continue
+            if reason := "FSDP gathers its weight in the forward" if sharded else why_not_whole(layer):
+                self.fallbacks[name] = reason
+                continue
+            weight = layer.weight
+            dtype = self._dtype(weight)
+            if _takes_packed_route(layer, weight, dtype):
+                record = self._records.get(layer) or self._open(layer)
+                record.adopt(weight, dtype)
+                members.append(Member(layer, record, weight, dtype))
+        _close(self._records, self._records.keys() - {member.layer for member in members})
+        return [member for member in members if member.dtype in PACKED_DTYPES]
+
+    def _open(self, layer: PackingLayer) -> PackedWeight:
+        record = self._records[layer] = PackedWeight(self)
+        open_on(layer, record)
+        return record
+
+    def _dtype(self, weight: Tensor) -> torch.dtype:
+        """The compute dtype to pack weight for; one that cannot be packed where it is not known yet."""
+        if autocast_enabled(weight.device):
+            self._autocast = torch.get_autocast_dtype(weight.device.type)
+        return self._forwards_dtype(weight)
+
+    def _forwards_dtype(self, weight: Tensor) -> torch.dtype:
+        """The dtype that forwards compute in, as far as this is known: from autocast, or from code compiled since."""
+        if self._autocast is not None and weight.dtype is not torch.float64:
+            return self._autocast
+        noted = noted_compute_dtypes()[self._noted_before :]
+        return noted[-1] if noted and weight.dtype is torch.float32 else weight.dtype
+
+    def _pack(self, members: Iterable[Member], *, waited_for: bool = False) -> None:
+        if self.ready:
+            pack_together(members, self._buffers, waited_for=waited_for)
+
+    def _buffers(self, member: Member) -> PackedMatrix:
+        """Where to pack member: where it was packed before, if that fits."""
+        record, both = member.record, both_ways(member.layer)
+        if record.packed is None or not fit(record.packed, member.weight, both):
+            record.packed, record.dtype = new_buffers(member.weight, both), None
+        return record.packed
+
+    def _log_fallbacks(self) -> None:
+        if self.fallbacks and not self._logged:
+            self._logged = True
+            name, reason = next(iter(self.fallbacks.items()))
+            logger.warning(
+                "%d layers pack at each forward, not once per step; the first is %s: %s",
+                len(self.fallbacks),
+                name or "(root)",
+                reason,
+            )
 
 
-def close_block(layer: PackingLayer, packed: PackedWeight) -> None:
-    """Drop the packed weight of one block. Blocks may end in any order."""
-    left = [other for other in _OPEN.get(layer, ()) if other is not packed]
-    if left:
-        _OPEN[layer], layer._packed = left, left[-1]
-    else:
-        _OPEN.pop(layer, None)
-        layer.__dict__.pop("_packed", None)
-
-
-def _packed(layer: PackingLayer, dtype: torch.dtype) -> PackedWeight:
-    with torch.inference_mode(False), torch.no_grad():
-        buffers = ops.pack(layer.weight.detach(), dtype, layer._mask, layer.held_codes, layer.held_scale)
-        fresh = PackedWeight(PackedMatrix(*buffers), dtype, _source(layer))
-        kept = _BUFFERS.setdefault(layer, {}).get(dtype)
-        if kept is None or not _same_place(kept, fresh):
-            _BUFFERS[layer][dtype] = fresh
-            return fresh
-        if any(other.packed.matrix is kept.packed.matrix for other in _OPEN.get(layer, ())):
-            return fresh
-        kept.packed.matrix.copy_(fresh.packed.matrix)
-        kept.packed.transposed.copy_(fresh.packed.transposed)
-    return fresh._replace(packed=kept.packed)
-
-
-def usable(layer: PackingLayer, x: Tensor) -> PackedMatrix | None:
-    """The packed weight for this forward; None, with a warning, if it has another dtype or the weight has changed.
-
-    In compiled code only the dtype is compared: versions cannot be read there.
-
-    Args:
-        layer: The layer whose forward runs.
-        x: Its input.
-    """
-    packed = layer._packed
-    if packed is None or recording():  # a recorded graph packs the weight that it will be run with
-        return None
-    dtype = compute_dtype(x, layer.weight)
-    if packed.dtype is dtype and (torch.compiler.is_compiling() or packed.source == _source(layer)):
-        return packed.packed
-    if not torch.compiler.is_compiling():
-        _warn(packed, dtype)
-    return None
-
-
-def _warn(packed: PackedWeight, dtype: torch.dtype) -> None:
-    reason = (
-        f"was entered computing in {packed.dtype}, but this forward computes in {dtype}: enter torch.autocast first"
-        if packed.dtype is not dtype
-        else "was entered with another weight or mask than this forward has: change weights outside the block"
+def _warn_of_dtype(packed: torch.dtype, dtype: torch.dtype) -> None:
+    warnings.warn(
+        f"weights are packed for computing in {packed}, but this forward computes in {dtype}: pack inside the "
+        "torch.autocast that forwards run in. The weight is packed again at this forward.",
+        stacklevel=6,
     )
-    warnings.warn(f"reuse_packed {reason}. The weight is packed again at this forward.", stacklevel=5)
 
 
-def _source(layer: PackingLayer) -> tuple[object, ...]:
-    """What a packed weight depends on: weight, held tensors and settings. Writes through .data leave no trace here."""
-    held = (*_state(layer.held_codes), *_state(layer.held_scale))
-    return (*_state(layer.weight), *held, layer.sparse_config)
+def _takes_packed_route(layer: PackingLayer, weight: Tensor, dtype: torch.dtype) -> bool:
+    """Whether forwards of layer take the packed route: in dtype or, where that is a wider one, under autocast."""
+    try:
+        return routes.packs(weight, dtype if dtype in PACKED_DTYPES else torch.bfloat16, layer.sparse_config.backend)
+    except EngineError:
+        return False  # the forward raises it
 
 
-def _state(tensor: Tensor | None) -> tuple[int, ...]:
-    if tensor is None:
-        return ()
-    return id(tensor), tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version
-
-
-@cache
-def _fused_steps_show() -> None:
-    """Raise the version of weights in open blocks after fused optimizer steps; torch 2.11 to 2.13 do not."""
-    register_optimizer_step_post_hook(_raise_versions)
-
-
-def _raise_versions(optimizer: torch.optim.Optimizer, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
-    if torch.compiler.is_compiling() or not _OPEN:
-        return
-    fused = {id(p) for group in optimizer.param_groups if group.get("fused") for p in group["params"]}
-    for layer in list(_OPEN):
-        if id(layer.weight) in fused and not layer.weight.is_inference():
-            torch.autograd.graph.increment_version(layer.weight)
-
-
-def _same_place(kept: PackedWeight, fresh: PackedWeight) -> bool:
-    pairs = ((kept.packed.matrix, fresh.packed.matrix), (kept.packed.transposed, fresh.packed.transposed))
-    return all(a.shape == b.shape and a.device == b.device for a, b in pairs)
+def _close(records: dict[PackingLayer, PackedWeight], layers: Iterable[PackingLayer] | None = None) -> None:
+    for layer in list(records if layers is None else layers):
+        close_on(layer, records.pop(layer))

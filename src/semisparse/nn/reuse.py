@@ -1,13 +1,53 @@
 """Packing once for the micro-batches of one optimizer step."""
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from weakref import WeakKeyDictionary
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from semisparse import routes
 from semisparse.arguments import check_module
+from semisparse.formats.packed import PackedMatrix
 from semisparse.nn.linear import SemiSparseLinear
-from semisparse.nn.packed_weights import PackedWeight, close_block, open_block
+from semisparse.nn.pack_together import Member, both_ways, fit, new_buffers
+from semisparse.nn.packed_weight import PackedWeight, PackingLayer, in_use
+from semisparse.nn.packed_weights import PackedWeights
+from semisparse.operands import compute_dtype
+
+# Buffers outlive a block, so that a compiled or captured step finds them at the same address in the next block. They
+# are kept outside the modules, one pair for each compute dtype.
+_KEPT: WeakKeyDictionary[PackingLayer, dict[torch.dtype, PackedMatrix]] = WeakKeyDictionary()
+
+
+class _Block(PackedWeights):
+    """The packed weights of one block: of one state of the weights, for one dtype, whatever happens inside."""
+
+    def renewed(
+        self, layer: PackingLayer, record: PackedWeight, weight: Tensor, dtype: torch.dtype
+    ) -> PackedMatrix | None:
+        if record.dtype is None:
+            return None
+        reason = (
+            f"was entered computing in {record.dtype}, but this forward computes in {dtype}: enter torch.autocast first"
+            if record.dtype is not dtype
+            else "was entered with another weight or mask than this forward has: change weights outside the block"
+        )
+        warnings.warn(f"reuse_packed {reason}. The weight is packed again at this forward.", stacklevel=6)
+        return None
+
+    def _dtype(self, weight: Tensor) -> torch.dtype:
+        return compute_dtype(weight, weight)
+
+    def _buffers(self, member: Member) -> PackedMatrix:
+        """Those of earlier blocks, unless an outer block uses them."""
+        both, kept = both_ways(member.layer), _KEPT.setdefault(member.layer, {})
+        found = kept.get(member.dtype)
+        if found is None or not fit(found, member.weight, both):
+            found = kept[member.dtype] = new_buffers(member.weight, both)
+        return new_buffers(member.weight, both) if in_use(member.layer, found) else found
 
 
 @contextmanager
@@ -15,7 +55,7 @@ def reuse_packed(model: nn.Module) -> Iterator[int]:
     """Inside the block every SemiSparseLinear of model multiplies with its weight as packed on entry.
 
     For gradient accumulation: enter once per optimizer step, run the forward and backward passes of all micro-batches
-    inside, call optimizer.step() outside.
+    inside, call optimizer.step() outside. Weights of one dtype and mask are packed in one launch.
 
     The weight is packed for the dtype that is computed in on entry, so enter torch.autocast first, if it is used. A
     forward in another dtype, or with a weight that has changed since, packs again for itself and warns. Two kinds of
@@ -26,25 +66,22 @@ def reuse_packed(model: nn.Module) -> Iterator[int]:
     blocks, outside any CUDA graph: 9/8 of the weight's 16-bit bytes for both directions together, per dtype.
 
     Args:
-        model: Any module. Layers on the masked-dense route (CPU, fp32, sizes that are not multiples of 16) and layers
-            with a pruned activation work as always.
+        model: Any module. Layers on the masked-dense route (CPU, fp32, sizes that are not multiples of 16), layers with
+            a pruned activation, and weights that cannot be packed between forwards (see PackedWeights) work as always.
 
     Yields:
         The number of layers that were packed.
 
     Raises:
-        ConfigError: model is not a module.
+        ConfigError: model is not a module, or a layer's mask needs a scale that is not set.
         EngineError: A layer with backend="cusparselt" cannot be packed here. All layers are then as before.
     """
     check_module(model)
-    opened: list[tuple[SemiSparseLinear, PackedWeight]] = []
+    for layer in model.modules():
+        if isinstance(layer, SemiSparseLinear) and layer.sparse_enabled:
+            routes.packs(layer.weight, compute_dtype(layer.weight, layer.weight), layer.sparse_config.backend)
+    block = _Block(model)
     try:
-        for layer in model.modules():
-            if isinstance(layer, SemiSparseLinear) and layer.sparse_enabled:
-                packed = open_block(layer)
-                if packed is not None:
-                    opened.append((layer, packed))
-        yield len(opened)
+        yield block.pack(everything=True)
     finally:
-        for layer, packed in opened:
-            close_block(layer, packed)
+        block.close()

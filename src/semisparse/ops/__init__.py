@@ -5,6 +5,7 @@ On plain CUDA tensors some of them skip the dispatcher (register.py says when).
 
 from semisparse.ops.masks import prune, prune_tokens, tile_codes
 from semisparse.ops.packing import pack, pack_tokens, unpack
+from semisparse.ops.packing_many import pack_many
 from semisparse.ops.products import (
     packed_linear,
     packed_matmul,
@@ -16,6 +17,7 @@ from semisparse.ops.products import (
 
 __all__ = [
     "pack",
+    "pack_many",
     "pack_tokens",
     "packed_linear",
     "packed_matmul",

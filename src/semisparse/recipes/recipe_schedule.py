@@ -14,6 +14,7 @@ from semisparse.recipes.recipe import Recipe
 from semisparse.schedule.phases import Phase, checked_state
 from semisparse.schedule.ranks import Group, agree, attempt, digest
 from semisparse.schedule.sparse_schedule import SparseSchedule
+from semisparse.schedule.step_packing import Pack
 from semisparse.surgery.layers import layers_with_masks
 
 
@@ -38,6 +39,7 @@ class RecipeSchedule(SparseSchedule):
         total_steps: Optimizer steps of the whole run.
         process_group: As for SparseSchedule. Held masks and scales are also compared, at the start and whenever masks
             are refreshed.
+        pack: As for SparseSchedule.
 
     Raises:
         NoLayerMatchedError: model has no SemiSparseLinear.
@@ -56,13 +58,14 @@ class RecipeSchedule(SparseSchedule):
         total_steps: int,
         *,
         process_group: Group = None,
+        pack: Pack = "each_forward",
     ) -> None:
         self._group = process_group
 
         def prepare() -> int:
             self._parts = parts_of(recipe, model, optimizer, total_steps)
             self._finished = False
-            self._prepare(model, self._parts.phases, None)
+            self._prepare(model, self._parts.phases, None, pack)
             return self._digest()
 
         # Everything that can fail comes before the first change of the model or the optimizer.
@@ -78,6 +81,7 @@ class RecipeSchedule(SparseSchedule):
             layer.hold()
         if held is not None:
             held.attach()
+        self.refresh()
 
     def _digest(self) -> int:
         tensors = {} if self._parts.held is None else self._parts.held.tensors
@@ -142,6 +146,7 @@ class RecipeSchedule(SparseSchedule):
         if self._finished:
             return
         self._finished = True
+        self._packing.close()
         for part in self._stateful():
             part.detach()
         self._layers.release_followers()
@@ -184,6 +189,7 @@ class RecipeSchedule(SparseSchedule):
         for part in self._stateful():
             part.load_state_dict(state)
         self._apply()
+        self.refresh()
 
     def _settings(self) -> dict[str, Any]:
         """What a state and the schedule that loads it must have in common."""

@@ -7,7 +7,7 @@ from typing import Any, Self
 import torch
 from torch import nn
 
-from semisparse.nn import SemiSparseBase, SemiSparseLinear
+from semisparse.nn import PackedWeights, SemiSparseBase, SemiSparseLinear
 from semisparse.schedule.applied_steps import StepEvidence, check_step_arguments
 from semisparse.schedule.called_layers import check_called
 from semisparse.schedule.phases import (
@@ -22,6 +22,7 @@ from semisparse.schedule.phases import (
 )
 from semisparse.schedule.ranks import Group, agree, attempt, digest
 from semisparse.schedule.scheduled_layers import ScheduledLayers
+from semisparse.schedule.step_packing import Pack, StepPacking, checked_pack
 
 
 class SparseSchedule:
@@ -51,26 +52,30 @@ class SparseSchedule:
         *,
         total_steps: int | None = None,
         process_group: Group = None,
+        pack: Pack = "each_forward",
     ) -> None:
-        self._start(model, lambda: phases, total_steps, process_group)
+        self._start(model, lambda: phases, total_steps, process_group, pack)
 
     def _start(
-        self, model: nn.Module, phases: Callable[[], Sequence[Phase]], total_steps: int | None, group: Group
+        self, model: nn.Module, phases: Callable[[], Sequence[Phase]], total_steps: int | None, group: Group, pack: Pack
     ) -> Self:
         self._group = group
 
         def prepare() -> int:
-            self._prepare(model, phases(), total_steps)
+            self._prepare(model, phases(), total_steps, pack)
             return self._digest()
 
         agree(attempt(prepare), group)
         self._begin()
+        self.refresh()
         return self
 
-    def _prepare(self, model: nn.Module, phases: Sequence[Phase], total_steps: int | None) -> None:
+    def _prepare(self, model: nn.Module, phases: Sequence[Phase], total_steps: int | None, pack: Pack) -> None:
         """Everything that can fail, before the first change of the model."""
         self._phases = checked_phases(phases, total_steps)
+        checked_pack(pack)
         self._layers = ScheduledLayers(model)
+        self._packing = StepPacking(self._layers, pack)
         self._applied_steps = 0
         self._checked_once = self._was_sparse = False
 
@@ -91,7 +96,13 @@ class SparseSchedule:
 
     @classmethod
     def sparse_then_dense(
-        cls, model: nn.Module, total_steps: int, sparse_fraction: float = 0.7, *, process_group: Group = None
+        cls,
+        model: nn.Module,
+        total_steps: int,
+        sparse_fraction: float = 0.7,
+        *,
+        process_group: Group = None,
+        pack: Pack = "each_forward",
     ) -> Self:
         """A schedule that is sparse for the first steps and dense for the rest.
 
@@ -100,14 +111,16 @@ class SparseSchedule:
             total_steps: Applied optimizer steps of the whole run.
             sparse_fraction: Share of them that is sparse, rounded to a whole step.
             process_group: As for SparseSchedule.
+            pack: As for SparseSchedule.
 
         Raises:
+            ConfigError: As for SparseSchedule.
             ScheduleError: total_steps is not a number of steps, or sparse_fraction is not between 0 and 1.
             NoLayerMatchedError: As for SparseSchedule.
             RankMismatchError: As for SparseSchedule.
         """
         return cls.__new__(cls)._start(
-            model, lambda: sparse_then_dense(total_steps, sparse_fraction), None, process_group
+            model, lambda: sparse_then_dense(total_steps, sparse_fraction), None, process_group, pack
         )
 
     @classmethod
@@ -119,6 +132,7 @@ class SparseSchedule:
         sparse_fraction: float,
         *,
         process_group: Group = None,
+        pack: Pack = "each_forward",
     ) -> Self:
         """A schedule that starts dense, then is sparse, and is dense for the rest.
 
@@ -128,8 +142,10 @@ class SparseSchedule:
             dense_start_fraction: Share of them that is dense at the start.
             sparse_fraction: Share of them that is sparse. Each boundary is rounded to a whole step.
             process_group: As for SparseSchedule.
+            pack: As for SparseSchedule.
 
         Raises:
+            ConfigError: As for SparseSchedule.
             ScheduleError: total_steps is not a number of steps, or a fraction or their sum is not between 0 and 1.
             NoLayerMatchedError: As for SparseSchedule.
             RankMismatchError: As for SparseSchedule.
@@ -139,6 +155,7 @@ class SparseSchedule:
             lambda: dense_sparse_dense(total_steps, dense_start_fraction, sparse_fraction),
             None,
             process_group,
+            pack,
         )
 
     @property
@@ -184,10 +201,27 @@ class SparseSchedule:
         check_step_arguments(scaler, skipped)
         self._check_layers()
         if not self._evidence.was_applied(scaler, skipped):
+            self._packing.pack_changed()
             return False
         check_called(self._layers, self._evidence, self._group)
         self._advance()
+        self._packing.pack()
         return True
+
+    @property
+    def packed_weights(self) -> PackedWeights | None:
+        """The weights that are packed per step; its `fallbacks` says which are not. None with pack="each_forward"."""
+        return self._packing.weights
+
+    def refresh(self) -> None:
+        """Pack all weights again, for what pack="per_step" cannot see.
+
+        Call it after something other than the optimizer wrote to the weights of a compiled or captured model
+        (load_state_dict, a swap with averaged weights), after writes through weight.data, and after replays of a CUDA
+        graph that holds the optimizer step. Inside torch.autocast it packs for that dtype from now on. With
+        pack="each_forward" it does nothing.
+        """
+        self._packing.pack(everything=True)
 
     def follow(self, copy: nn.Module) -> None:
         """Switch the layers of copy together with the model's from now on: an average of the weights, for example.
@@ -215,6 +249,7 @@ class SparseSchedule:
         parameters in the loss, or noise added to all gradients.
         """
         self._layers.trust_calls()
+        self.refresh()
 
     def resume_at(self, applied_steps: int) -> None:
         """Continue after applied_steps steps, for frameworks that save only this number.
@@ -225,6 +260,7 @@ class SparseSchedule:
         check_count("applied_steps", applied_steps)
         self._applied_steps = applied_steps
         self._apply()
+        self.refresh()
 
     def state_dict(self) -> dict[str, Any]:
         """The counter, the phases and the last scale seen, as plain numbers and strings."""
@@ -242,11 +278,13 @@ class SparseSchedule:
         """
         self._applied_steps, self._evidence.last_scale = checked_state(state, self._phases)
         self._apply()
+        self.refresh()
 
     def __repr__(self) -> str:
         plan = " -> ".join(f"{phase.steps} {phase.kind}" for phase in self._phases)
         copies = f"; {self._layers.followers} layers of copies follow" if self._layers.followers else ""
-        return f"{type(self).__name__}({plan}; {self._applied_steps} applied, now {self.phase}{copies})"
+        packed = "; packs per step" if self.packed_weights is not None else ""
+        return f"{type(self).__name__}({plan}; {self._applied_steps} applied, now {self.phase}{packed}{copies})"
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles, which come with their model: in the same phase, observing that model's optimizers."""

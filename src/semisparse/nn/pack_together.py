@@ -1,0 +1,110 @@
+"""Packing the weights of many layers at once, into buffers that they keep."""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from semisparse import calls, masks, ops
+from semisparse.formats.layout import packed_bytes
+from semisparse.formats.packed import PackedMatrix
+from semisparse.nn.packed_weight import PackedWeight, PackingLayer
+from semisparse.nn.whole_weights import capturing
+
+
+class Member(NamedTuple):
+    """A layer whose weight can be packed now.
+
+    Attributes:
+        layer: The layer.
+        record: Its packed weight.
+        weight: What is packed.
+        dtype: The compute dtype to pack it for.
+    """
+
+    layer: PackingLayer
+    record: PackedWeight
+    weight: Tensor
+    dtype: torch.dtype
+
+    @property
+    def fits(self) -> bool:
+        """Whether the record already holds the weight as it is."""
+        return self.record.dtype is self.dtype and self.record.fits(self.layer, self.weight)
+
+
+def pack_together(members: Iterable[Member], buffers: Callable[[Member], PackedMatrix], *, waited_for: bool) -> None:
+    """Pack the members, in one launch for all of one device, stored dtype, compute dtype and mask.
+
+    While a CUDA graph is captured the records are left as they are, because the launch is not run then.
+
+    Args:
+        members: What to pack.
+        buffers: Gives the buffers of a member.
+        waited_for: Whether forwards on other streams must wait for the launch.
+    """
+    groups: dict[tuple[object, ...], list[Member]] = defaultdict(list)
+    for member in members:
+        weight = member.weight
+        groups[weight.device, weight.dtype, member.dtype, member.layer._mask].append(member)
+    # Buffers are ordinary tensors also under inference_mode, so that a later training step can use them.
+    with torch.inference_mode(False), torch.no_grad(), calls.unnoticed():
+        for group in groups.values():
+            _pack_group(group, [buffers(member) for member in group], waited_for)
+
+
+def _pack_group(group: list[Member], buffers: list[PackedMatrix], waited_for: bool) -> None:
+    first = group[0]
+    versions = [member.weight._version for member in group]  # a write from now on makes the record old
+    ops.pack_many(
+        [member.weight for member in group],
+        buffers,
+        first.dtype,
+        first.layer._mask,
+        [member.layer.held_codes for member in group],
+        [member.layer.held_scale for member in group],
+    )
+    if capturing(first.weight):
+        return
+    pending = None
+    if waited_for and first.weight.is_cuda:
+        pending = torch.cuda.Event()
+        pending.record(torch.cuda.current_stream(first.weight.device))
+    for member, packed, version in zip(group, buffers, versions, strict=True):
+        record = member.record
+        record.note(member.layer, member.weight, version)
+        record.packed, record.dtype, record.pending = packed, member.dtype, pending
+
+
+def new_buffers(weight: Tensor, both_ways: bool) -> PackedMatrix:
+    """Buffers for a packed weight; their content is undefined.
+
+    Args:
+        weight: N x K.
+        both_ways: Whether the transpose is packed, too; its buffer is empty otherwise.
+    """
+    rows, columns = weight.shape
+    sizes = packed_bytes(rows, columns), packed_bytes(columns, rows) if both_ways else 0
+    buffers = [torch.empty(size, dtype=torch.uint8, device=weight.device) for size in sizes]
+    for buffer in buffers:
+        # As torch._dynamo.mark_static_address does, without importing the compiler: CUDA graphs of compiled code read
+        # the buffer where it is, instead of copying it at each replay.
+        buffer._dynamo_static_input_type = "unguarded"  # type: ignore[attr-defined]
+    return PackedMatrix(*buffers)
+
+
+def fit(buffers: PackedMatrix, weight: Tensor, both_ways: bool) -> bool:
+    """Whether buffers have the sizes and the device that new_buffers would give."""
+    rows, columns = weight.shape
+    return (
+        buffers.matrix.device == weight.device
+        and buffers.matrix.numel() == packed_bytes(rows, columns)
+        and buffers.transposed.numel() == (packed_bytes(columns, rows) if both_ways else 0)
+    )
+
+
+def both_ways(layer: PackingLayer) -> bool:
+    """Whether the mask of layer gives the transpose a packed form."""
+    return masks.get(layer._mask).both_ways

@@ -1,0 +1,181 @@
+"""Packed weights in compiled and recorded code: no breaks, no compilation from step to step, the bytes packed last."""
+
+import copy
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from semisparse import PackedWeights, Phase, SemiSparseLinear, SparseSchedule, ops, reuse_packed
+from semisparse.nn.pack_together import new_buffers
+from semisparse.testing import assert_bit_equal, small_integers
+
+pytestmark = [
+    pytest.mark.usefixtures("packed_on_cpu"),
+    # Raised inside torch's own compiler.
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"),
+]
+BF16 = torch.bfloat16
+X = small_integers((8, 16), seed=1, dtype=BF16)
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def model_of(layers: int = 3, dtype: torch.dtype = BF16) -> nn.Sequential:
+    return nn.Sequential(*(SemiSparseLinear(16, 16, dtype=dtype) for _ in range(layers)))
+
+
+def step(model: nn.Module, call, x: Tensor) -> list[Tensor]:
+    model.zero_grad()
+    x = x.clone().requires_grad_()
+    y = call(x)
+    y.float().square().sum().backward()
+    return [y.detach(), x.grad, *(parameter.grad.clone() for parameter in model.parameters())]
+
+
+def expect_fresh(model: nn.Module, call, x: Tensor) -> None:
+    for ours, expected in zip(step(model, call, x), step(other := copy.deepcopy(model), other, x), strict=True):
+        assert_bit_equal(ours, expected)
+
+
+def write(model: nn.Module) -> None:
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn_like(parameter))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_nothing_is_compiled_again_from_step_to_step(autocast: bool) -> None:
+    dtype = torch.float32 if autocast else BF16
+    model, x = model_of(dtype=dtype), X.to(dtype)
+    weights = PackedWeights(model)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    with torch.autocast("cpu", BF16, enabled=autocast):
+        weights.pack()
+    for _ in range(4):
+        with torch.autocast("cpu", BF16, enabled=autocast):
+            expect_fresh(model, compiled, x)
+        write(model)
+        weights.pack()
+    assert counter.frame_count == 1
+
+
+def test_compiled_forwards_do_not_pack(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of()
+    weights = PackedWeights(model)
+    weights.pack()
+    expected = model(X).detach()
+    monkeypatch.setattr(ops, "pack", None)  # a call would break the graph
+    assert_bit_equal(torch.compile(model, backend="aot_eager", fullgraph=True)(X).detach(), expected)
+
+
+def test_the_dtype_of_autocast_is_learnt_from_compiled_code() -> None:
+    model = model_of(dtype=torch.float32)
+    weights = PackedWeights(model)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    counts = []
+    for _ in range(4):
+        counts.append(weights.pack())
+        with torch.autocast("cpu", BF16):
+            expect_fresh(model, compiled, X.float())
+        write(model)
+    assert counts == [0, 3, 3, 3]
+    assert counter.frame_count == 2
+
+
+def test_what_compiled_code_cannot_see_is_seen_after_pack() -> None:
+    model = model_of()
+    weights = PackedWeights(model)
+    weights.pack()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    before = compiled(X).detach()
+    other = model_of()
+    model.load_state_dict({name: value if "weight" in name else model.state_dict()[name]
+                           for name, value in other.state_dict().items()})  # fmt: skip
+    assert_bit_equal(compiled(X).detach(), before)
+    weights.pack(everything=True)
+    expect_fresh(model, compiled, X)
+    weights.close()
+    expect_fresh(model, compiled, X)
+
+
+def test_blocks_that_are_compiled_each_share_one_compilation() -> None:
+    model = nn.Sequential(*(model_of(1) for _ in range(6)))
+    weights = PackedWeights(model)
+    weights.pack()
+    counter = CompileCounterWithBackend("aot_eager")
+    for block in model:
+        block.compile(backend=counter, fullgraph=True)
+    for _ in range(3):
+        expect_fresh(model, model, X)
+        write(model)
+        weights.pack()
+    assert counter.frame_count == 1
+
+
+def test_blocks_of_reuse_packed_are_compiled_once() -> None:
+    model = model_of()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    for _ in range(4):
+        with reuse_packed(model):
+            expect_fresh(model, compiled, X)
+        write(model)
+    assert counter.frame_count == 1
+
+
+def test_a_schedule_compiles_once_more_when_packing_per_step_begins_and_never_after() -> None:
+    model = model_of()
+    schedule = SparseSchedule(model, [Phase("sparse", 5), Phase("dense", 2), Phase("sparse", 3)], pack="per_step")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    counts = []
+    for _ in range(10):
+        expect_fresh(model, compiled, X)
+        optimizer.step()
+        schedule.step()
+        counts.append(counter.frame_count)
+    assert counts == [1, 2, 2, 2, 2, 3, 3, 3, 3, 3]
+
+
+def test_a_schedule_that_trusts_calls_packs_from_the_start() -> None:
+    model = model_of()
+    schedule = SparseSchedule(model, [Phase("sparse", 5)], pack="per_step")
+    schedule.trust_calls()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    for _ in range(4):
+        expect_fresh(model, compiled, X)
+        write(model)
+        schedule.step()
+    assert counter.frame_count == 1
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.parametrize("how", ["export", "trace"])
+def test_a_recorded_graph_packs_its_own_weight(how: str) -> None:
+    model = model_of()
+    weights = PackedWeights(model)
+    weights.pack()
+    recorded = torch.export.export(model, (X,)).module() if how == "export" else torch.jit.trace(model, X)
+    with torch.no_grad():
+        for parameter in recorded.parameters():
+            parameter.zero_()
+    assert not recorded(X).any()
+
+
+def test_buffers_are_marked_as_torch_marks_static_addresses() -> None:
+    marked = torch.empty(1)
+    torch._dynamo.mark_static_address(marked, guard=False)
+    for buffer in new_buffers(torch.empty(16, 16), True)[:2]:
+        assert vars(buffer) == vars(marked)
