@@ -62,6 +62,22 @@ def packed_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(routes, "packs", packs)
 
 
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The number of matrices of each call of ops.pack_many."""
+    from semisparse import ops
+
+    counts: list[int] = []
+    original = ops.pack_many
+
+    def counting(matrices: list[torch.Tensor], *args: object) -> None:
+        counts.append(len(matrices))
+        original(matrices, *args)
+
+    monkeypatch.setattr(ops, "pack_many", counting)
+    return counts
+
+
 @pytest.fixture(autouse=True)
 def seed() -> None:
     """Every test starts from the same random numbers, whatever ran before."""

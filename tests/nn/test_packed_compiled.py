@@ -1,24 +1,22 @@
 """Packed weights in compiled and recorded code: no breaks, no compilation from step to step, the bytes packed last."""
 
-import copy
 from collections.abc import Iterator
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from semisparse import PackedWeights, Phase, SemiSparseLinear, SparseSchedule, ops, reuse_packed
+from semisparse import PackedWeights, Phase, SparseSchedule, ops, reuse_packed
 from semisparse.nn.pack_together import new_buffers
-from semisparse.testing import assert_bit_equal, small_integers
+from semisparse.testing import assert_bit_equal
+from tests.nn.packing import BF16, X, expect_fresh, in_place, model_of
 
 pytestmark = [
     pytest.mark.usefixtures("packed_on_cpu"),
     # Raised inside torch's own compiler.
     pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"),
 ]
-BF16 = torch.bfloat16
-X = small_integers((8, 16), seed=1, dtype=BF16)
 
 
 @pytest.fixture(autouse=True)
@@ -26,29 +24,6 @@ def fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
-
-
-def model_of(layers: int = 3, dtype: torch.dtype = BF16) -> nn.Sequential:
-    return nn.Sequential(*(SemiSparseLinear(16, 16, dtype=dtype) for _ in range(layers)))
-
-
-def step(model: nn.Module, call, x: Tensor) -> list[Tensor]:
-    model.zero_grad()
-    x = x.clone().requires_grad_()
-    y = call(x)
-    y.float().square().sum().backward()
-    return [y.detach(), x.grad, *(parameter.grad.clone() for parameter in model.parameters())]
-
-
-def expect_fresh(model: nn.Module, call, x: Tensor) -> None:
-    for ours, expected in zip(step(model, call, x), step(other := copy.deepcopy(model), other, x), strict=True):
-        assert_bit_equal(ours, expected)
-
-
-def write(model: nn.Module) -> None:
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(torch.randn_like(parameter))
 
 
 @pytest.mark.parametrize("autocast", [False, True])
@@ -62,8 +37,8 @@ def test_nothing_is_compiled_again_from_step_to_step(autocast: bool) -> None:
         weights.pack()
     for _ in range(4):
         with torch.autocast("cpu", BF16, enabled=autocast):
-            expect_fresh(model, compiled, x)
-        write(model)
+            expect_fresh(model, x, compiled)
+        in_place(model)
         weights.pack()
     assert counter.frame_count == 1
 
@@ -86,8 +61,8 @@ def test_the_dtype_of_autocast_is_learnt_from_compiled_code() -> None:
     for _ in range(4):
         counts.append(weights.pack())
         with torch.autocast("cpu", BF16):
-            expect_fresh(model, compiled, X.float())
-        write(model)
+            expect_fresh(model, X.float(), compiled)
+        in_place(model)
     assert counts == [0, 3, 3, 3]
     assert counter.frame_count == 2
 
@@ -103,9 +78,9 @@ def test_what_compiled_code_cannot_see_is_seen_after_pack() -> None:
                            for name, value in other.state_dict().items()})  # fmt: skip
     assert_bit_equal(compiled(X).detach(), before)
     weights.pack(everything=True)
-    expect_fresh(model, compiled, X)
+    expect_fresh(model, X, compiled)
     weights.close()
-    expect_fresh(model, compiled, X)
+    expect_fresh(model, X, compiled)
 
 
 def test_blocks_that_are_compiled_each_share_one_compilation() -> None:
@@ -116,8 +91,8 @@ def test_blocks_that_are_compiled_each_share_one_compilation() -> None:
     for block in model:
         block.compile(backend=counter, fullgraph=True)
     for _ in range(3):
-        expect_fresh(model, model, X)
-        write(model)
+        expect_fresh(model)
+        in_place(model)
         weights.pack()
     assert counter.frame_count == 1
 
@@ -128,8 +103,8 @@ def test_blocks_of_reuse_packed_are_compiled_once() -> None:
     compiled = torch.compile(model, backend=counter, fullgraph=True)
     for _ in range(4):
         with reuse_packed(model):
-            expect_fresh(model, compiled, X)
-        write(model)
+            expect_fresh(model, X, compiled)
+        in_place(model)
     assert counter.frame_count == 1
 
 
@@ -141,7 +116,7 @@ def test_a_schedule_compiles_once_more_when_packing_per_step_begins_and_never_af
     compiled = torch.compile(model, backend=counter, fullgraph=True)
     counts = []
     for _ in range(10):
-        expect_fresh(model, compiled, X)
+        expect_fresh(model, X, compiled)
         optimizer.step()
         schedule.step()
         counts.append(counter.frame_count)
@@ -155,8 +130,8 @@ def test_a_schedule_that_trusts_calls_packs_from_the_start() -> None:
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, backend=counter, fullgraph=True)
     for _ in range(4):
-        expect_fresh(model, compiled, X)
-        write(model)
+        expect_fresh(model, X, compiled)
+        in_place(model)
         schedule.step()
     assert counter.frame_count == 1
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from semisparse import Phase, SparseConfig, SparseSchedule, ops, recipes, sparsify
+from semisparse import Phase, SparseConfig, SparseSchedule, recipes, sparsify
 from semisparse.errors import ConfigError, ScheduleError
 from semisparse.recipes import RecipeSchedule
 from semisparse.testing import assert_bit_equal
@@ -34,20 +34,6 @@ def network(config: SparseConfig | None = None) -> nn.Sequential:
 
 def x_of(step: int) -> Tensor:
     return torch.randn(8, 16, generator=torch.Generator().manual_seed(step)).to(BF16)
-
-
-@pytest.fixture
-def launches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The number of matrices of each call of ops.pack_many."""
-    counts: list[int] = []
-    original = ops.pack_many
-
-    def counting(matrices: list[Tensor], *args: object) -> None:
-        counts.append(len(matrices))
-        original(matrices, *args)
-
-    monkeypatch.setattr(ops, "pack_many", counting)
-    return counts
 
 
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
