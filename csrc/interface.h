@@ -35,12 +35,10 @@
   }                                                                                                                  \
   SEMISPARSE_EXPORT int64_t semisparse_drop_plan(const void* plan) {                                                 \
     return Device::prepared().products.erase(                                                                        \
-        [plan](const semisparse::Product& product) { return product.facts.plan == plan; },                           \
-        [](semisparse::Product& product) { product.drop(); });                                                       \
+        [plan](const semisparse::Product& product) { return product.facts.plan == plan; });                          \
   }                                                                                                                  \
   SEMISPARSE_EXPORT int64_t semisparse_forget_products() {                                                           \
-    return Device::prepared().products.erase([](const semisparse::Product&) { return true; },                        \
-                                             [](semisparse::Product& product) { product.drop(); });                  \
+    return Device::prepared().products.erase([](const semisparse::Product&) { return true; });                       \
   }                                                                                                                  \
   SEMISPARSE_EXPORT int64_t semisparse_prepared() {                                                                  \
     return static_cast<int64_t>(Device::prepared().products.size() + Device::prepared().launches.size());            \

@@ -89,8 +89,8 @@ TwoBuffers start_pack(LaunchKind kind, const Tensor& matrix, ScalarType dtype, s
   void* stream = nullptr;
   if (!guard.open || prepared.functions.current_stream(device, &stream) != 0) return std::nullopt;
   const auto& bytes = launch->facts.bytes;
-  Optional packed = allocate<Device, 1>({bytes[0]}, ScalarType::Byte, device);
-  Optional packed_t = allocate<Device, 1>({bytes[1]}, ScalarType::Byte, device);
+  Optional packed = allocate<Device>({bytes[0]}, ScalarType::Byte, device);
+  Optional packed_t = allocate<Device>({bytes[1]}, ScalarType::Byte, device);
   if (!packed || !packed_t || !aligned(packed->data_ptr()) || !aligned(packed_t->data_ptr())) return std::nullopt;
   const std::array<void*, 5> addresses{matrix.data_ptr(), codes ? codes->data_ptr() : nullptr,
                                        scale ? scale->data_ptr() : nullptr, packed->data_ptr(),
@@ -128,7 +128,7 @@ Optional start_unpack(const Tensor& packed, int64_t rows, int64_t columns, Scala
   Guard guard(prepared.functions, device);
   void* stream = nullptr;
   if (!guard.open || prepared.functions.current_stream(device, &stream) != 0) return std::nullopt;
-  Optional matrix = allocate<Device, 2>({rows, columns}, dtype, device);
+  Optional matrix = allocate<Device>({rows, columns}, dtype, device);
   if (!matrix || !aligned(matrix->data_ptr())) return std::nullopt;
   const std::array<void*, 2> addresses{packed.data_ptr(), matrix->data_ptr()};
   return launch->start(prepared.functions, addresses, stream) ? std::move(matrix) : std::nullopt;
@@ -140,58 +140,95 @@ Tensor unpack(const Tensor& packed, int64_t rows, int64_t columns, ScalarType dt
   return matrix ? std::move(*matrix) : one_from_python<Device>("unpack", packed, rows, columns, dtype);
 }
 
-// D = A B (+ bias) for a prepared product, with b padded to the rows that it takes. D is returned with its padding.
+// D = A B (+ bias) for a prepared product, cut down to `sizes`. b counts `tokens` rows, which are padded to those that
+// the product takes.
 template <class Device>
-Optional start_product(Product& product, const Tensor& packed, const Tensor& b, const Optional& bias) {
+Optional start_product(Product& product, const Tensor& packed, const Tensor& b, int64_t tokens, const Optional& bias,
+                       const Sizes& sizes) {
   Prepared& prepared = Device::prepared();
   const ProductFacts& facts = product.facts;
   const int32_t device = b.get_device_index();
   const ScalarType dtype = b.scalar_type();
-  if (b.dim() != 2 || b.size(0) > facts.b_rows || b.size(1) != facts.b_columns ||
-      !usable<Device>(packed, ScalarType::Byte, device) || packed.numel() < facts.packed_bytes) {
+  if (tokens > facts.b_rows || features(b) != facts.b_columns || !usable<Device>(packed, ScalarType::Byte, device) ||
+      packed.numel() < facts.packed_bytes) {
     return std::nullopt;
   }
   if (bias && !usable<Device>(*bias, dtype, device)) return std::nullopt;
   Guard guard(prepared.functions, device);
   void* stream = nullptr;
   if (!guard.open || prepared.functions.current_stream(device, &stream) != 0) return std::nullopt;
-  const Tensor padded = with_rows(b, facts.b_rows);
-  Optional out = allocate<Device, 2>({facts.d_rows, facts.d_columns}, dtype, device);
+  const Tensor rows = as_rows(b, tokens, facts.b_rows);
+  int64_t entries = 1;
+  for (int64_t n = 0; n < sizes.count; ++n) entries *= sizes.values[n];
+  const bool whole = entries == facts.d_rows * facts.d_columns;
+  Optional out = allocate<Device>(whole ? sizes : Sizes{facts.d_rows, facts.d_columns}, dtype, device);
   // Per call: a workspace that is kept would live in a CUDA graph's memory and be overwritten by its replays.
-  Optional workspace = facts.workspace ? allocate<Device, 1>({facts.workspace}, ScalarType::Byte, device) : out;
-  if (!out || !workspace || !usable<Device>(padded, dtype, device) || !aligned(out->data_ptr())) return std::nullopt;
+  Optional workspace = facts.workspace ? allocate<Device>({facts.workspace}, ScalarType::Byte, device) : out;
+  if (!out || !workspace || !usable<Device>(rows, dtype, device) || !aligned(out->data_ptr())) return std::nullopt;
   void* scratch = facts.workspace ? workspace->data_ptr() : nullptr;
-  if (!product.start(prepared.functions, packed.data_ptr(), padded.data_ptr(), out->data_ptr(),
+  if (!product.start(prepared.functions, packed.data_ptr(), rows.data_ptr(), out->data_ptr(),
                      bias ? bias->data_ptr() : nullptr, scratch, stream)) {
     return std::nullopt;
   }
   prepared.started.fetch_add(1, std::memory_order_relaxed);
-  return out;
+  return whole ? out : cut(std::move(*out), sizes);
 }
 
-inline Tensor first_rows(Tensor matrix, int64_t rows) {
-  if (matrix.size(0) == rows) return matrix;
-  return torch::stable::narrow(matrix, 0, 0, rows);
+// A product with a packed weight, and the tokens of x that it is for.
+struct WeightProduct {
+  std::shared_ptr<Product> product;
+  int64_t tokens = 0;
+};
+
+template <class Device>
+WeightProduct find_weight(const Tensor& x, const Optional& bias, int64_t out_features, std::string_view backend) {
+  const int64_t in_features = features(x);
+  if (!ready<Device>() || in_features == 0 || x.dim() > Sizes::kMost || device_type(x) != Device::type()) return {};
+  if (bias && !(bias->dim() == 1 && bias->size(0) == out_features)) return {};
+  const int64_t tokens = x.numel() / in_features;
+  return {Device::prepared().products.find(product_key(ProductKind::weight, x.get_device_index(),
+                                                       dtype_code(x.scalar_type()), tokens, out_features, in_features,
+                                                       bias.has_value(), backend)),
+          tokens};
 }
 
 template <class Device>
-Optional start_weight(const Tensor& x, const Tensor& packed, const Optional& bias, int64_t out_features,
-                      std::string_view backend) {
-  if (!ready<Device>() || x.dim() != 2 || device_type(x) != Device::type()) return std::nullopt;
-  const auto product = Device::prepared().products.find(
-      product_key(ProductKind::weight, x.get_device_index(), dtype_code(x.scalar_type()), x.size(0), out_features,
-                  x.size(1), bias.has_value(), backend));
-  if (product == nullptr) return std::nullopt;
-  if (bias && !(bias->dim() == 1 && bias->size(0) == out_features)) return std::nullopt;
-  Optional out = start_product<Device>(*product, packed, x, bias);
-  return out ? first_rows(std::move(*out), x.size(0)) : out;
+Optional start_weight(const WeightProduct& found, const Tensor& x, const Tensor& packed, const Optional& bias,
+                      int64_t out_features) {
+  if (found.product == nullptr) return std::nullopt;
+  return start_product<Device>(*found.product, packed, x, found.tokens, bias, Sizes(x, out_features));
 }
 
 template <class Device>
 Tensor packed_matmul(const Tensor& x, const Tensor& packed, Optional bias, int64_t out_features,
                      std::string backend) {
-  auto out = attempted([&] { return start_weight<Device>(x, packed, bias, out_features, backend); });
+  auto out = attempted([&] {
+    return start_weight<Device>(find_weight<Device>(x, bias, out_features, backend), x, packed, bias, out_features);
+  });
   return out ? std::move(*out) : one_from_python<Device>("packed_matmul", x, packed, bias, out_features, backend);
+}
+
+template <class Device>
+TwoBuffers start_pack_linear(const Tensor& x, const Tensor& weight, const Optional& bias, std::string_view mask,
+                             const Optional& codes, const Optional& scale, std::string_view backend) {
+  if (weight.dim() != 2 || features(x) != weight.size(1)) return std::nullopt;
+  const WeightProduct found = find_weight<Device>(x, bias, weight.size(0), backend);
+  if (found.product == nullptr) return std::nullopt;
+  auto packed = start_pack<Device>(LaunchKind::pack, weight, x.scalar_type(), mask, codes, scale);
+  if (!packed) return std::nullopt;
+  auto& [matrix, transposed] = *packed;
+  Optional y = start_weight<Device>(found, x, matrix, bias, weight.size(0));
+  if (!y) return std::nullopt;
+  return std::make_tuple(std::move(*y), transposed.numel() ? std::move(transposed) : std::move(matrix));
+}
+
+template <class Device>
+std::tuple<Tensor, Tensor> pack_linear(const Tensor& x, const Tensor& weight, Optional bias, std::string mask,
+                                       Optional codes, Optional scale, std::string backend) {
+  auto both = attempted(
+      [&] { return start_pack_linear<Device>(x, weight, bias, mask, codes, scale, backend); });
+  return both ? std::move(*both)
+              : two_from_python<Device>("pack_linear", x, weight, bias, mask, codes, scale, backend);
 }
 
 template <class Device>
@@ -214,7 +251,7 @@ Optional start_tokens(const Tensor& packed, const Tensor& weight, const Optional
       return std::nullopt;
     }
   }
-  Optional out = start_product<Device>(*product, packed, weight, std::nullopt);
+  Optional out = start_product<Device>(*product, packed, weight, out_features, std::nullopt, {tokens, out_features});
   if (!out) return std::nullopt;
   if (bias) {
     Guard guard(prepared.functions, device);
@@ -225,7 +262,7 @@ Optional start_tokens(const Tensor& packed, const Tensor& weight, const Optional
       return std::nullopt;
     }
   }
-  return first_rows(std::move(*out), tokens);
+  return out;
 }
 
 template <class Device>
@@ -244,7 +281,8 @@ Optional start_grad_weight(const Tensor& packed_t, const Tensor& grad_output, in
       product_key(ProductKind::grad_weight, grad_output.get_device_index(), dtype_code(grad_output.scalar_type()),
                   grad_output.size(0), grad_output.size(1), in_features, false, backend));
   if (product == nullptr) return std::nullopt;
-  return start_product<Device>(*product, packed_t, grad_output, std::nullopt);
+  return start_product<Device>(*product, packed_t, grad_output, grad_output.size(0), std::nullopt,
+                               {grad_output.size(1), in_features});
 }
 
 template <class Device>
@@ -264,6 +302,7 @@ void register_ops() {
   library.impl("pack_tokens", TORCH_BOX(&pack_tokens<Device>));
   library.impl("unpack", TORCH_BOX(&unpack<Device>));
   library.impl("packed_matmul", TORCH_BOX(&packed_matmul<Device>));
+  library.impl("pack_linear", TORCH_BOX(&pack_linear<Device>));
   library.impl("packed_tokens_matmul", TORCH_BOX(&packed_tokens_matmul<Device>));
   library.impl("packed_tokens_grad_weight", TORCH_BOX(&packed_tokens_grad_weight<Device>));
 }

@@ -7,7 +7,6 @@
 #include <cstring>
 #include <memory>
 #include <mutex>
-#include <vector>
 
 #include "functions.h"
 #include "table.h"
@@ -84,6 +83,9 @@ class Launch {
   explicit Launch(const LaunchFacts& facts) : facts(facts) {}
 
   const LaunchFacts facts;
+
+  // Nothing to do: kernels live as long as the process.
+  void drop() {}
 
   // Starts the kernel. Returns false where the driver refuses: the caller then asks Python.
   template <size_t count>

@@ -7,6 +7,8 @@
 #include <mutex>
 #include <shared_mutex>
 #include <unordered_map>
+#include <utility>
+#include <vector>
 
 namespace semisparse {
 
@@ -24,7 +26,8 @@ struct KeyHash {
   }
 };
 
-// Entries are shared with the calls that use them, so eviction never takes one away from a call.
+// Entries are shared with the calls that use them, so eviction never takes one away from a call. An entry that leaves the
+// table is told by drop(), after no look-up can find it.
 template <class Entry>
 class Table {
  public:
@@ -38,14 +41,21 @@ class Table {
   }
 
   void insert(const Key& key, std::shared_ptr<Entry> entry) {
-    std::unique_lock lock(mutex_);
-    if (entries_.size() >= kMost) entries_.clear();
-    entries_[key] = std::move(entry);
+    if (size() >= kMost) {
+      erase([](const Entry&) { return true; });
+    }
+    std::shared_ptr<Entry> replaced;
+    {
+      std::unique_lock lock(mutex_);
+      auto& place = entries_[key];
+      replaced = std::exchange(place, std::move(entry));
+    }
+    if (replaced != nullptr) replaced->drop();
   }
 
-  // Forgets the entries that unwanted() names. For each of them, dropped() is called after no look-up can find it.
-  template <class Unwanted, class Dropped>
-  int64_t erase(Unwanted unwanted, Dropped dropped) {
+  // Forgets the entries that unwanted() names; returns how many.
+  template <class Unwanted>
+  int64_t erase(Unwanted unwanted) {
     std::vector<std::shared_ptr<Entry>> gone;
     {
       std::unique_lock lock(mutex_);
@@ -58,7 +68,7 @@ class Table {
         }
       }
     }
-    for (auto& entry : gone) dropped(*entry);
+    for (auto& entry : gone) entry->drop();
     return static_cast<int64_t>(gone.size());
   }
 

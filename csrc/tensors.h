@@ -6,8 +6,12 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <array>
 #include <cstdint>
+#include <initializer_list>
 #include <optional>
+#include <stdexcept>
+#include <vector>
 
 #include "prepared.h"
 
@@ -35,30 +39,64 @@ bool usable(const Tensor& tensor, ScalarType dtype, int32_t device) {
          tensor.scalar_type() == dtype && tensor.is_contiguous() && aligned(tensor.data_ptr());
 }
 
+// Sizes of a tensor, without an allocation.
+struct Sizes {
+  static constexpr int64_t kMost = 8;
+  int64_t count = 0;
+  std::array<int64_t, kMost> values{};
+
+  Sizes(std::initializer_list<int64_t> sizes) {
+    for (int64_t size : sizes) values[count++] = size;
+  }
+  // Of x, with another last size. Only for tensors of at most kMost dimensions.
+  Sizes(const Tensor& x, int64_t last) : count(x.dim()) {
+    const auto sizes = x.sizes();
+    for (int64_t n = 0; n + 1 < count; ++n) values[n] = sizes[n];
+    values[count - 1] = last;
+  }
+};
+
 // A contiguous tensor, uninitialised; none where the allocation fails.
-template <class Device, size_t dimensions>
-Optional allocate(const std::array<int64_t, dimensions>& sizes, ScalarType dtype, int32_t device) {
-  std::array<int64_t, dimensions> strides;
+template <class Device>
+Optional allocate(const Sizes& sizes, ScalarType dtype, int32_t device) {
+  std::array<int64_t, Sizes::kMost> strides;
   int64_t step = 1;
-  for (size_t n = dimensions; n-- > 0;) {
+  for (int64_t n = sizes.count; n-- > 0;) {
     strides[n] = step;
-    step *= sizes[n];
+    step *= sizes.values[n];
   }
   AtenTensorHandle made = nullptr;
   const int32_t code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
-  if (aoti_torch_empty_strided(static_cast<int64_t>(dimensions), sizes.data(), strides.data(), code, Device::type(),
-                               device, &made) != 0) {
+  if (aoti_torch_empty_strided(sizes.count, sizes.values.data(), strides.data(), code, Device::type(), device,
+                               &made) != 0) {
     return std::nullopt;
   }
   return Tensor(made);
 }
 
-// The matrix with rows of zeros up to `rows`, contiguous: itself where it is that already.
-inline Tensor with_rows(const Tensor& matrix, int64_t rows) {
-  const int64_t missing = rows - matrix.size(0);
-  if (missing == 0) return matrix.is_contiguous() ? matrix : torch::stable::contiguous(matrix);
-  const std::array<int64_t, 4> around{0, 0, 0, missing};
-  return torch::stable::pad(matrix, {around.data(), around.size()});
+// The last size, 0 where there is none.
+inline int64_t features(const Tensor& x) { return x.dim() == 0 ? 0 : x.size(x.dim() - 1); }
+
+// x as a matrix of rows with the last size, and with rows of zeros up to `rows`; contiguous. x itself where it is that.
+inline Tensor as_rows(const Tensor& x, int64_t tokens, int64_t rows) {
+  Tensor whole = x.is_contiguous() ? x : torch::stable::contiguous(x);
+  if (tokens == rows) return whole;
+  if (whole.dim() != 2) whole = torch::stable::view(whole, {tokens, features(x)});
+  const std::array<int64_t, 4> around{0, 0, 0, rows - tokens};
+  return torch::stable::pad(whole, {around.data(), around.size()});
+}
+
+// Cuts a fresh tensor down to sizes, which are its first entries. Not by a view: autograd refuses writes to views that
+// were made where it does not look.
+inline Tensor cut(Tensor fresh, const Sizes& sizes) {
+  std::array<StableIValue, 3> stack{
+      torch::stable::detail::from(fresh),
+      torch::stable::detail::from(std::vector<int64_t>(sizes.values.begin(), sizes.values.begin() + sizes.count)),
+      torch::stable::detail::from(std::nullopt)};
+  if (torch_call_dispatcher("aten::resize_", "", stack.data(), TORCH_ABI_VERSION) != 0) {
+    throw std::runtime_error("aten::resize_ failed");
+  }
+  return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
 // Makes a device current for a scope.

@@ -2,6 +2,7 @@
 
 import copy
 import random
+from typing import Any
 
 import numpy as np
 import pytest
@@ -145,14 +146,22 @@ def test_products_are_told_to_the_layer_that_ran_them(monkeypatch: pytest.Monkey
     net = nn.Sequential(nn.Linear(16, 32), nn.Linear(32, 16)).bfloat16()
     sparsify(net)
     monkeypatch.setattr(routes, "packs", lambda weight, dtype, backend: True)
-    real = ops.packed_matmul
+    forward, backward = ops.pack_linear, ops.packed_matmul
 
-    def product(x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, backend: str) -> Tensor:
+    def tell(x: Tensor, out_features: int, bias: Tensor | None) -> None:
         asked = problem.forward(x.shape[0], out_features, x.shape[1], x.dtype, bias is not None)
         dispatch.tell(asked, out_features, Choice(out_features, out_features, 1.0, 2.0, "tuned"))
-        return real(x, packed, bias, out_features, backend)
 
-    monkeypatch.setattr(ops, "packed_matmul", product)
+    def pack_linear(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
+        tell(x, weight.shape[0], bias)
+        return forward(x, weight, bias, *rest)
+
+    def packed_matmul(x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, backend: str) -> Tensor:
+        tell(x, out_features, bias)
+        return backward(x, packed, bias, out_features, backend)
+
+    monkeypatch.setattr(ops, "pack_linear", pack_linear)
+    monkeypatch.setattr(ops, "packed_matmul", packed_matmul)
     rows = check(net, X.bfloat16().requires_grad_()).rows
     assert [(row.forward, row.backward) for row in rows] == [
         ("cuSPARSELt algorithm 32 (tuned)", "cuSPARSELt algorithm 16 (tuned)"),

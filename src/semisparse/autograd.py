@@ -8,6 +8,8 @@ Each formula has the forms that its callers need, from the same two functions (w
 The operands are checked and converted by functional.py.
 """
 
+from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
@@ -65,32 +67,76 @@ class TransformedPruneTokens(torch.autograd.Function):
         return tangent.to(ctx.compute_dtype)
 
 
+def _first_order(backward: Callable[..., tuple[Tensor | None, ...]]) -> Callable[..., tuple[Tensor | None, ...]]:
+    """once_differentiable, without its cost where no graph of the backward is asked for."""
+    once = once_differentiable(backward)
+
+    @wraps(backward)
+    def call(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
+        return (once if torch.is_grad_enabled() else backward)(ctx, *grad_outputs)
+
+    return call
+
+
+def eagerly(function: type[torch.autograd.Function], x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Any:
+    """function.apply where neither a compiler nor a torch.func transform looks, at a lower cost.
+
+    As apply does, it unwraps tensors that a finished torch.func transform has left behind; but only the three tensors
+    that can be such, where apply inspects every argument in Python.
+    """
+    unwrap = torch._C._functorch.unwrap_if_dead
+    added = None if bias is None else unwrap(bias)
+    return super(torch.autograd.Function, function).apply(unwrap(x), unwrap(weight), added, *rest)  # type: ignore[misc]
+
+
 def _save_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     """Of the packings only what dx needs lives on: W~^T, or W~ where the mask is 2:4 along K only."""
-    x, weight, _, packed, packed_t, mask, ctx.backend = inputs
-    ctx.both_ways = masks.get(mask).both_ways
-    ctx.weight_dtype, ctx.weight_shape, ctx.dtype = weight.dtype, weight.shape, x.dtype
-    ctx.save_for_backward(
-        x if ctx.needs_input_grad[1] else None,
-        (packed_t if ctx.both_ways else packed) if ctx.needs_input_grad[0] else None,
-    )
+    x, weight, _, packed, packed_t, mask, backend = inputs
+    _keep(ctx, x, weight, packed_t if masks.get(mask).both_ways else packed, mask, backend)
 
 
-@once_differentiable
+def _keep(ctx: Any, x: Tensor, weight: Tensor, kept: Tensor, mask: str, backend: str) -> None:
+    needs = ctx.needs_input_grad
+    ctx.mask, ctx.backend, ctx.weight_dtype, ctx.weight_shape = mask, backend, weight.dtype, weight.shape
+    ctx.save_for_backward(x if needs[1] else None, kept if needs[0] else None)
+
+
+def _as_matrix(x: Tensor) -> Tensor:
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+
+
+@_first_order
 def _linear_backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
     """dx = dy W~, as a masked dense product where W~^T has no packed form; dW = dy^T x; db = the sum of dy."""
-    (grad_output,), (x, packed) = grad_outputs, ctx.saved_tensors
+    (grad_output,), (x, packed), needs = grad_outputs, ctx.saved_tensors, ctx.needs_input_grad
     grad_x = grad_weight = grad_bias = None
-    if ctx.needs_input_grad[0] and ctx.both_ways:
-        grad_x = ops.packed_matmul(grad_output, packed, None, ctx.weight_shape[1], ctx.backend)
-    elif ctx.needs_input_grad[0]:
+    if needs[0]:
         rows, columns = ctx.weight_shape
-        grad_x = grad_output @ ops.unpack(packed, rows, columns, ctx.dtype)
-    if ctx.needs_input_grad[1]:
-        grad_weight = (grad_output.mT @ x).to(ctx.weight_dtype)
-    if ctx.needs_input_grad[2]:
-        grad_bias = grad_output.sum(0)
+        if masks.get(ctx.mask).both_ways:
+            grad_x = ops.packed_matmul(grad_output, packed, None, columns, ctx.backend)
+        else:
+            grad_x = grad_output @ ops.unpack(packed, rows, columns, grad_output.dtype)
+    if needs[1] or needs[2]:
+        tokens = _as_matrix(grad_output)
+        if needs[1]:
+            grad_weight = tokens.mT @ _as_matrix(x)
+            if grad_weight.dtype != ctx.weight_dtype:
+                grad_weight = grad_weight.to(ctx.weight_dtype)
+        if needs[2]:
+            grad_bias = tokens.sum(0)
     return grad_x, grad_weight, grad_bias, None, None, None, None
+
+
+class PackLinear(torch.autograd.Function):
+    """y = x W~^T + b from the weight; the operands of ops.pack_linear. A double backward raises."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        output, kept = ops.pack_linear(*inputs)
+        _keep(ctx, inputs[0], inputs[1], kept, inputs[3], inputs[6])
+        return output
+
+    backward = staticmethod(_linear_backward)
 
 
 class PackedLinear(torch.autograd.Function):
@@ -103,7 +149,7 @@ class PackedLinear(torch.autograd.Function):
         _save_linear(ctx, inputs, output)
         return output
 
-    backward = staticmethod(_linear_backward)  # type: ignore[assignment]
+    backward = staticmethod(_linear_backward)
 
 
 class TransformedPackedLinear(torch.autograd.Function):
@@ -115,7 +161,7 @@ class TransformedPackedLinear(torch.autograd.Function):
         return ops.packed_matmul(x, packed, bias, weight.shape[0], backend)
 
     setup_context = staticmethod(_save_linear)
-    backward = staticmethod(_linear_backward)  # type: ignore[assignment]
+    backward = staticmethod(_linear_backward)
 
 
 def _save_tokens_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -124,7 +170,7 @@ def _save_tokens_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> No
     ctx.save_for_backward(weight if ctx.needs_input_grad[0] else None, packed_t if ctx.needs_input_grad[1] else None)
 
 
-@once_differentiable
+@_first_order
 def _tokens_linear_backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
     """dx = dy W, straight through the pruning; dW = dy^T x~; db = the sum of dy."""
     (grad_output,), (weight, packed_t) = grad_outputs, ctx.saved_tensors
@@ -148,7 +194,7 @@ class PackedTokensLinear(torch.autograd.Function):
         _save_tokens_linear(ctx, inputs, output)
         return output
 
-    backward = staticmethod(_tokens_linear_backward)  # type: ignore[assignment]
+    backward = staticmethod(_tokens_linear_backward)
 
 
 class TransformedPackedTokensLinear(torch.autograd.Function):
@@ -160,7 +206,7 @@ class TransformedPackedTokensLinear(torch.autograd.Function):
         return ops.packed_tokens_matmul(packed, weight, bias, x.shape[0], backend)
 
     setup_context = staticmethod(_save_tokens_linear)
-    backward = staticmethod(_tokens_linear_backward)  # type: ignore[assignment]
+    backward = staticmethod(_tokens_linear_backward)
 
 
 for _name, _backward, _save in (

@@ -9,6 +9,7 @@ they are not FLOPs of the model.
 """
 
 from collections.abc import Callable, Sequence
+from math import prod
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ Shape = Sequence[int]
 
 
 def _packed_matmul(x: Shape, packed: Shape, bias: Shape | None, out_features: int, *_: Any, **__: Any) -> int:
-    return 2 * x[0] * x[1] * out_features
+    return 2 * prod(x) * out_features
 
 
 def _packed_tokens_matmul(packed: Shape, weight: Shape, bias: Shape | None, tokens: int, *_: Any, **__: Any) -> int:
@@ -27,7 +28,7 @@ def _packed_tokens_matmul(packed: Shape, weight: Shape, bias: Shape | None, toke
 
 
 def _linear(x: Shape, weight: Shape, *_: Any, **__: Any) -> int:
-    return 2 * x[0] * weight[0] * weight[1]
+    return 2 * prod(x) * weight[0]
 
 
 def _packed_tokens_grad_weight(packed_t: Shape, grad_output: Shape, in_features: int, *_: Any, **__: Any) -> int:
@@ -39,6 +40,7 @@ def flop_formulas() -> dict[Any, Callable[..., int]]:
     registered = torch.ops.semisparse
     return {
         registered.packed_matmul: _packed_matmul,
+        registered.pack_linear: _linear,
         registered.packed_linear: _linear,
         registered.packed_tokens_matmul: _packed_tokens_matmul,
         registered.packed_tokens_linear: _linear,

@@ -24,10 +24,12 @@ from semisparse import ops, routes
 from semisparse.autograd import (
     PackedLinear,
     PackedTokensLinear,
+    PackLinear,
     TransformedPackedLinear,
     TransformedPackedTokensLinear,
     TransformedPruneTokens,
     TransformedPruneWeight,
+    eagerly,
 )
 from semisparse.config import Backend
 from semisparse.formats.packed import PackedMatrix
@@ -78,15 +80,23 @@ def semi_sparse_linear(
     dtype = compute_dtype(input, weight)
     if (transform := routes.transform_at_work(backend)) == "other" or not routes.packs(weight, dtype, backend):
         return F.linear(input, _pruned_weight(weight, dtype, mask, codes, scale, transform), bias)
+    compiling, recorded = torch.compiler.is_compiling(), recording()
+    x, bias = in_dtype(dtype, input), None if bias is None else in_dtype(dtype, bias)
+    x = _distinct(x) if compiling else x
+    if packed is None and not (recorded or transform):
+        if not torch.is_grad_enabled():
+            return ops.pack_linear(x, weight, bias, mask, codes, scale, backend)[0]
+        if compiling:
+            return PackLinear.apply(x, weight, bias, mask, codes, scale, backend)
+        return eagerly(PackLinear, x, weight, bias, mask, codes, scale, backend)
     if packed is None:
         packed = PackedMatrix(*ops.pack(weight.detach(), dtype, mask, codes, scale))
-    tokens, bias = _distinct(in_dtype(dtype, as_tokens(input))), None if bias is None else in_dtype(dtype, bias)
-    operands = tokens, weight, bias, packed.matrix, packed.transposed, mask, backend
-    if recording():
-        y = ops.packed_linear(*operands)
-    else:
-        y = (TransformedPackedLinear if transform else PackedLinear).apply(*operands)
-    return y if input.dim() == 2 else y.view(*input.shape[:-1], weight.shape[0])
+    operands = x, weight, bias, packed.matrix, packed.transposed, mask, backend
+    if recorded:
+        return ops.packed_linear(*operands)
+    if compiling or transform:
+        return (TransformedPackedLinear if transform else PackedLinear).apply(*operands)
+    return eagerly(PackedLinear, *operands)
 
 
 def semi_sparse_activation_linear(

@@ -35,6 +35,22 @@ def check_operands(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         ShapeError: A shape does not fit.
         TensorError: A device or dtype does not fit, or a dtype is not a float of at least 16 bits.
     """
+    shape, dtype, device = weight.shape, weight.dtype, weight.device
+    if not (
+        len(shape) == 2
+        and not (shape[0] % GROUP or shape[1] % GROUP)
+        and dtype in FLOAT_DTYPES
+        and input.dim()
+        and input.shape[-1] == shape[1]
+        and input.dtype == dtype
+        and input.device == device
+        and (bias is None or (bias.shape == shape[:1] and bias.dtype == dtype and bias.device == device))
+    ):
+        _check_in_words(input, weight, bias)
+
+
+def _check_in_words(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """The same, with an error for the first operand that does not fit; mixed dtypes fit under autocast."""
     if weight.dim() != 2 or weight.shape[0] % GROUP or weight.shape[1] % GROUP:
         raise ShapeError(
             f"weight has shape {tuple(weight.shape)}; it must be (N, K), both multiples of {GROUP}: "

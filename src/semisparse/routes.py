@@ -27,7 +27,8 @@ def packs(weight: Tensor, dtype: torch.dtype, backend: Backend) -> bool:
     """
     if backend not in BACKENDS:
         raise ConfigError(f"backend={backend!r} is not one of {', '.join(map(repr, BACKENDS))}")
-    possible = not _obstacle(weight, dtype)
+    rows, columns = weight.shape
+    possible = weight.is_cuda and dtype in PACKED_DTYPES and not (rows % SPARSE_MULTIPLE or columns % SPARSE_MULTIPLE)
     if backend == "cusparselt" and not possible:
         raise EngineError(
             f"backend='cusparselt' needs a CUDA weight in fp16 or bf16 with N and K multiples of {SPARSE_MULTIPLE}; "

@@ -72,7 +72,15 @@ def test_keywords_go_through_the_dispatcher(direct_calls):
 
 @pytest.mark.parametrize(
     "name",
-    ["pack", "pack_tokens", "unpack", "packed_matmul", "packed_tokens_matmul", "packed_tokens_grad_weight"],
+    [
+        "pack",
+        "pack_tokens",
+        "unpack",
+        "packed_matmul",
+        "pack_linear",
+        "packed_tokens_matmul",
+        "packed_tokens_grad_weight",
+    ],
 )
 def test_the_ops_of_a_training_step_have_the_shortcut_or_an_implementation_in_cpp(name):
     natively = hasattr(torch.ops.semisparse, f"{name}_in_python")

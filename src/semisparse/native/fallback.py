@@ -1,8 +1,9 @@
 """How C++ asks Python, and how Python's exceptions come back through C++ with their type.
 
 The stable ABI carries no exceptions. An op that C++ calls therefore returns a message, a tensor of bytes that is empty
-for success, and keeps the exception itself for the calling thread. C++ raises a RuntimeError with the message, and the caller in Python raises
-the kept exception in its place. Compiled code, which has no such caller, raises the RuntimeError.
+for success, and keeps the exception itself for the calling thread. C++ raises a RuntimeError with the message, and the
+caller in Python raises the kept exception in its place. Compiled code, which has no such caller, raises the
+RuntimeError.
 """
 
 import threading

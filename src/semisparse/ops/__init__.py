@@ -7,6 +7,7 @@ from semisparse.ops.masks import prune, prune_tokens, tile_codes
 from semisparse.ops.packing import pack, pack_tokens, unpack
 from semisparse.ops.packing_many import pack_many
 from semisparse.ops.products import (
+    pack_linear,
     packed_linear,
     packed_matmul,
     packed_tokens_grad_weight,
@@ -17,6 +18,7 @@ from semisparse.ops.products import (
 
 __all__ = [
     "pack",
+    "pack_linear",
     "pack_many",
     "pack_tokens",
     "packed_linear",

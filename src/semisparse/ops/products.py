@@ -1,13 +1,14 @@
 """Ops that multiply with a packed operand: on CUDA the engine's products, on the CPU masked dense ones.
 
-The hot ops (packed_matmul, packed_tokens_matmul, packed_tokens_grad_weight) know nothing of gradients. Exported graphs
-hold packed_linear and packed_tokens_linear, which take every operand that has a gradient, so that autograd.py can
-register their formulas.
+The hot ops (packed_matmul, pack_linear, packed_tokens_matmul, packed_tokens_grad_weight) know nothing of gradients.
+Exported graphs hold packed_linear and packed_tokens_linear, which take every operand that has a gradient, so that
+autograd.py can register their formulas.
 """
 
 import torch
 from torch import Tensor
 
+from semisparse import calls, masks
 from semisparse.config import Backend
 from semisparse.formats.layout import ALIGNMENT, SPARSE_MULTIPLE, round_up
 from semisparse.formats.packed import packed_format
@@ -17,27 +18,29 @@ from semisparse.gemm.engine import engine
 from semisparse.gemm.operands import Operands
 from semisparse.gemm.problem import DENSE_MULTIPLE, Problem
 from semisparse.native.structures import LaunchKind, ProductKind
+from semisparse.operands import as_tokens
 from semisparse.ops import prepare
-from semisparse.ops.packing import _cuda_unpack, unpack
+from semisparse.ops.packing import _cuda_pack, _cuda_unpack, _fake_pack, pack, unpack
 from semisparse.ops.register import register
 
 
 def _fake_packed_matmul(x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, backend: Backend) -> Tensor:
-    return x.new_empty(x.shape[0], out_features)
+    return x.new_empty(*x.shape[:-1], out_features)
 
 
 def _cuda_packed_matmul(x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, backend: Backend) -> Tensor:
     """Tokens are padded to what the engine takes, and cut off again."""
-    tokens, in_features = x.shape
+    shape, matrix = (*x.shape[:-1], out_features), as_tokens(x)
+    tokens, in_features = matrix.shape
     if tokens == 0:
-        return x.new_empty(0, out_features)
+        return x.new_empty(shape)
     asked = problem.forward(tokens, out_features, in_features, x.dtype, bias is not None)
-    x = _padded(x, round_up(tokens, DENSE_MULTIPLE))
-    out = x.new_empty(x.shape[0], out_features)
-    choice = _multiply(asked, packed, x, out, None if bias is None else _aligned(bias), backend)
+    matrix = _padded(matrix, round_up(tokens, DENSE_MULTIPLE))
+    out = matrix.new_empty(matrix.shape[0], out_features)
+    choice = _multiply(asked, packed, matrix, out, None if bias is None else _aligned(bias), backend)
     sizes = tokens, out_features, in_features
     prepare.product(ProductKind.WEIGHT, asked, out.get_device(), sizes, choice, backend)
-    return out[:tokens] if out.shape[0] != tokens else out
+    return out.resize_(shape)  # not a view: autograd refuses writes to views made where it does not look
 
 
 @register(
@@ -50,25 +53,94 @@ def packed_matmul(x: Tensor, packed: Tensor, bias: Tensor | None, out_features: 
     """x A^T + bias with A packed.
 
     Args:
-        x: M x K, of the packed dtype.
+        x: (..., K), of the packed dtype.
         packed: A (out_features x K), as pack gives it.
         bias: (out_features,), of the packed dtype, or None.
         out_features: Rows of A.
         backend: As SparseConfig's.
 
     Returns:
-        M x out_features; errs as torch's own product in that dtype does.
+        (..., out_features); errs as torch's own product in that dtype does.
 
     Raises:
         EngineError: On CUDA with backend "cusparselt", when no sparse algorithm is right for the problem.
     """
-    return torch.nn.functional.linear(x, unpack(packed, out_features, x.shape[1], x.dtype), bias)
+    return torch.nn.functional.linear(x, unpack(packed, out_features, x.shape[-1], x.dtype), bias)
+
+
+def _fake_pack_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mask: str,
+    codes: Tensor | None,
+    scale: Tensor | None,
+    backend: Backend,
+) -> tuple[Tensor, Tensor]:
+    packed, packed_t = _fake_pack(weight, x.dtype, mask, codes, scale)
+    y = x.new_empty(*x.shape[:-1], weight.shape[0])
+    return y, packed_t if masks.get(mask).both_ways else packed
+
+
+def _cuda_pack_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mask: str,
+    codes: Tensor | None,
+    scale: Tensor | None,
+    backend: Backend,
+) -> tuple[Tensor, Tensor]:
+    calls.note(weight)
+    packed, packed_t = _cuda_pack(weight, x.dtype, mask, codes, scale)
+    y = _cuda_packed_matmul(x, packed, bias, weight.shape[0], backend)
+    return y, packed_t if masks.get(mask).both_ways else packed
+
+
+@register(
+    "pack_linear(Tensor x, Tensor weight, Tensor? bias, str mask, Tensor? codes, Tensor? scale, str backend)"
+    " -> (Tensor, Tensor)",
+    fake=_fake_pack_linear,
+    cuda=_cuda_pack_linear,
+    hot=True,
+)
+def pack_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mask: str,
+    codes: Tensor | None,
+    scale: Tensor | None,
+    backend: Backend,
+) -> tuple[Tensor, Tensor]:
+    """pack and packed_matmul in one call, which costs the host less: y = x W~^T + b, and what dx = dy W~ needs.
+
+    Args:
+        x: (..., K), fp16 or bf16.
+        weight: As pack's matrix (N x K).
+        bias: (N,), of x's dtype, or None.
+        mask: As pack's.
+        codes: As pack's.
+        scale: As pack's.
+        backend: As SparseConfig's.
+
+    Returns:
+        y, (..., N), and the packed buffer of W~^T or, for masks along K only, of W~.
+
+    Raises:
+        ShapeError, TensorError, ConfigError: As pack.
+        EngineError: As pack and packed_matmul.
+    """
+    calls.note(weight)
+    packed, packed_t = pack(weight, x.dtype, mask, codes, scale)
+    y = packed_matmul(x, packed, bias, weight.shape[0], backend)
+    return y, packed_t if masks.get(mask).both_ways else packed
 
 
 def _fake_packed_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, packed: Tensor, packed_t: Tensor, mask: str, backend: Backend
 ) -> Tensor:
-    return x.new_empty(x.shape[0], weight.shape[0])
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
 @register(
@@ -84,7 +156,7 @@ def packed_linear(
     """packed_matmul with a gradient formula: y = x W~^T + b, for exported graphs.
 
     Args:
-        x: M x K, of the packed dtype.
+        x: (..., K), of the packed dtype.
         weight: N x K, the dense master weight. Only its shape is read; it receives the gradient dy^T x.
         bias: (N,), of the packed dtype, or None.
         packed: W~, as pack gives it for weight.
@@ -113,7 +185,7 @@ def _cuda_packed_tokens_matmul(
     choice = _multiply(asked, packed, _padded(weight, out_features), out, None, backend)
     sizes = tokens, out_features, in_features
     prepare.product(ProductKind.TOKENS, asked, out.get_device(), sizes, choice, backend)
-    out = out[:tokens] if out.shape[0] != tokens else out
+    out = out.resize_(tokens, out_features)
     if bias is not None and packed_format(out.get_device(), out.dtype, engine()).packer == "kernel":
         from semisparse.kernels import bias as kernel
 
@@ -224,9 +296,12 @@ def packed_tokens_grad_weight(packed_t: Tensor, grad_output: Tensor, in_features
 
 
 def sac_save_ops() -> list[torch._ops.OpOverload]:
-    """Ops whose results selective activation checkpointing should save: the packed products, not the packings."""
+    """Ops whose results selective activation checkpointing should save: the products, not the packings.
+
+    pack_linear is both: with its product the packed weight is saved, 9/16 of the weight's 16-bit bytes.
+    """
     ops = torch.ops.semisparse
-    return [ops.packed_matmul.default, ops.packed_tokens_matmul.default]
+    return [ops.packed_matmul.default, ops.pack_linear.default, ops.packed_tokens_matmul.default]
 
 
 def _multiply(

@@ -92,13 +92,14 @@ def _register_fallback(schema: str, implementation: Callable[..., Any]) -> None:
 
 def _typed_caller(cpu: Callable[P, R], overload: Any) -> Callable[P, R]:
     """Calls an op that C++ implements, and raises what the Python behind it raised."""
+    direct = getattr(overload, "_op", overload)  # what the overload calls: a layer of Python less
 
     @wraps(cpu)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         if torch.compiler.is_compiling():
             return overload(*args, **kwargs)
         try:
-            return overload(*args, **kwargs)
+            return direct(*args, **kwargs)
         except RuntimeError as error:
             raise native.typed(error) from None
 
