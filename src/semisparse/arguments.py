@@ -1,5 +1,7 @@
 """Checks of arguments that several levels share."""
 
+from typing import Any, get_args
+
 from torch import nn
 
 from semisparse.errors import ConfigError
@@ -9,3 +11,9 @@ def check_module(model: object) -> None:
     """Raise ConfigError unless model is a torch.nn.Module."""
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model is a {type(model).__name__}; pass a torch.nn.Module")
+
+
+def check_choice(name: str, value: object, choices: Any) -> None:
+    """Raise ConfigError unless the argument called name is one of choices, a Literal."""
+    if value not in get_args(choices):
+        raise ConfigError(f"{name}={value!r} is not one of {', '.join(map(repr, get_args(choices)))}")

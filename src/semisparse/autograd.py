@@ -105,10 +105,16 @@ def _as_matrix(x: Tensor) -> Tensor:
     return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
 
 
+def _saved_linear(ctx: Any) -> tuple[Any, Any]:
+    """x and the packing for dx, which is made now where the weight was saved in its place."""
+    x, kept, *held = ctx.saved_tensors
+    return x, ops.pack(kept.detach(), ctx.dtype, ctx.mask, *held)[1] if held and kept is not None else kept
+
+
 @_first_order
 def _linear_backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
     """dx = dy W~, as a masked dense product where W~^T has no packed form; dW = dy^T x; db = the sum of dy."""
-    (grad_output,), (x, packed), needs = grad_outputs, ctx.saved_tensors, ctx.needs_input_grad
+    (grad_output,), (x, packed), needs = grad_outputs, _saved_linear(ctx), ctx.needs_input_grad
     grad_x = grad_weight = grad_bias = None
     if needs[0]:
         rows, columns = ctx.weight_shape
@@ -150,6 +156,24 @@ class PackedLinear(torch.autograd.Function):
         return output
 
     backward = staticmethod(_linear_backward)
+
+
+class ForwardPackedLinear(torch.autograd.Function):
+    """PackedLinear with W~ alone: the backward packs W~^T from the weight, which is saved with what chose its mask."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        x, weight, bias, packed, codes, scale, ctx.mask, ctx.backend = inputs
+        ctx.weight_dtype, ctx.weight_shape, ctx.dtype = weight.dtype, weight.shape, x.dtype
+        needs_x, needs_weight = ctx.needs_input_grad[:2]
+        kept = (weight, codes, scale) if needs_x else (None, None, None)
+        ctx.save_for_backward(x if needs_weight else None, *kept)
+        output: Tensor = ops.packed_matmul(x, packed, bias, weight.shape[0], ctx.backend)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
+        return *_linear_backward(ctx, *grad_outputs), None
 
 
 class TransformedPackedLinear(torch.autograd.Function):

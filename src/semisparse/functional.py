@@ -20,8 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from semisparse import ops, routes
+from semisparse import masks, ops, routes
 from semisparse.autograd import (
+    ForwardPackedLinear,
     PackedLinear,
     PackedTokensLinear,
     PackLinear,
@@ -63,7 +64,7 @@ def semi_sparse_linear(
             transposable is not checked).
         scale: What mask "soft" multiplies by (one fp32 number), required by it.
         backend: As SparseConfig's.
-        packed: ops.pack's result for this weight, mask, codes, scale and compute dtype, to use it again.
+        packed: ops.pack's result for these arguments, to use it again. The backward packs a transpose that is empty.
 
     Returns:
         (..., N), in the compute dtype.
@@ -80,20 +81,21 @@ def semi_sparse_linear(
     dtype = compute_dtype(input, weight)
     if (transform := routes.transform_at_work(backend)) == "other" or not routes.packs(weight, dtype, backend):
         return F.linear(input, _pruned_weight(weight, dtype, mask, codes, scale, transform), bias)
-    compiling, recorded = torch.compiler.is_compiling(), recording()
-    x, bias = in_dtype(dtype, input), None if bias is None else in_dtype(dtype, bias)
-    x = _distinct(x) if compiling else x
+    compiling, recorded, x = torch.compiler.is_compiling(), recording(), in_dtype(dtype, input)
+    x, bias = _distinct(x) if compiling else x, None if bias is None else in_dtype(dtype, bias)
     if packed is None and not (recorded or transform):
         if not torch.is_grad_enabled():
             return ops.pack_linear(x, weight, bias, mask, codes, scale, backend)[0]
         if compiling:
             return PackLinear.apply(x, weight, bias, mask, codes, scale, backend)
         return eagerly(PackLinear, x, weight, bias, mask, codes, scale, backend)
-    if packed is None:
+    if packed is None or ((recorded or transform) and not packed.transposed.numel()):
         packed = PackedMatrix(*ops.pack(weight.detach(), dtype, mask, codes, scale))
     operands = x, weight, bias, packed.matrix, packed.transposed, mask, backend
     if recorded:
         return ops.packed_linear(*operands)
+    if not packed.transposed.numel() and masks.get(mask).both_ways:
+        return ForwardPackedLinear.apply(*operands[:4], codes, scale, mask, backend)
     if compiling or transform:
         return (TransformedPackedLinear if transform else PackedLinear).apply(*operands)
     return eagerly(PackedLinear, *operands)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from semisparse import PackedWeights, SemiSparseLinear, SparseConfig
 from semisparse.masks import MaskName
+from semisparse.nn.pack_together import Keep
 from semisparse.testing import assert_bit_equal, small_integers
 
 BF16 = torch.bfloat16
@@ -24,8 +25,8 @@ ALIVE: deque[PackedWeights] = deque(maxlen=16)
 """Packed weights live as long as their owner."""
 
 
-def packed(model: nn.Module) -> PackedWeights:
-    weights = PackedWeights(model)
+def packed(model: nn.Module, keep: Keep = "both") -> PackedWeights:
+    weights = PackedWeights(model, keep=keep)
     weights.pack()
     ALIVE.append(weights)
     return weights

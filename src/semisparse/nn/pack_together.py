@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +12,9 @@ from semisparse.formats.layout import packed_bytes
 from semisparse.formats.packed import PackedMatrix
 from semisparse.nn.packed_weight import PackedWeight, PackingLayer
 from semisparse.nn.whole_weights import capturing
+
+Keep = Literal["both", "forward"]
+"""What is held of a packed weight: W~ and W~^T, or W~ alone."""
 
 
 class Member(NamedTuple):
@@ -105,6 +108,6 @@ def fit(buffers: PackedMatrix, weight: Tensor, both_ways: bool) -> bool:
     )
 
 
-def both_ways(layer: PackingLayer) -> bool:
-    """Whether the mask of layer gives the transpose a packed form."""
-    return masks.get(layer._mask).both_ways
+def both_ways(layer: PackingLayer, keep: Keep) -> bool:
+    """Whether the transpose is held, too: where it is wanted and the mask of layer gives it a packed form."""
+    return keep == "both" and masks.get(layer._mask).both_ways

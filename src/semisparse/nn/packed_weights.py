@@ -5,18 +5,19 @@ import threading
 import warnings
 import weakref
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from semisparse import routes
-from semisparse.arguments import check_module
+from semisparse.arguments import check_choice, check_module
 from semisparse.errors import EngineError
 from semisparse.formats.layout import PACKED_DTYPES
 from semisparse.formats.packed import PackedMatrix
 from semisparse.nn.linear import SemiSparseLinear
-from semisparse.nn.pack_together import Member, both_ways, fit, new_buffers, pack_together
+from semisparse.nn.pack_together import Keep, Member, both_ways, fit, new_buffers, pack_together
 from semisparse.nn.packed_weight import PackedWeight, PackingLayer, close_on, open_on
 from semisparse.nn.whole_weights import managed_by_fsdp, plain_call, why_not_whole
 from semisparse.operands import autocast_enabled
@@ -57,6 +58,8 @@ class PackedWeights:
 
     Args:
         model: Any module. The first pack() reads it.
+        keep: "both" holds what forward and backward need, 9/8 of the weights' 16-bit bytes. "forward" holds half of
+            that; the backward packs the other half from the weight, which costs time.
 
     Attributes:
         fallbacks: Name of a layer -> why it packs at each forward, as of the last call. Layers on the masked-dense
@@ -64,11 +67,13 @@ class PackedWeights:
         ready: False lets all layers pack at each forward for now.
 
     Raises:
-        ConfigError: model is not a module.
+        ConfigError: model is not a module, or keep not one of these.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, keep: Keep = "both") -> None:
         check_module(model)
+        check_choice("keep", keep, Keep)
+        self._keep: Keep = keep
         self.fallbacks: dict[str, str] = {}
         self.ready = True
         self._model = model
@@ -82,7 +87,7 @@ class PackedWeights:
         weakref.finalize(self, _close, self._records).atexit = False
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return PackedWeights, (self._model,)
+        return partial(PackedWeights, keep=self._keep), (self._model,)
 
     @property
     def layers(self) -> int:
@@ -212,7 +217,7 @@ class PackedWeights:
 
     def _buffers(self, member: Member) -> PackedMatrix:
         """Where to pack member: where it was packed before, if that fits."""
-        record, both = member.record, both_ways(member.layer)
+        record, both = member.record, both_ways(member.layer, self._keep)
         if record.packed is None or not fit(record.packed, member.weight, both):
             record.packed, record.dtype = new_buffers(member.weight, both), None
         return record.packed

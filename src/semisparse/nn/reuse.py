@@ -9,10 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from semisparse import routes
-from semisparse.arguments import check_module
 from semisparse.formats.packed import PackedMatrix
 from semisparse.nn.linear import SemiSparseLinear
-from semisparse.nn.pack_together import Member, both_ways, fit, new_buffers
+from semisparse.nn.pack_together import Keep, Member, both_ways, fit, new_buffers
 from semisparse.nn.packed_weight import PackedWeight, PackingLayer, in_use
 from semisparse.nn.packed_weights import PackedWeights
 from semisparse.operands import compute_dtype
@@ -43,7 +42,7 @@ class _Block(PackedWeights):
 
     def _buffers(self, member: Member) -> PackedMatrix:
         """Those of earlier blocks, unless an outer block uses them."""
-        both, kept = both_ways(member.layer), _KEPT.setdefault(member.layer, {})
+        both, kept = both_ways(member.layer, self._keep), _KEPT.setdefault(member.layer, {})
         found = kept.get(member.dtype)
         if found is None or not fit(found, member.weight, both):
             found = kept[member.dtype] = new_buffers(member.weight, both)
@@ -51,7 +50,7 @@ class _Block(PackedWeights):
 
 
 @contextmanager
-def reuse_packed(model: nn.Module) -> Iterator[int]:
+def reuse_packed(model: nn.Module, *, keep: Keep = "both") -> Iterator[int]:
     """Inside the block every SemiSparseLinear of model multiplies with its weight as packed on entry.
 
     For gradient accumulation: enter once per optimizer step, run the forward and backward passes of all micro-batches
@@ -68,19 +67,20 @@ def reuse_packed(model: nn.Module) -> Iterator[int]:
     Args:
         model: Any module. Layers on the masked-dense route (CPU, fp32, sizes that are not multiples of 16), layers with
             a pruned activation, and weights that cannot be packed between forwards (see PackedWeights) work as always.
+        keep: As PackedWeights'.
 
     Yields:
         The number of layers that were packed.
 
     Raises:
-        ConfigError: model is not a module, or a layer's mask needs a scale that is not set.
+        ConfigError: model is not a module, keep is not one of its values, or a layer's mask needs a scale that is not
+            set.
         EngineError: A layer with backend="cusparselt" cannot be packed here. All layers are then as before.
     """
-    check_module(model)
+    block = _Block(model, keep=keep)
     for layer in model.modules():
         if isinstance(layer, SemiSparseLinear) and layer.sparse_enabled:
             routes.packs(layer.weight, compute_dtype(layer.weight, layer.weight), layer.sparse_config.backend)
-    block = _Block(model)
     try:
         yield block.pack(everything=True)
     finally:

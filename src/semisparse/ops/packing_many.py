@@ -23,7 +23,8 @@ def pack_many(
 
     Args:
         matrices: Each as pack takes it; of one stored dtype and on one device.
-        buffers: One for each matrix, with the sizes that pack returns.
+        buffers: One for each matrix, with the sizes that pack returns. The transpose is left out where its buffer is
+            empty.
         dtype: As pack's.
         mask: As pack's.
         codes: As pack's, one or None for each matrix; None where no matrix has any.
@@ -36,4 +37,5 @@ def pack_many(
     for matrix, into, held, scale in zip(matrices, buffers, codes or nothing, scales or nothing, strict=True):
         packed, transposed = pack(matrix.detach(), dtype, mask, held, scale)
         into.matrix.copy_(packed)
-        into.transposed.copy_(transposed)
+        if into.transposed.numel():
+            into.transposed.copy_(transposed)

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from semisparse.errors import ScheduleError
+from semisparse.nn.pack_together import Keep
 from semisparse.recipes.auto_switch import AutoSwitch
 from semisparse.recipes.decay import MaskedDecay
 from semisparse.recipes.held import Held
@@ -40,6 +41,7 @@ class RecipeSchedule(SparseSchedule):
         process_group: As for SparseSchedule. Held masks and scales are also compared, at the start and whenever masks
             are refreshed.
         pack: As for SparseSchedule.
+        keep: As for SparseSchedule.
 
     Raises:
         NoLayerMatchedError: model has no SemiSparseLinear.
@@ -59,13 +61,14 @@ class RecipeSchedule(SparseSchedule):
         *,
         process_group: Group = None,
         pack: Pack = "each_forward",
+        keep: Keep = "both",
     ) -> None:
         self._group = process_group
 
         def prepare() -> int:
             self._parts = parts_of(recipe, model, optimizer, total_steps)
             self._finished = False
-            self._prepare(model, self._parts.phases, None, pack)
+            self._prepare(model, self._parts.phases, None, pack, keep)
             return self._digest()
 
         # Everything that can fail comes before the first change of the model or the optimizer.

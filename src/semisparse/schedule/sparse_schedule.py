@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from semisparse.nn import PackedWeights, SemiSparseBase, SemiSparseLinear
+from semisparse.nn.pack_together import Keep
 from semisparse.schedule.applied_steps import StepEvidence, check_step_arguments
 from semisparse.schedule.called_layers import check_called
 from semisparse.schedule.phases import (
@@ -22,7 +23,7 @@ from semisparse.schedule.phases import (
 )
 from semisparse.schedule.ranks import Group, agree, attempt, digest
 from semisparse.schedule.scheduled_layers import ScheduledLayers
-from semisparse.schedule.step_packing import Pack, StepPacking, checked_pack
+from semisparse.schedule.step_packing import Pack, StepPacking
 
 
 class SparseSchedule:
@@ -53,16 +54,23 @@ class SparseSchedule:
         total_steps: int | None = None,
         process_group: Group = None,
         pack: Pack = "each_forward",
+        keep: Keep = "both",
     ) -> None:
-        self._start(model, lambda: phases, total_steps, process_group, pack)
+        self._start(model, lambda: phases, total_steps, process_group, pack, keep)
 
     def _start(
-        self, model: nn.Module, phases: Callable[[], Sequence[Phase]], total_steps: int | None, group: Group, pack: Pack
+        self,
+        model: nn.Module,
+        phases: Callable[[], Sequence[Phase]],
+        total_steps: int | None,
+        group: Group,
+        pack: Pack,
+        keep: Keep,
     ) -> Self:
         self._group = group
 
         def prepare() -> int:
-            self._prepare(model, phases(), total_steps, pack)
+            self._prepare(model, phases(), total_steps, pack, keep)
             return self._digest()
 
         agree(attempt(prepare), group)
@@ -70,12 +78,13 @@ class SparseSchedule:
         self.refresh()
         return self
 
-    def _prepare(self, model: nn.Module, phases: Sequence[Phase], total_steps: int | None, pack: Pack) -> None:
+    def _prepare(
+        self, model: nn.Module, phases: Sequence[Phase], total_steps: int | None, pack: Pack, keep: Keep
+    ) -> None:
         """Everything that can fail, before the first change of the model."""
         self._phases = checked_phases(phases, total_steps)
-        checked_pack(pack)
         self._layers = ScheduledLayers(model)
-        self._packing = StepPacking(self._layers, pack)
+        self._packing = StepPacking(self._layers, pack, keep)
         self._applied_steps = 0
         self._checked_once = self._was_sparse = False
 
@@ -103,6 +112,7 @@ class SparseSchedule:
         *,
         process_group: Group = None,
         pack: Pack = "each_forward",
+        keep: Keep = "both",
     ) -> Self:
         """A schedule that is sparse for the first steps and dense for the rest.
 
@@ -112,6 +122,7 @@ class SparseSchedule:
             sparse_fraction: Share of them that is sparse, rounded to a whole step.
             process_group: As for SparseSchedule.
             pack: As for SparseSchedule.
+            keep: As for SparseSchedule.
 
         Raises:
             ConfigError: As for SparseSchedule.
@@ -120,7 +131,7 @@ class SparseSchedule:
             RankMismatchError: As for SparseSchedule.
         """
         return cls.__new__(cls)._start(
-            model, lambda: sparse_then_dense(total_steps, sparse_fraction), None, process_group, pack
+            model, lambda: sparse_then_dense(total_steps, sparse_fraction), None, process_group, pack, keep
         )
 
     @classmethod
@@ -133,6 +144,7 @@ class SparseSchedule:
         *,
         process_group: Group = None,
         pack: Pack = "each_forward",
+        keep: Keep = "both",
     ) -> Self:
         """A schedule that starts dense, then is sparse, and is dense for the rest.
 
@@ -143,6 +155,7 @@ class SparseSchedule:
             sparse_fraction: Share of them that is sparse. Each boundary is rounded to a whole step.
             process_group: As for SparseSchedule.
             pack: As for SparseSchedule.
+            keep: As for SparseSchedule.
 
         Raises:
             ConfigError: As for SparseSchedule.
@@ -156,6 +169,7 @@ class SparseSchedule:
             None,
             process_group,
             pack,
+            keep,
         )
 
     @property

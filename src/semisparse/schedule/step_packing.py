@@ -1,24 +1,14 @@
 """Packing the weights of a model once per optimizer step, where a schedule is told to."""
 
-from typing import Any, Literal, get_args
+from typing import Literal
 
+from semisparse.arguments import check_choice
 from semisparse.errors import ConfigError
 from semisparse.nn import PackedWeights
+from semisparse.nn.pack_together import Keep
 from semisparse.schedule.scheduled_layers import ScheduledLayers
 
 Pack = Literal["each_forward", "per_step"]
-
-
-def checked_pack(pack: Any) -> Pack:
-    """pack, if it says when to pack.
-
-    Raises:
-        ConfigError: It does not.
-    """
-    if pack not in get_args(Pack):
-        raise ConfigError(f"pack={pack!r} is not one of {', '.join(map(repr, get_args(Pack)))}")
-    checked: Pack = pack
-    return checked
 
 
 class StepPacking:
@@ -30,14 +20,22 @@ class StepPacking:
     Args:
         layers: The layers of the schedule.
         pack: When to pack.
+        keep: As PackedWeights'.
 
     Attributes:
         weights: The packed weights; None with pack="each_forward".
+
+    Raises:
+        ConfigError: pack or keep is not one of its values, or keep is given where nothing is kept.
     """
 
-    def __init__(self, layers: ScheduledLayers, pack: Pack) -> None:
+    def __init__(self, layers: ScheduledLayers, pack: Pack, keep: Keep) -> None:
+        check_choice("pack", pack, Pack)
+        check_choice("keep", keep, Keep)
+        if pack == "each_forward" and keep != "both":
+            raise ConfigError(f"keep={keep!r} needs pack='per_step': with pack={pack!r} no packed weight is kept")
         self._layers = layers
-        self.weights = PackedWeights(layers.model) if pack == "per_step" else None
+        self.weights = PackedWeights(layers.model, keep=keep) if pack == "per_step" else None
 
     def pack(self, *, everything: bool = False) -> None:
         """Pack what an optimizer step may have changed; arguments as PackedWeights.pack."""
