@@ -1,7 +1,7 @@
 """Builds the native library: C++ by the LibTorch stable ABI, with a C++ compiler and the headers of a torch alone.
 
     python csrc/build.py      # csrc/*.cpp -> src/semisparse/native/launch.so, unless it is up to date
-    python csrc/build.py --output fake.so --flag=-fsanitize=address csrc/*.cpp csrc/tests/*.cpp
+    python csrc/build.py --output fake.so --flag=-fsanitize=address csrc/tests/library.cpp
 
 The Makefile, the build hook of the wheel and tests use it. It imports the standard library alone, not torch: headers
 are found without an import. The result serves every torch from OLDEST_TORCH on, whichever torch it was built with.

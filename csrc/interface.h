@@ -12,9 +12,7 @@
   SEMISPARSE_EXPORT int32_t semisparse_interface() { return SEMISPARSE_INTERFACE; }                                  \
   SEMISPARSE_EXPORT void semisparse_register() { semisparse::register_ops<Device>(); }                               \
   SEMISPARSE_EXPORT void semisparse_connect(const semisparse::Functions* functions) {                                \
-    semisparse::Prepared& prepared = Device::prepared();                                                             \
-    prepared.functions = *functions;                                                                                 \
-    prepared.connected.store(true, std::memory_order_release);                                                       \
+    Device::prepared().connect(*functions);                                                                          \
   }                                                                                                                  \
   SEMISPARSE_EXPORT void semisparse_add_product(int64_t kind, int32_t device, int32_t dtype, int64_t tokens,         \
                                                 int64_t out_features, int64_t in_features, int32_t bias,             \

@@ -296,8 +296,10 @@ Tensor packed_tokens_grad_weight(const Tensor& packed_t, const Tensor& grad_outp
 // Makes these functions the implementations of the ops of Device::library under its dispatch key.
 template <class Device>
 void register_ops() {
-  static torch::stable::detail::StableLibrary library(torch::stable::detail::StableLibrary::Kind::IMPL,
-                                                      Device::library, Device::dispatch_key, __FILE__, __LINE__);
+  using torch::stable::detail::StableLibrary;
+  // Never destroyed, as Device::prepared().
+  static StableLibrary& library =
+      *new StableLibrary(StableLibrary::Kind::IMPL, Device::library, Device::dispatch_key, __FILE__, __LINE__);
   library.impl("pack", TORCH_BOX(&pack<Device>));
   library.impl("pack_tokens", TORCH_BOX(&pack_tokens<Device>));
   library.impl("unpack", TORCH_BOX(&unpack<Device>));

@@ -104,6 +104,15 @@ class Launch {
 
 // Everything that was prepared for one kind of device.
 struct Prepared {
+  // The first functions stay: another thread may be inside of one.
+  void connect(const Functions& given) {
+    std::lock_guard lock(connecting);
+    if (connected.load(std::memory_order_relaxed)) return;
+    functions = given;
+    connected.store(true, std::memory_order_release);
+  }
+
+  std::mutex connecting;
   std::atomic<bool> connected{false};
   Functions functions{};
   Table<Product> products;

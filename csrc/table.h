@@ -7,8 +7,6 @@
 #include <mutex>
 #include <shared_mutex>
 #include <unordered_map>
-#include <utility>
-#include <vector>
 
 namespace semisparse {
 
@@ -27,49 +25,38 @@ struct KeyHash {
 };
 
 // Entries are shared with the calls that use them, so eviction never takes one away from a call. An entry that leaves the
-// table is told by drop(), after no look-up can find it.
-template <class Entry>
+// table, for whatever reason, is dropped (Entry::drop) before the table can be seen without it: who finds that an entry
+// is gone may free what it points to.
+template <class Entry, size_t most = 16384>
 class Table {
  public:
-  // Past this many entries all are forgotten, and prepared again when they are asked for.
-  static constexpr size_t kMost = 16384;
-
   std::shared_ptr<Entry> find(const Key& key) const {
     std::shared_lock lock(mutex_);
     auto found = entries_.find(key);
     return found == entries_.end() ? nullptr : found->second;
   }
 
+  // Where the table holds its most already, all entries are forgotten, and prepared again when they are asked for.
   void insert(const Key& key, std::shared_ptr<Entry> entry) {
-    if (size() >= kMost) {
-      erase([](const Entry&) { return true; });
+    std::unique_lock lock(mutex_);
+    if (entries_.size() >= most) {
+      for (auto& [_, evicted] : entries_) evicted->drop();
+      entries_.clear();
     }
-    std::shared_ptr<Entry> replaced;
-    {
-      std::unique_lock lock(mutex_);
-      auto& place = entries_[key];
-      replaced = std::exchange(place, std::move(entry));
-    }
-    if (replaced != nullptr) replaced->drop();
+    std::shared_ptr<Entry>& place = entries_[key];
+    if (place != nullptr) place->drop();
+    place = std::move(entry);
   }
 
-  // Forgets the entries that unwanted() names; returns how many.
+  // Forgets the entries that unwanted() names. Returns their number.
   template <class Unwanted>
   int64_t erase(Unwanted unwanted) {
-    std::vector<std::shared_ptr<Entry>> gone;
-    {
-      std::unique_lock lock(mutex_);
-      for (auto at = entries_.begin(); at != entries_.end();) {
-        if (unwanted(*at->second)) {
-          gone.push_back(std::move(at->second));
-          at = entries_.erase(at);
-        } else {
-          ++at;
-        }
-      }
-    }
-    for (auto& entry : gone) entry->drop();
-    return static_cast<int64_t>(gone.size());
+    std::unique_lock lock(mutex_);
+    return static_cast<int64_t>(std::erase_if(entries_, [&](const auto& entry) {
+      if (!unwanted(*entry.second)) return false;
+      entry.second->drop();
+      return true;
+    }));
   }
 
   size_t size() const {
