@@ -19,7 +19,7 @@ from triton.compiler import ASTSource
 
 from semisparse import masks
 from semisparse.formats.layout import SM90_16BIT
-from semisparse.kernels import bias, prune_pack, tile_codes, unpack
+from semisparse.kernels import bias, prune_pack, prune_pack_many, tile_codes, unpack
 from semisparse.kernels.packed_metadata import repeated
 from semisparse.kernels.prune_pack import DEFAULT_BLOCK, HOPPER_BLOCK
 
@@ -64,6 +64,20 @@ def pack(arch, source, target, mask, even, wide=False, given_codes=False):
     return taken if wide else taken | {"most registers": block.registers}
 
 
+def many(arch, source, target, mask, even, given_codes=False):
+    block = HOPPER_BLOCK if arch == 90 and source is tl.bfloat16 else DEFAULT_BLOCK
+    constants = {
+        "IN": source, "OUT": target, "MASK": masks.GIVEN_CODES if given_codes else mask.constant,
+        "TRANSPOSED": mask.both_ways, "BITS": BITS, "PADDING": repeated(0b1110),
+        "TILE_ROWS": block.tile_rows, "PAIRS": block.pairs, "EVEN": even, "WIDE": False, "NATIVE": True,
+        "ENTRY": prune_pack_many.ENTRY,
+    }  # fmt: skip
+    types = {"table": "*i64", "member_of": "*i32"}
+    options = {"num_warps": block.warps, "maxnreg": block.registers}
+    taken = compiled(prune_pack_many.prune_pack_many, types, constants, arch, list(types), **options)
+    return taken | {"most registers": block.registers}
+
+
 def codes(arch, source, mask, turned):
     """A contiguous matrix, or the transpose of one that is a single row of tiles: Triton makes sizes of 1 constants."""
     types = {"matrix": f"*{source}", "codes": "*i16"}
@@ -85,6 +99,9 @@ def main(arch):
             for even in (True, False) if name == "transposable" else (False,):
                 found[f"pack {name} {source} {'even' if even else 'edges'}"] = pack(
                     arch, source, target, mask, even, False, given
+                )
+                found[f"pack many {name} {source} {'even' if even else 'edges'}"] = many(
+                    arch, source, target, mask, even, given
                 )
         found[f"pack {name} wide"] = pack(arch, tl.bfloat16, tl.bfloat16, mask, False, True, given)
     for flat in (False, True):

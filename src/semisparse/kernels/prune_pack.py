@@ -55,20 +55,32 @@ HOPPER_BLOCK = Block(tile_rows=16, pairs=16, warps=8, registers=80)
 _TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
+PACKED_AT, PACKED_T_AT = tl.constexpr(3), tl.constexpr(4)
+"""Words of a table's entry that say where the buffers lie, in units of 16 bytes from the entry."""
+
+
 @triton.jit
-def prune_pack(
+def _buffer(given, AT: tl.constexpr, TABLED: tl.constexpr):
+    """A buffer's address: as given, or from the table's entry that is given."""
+    if TABLED:
+        # volatile: not moved to the start of the program
+        given = given.to(tl.pointer_type(tl.uint8)) + tl.load(given + AT, volatile=True) * 16
+    return given
+
+
+@triton.jit
+def pack_block(
     matrix, codes, scale, packed, packed_t, rows, rows_padded, columns, stride,
-    row_blocks, blocks, row_blocks_t, blocks_t,
+    row_blocks, blocks, row_blocks_t, blocks_t, down, right,
     IN: tl.constexpr, OUT: tl.constexpr, MASK: tl.constexpr, TRANSPOSED: tl.constexpr, BITS: tl.constexpr,
     PADDING: tl.constexpr, TILE_ROWS: tl.constexpr, PAIRS: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr,
-    NATIVE: tl.constexpr,
+    NATIVE: tl.constexpr, TABLED: tl.constexpr,
 ):  # fmt: skip
-    """The kernel; see launch for the arguments.
+    """prune_pack for one block of a matrix, that in row `down` and column `right` of blocks.
 
-    stride: int64 words from row to row. EVEN: every program lies inside the matrix. WIDE: the grid is flat, and offsets
-    within a program may need 64 bits as well.
+    TABLED: packed and packed_t are both the entry of a table (prune_pack_many.py) that says where the buffers lie. The
+    entry is read where they are written, so that their addresses hold no registers until then.
     """
-    down, right = block_at(columns, 8 * PAIRS, WIDE)
     row_words, row_words_t = columns // 4, rows_padded // 4  # 32-bit words in a packed row
     if WIDE:
         stride, blocks, blocks_t = tl.cast(stride, tl.int64), tl.cast(blocks, tl.int64), tl.cast(blocks_t, tl.int64)
@@ -111,13 +123,14 @@ def prune_pack(
 
     nibbles = tile_masks.metadata_nibbles(choice)
     selectors = packed_values.byte_selectors(nibbles)
-    out = packed.to(tl.pointer_type(tl.int32)) + first_row * row_words + right * (2 * PAIRS)
+    out = _buffer(packed, PACKED_AT, TABLED).to(tl.pointer_type(tl.int32)) + first_row * row_words + right * (2 * PAIRS)
     kept = packed_values.kept_in_rows(kept_words, selectors, NATIVE)
     for i in tl.static_range(4):
         at = out + (4 * local_row + i) * row_words + local_column
         tl.store(at, kept[i], mask=inside)
     if TRANSPOSED:
-        out = packed_t.to(tl.pointer_type(tl.int32)) + (right * 8 * PAIRS).to(tl.int64) * row_words_t
+        out = _buffer(packed_t, PACKED_T_AT, TABLED).to(tl.pointer_type(tl.int32))
+        out += (right * 8 * PAIRS).to(tl.int64) * row_words_t
         out += down * TILE_ROWS
         kept = packed_values.kept_in_columns(kept_words, selectors, NATIVE)
         # The two tiles of a pair lie far apart here. Stored one by one, in the order in which the lanes hold them, a
@@ -135,11 +148,34 @@ def prune_pack(
     values_bytes = rows_padded.to(tl.int64) * columns
     line, group = down * 4 * TILE_ROWS, right * 2 * PAIRS
     word = (even & 0xFFFF) | (odd << 16)
-    store_metadata(packed, values_bytes, word, line, group, row_blocks, blocks, BITS, False, TILE_ROWS, PAIRS)
+    to = _buffer(packed, PACKED_AT, TABLED)
+    store_metadata(to, values_bytes, word, line, group, row_blocks, blocks, BITS, False, TILE_ROWS, PAIRS)
     if TRANSPOSED:
         word = ((even >> 16) & 0xFFFF) | (odd & -0x10000)
         line, group = right * 8 * PAIRS, down * TILE_ROWS
-        store_metadata(packed_t, values_bytes, word, line, group, row_blocks_t, blocks_t, BITS, True, TILE_ROWS, PAIRS)
+        to = _buffer(packed_t, PACKED_T_AT, TABLED)
+        store_metadata(to, values_bytes, word, line, group, row_blocks_t, blocks_t, BITS, True, TILE_ROWS, PAIRS)
+
+
+@triton.jit
+def prune_pack(
+    matrix, codes, scale, packed, packed_t, rows, rows_padded, columns, stride,
+    row_blocks, blocks, row_blocks_t, blocks_t,
+    IN: tl.constexpr, OUT: tl.constexpr, MASK: tl.constexpr, TRANSPOSED: tl.constexpr, BITS: tl.constexpr,
+    PADDING: tl.constexpr, TILE_ROWS: tl.constexpr, PAIRS: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr,
+    NATIVE: tl.constexpr,
+):  # fmt: skip
+    """The kernel; see launch for the arguments.
+
+    stride: int64 words from row to row. EVEN: every program lies inside the matrix. WIDE: the grid is flat, and offsets
+    within a program may need 64 bits as well.
+    """
+    down, right = block_at(columns, 8 * PAIRS, WIDE)
+    pack_block(
+        matrix, codes, scale, packed, packed_t, rows, rows_padded, columns, stride,
+        row_blocks, blocks, row_blocks_t, blocks_t, down, right,
+        IN, OUT, MASK, TRANSPOSED, BITS, PADDING, TILE_ROWS, PAIRS, EVEN, WIDE, NATIVE, False,
+    )  # fmt: skip
 
 
 def launch(
@@ -251,19 +287,38 @@ def _prepare(
     # far apart where there are so many rows that the grid is flat anyway.
     span = height * max(stride, columns // 4)
     grid, wide = grid_of(rows_padded, columns, height, width, flat=span >= INT32_END)
-    constants = (
-        *(_TYPES[dtype] for dtype in types),
-        masks.GIVEN_CODES if given[0] else chosen.constant,
-        transposed,
-        layout.bits,
-        repeated(layout.padding),
-    )
     launcher = Launcher(
         prune_pack,
         grid,
         (*sizes, row_blocks, blocks, row_blocks_t, blocks_t),
-        (*constants, block.tile_rows, block.pairs, even, wide, native),
+        constants_of(types, chosen, given[0], transposed, layout, block, even, wide, native),
         num_warps=block.warps,
         maxnreg=None if wide else block.registers,
     )
     return launcher, (layout.buffer_bytes(rows_padded, columns), layout.buffer_bytes(columns, rows_padded))
+
+
+def constants_of(
+    types: tuple[torch.dtype, torch.dtype],
+    mask: masks.Mask,
+    given_codes: bool,
+    transposed: bool,
+    layout: MetadataLayout,
+    block: Block,
+    even: bool,
+    wide: bool,
+    native: bool,
+) -> tuple[object, ...]:
+    """The compile-time constants of pack_block, in order."""
+    return (
+        *(_TYPES[dtype] for dtype in types),
+        masks.GIVEN_CODES if given_codes else mask.constant,
+        transposed,
+        layout.bits,
+        repeated(layout.padding),
+        block.tile_rows,
+        block.pairs,
+        even,
+        wide,
+        native,
+    )
