@@ -1,11 +1,25 @@
-"""The native library as it was built for the package under test."""
+"""The native library as it was built for the package under test, and the same ops on the CPU."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import pytest
 
+from semisparse import ops
+from semisparse.formats.layout import SM90_16BIT, packed_bytes
+from semisparse.formats.packed import PackedFormat
+from semisparse.gemm import dispatch
+from semisparse.gemm.autotune.algorithm import Choice
+from semisparse.gemm.engine import Engine
 from semisparse.native.loading import LIBRARY
+from semisparse.ops import prepare, products
+from tests.gemm import simulated
+from tests.gemm.simulated import SimulatedLibrary, make_engine
+from tests.native.foreign import sm90_pack, sm90_unpack
+from tests.native.hot import Hot, installed
 
 
 @pytest.fixture(scope="session")
@@ -16,3 +30,47 @@ def library() -> Path:
             pytest.fail(f"{LIBRARY} is not there, and SEMISPARSE_REQUIRE_NATIVE is 1")
         pytest.skip("the native library was not built; SEMISPARSE_REQUIRE_NATIVE=1 makes this a failure")
     return LIBRARY
+
+
+class Bench(NamedTuple):
+    """The hot ops in C++ with an engine of their own, whose library runs on the CPU."""
+
+    hot: Hot
+    engine: Engine
+    library: SimulatedLibrary
+
+
+@pytest.fixture
+def settings() -> dict[str, Any]:
+    """Of the simulated library; a test overrides it by parametrize."""
+    return {}
+
+
+@pytest.fixture
+def bench(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
+    """Nothing is prepared at first. Python's products run on the engine, and hand their plans over."""
+    hot = installed()
+    for name, function in (("pack", sm90_pack), ("unpack", sm90_unpack), ("packed_size", packed_bytes)):
+        monkeypatch.setattr(simulated, name, function)
+    engine, library, _ = make_engine(SimulatedLibrary(**settings))
+    choice = Choice(0, 0, None, None, "tuned")
+    tuner = SimpleNamespace(known=lambda problem, index: choice)
+    written = PackedFormat("reference", SM90_16BIT, "simulated")
+    monkeypatch.setattr(products, "packed_format", lambda *_: written)
+    monkeypatch.setattr(products, "_cuda_pack", ops.pack)
+    for module in (products, prepare):
+        monkeypatch.setattr(module, "engine", lambda: engine)
+    monkeypatch.setattr(dispatch, "process_engine", lambda: engine)
+    for module in (dispatch, prepare):
+        monkeypatch.setattr(module, "autotuner", lambda: tuner)
+    monkeypatch.setattr(prepare, "_connected", lambda: hot.interface)
+    monkeypatch.setattr(hot, "python", dict(hot.python))
+    hot.foreign.reset(library)
+    hot.asked.clear()
+    yield Bench(hot, engine, library)
+    assert not hot.foreign.errors
+    assert not hot.foreign.open
+    engine.close()
+    assert [kind for kind, _ in library.live.values()] == []
+    hot.forget_launches()
+    assert hot.interface.prepared() == 0

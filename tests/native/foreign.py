@@ -1,0 +1,192 @@
+"""Foreign functions for the test library that compute on the CPU: products, kernels, streams and device guards.
+
+Memory is read and written by C's own functions, so that the address sanitizer sees a wrong address or size.
+"""
+
+import ctypes
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from semisparse import ops
+from semisparse.formats.layout import SM90_16BIT, packed_bytes
+from semisparse.native.structures import Functions, LaunchKind
+from semisparse.reference import packing
+from tests.gemm import simulated
+from tests.gemm.simulated import DTYPES, SimulatedLibrary
+
+STREAM = 6_999
+ALIGNMENT = 16
+_pointer, _int32, _unsigned = ctypes.c_void_p, ctypes.c_int32, ctypes.c_uint
+SIGNATURES = {
+    "matmul": (*[_pointer] * 9, ctypes.POINTER(_pointer), _int32),
+    "set_attribute": (_pointer, _pointer, ctypes.c_int, _pointer, ctypes.c_size_t),
+    "launch_kernel": (_pointer, *[_unsigned] * 7, _pointer, ctypes.POINTER(_pointer), _pointer),
+    "current_stream": (_int32, ctypes.POINTER(_pointer)),
+    "open_guard": (_int32, ctypes.POINTER(_pointer)),
+    "close_guard": (_pointer,),
+}
+"""Arguments as csrc/functions.h has them; each function returns an int."""
+
+
+def read(address: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A copy of the memory at an address, which must be aligned as device memory is."""
+    assert address and address % ALIGNMENT == 0
+    count = torch.Size(shape).numel()
+    return torch.frombuffer(bytearray(ctypes.string_at(address, count * dtype.itemsize)), dtype=dtype).view(shape)
+
+
+def write(address: int, tensor: Tensor) -> None:
+    """Copy a tensor to an address."""
+    assert address and address % ALIGNMENT == 0
+    raw = tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()
+    ctypes.memmove(address, raw, len(raw))
+
+
+def sm90_pack(dense: Tensor) -> Tensor:
+    """As the simulated library's pack, in the format of the CPU's ops."""
+    written = SM90_16BIT.encode(packing.pack(dense, dense != 0))
+    return torch.nn.functional.pad(written, (0, packed_bytes(*dense.shape) - written.numel()))
+
+
+def sm90_unpack(packed: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """As the simulated library's unpack, in the format of the CPU's ops."""
+    return packing.unpack(SM90_16BIT.decode(packed, rows, columns, dtype))
+
+
+@dataclass
+class Kernel:
+    """A compiled kernel: what it computes, and the numbers that it must be given behind its pointers."""
+
+    kind: LaunchKind
+    read: torch.dtype
+    written: torch.dtype
+    sizes: tuple[int, int, int]
+    mask: str
+    pointers: tuple[int, ...]
+
+    def run(self, words: list[int]) -> None:
+        given = dict(zip(self.pointers, words, strict=False))
+        assert words[len(self.pointers) :] == [*self.sizes, 0, 0]
+        rows, columns, stride = self.sizes
+        if self.kind in (LaunchKind.PACK, LaunchKind.PACK_TOKENS):
+            memory = read(given[0], ((rows - 1) * stride + columns,), self.read)
+            matrix = memory.as_strided((rows, columns), (stride, 1))
+            codes = read(given[1], (rows // 4, columns // 4), torch.int16) if 1 in given else None
+            scale = read(given[2], (), torch.float32) if 2 in given else None
+            packs = self.kind is LaunchKind.PACK
+            made = (
+                ops.pack(matrix, self.written, self.mask, codes, scale) if packs
+                else ops.pack_tokens(matrix, self.written)
+            )  # fmt: skip
+            for place, buffer in zip((3, 4), made, strict=True):
+                if place in given:
+                    write(given[place], buffer)
+        elif self.kind is LaunchKind.UNPACK:
+            packed = read(given[0], (SM90_16BIT.buffer_bytes(rows, columns),), torch.uint8)
+            write(given[1], sm90_unpack(packed, rows, columns, self.written))
+        else:
+            write(given[0], read(given[0], (rows, columns), self.read) + read(given[1], (columns,), self.read))
+
+
+@dataclass
+class Foreign:
+    """The functions, and what happened in them.
+
+    Attributes:
+        library: Where plans were made.
+        kernels: By the number that stands for their function.
+        failing: Names of functions that return an error.
+        streams: Of every product and launch.
+        workspaces: Address and bytes of every product.
+        open: Devices of the guards that are open.
+        errors: What went wrong inside.
+    """
+
+    library: SimulatedLibrary = field(default_factory=SimulatedLibrary)
+    kernels: dict[int, Kernel] = field(default_factory=dict)
+    failing: set[str] = field(default_factory=set)
+    streams: list[int] = field(default_factory=list)
+    workspaces: list[tuple[int | None, int]] = field(default_factory=list)
+    launched: list[LaunchKind] = field(default_factory=list)
+    open: dict[int, int] = field(default_factory=dict)
+    guards: int = 0
+    errors: list[BaseException] = field(default_factory=list)
+
+    def functions(self) -> Functions:
+        """As the library takes them. They live as long as this object."""
+        self.callbacks = {
+            name: ctypes.CFUNCTYPE(ctypes.c_int, *types)(self._safe(name)) for name, types in SIGNATURES.items()
+        }
+        return Functions(**{name: ctypes.cast(made, _pointer).value for name, made in self.callbacks.items()})
+
+    def reset(self, library: SimulatedLibrary) -> None:
+        """As new, for plans of another library."""
+        self.library = library
+        for log in (self.kernels, self.failing, self.streams, self.workspaces, self.launched, self.open, self.errors):
+            log.clear()
+
+    def _safe(self, name: str) -> Callable[..., int]:
+        function = getattr(self, name)
+
+        def call(*arguments: Any) -> int:
+            try:
+                if name in self.failing:
+                    return 1
+                function(*arguments)
+            except simulated.cuSPARSELtError as error:
+                return error.status
+            except BaseException as error:
+                self.errors.append(error)
+                return 1
+            return 0
+
+        return call
+
+    def matmul(self, handle, plan, alpha, a, b, beta, c, d, workspace, streams, count):
+        content = self.library._get("plan", plan)
+        assert content["handle"] == handle and c == d and count == 1
+        assert ctypes.c_float.from_address(alpha).value == 1 and ctypes.c_float.from_address(beta).value == 0
+        assert list(self.open.values()) == [-1]
+        self.streams.append(streams[0])
+        self.workspaces.append((workspace, self.library.workspace))
+        if self.library.workspace:
+            ctypes.memset(workspace, 0xFF, self.library.workspace)
+        matmul = self.library._get("matmul", content["matmul"])
+        (rows, reduction, *_, kind, _), of_b, of_d = (self.library._get("matrix", m) for m in matmul["matrices"])
+        dtype = DTYPES[kind]
+        left = sm90_unpack(read(a, (packed_bytes(rows, reduction),), torch.uint8), rows, reduction, dtype)
+        shape_b, shape_d = (m[:2] if m[4] == 2 else m[1::-1] for m in (of_b, of_d))
+        right = read(b, shape_b, dtype)
+        sums = left.float() @ (right if of_b[4] == 2 else right.mT).float()
+        bias = matmul["bias"] if self.library.follows_bias else content["bias"]
+        if bias:
+            sums += read(bias, (rows, 1), dtype).float()
+        write(d, (sums if of_d[4] == 2 else sums.mT).to(dtype).reshape(shape_d))
+
+    def set_attribute(self, handle, descriptor, attribute, value, size):
+        self.library.matmul_desc_set_attribute(handle, descriptor, attribute, value, size)
+
+    def launch_kernel(self, function, x, y, z, block_x, block_y, block_z, shared, stream, parameters, extra):
+        assert (x, y, z, block_x, block_y, block_z, shared, extra) == (2, 3, 1, 128, 1, 1, 1024, None)
+        assert list(self.open.values()) == [-1]
+        kernel = self.kernels[function]
+        count = len(kernel.pointers) + 5
+        kernel.run([ctypes.c_int64.from_address(parameters[n]).value for n in range(count)])
+        self.streams.append(stream)
+        self.launched.append(kernel.kind)
+
+    def current_stream(self, device, stream):
+        assert list(self.open.values()) == [device]
+        stream[0] = STREAM - 1 - device
+
+    def open_guard(self, device, guard):
+        self.guards += 1
+        self.open[self.guards] = device
+        guard[0] = self.guards
+
+    def close_guard(self, guard):
+        del self.open[guard]

@@ -1,0 +1,89 @@
+"""The tests of the ops again, on a library built with the address and undefined-behaviour sanitizers."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from csrc import build
+from tests.arch.source import ROOT
+from tests.native.building import SOURCES, compiler, locked, sanitized
+from tests.native.hot import BUILT
+
+FILES = ("test_asked.py", "test_packing.py", "test_products.py", "test_structures.py")
+REPORT = re.compile(r"ERROR: AddressSanitizer|runtime error:")
+SETTINGS = {
+    # Tests ask for more memory than there is, on purpose.
+    "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1:exitcode=77",
+    "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1:exitcode=77",
+}
+
+
+def run(library: Path, *selected: str) -> subprocess.CompletedProcess[str]:
+    """The tests of the ops in a process of their own, on that library."""
+    runtime = [
+        subprocess.run([*compiler(), f"-print-file-name=lib{name}.so"], capture_output=True, text=True, check=True)
+        for name in ("asan", "ubsan")
+    ]
+    preloaded = " ".join(found.stdout.strip() for found in runtime)
+    tests = [str(Path(__file__).with_name(name)) for name in FILES]
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    # pytest keeps what is written to Python's stderr, and a report goes past that.
+    options = ("-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--capture=sys")
+    return subprocess.run(
+        [sys.executable, "-m", "pytest", *options, *tests, *selected],
+        cwd=ROOT, env=kept | SETTINGS | {"LD_PRELOAD": preloaded, BUILT: str(library)}, text=True, timeout=600,
+        check=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+
+
+def built(sources: Path, name: str) -> Path:
+    flags = ("-O1", *sanitized("address", "undefined"))
+    with locked(name) as path:
+        build.build(path, [sources / "tests" / "library.cpp"], flags)
+    return path
+
+
+@pytest.mark.slow
+def test_no_sanitizer_reports_anything() -> None:
+    done = run(built(SOURCES.parent, "sanitized.so"))
+    assert done.returncode == 0, done.stdout[-5000:]
+    assert not REPORT.search(done.stdout)
+    passed = re.search(r"(\d+) passed", done.stdout)
+    assert passed is not None and int(passed[1]) > 200
+    assert "skipped" not in done.stdout
+
+
+DEFECTS = {
+    "a workspace a byte too small": (
+        "ops.h", "allocate<Device>({facts.workspace}", "allocate<Device>({facts.workspace - 1}",
+        "test_a_workspace_is_allocated_per_call", "heap-buffer-overflow",
+    ),
+    "a shift by more bits than there are": (
+        "keys.h", "int64_t{bias} << 8", "int64_t{bias} << (dtype + 60)",
+        "test_the_first_call_is_pythons", "shift exponent",
+    ),
+    "a message read after it was freed": (
+        "ops.h", "if (message.numel() == 0) return;",
+        "if (message.numel() == 0) return; auto* text = new std::string(99, 'x'); delete text; text->resize(50);",
+        "test_an_exception_belongs_to_the_thread", "heap-use-after-free",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("defect", DEFECTS)
+def test_a_planted_defect_is_reported(defect: str, tmp_path: Path) -> None:
+    file, right, wrong, selected, report = DEFECTS[defect]
+    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+    changed = tmp_path / "csrc" / file
+    assert changed.read_text().count(right) == 1
+    changed.write_text(changed.read_text().replace(right, wrong))
+    done = run(built(tmp_path / "csrc", f"{defect.replace(' ', '-')}.so"), "-k", selected)
+    assert done.returncode != 0
+    assert report in done.stdout
+    assert REPORT.search(done.stdout)
