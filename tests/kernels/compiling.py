@@ -65,7 +65,7 @@ def pack(arch, source, target, mask, even, wide=False, given_codes=False):
 
 
 def many(arch, source, target, mask, even, given_codes=False):
-    block = HOPPER_BLOCK if arch == 90 and source is tl.bfloat16 else DEFAULT_BLOCK
+    block = prune_pack_many.HOPPER_BLOCK if arch == 90 and source is tl.bfloat16 else DEFAULT_BLOCK
     constants = {
         "IN": source, "OUT": target, "MASK": masks.GIVEN_CODES if given_codes else mask.constant,
         "TRANSPOSED": mask.both_ways, "BITS": BITS, "PADDING": repeated(0b1110),

@@ -131,7 +131,8 @@ def packed_bytes(rows: int, columns: int) -> int:
     """
     upright = round_up(rows, _ROWS) * round_up(columns, _COLUMNS)
     turned = round_up(rows, _COLUMNS) * round_up(columns, _ROWS)
-    return rows * columns + torch.sym_max(upright, turned) // 8
+    larger = max(upright, turned) if type(upright) is int and type(turned) is int else torch.sym_max(upright, turned)
+    return rows * columns + larger // 8
 
 
 def round_up(size: int, multiple: int) -> int:

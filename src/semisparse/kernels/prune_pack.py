@@ -60,11 +60,18 @@ PACKED_AT, PACKED_T_AT = tl.constexpr(3), tl.constexpr(4)
 
 
 @triton.jit
-def _buffer(given, AT: tl.constexpr, TABLED: tl.constexpr):
+def _buffer(given, AT: tl.constexpr, TABLED: tl.constexpr, NATIVE: tl.constexpr):
     """A buffer's address: as given, or from the table's entry that is given."""
     if TABLED:
-        # volatile: not moved to the start of the program
-        given = given.to(tl.pointer_type(tl.uint8)) + tl.load(given + AT, volatile=True) * 16
+        if NATIVE:
+            # A plain load would be moved to the start of the program, and a volatile one pass the L1 cache by, where
+            # the entry lies: at full bandwidth, that takes microseconds.
+            place = tl.inline_asm_elementwise(
+                "ld.global.ca.b64 $0, [$1];", "=l,l", [(given + AT).to(tl.int64)], tl.int64, False, 1
+            )
+        else:
+            place = tl.load(given + AT)
+        given = given.to(tl.pointer_type(tl.uint8)) + place * 16
     return given
 
 
@@ -123,13 +130,17 @@ def pack_block(
 
     nibbles = tile_masks.metadata_nibbles(choice)
     selectors = packed_values.byte_selectors(nibbles)
-    out = _buffer(packed, PACKED_AT, TABLED).to(tl.pointer_type(tl.int32)) + first_row * row_words + right * (2 * PAIRS)
+    out = (
+        _buffer(packed, PACKED_AT, TABLED, NATIVE).to(tl.pointer_type(tl.int32))
+        + first_row * row_words
+        + right * (2 * PAIRS)
+    )
     kept = packed_values.kept_in_rows(kept_words, selectors, NATIVE)
     for i in tl.static_range(4):
         at = out + (4 * local_row + i) * row_words + local_column
         tl.store(at, kept[i], mask=inside)
     if TRANSPOSED:
-        out = _buffer(packed_t, PACKED_T_AT, TABLED).to(tl.pointer_type(tl.int32))
+        out = _buffer(packed_t, PACKED_T_AT, TABLED, NATIVE).to(tl.pointer_type(tl.int32))
         out += (right * 8 * PAIRS).to(tl.int64) * row_words_t
         out += down * TILE_ROWS
         kept = packed_values.kept_in_columns(kept_words, selectors, NATIVE)
@@ -148,12 +159,12 @@ def pack_block(
     values_bytes = rows_padded.to(tl.int64) * columns
     line, group = down * 4 * TILE_ROWS, right * 2 * PAIRS
     word = (even & 0xFFFF) | (odd << 16)
-    to = _buffer(packed, PACKED_AT, TABLED)
+    to = _buffer(packed, PACKED_AT, TABLED, NATIVE)
     store_metadata(to, values_bytes, word, line, group, row_blocks, blocks, BITS, False, TILE_ROWS, PAIRS)
     if TRANSPOSED:
         word = ((even >> 16) & 0xFFFF) | (odd & -0x10000)
         line, group = right * 8 * PAIRS, down * TILE_ROWS
-        to = _buffer(packed_t, PACKED_T_AT, TABLED)
+        to = _buffer(packed_t, PACKED_T_AT, TABLED, NATIVE)
         store_metadata(to, values_bytes, word, line, group, row_blocks_t, blocks_t, BITS, True, TILE_ROWS, PAIRS)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from semisparse import masks
 from semisparse.formats.layout import ALIGNMENT, PACKED_DTYPES, SPARSE_MULTIPLE, MetadataLayout
+from semisparse.kernels import prune_pack
 from semisparse.kernels.grid import INT32_END, LARGEST_SIZE
 from semisparse.kernels.launch_checks import READ_DTYPES, check_buffer, check_choice, check_held
 from semisparse.kernels.launcher import Launcher
@@ -24,6 +25,10 @@ from semisparse.kernels.prune_pack import Block, best_block, check_block, consta
 ENTRY = 16
 """64-bit words of a matrix in the table, so many that every entry is aligned: where its five tensors lie, four sizes as
 prune_pack takes them, the number of the matrix's first program, and zeros."""
+
+
+HOPPER_BLOCK = Block(tile_rows=16, pairs=8, warps=4, registers=96)
+"""For 16-bit matrices on sm90: the addresses from the table take registers, so prune_pack's block would spill."""
 
 
 class Matrix(NamedTuple):
@@ -74,13 +79,12 @@ def prune_pack_many(
     # Not from the table: values that are computed again where they are used hold no registers until then.
     row_blocks, row_blocks_t = _up(rows_padded, block_rows(BITS)), _up(columns, block_rows(BITS))
     blocks, blocks_t = _up(columns // 4, block_groups(BITS)), _up(rows_padded // 4, block_groups(BITS))
-    local = program - tl.load(entry + 9).to(tl.int32)
     across = _up(columns, 8 * PAIRS)
+    local = program - tl.load(entry + 9).to(tl.int32)
     down = local // across
-    right = local - down * across
     pack_block(
         matrix, codes, scale, entry, entry, rows, rows_padded, columns, stride,
-        row_blocks, blocks, row_blocks_t, blocks_t, down, right,
+        row_blocks, blocks, row_blocks_t, blocks_t, down, local - down * across,
         IN, OUT, MASK, TRANSPOSED, BITS, PADDING, TILE_ROWS, PAIRS, EVEN, WIDE, NATIVE, True,
     )  # fmt: skip
 
@@ -100,6 +104,11 @@ def takes(matrix: Tensor, dtype: torch.dtype, mask: masks.Mask) -> bool:
         and columns * rows // 4 < INT32_END
         and not matrix.data_ptr() % ALIGNMENT
     )
+
+
+def _best_block(dtype: torch.dtype, index: int) -> Block:
+    block = best_block(dtype, index)
+    return HOPPER_BLOCK if block is prune_pack.HOPPER_BLOCK else block
 
 
 class Batch:
@@ -126,7 +135,7 @@ class Batch:
     ) -> None:
         first, chosen = members[0], masks.get(mask)
         self._index = first.matrix.get_device()
-        block = block or best_block(first.matrix.dtype, self._index)
+        block = block or _best_block(first.matrix.dtype, self._index)
         check_choice(chosen, first.codes is not None, first.scale is not None)
         check_block(block, layout)
         device = first.matrix.device
@@ -140,9 +149,12 @@ class Batch:
             words.append(entry)
             programs.append(count)
             even = even and whole
-        self.table.copy_(torch.tensor(words, dtype=torch.int64))
+        # From pinned memory, so that building the table does not wait for the device.
+        pinned = self._index >= 0
+        self.table.copy_(torch.tensor(words, dtype=torch.int64, pin_memory=pinned), non_blocking=True)
         numbers = torch.arange(len(members), dtype=torch.int32)
-        self.member_of = torch.repeat_interleave(numbers, torch.tensor(programs)).to(device)
+        member_of = torch.repeat_interleave(numbers, torch.tensor(programs))
+        self.member_of = (member_of.pin_memory() if pinned else member_of).to(device, non_blocking=True)
         types, transposed = (first.matrix.dtype, dtype), first.packed_t is not None
         self._start = _prepare(
             sum(programs), types, mask, first.codes is not None, transposed, layout, block, even, self._index >= 0
@@ -169,7 +181,11 @@ def _entry(
     units = (ALIGNMENT, ALIGNMENT, 4, ALIGNMENT, ALIGNMENT)
     places = [0 if t is None else (t.data_ptr() - origin) // unit for t, unit in zip(tensors, units, strict=True)]
     sizes = [rows, rows // 16, columns // 16, matrix.stride(0) * matrix.itemsize // 16]
-    return [*places, *sizes, first, *[0] * (ENTRY - 10)], across * down, not (rows % height or columns % width)
+    return (
+        [*places, *sizes, first, *[0] * (ENTRY - 10)],
+        across * down,
+        not (rows % height or columns % width),
+    )
 
 
 @lru_cache(4096)

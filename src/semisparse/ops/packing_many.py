@@ -2,7 +2,7 @@
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,11 +16,25 @@ from semisparse.ops.packing import pack
 if TYPE_CHECKING:
     from semisparse.kernels.prune_pack_many import Batch
 
-_MOST_BATCHES = 64
-# Prepared launches by the addresses, shapes and settings that they are for, the last used at the end.
-_BATCHES: OrderedDict[tuple[Any, ...], "Batch"] = OrderedDict()
+_MOST = 64
+
+
+class _Plan(NamedTuple):
+    """How the matrices of one call are packed.
+
+    Attributes:
+        batches: Launches.
+        alone: Numbers of the matrices that are not part of a launch.
+    """
+
+    batches: "list[Batch]"
+    alone: list[int]
+
+
+# Plans by all that they depend on, the last used at the end.
+_PLANS: OrderedDict[tuple[Any, ...], _Plan] = OrderedDict()
 # Those that a CUDA graph has recorded: its replays read their tables.
-_RECORDED: list["Batch"] = []
+_RECORDED: list[_Plan] = []
 
 
 def pack_many(
@@ -52,76 +66,80 @@ def pack_many(
         EngineError: As pack, and where a CUDA graph is captured before these matrices were packed once.
     """
     nothing = [None] * len(matrices)
-    together: dict[tuple[bool, bool], list[tuple[Any, ...]]] = {}
-    alone = []
-    on_gpu = bool(matrices) and matrices[0].is_cuda and _kernel_packs(matrices[0].get_device(), dtype)
-    for matrix, into, held, scale in zip(matrices, buffers, codes or nothing, scales or nothing, strict=True):
-        if matrix.device != matrices[0].device or matrix.dtype != matrices[0].dtype:
-            raise TensorError(
-                f"matrices are {matrix.dtype} on {matrix.device} and {matrices[0].dtype} on {matrices[0].device}; "
-                "pack those of one dtype and device together"
-            )
-        if on_gpu and _fits(matrix, dtype, mask):
-            together.setdefault((held is not None, into.transposed.numel() > 0), []).append((matrix, into, held, scale))
-        else:
-            alone.append((matrix, into, held, scale))
-    written = [
-        buffer for group in together.values() for _, into, _, _ in group for buffer in into[:2] if buffer.numel()
-    ]
-    for group in together.values():
-        _launch(group, dtype, mask)
-    if written:
-        torch.autograd.graph.increment_version(written)
-    for matrix, into, held, scale in alone:
-        packed, transposed = pack(matrix.detach(), dtype, mask, held, scale)
+    codes, scales = codes or nothing, scales or nothing
+    key = (dtype, mask, *map(_place, matrices, buffers, codes, scales))
+    capturing = bool(matrices) and matrices[0].is_cuda and engine().runtime.capturing()
+    plan = _PLANS.get(key)
+    if plan is None:
+        plan = _PLANS[key] = _planned(matrices, buffers, dtype, mask, codes, scales, capturing)
+        if len(_PLANS) > _MOST:
+            _PLANS.popitem(last=False)
+    _PLANS.move_to_end(key)
+    if plan.batches:
+        if capturing and plan not in _RECORDED:
+            _RECORDED.append(plan)
+        for batch in plan.batches:
+            batch.launch()
+        torch.autograd.graph.increment_version([buffer for into in buffers for buffer in into[:2]])
+    for at in plan.alone:
+        into = buffers[at]
+        packed, transposed = pack(matrices[at].detach(), dtype, mask, codes[at], scales[at])
         into.matrix.copy_(packed)
         if into.transposed.numel():
             into.transposed.copy_(transposed)
 
 
-def _kernel_packs(index: int, dtype: torch.dtype) -> bool:
-    return packed_format(index, dtype, engine()).packer == "kernel"
-
-
-def _fits(matrix: Tensor, dtype: torch.dtype, mask: str) -> bool:
-    from semisparse.kernels.prune_pack_many import takes
-
-    return takes(matrix, dtype, masks.get(mask))
-
-
-def _launch(group: list[tuple[Any, ...]], dtype: torch.dtype, mask: str) -> None:
-    from semisparse.kernels.prune_pack_many import Batch, Matrix
-
-    key = (dtype, mask, *(_place(*one) for one in group))
-    batch, capturing = _BATCHES.get(key), engine().runtime.capturing()
-    if batch is None:
-        if capturing:
-            raise EngineError(
-                f"{len(group)} matrices were not packed together yet, and their table cannot be written while a CUDA "
-                "graph is captured: pack them once before the capture"
-            )
-        layout = packed_format(group[0][0].get_device(), dtype, engine()).layout
-        assert layout is not None  # the kernel packs
-        members = [
-            Matrix(matrix, into.matrix, into.transposed if into.transposed.numel() else None, held, scale)
-            for matrix, into, held, scale in group
-        ]
-        batch = _BATCHES[key] = Batch(members, dtype, layout, mask)
-        if len(_BATCHES) > _MOST_BATCHES:
-            _BATCHES.popitem(last=False)
-    _BATCHES.move_to_end(key)
-    if capturing and batch not in _RECORDED:
-        _RECORDED.append(batch)
-    batch.launch()
-
-
-def _place(matrix: Tensor, into: PackedMatrix, held: Tensor | None, scale: Tensor | None) -> tuple[Any, ...]:
-    """What the table holds of one matrix."""
-    tensors = (matrix, into.matrix, into.transposed, held, scale)
+def _place(
+    matrix: Tensor, into: PackedMatrix, codes: Tensor | None, scale: Tensor | None
+) -> tuple[int | torch.Size | torch.dtype | None, ...]:
+    """Where one matrix, its buffers and what it is given lie, and all else that a plan depends on."""
     return (
+        matrix.data_ptr(),
+        into[0].data_ptr(),
+        into[1].data_ptr(),
         matrix.shape,
         matrix.stride(0),
         matrix.dtype,
-        matrix.get_device(),
-        *(None if tensor is None else tensor.data_ptr() for tensor in tensors),
+        None if codes is None else codes.data_ptr(),
+        None if scale is None else scale.data_ptr(),
     )
+
+
+def _planned(
+    matrices: Sequence[Tensor],
+    buffers: Sequence[PackedMatrix],
+    dtype: torch.dtype,
+    mask: str,
+    codes: Sequence[Tensor | None],
+    scales: Sequence[Tensor | None],
+    capturing: bool,
+) -> _Plan:
+    """A launch for each set of matrices that the kernel can take together: with codes or without, one way or both."""
+    for matrix in matrices:
+        if matrix.device != matrices[0].device or matrix.dtype != matrices[0].dtype:
+            raise TensorError(
+                f"matrices are {matrix.dtype} on {matrix.device} and {matrices[0].dtype} on {matrices[0].device}; "
+                "pack those of one dtype and device together"
+            )
+    written = None
+    if matrices and matrices[0].is_cuda:
+        written = packed_format(matrices[0].get_device(), dtype, engine())
+    if written is None or written.packer != "kernel" or written.layout is None:
+        return _Plan([], list(range(len(matrices))))
+    from semisparse.kernels.prune_pack_many import Batch, Matrix, takes
+
+    groups: dict[tuple[bool, bool], list[Matrix]] = {}
+    alone = []
+    for at, (matrix, into) in enumerate(zip(matrices, buffers, strict=True)):
+        if takes(matrix, dtype, masks.get(mask)):
+            both = into.transposed.numel() > 0
+            member = Matrix(matrix, into.matrix, into.transposed if both else None, codes[at], scales[at])
+            groups.setdefault((codes[at] is not None, both), []).append(member)
+        else:
+            alone.append(at)
+    if groups and capturing:
+        raise EngineError(
+            f"{len(matrices)} matrices were not packed together yet, and their table cannot be written while a CUDA "
+            "graph is captured: pack them once before the capture"
+        )
+    return _Plan([Batch(group, dtype, written.layout, mask) for group in groups.values()], alone)
