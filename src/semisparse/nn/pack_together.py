@@ -38,7 +38,9 @@ class Member(NamedTuple):
         return self.record.dtype is self.dtype and self.record.fits(self.layer, self.weight)
 
 
-def pack_together(members: Iterable[Member], buffers: Callable[[Member], PackedMatrix], *, waited_for: bool) -> None:
+def pack_together(
+    members: Iterable[Member], buffers: Callable[[Member], PackedMatrix], *, waited_for: bool
+) -> list[Callable[[], None] | None]:
     """Pack the members, in one launch for all of one device, stored dtype, compute dtype and mask.
 
     While a CUDA graph is captured the records are left as they are, because the launch is not run then.
@@ -47,6 +49,9 @@ def pack_together(members: Iterable[Member], buffers: Callable[[Member], PackedM
         members: What to pack.
         buffers: Gives the buffers of a member.
         waited_for: Whether forwards on other streams must wait for the launch.
+
+    Returns:
+        For each launch: what ops.pack_many returns.
     """
     groups: dict[tuple[object, ...], list[Member]] = defaultdict(list)
     for member in members:
@@ -54,14 +59,13 @@ def pack_together(members: Iterable[Member], buffers: Callable[[Member], PackedM
         groups[weight.device, weight.dtype, member.dtype, member.layer._mask].append(member)
     # Buffers are ordinary tensors also under inference_mode, so that a later training step can use them.
     with torch.inference_mode(False), torch.no_grad(), calls.unnoticed():
-        for group in groups.values():
-            _pack_group(group, [buffers(member) for member in group], waited_for)
+        return [_pack_group(group, [buffers(member) for member in group], waited_for) for group in groups.values()]
 
 
-def _pack_group(group: list[Member], buffers: list[PackedMatrix], waited_for: bool) -> None:
+def _pack_group(group: list[Member], buffers: list[PackedMatrix], waited_for: bool) -> Callable[[], None] | None:
     first = group[0]
     versions = [member.weight._version for member in group]  # a write from now on makes the record old
-    ops.pack_many(
+    again = ops.pack_many(
         [member.weight for member in group],
         buffers,
         first.dtype,
@@ -70,7 +74,7 @@ def _pack_group(group: list[Member], buffers: list[PackedMatrix], waited_for: bo
         [member.layer.held_scale for member in group],
     )
     if capturing(first.weight):
-        return
+        return None
     pending = None
     if waited_for and first.weight.is_cuda:
         pending = torch.cuda.Event()
@@ -79,6 +83,7 @@ def _pack_group(group: list[Member], buffers: list[PackedMatrix], waited_for: bo
         record = member.record
         record.note(member.layer, member.weight, version)
         record.packed, record.dtype, record.pending = packed, member.dtype, pending
+    return again
 
 
 def new_buffers(weight: Tensor, both_ways: bool) -> PackedMatrix:

@@ -96,6 +96,10 @@ class PackedWeight:
         self._config, self._held = layer.sparse_config, _held(layer.held_codes, layer.held_scale)
         self._device_type = weight.device.type
 
+    def renew(self, version: int) -> None:
+        """Record that the weight was packed again as it is now, with all else as noted before."""
+        self._version, self.pending = version, None
+
     def fits(self, layer: PackingLayer, weight: Tensor) -> bool:
         """Whether weight, held tensors and settings are what was packed. Writes through .data do not show."""
         codes, scale = layer.held_codes, layer.held_scale

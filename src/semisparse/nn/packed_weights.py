@@ -4,7 +4,7 @@ import logging
 import threading
 import warnings
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -19,6 +19,7 @@ from semisparse.formats.packed import PackedMatrix
 from semisparse.nn.linear import SemiSparseLinear
 from semisparse.nn.pack_together import Keep, Member, both_ways, fit, new_buffers, pack_together
 from semisparse.nn.packed_weight import PackedWeight, PackingLayer, close_on, open_on
+from semisparse.nn.repetition import Repetition
 from semisparse.nn.whole_weights import managed_by_fsdp, plain_call, why_not_whole
 from semisparse.operands import autocast_enabled
 from semisparse.tracing import noted_compute_dtypes
@@ -80,6 +81,7 @@ class PackedWeights:
         self._named: list[tuple[str, SemiSparseLinear]] | None = None
         self._records: dict[PackingLayer, PackedWeight] = {}
         self._autocast: torch.dtype | None = None
+        self._again: Repetition | None = None
         self._noted_before = len(noted_compute_dtypes())
         self._logged = False
         self._lock = threading.RLock()
@@ -109,25 +111,35 @@ class PackedWeights:
             ConfigError: A layer's mask needs a scale that no recipe has set. Nothing is held then.
         """
         with self._lock:
+            again, self._again = self._again, None
+            if again is not None and self.ready and not everything and again.holds():
+                again.run()
+                self._again = again
+                return len(again)
             if everything:
                 self._named = None
             try:
                 members = self._survey()
-                self._pack(m for m in members if everything or m.weight.requires_grad or not m.fits)
+                wanted = [m for m in members if everything or m.weight.requires_grad or not m.fits]
+                launches = self._pack(wanted)
             except BaseException:
                 self.close()
                 raise
             self._log_fallbacks()
+            if self._named and not self.fallbacks:
+                self._again = Repetition.of(members, [layer for _, layer in self._named], launches)
             return self.layers
 
     def pack_changed(self) -> None:
         """As pack(), but only weights that show a change."""
         with self._lock:
-            self._pack(m for m in self._survey() if not m.fits)
+            self._again = None
+            self._pack([m for m in self._survey() if not m.fits])
 
     def close(self) -> None:
         """Let go of all packed weights and their memory; layers pack at each forward again."""
         with self._lock:
+            self._again = None
             _close(self._records)
 
     def renewed(
@@ -211,9 +223,8 @@ class PackedWeights:
         noted = noted_compute_dtypes()[self._noted_before :]
         return noted[-1] if noted and weight.dtype is torch.float32 else weight.dtype
 
-    def _pack(self, members: Iterable[Member], *, waited_for: bool = False) -> None:
-        if self.ready:
-            pack_together(members, self._buffers, waited_for=waited_for)
+    def _pack(self, members: list[Member], *, waited_for: bool = False) -> list[Callable[[], None] | None]:
+        return pack_together(members, self._buffers, waited_for=waited_for) if self.ready else []
 
     def _buffers(self, member: Member) -> PackedMatrix:
         """Where to pack member: where it was packed before, if that fits."""

@@ -1,7 +1,8 @@
 """Packing many matrices at once, into buffers that keep their addresses."""
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -44,7 +45,7 @@ def pack_many(
     mask: str,
     codes: Sequence[Tensor | None] | None = None,
     scales: Sequence[Tensor | None] | None = None,
-) -> None:
+) -> Callable[[], None] | None:
     """Overwrite buffers with what pack gives for each matrix, byte for byte, and raise their versions.
 
     On CUDA one launch packs all matrices with codes and one all others, by a table of their addresses that is built
@@ -61,6 +62,9 @@ def pack_many(
         codes: As pack's, one or None for each matrix; None where no matrix has any.
         scales: As codes.
 
+    Returns:
+        What does the same again, as long as all tensors stay where they are; None where some matrix was packed alone.
+
     Raises:
         ShapeError, TensorError, ConfigError: As pack.
         EngineError: As pack, and where a CUDA graph is captured before these matrices were packed once.
@@ -75,18 +79,24 @@ def pack_many(
         if len(_PLANS) > _MOST:
             _PLANS.popitem(last=False)
     _PLANS.move_to_end(key)
+    if capturing and plan not in _RECORDED:
+        _RECORDED.append(plan)
+    again = partial(_launch, plan, [buffer for into in buffers for buffer in into[:2]])
     if plan.batches:
-        if capturing and plan not in _RECORDED:
-            _RECORDED.append(plan)
-        for batch in plan.batches:
-            batch.launch()
-        torch.autograd.graph.increment_version([buffer for into in buffers for buffer in into[:2]])
+        again()
     for at in plan.alone:
         into = buffers[at]
         packed, transposed = pack(matrices[at].detach(), dtype, mask, codes[at], scales[at])
         into.matrix.copy_(packed)
         if into.transposed.numel():
             into.transposed.copy_(transposed)
+    return None if plan.alone else again
+
+
+def _launch(plan: _Plan, written: list[Tensor]) -> None:
+    for batch in plan.batches:
+        batch.launch()
+    torch.autograd.graph.increment_version(written)
 
 
 def _place(

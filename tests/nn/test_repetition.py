@@ -1,0 +1,137 @@
+"""A packing that is repeated packs what a new look would, or a new look is taken."""
+
+import pytest
+import torch
+from torch import nn
+
+from semisparse import PackedWeights, SemiSparseLinear, ops, routes, sparsify
+from semisparse.config import SparseConfig
+from semisparse.nn.packed_weights import PackedWeights as Owner
+from semisparse.ops import packing_many
+from semisparse.testing import assert_bit_equal
+
+X = torch.randn(8, 32).bfloat16()
+
+
+class Launch:
+    """What packs matrices on a GPU, as a loop."""
+
+    def __init__(self, matrices, buffers, dtype, mask, codes, scales, capturing) -> None:
+        self.given = list(zip(matrices, buffers, codes, scales, strict=True)), dtype, mask
+
+    def launch(self) -> None:
+        members, dtype, mask = self.given
+        for matrix, into, codes, scale in members:
+            for buffer, packed in zip(into[:2], ops.pack(matrix.detach(), dtype, mask, codes, scale), strict=True):
+                buffer.copy_(packed)
+
+
+@pytest.fixture
+def surveys(monkeypatch: pytest.MonkeyPatch) -> list[Owner]:
+    """The packings that looked at every layer anew; packing is by launches, as on a GPU."""
+    monkeypatch.setattr(routes, "packs", lambda weight, dtype, backend: True)
+    monkeypatch.setattr(packing_many, "_planned", lambda *given: packing_many._Plan([Launch(*given)], []))
+    seen: list[Owner] = []
+    survey = Owner._survey
+    monkeypatch.setattr(Owner, "_survey", lambda self: seen.append(self) or survey(self))
+    return seen
+
+
+def network() -> nn.Sequential:
+    net = nn.Sequential(*(nn.Linear(32, 32) for _ in range(3))).bfloat16()
+    sparsify(net)
+    return net
+
+
+def assert_as_fresh(net: nn.Sequential) -> None:
+    """The forward gives what layers that pack for themselves give."""
+    ours, x = net(X), X
+    for layer in net:
+        fresh = SemiSparseLinear(32, 32, dtype=torch.bfloat16, config=getattr(layer, "sparse_config", None))
+        fresh.load_state_dict(layer.state_dict())
+        fresh.sparse_enabled = layer.sparse_enabled
+        fresh.hold(codes=layer.held_codes, scale=layer.held_scale)
+        x = fresh(x)
+    assert_bit_equal(ours, x)
+
+
+def test_steps_repeat_the_first_packing(surveys: list[Owner]) -> None:
+    net = network()
+    owner = PackedWeights(net)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.5)
+    assert owner.pack() == 3
+    for _ in range(3):
+        net(X).sum().backward()
+        optimizer.step()
+        assert owner.pack() == 3
+        assert_as_fresh(net)
+    assert len(surveys) == 1
+
+
+def replace_parameter(net: nn.Sequential) -> None:
+    net[1].weight = nn.Parameter(torch.randn(32, 32).bfloat16())
+
+
+def move_data(net: nn.Sequential) -> None:
+    net[1].weight.data = torch.randn(32, 32).bfloat16()
+
+
+def make_dense(net: nn.Sequential) -> None:
+    net[1].sparse_enabled = False
+
+
+def hold_codes(net: nn.Sequential) -> None:
+    net[1].hold(codes=ops.tile_codes(torch.randn(32, 32), "transposable"))
+
+
+def set_config(net: nn.Sequential) -> None:
+    net[1].sparse_config = SparseConfig(weight="row")
+
+
+@pytest.mark.parametrize("change", [replace_parameter, move_data, make_dense, hold_codes, set_config])
+def test_a_changed_layer_is_looked_at_anew(surveys: list[Owner], change) -> None:
+    net = network()
+    owner = PackedWeights(net)
+    owner.pack()
+    change(net)
+    owner.pack()
+    assert len(surveys) == 2
+    assert_as_fresh(net)
+
+
+def test_a_layer_that_becomes_sparse_is_packed(surveys: list[Owner]) -> None:
+    net = network()
+    net[0].sparse_enabled = False
+    owner = PackedWeights(net)
+    assert owner.pack() == owner.pack() == 2
+    assert len(surveys) == 1
+    net[0].sparse_enabled = True
+    assert owner.pack() == 3
+    assert len(surveys) == 2
+    assert_as_fresh(net)
+
+
+def test_frozen_weights_are_left_alone_and_everything_looks_anew(surveys: list[Owner]) -> None:
+    net = network()
+    owner = PackedWeights(net)
+    owner.pack()
+    owner.pack(everything=True)
+    assert len(surveys) == 2
+    net[2].weight.requires_grad_(False)
+    owner.pack()
+    owner.pack()
+    assert len(surveys) == 4  # a launch of all would pack the frozen one, too
+    assert_as_fresh(net)
+
+
+def test_nothing_is_repeated_after_close(surveys: list[Owner]) -> None:
+    net = network()
+    owner = PackedWeights(net)
+    owner.pack()
+    owner.close()
+    with torch.no_grad():
+        net[0].weight.neg_()
+    assert_as_fresh(net)
+    owner.pack()
+    assert len(surveys) == 2
+    assert_as_fresh(net)
