@@ -50,7 +50,7 @@ def test_eight_micro_batches_pack_once():
         for _ in range(8):
             net(x).sum().backward()
     assert packed == 2
-    assert counter.counts["pack"] == 2
+    assert not counter.counts["pack"] and not counter.counts["pack_linear"]  # one launch for both, outside of the ops
     assert counter.counts["packed_matmul"] == 2 * 2 * 8
 
 
