@@ -1,8 +1,11 @@
-"""Benchmarks of semi-structured training: whole steps (default), single linear layers (--linear), where 2:4 does not
-help (--no-gain), packing (--pack), following the masks (--metrics).
+"""Benchmarks of semi-structured training: whole steps (default), single linear layers (--linear; --eager for
+packing at each forward and per step alone), where 2:4 does not help (--no-gain), host time of small layers (--host),
+packing (--pack), following the masks (--metrics).
 
     python benchmarks/benchmark_semi_structured_training.py [--card sam-vit-l ...] [--save [DIR]]
     python benchmarks/benchmark_semi_structured_training.py --linear [--mkn 13008,1024,4096 ...] [--save [DIR]]
+    python benchmarks/benchmark_semi_structured_training.py --eager [--mkn 13008,1024,4096 ...] [--save [DIR]]
+    python benchmarks/benchmark_semi_structured_training.py --host [--save [DIR]]
     python benchmarks/benchmark_semi_structured_training.py --no-gain [--card bert-base ...] [--save [DIR]]
     python benchmarks/benchmark_semi_structured_training.py --pack [--save [DIR]]
     python benchmarks/benchmark_semi_structured_training.py --metrics [--card llama ...] [--save [DIR]]
@@ -21,8 +24,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that the f
 
 import torch
 
-from benchmarks import jobs, store
+from benchmarks import host, jobs, store
 from benchmarks.models import CARDS
+from benchmarks.timing import ROUNDS
 from semisparse.gemm.engine import available
 
 
@@ -39,12 +43,14 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     which = made.add_mutually_exclusive_group()
     which.add_argument("--linear", action="store_true", help="single linear layers instead of whole steps")
+    which.add_argument("--eager", action="store_true", help="single eager layers, packing at each forward and per step")
+    which.add_argument("--host", action="store_true", help="host time of small layers, and where it goes")
     which.add_argument("--no-gain", action="store_true", help="small layers, and whole steps that the host bounds")
-    which.add_argument("--pack", action="store_true", help="the pack kernel alone")
+    which.add_argument("--pack", action="store_true", help="the pack kernel alone, and all packs of a model")
     which.add_argument("--metrics", action="store_true", help="what MaskMetrics costs beside a step")
     made.add_argument("--mkn", nargs="+", type=_shape, default=[], metavar="M,K,N", help="shapes of single layers")
     made.add_argument("--card", nargs="+", choices=CARDS, default=[], help="models of whole steps")
-    made.add_argument("--rounds", type=int, default=5, help="interleaved blocks per variant")
+    made.add_argument("--rounds", type=int, help=f"interleaved blocks per variant: {ROUNDS}; {host.ROUNDS} for --host")
     made.add_argument("--save", nargs="?", type=Path, const=store.RESULTS, metavar="DIR")
     made.add_argument("--toy", action="store_true", help="toy size, on any device: tries the program, measures nothing")
     return made
@@ -52,7 +58,11 @@ def parser() -> argparse.ArgumentParser:
 
 def chosen(options: argparse.Namespace) -> Iterable[jobs.Job]:
     """The jobs that were asked for, in order."""
-    rounds, toy = options.rounds, options.toy
+    rounds, toy = options.rounds or ROUNDS, options.toy
+    if options.host:
+        return jobs.hosts(options.rounds, toy)
+    if options.eager:
+        return jobs.eager_layers(options.mkn, rounds, toy)
     if options.pack:
         return jobs.packing(rounds, toy)
     if options.metrics:

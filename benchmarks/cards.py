@@ -7,17 +7,21 @@ A page holds marked places, <!-- generated: NAME --> ... <!-- end -->, which are
 
 import statistics
 import sys
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that the file runs as a script from anywhere
 
-from benchmarks import picture, tables
+from benchmarks import host_tables, picture, tables
 from benchmarks.blocks import filled
+from benchmarks.launches import launch_note
+from benchmarks.models import CARDS as MODELS
 from benchmarks.models import NO_GAIN
 from benchmarks.origin import origin, short_origin
 from benchmarks.store import ROOT, load
+from benchmarks.table import Table
 from semisparse_lab.report import cards as experiments
 from semisparse_lab.report.curves import curves
 
@@ -29,6 +33,19 @@ ON_PAGE = ("vit-fashion-mnist", "vit-fashion-mnist-long", "dino-fashion-mnist", 
 SPARSE_THEN_DENSE = ("sparse-070", "dinov2-070")
 COMMAND = "python benchmarks/benchmark_semi_structured_training.py"
 
+RATIOS = (
+    "Ratios are dense time / 2:4 time, with optimizer step where there is one; above 1, 2:4 is faster. *each*: the "
+    "weight is packed at each forward, the default. *per step*: all weights are packed together once per step "
+    '(`pack="per_step"`), and this is part of the step.'
+)
+PARTS = (
+    "Where the host time of one eager layer goes that packs at each forward. Each part is timed by itself, with warm "
+    "caches; what they do not add up to is given as not covered."
+)
+TOGETHER = (
+    "All linears of the model packed by `PackedWeights.pack()`, sustained, by CUDA events. Ideal is the time in which "
+    "the same bytes are read and written at the rate of the large weight's pack in the same run."
+)
 Result = dict[str, Any]
 
 
@@ -49,18 +66,61 @@ def linear_card(result: Result) -> str:
 
 def end_to_end_card(result: Result) -> str:
     """One whole training step."""
-    times = {kind: f"{time['p20_ms']:.1f} to {time['p80_ms']:.1f}" for kind, time in result["times_ms"].items()}
-    saved = ", ".join(f"{shape}: {ms:.2f} ms" for shape, ms in result["saved_by_products_ms"].items())
+    names = {"dense": "dense", "sparse": "packing at each forward", "per step": "packing per step"}
+    times = [f"{names[kind]} {time['p20_ms']:.1f} to {time['p80_ms']:.1f} ms" for kind, time in _known_times(result)]
+    saved = ", ".join(f"{shape}: {ms:.2f} ms" for shape, ms in result.get("saved_by_products_ms", {}).items())
     products = f" The products of these layers save, packing not counted ({saved} by N x K)." if saved else ""
     return _page(
         result["title"],
+        tables.models([result]).markdown(),
         tables.end_to_end([result]).markdown(),
-        f"p20 to p80: dense {times['dense']} ms, 2:4 {times['sparse']} ms. "
-        f"{result['swapped']} linears are 2:4.{products}",
-        tables.limit_note(load("linear")),
+        f"p20 to p80: {', '.join(times)}. {result['swapped']} linears are 2:4.{products}",
+        launch_note([result]),
+        tables.limit_note(load("linear")) if result.get("limit") else "",
         result["note"],
         origin([result]),
         f"Remake: `{COMMAND} --card {result['card']} --save`",
+    )
+
+
+def _known_times(result: Result) -> list[tuple[str, dict[str, float]]]:
+    return [(kind, time) for kind, time in result["times_ms"].items() if kind in tables.STEPS]
+
+
+def models_card() -> str:
+    """Every whole step and the eager single layers, packing at each forward and per step."""
+    steps, layers = all_steps(), load("eager-linear")
+    return _page(
+        "Models: packing at each forward and per step",
+        RATIOS,
+        tables.models(steps).markdown() if steps else "",
+        _sentences(origin(steps), launch_note(steps)),
+        f"Remake: {_card_commands(steps)}.",
+        "One eager linear layer, forward + backward, bf16 with bias:" if layers else "",
+        host_tables.eager_linear(layers).markdown() if layers else "",
+        _sentences(origin(layers), launch_note(layers), f"Remake: `{COMMAND} --eager --save`.") if layers else "",
+    )
+
+
+def host_card() -> str:
+    """Host time of small layers, and where it goes."""
+    stacks, layers = load("host"), load("host-parts")
+    return _page(
+        "Host time",
+        *[f"{_stack(result)}\n\n{host_tables.host_time(result).markdown()}" for result in stacks],
+        *[f"{PARTS}\n\n{host_tables.parts(result).markdown()}" for result in layers],
+        _sentences(origin([*stacks, *layers]), launch_note([*stacks, *layers])),
+        f"Remake: `{COMMAND} --host --save`",
+    )
+
+
+def _stack(result: Result) -> str:
+    """What was called, in words."""
+    stack = result["stack"]
+    return (
+        f"{stack['layers']} layers {stack['in_features']} x {stack['out_features']}, {stack['tokens']} tokens, bf16, "
+        f"no bias: time to issue one iteration, per layer, median of {result['rounds']} rounds in which all variants "
+        "take turns. The forward records gradients. The ratio is taken round by round."
     )
 
 
@@ -71,6 +131,7 @@ def no_gain_card() -> str:
         "Where 2:4 does not help",
         "Dense and 2:4 interleaved in one process, sustained; a ratio below 1 means that 2:4 is slower. The spread is "
         "that of the ratio over the interleaved rounds.",
+        tables.models(steps).markdown() if steps else "",
         tables.end_to_end(steps).markdown() if steps else "",
         "One linear layer, forward + backward with its packing, bf16:",
         tables.small_linear(small).markdown() if small else "",
@@ -81,13 +142,15 @@ def no_gain_card() -> str:
 
 def pack_card() -> str:
     """The pack kernel at all its sizes."""
-    results = packs()
+    results, together = packs(), load("pack-together")
     return _page(
         "Packing a weight in both directions, bf16",
         tables.pack(results).markdown(),
+        host_tables.pack_together(together).markdown() if together else "",
+        TOGETHER if together else "",
         "Cold L2 cache, calls replayed from a CUDA graph. The copy moves as many bytes as packing does; the tile op is "
         "`torch._sparse_semi_structured_tile`.",
-        origin(results),
+        origin([*results, *together]),
         f"Remake: `{COMMAND} --pack --save`",
     )
 
@@ -103,6 +166,12 @@ def metrics_card() -> str:
         origin(results),
         f"Remake: `{COMMAND} --metrics --save`",
     )
+
+
+def all_steps() -> list[Result]:
+    """Whole steps in the order of the registry."""
+    order = list(MODELS)
+    return sorted((one for one in load("end-to-end") if one["card"] in order), key=lambda one: order.index(one["card"]))
 
 
 def packs() -> list[Result]:
@@ -173,12 +242,15 @@ def blocks() -> dict[str, str]:
         "speed": f"{tables.end_to_end_short(steps).markdown()}\n\n{short_origin(steps)}",
         "no-gain": f"{losing.markdown()}\n\n{short_origin([*slow, *small, *linear])}",
         "accuracy": f"{accuracy_summary()} Measured on {gpus(every)}.",
-        "end-to-end": _remade(tables.end_to_end(steps).markdown(), steps, ""),
+        "models": _models_block(),
+        "eager-linear": _block(load("eager-linear"), host_tables.eager_linear, "--eager "),
+        "host-time": _host_block(),
         "limit": tables.limit_note(linear),
         "linear": _remade(tables.linear_summary(linear).markdown(), linear, "--linear "),
         "pack": _remade(tables.pack(packs()).markdown(), packs(), "--pack "),
+        "pack-together": _block(load("pack-together"), host_tables.pack_together, "--pack ", TOGETHER),
         "metrics": _remade(tables.metrics(load("metrics")).markdown(), load("metrics"), "--metrics "),
-        "no-gain-all": _no_gain_tables(slow, small) if slow or small else losing.markdown(),
+        "no-gain-all": _block(small, tables.small_linear, "--no-gain "),
     }
     for name in ON_PAGE:
         results = accuracy()[name]
@@ -194,14 +266,42 @@ def gpus(results: list[Result]) -> str:
     return " and ".join(f"one {name}" for name in names)
 
 
-def _no_gain_tables(steps: list[Result], small: list[Result]) -> str:
-    shown = [tables.end_to_end(steps).markdown()] if steps else []
-    shown += [tables.small_linear(small).markdown()] if small else []
-    return _remade("\n\n".join(shown), [*steps, *small], "--no-gain ")
+def _models_block() -> str:
+    steps = all_steps()
+    table = "\n\n".join(made.markdown() for made in (tables.models(steps), tables.end_to_end(steps)))
+    measured = _sentences(origin(steps), launch_note(steps), f"Remake: {_card_commands(steps)}.")
+    return f"{RATIOS}\n\n{table}\n\n{measured}"
+
+
+def _card_commands(steps: list[Result]) -> str:
+    return f"`{COMMAND} --card {' '.join(result['card'] for result in steps)} --save`"
+
+
+def _host_block() -> str:
+    stacks, layers = load("host"), load("host-parts")
+    shown = [f"{_stack(result)}\n\n{host_tables.host_time(result).markdown()}" for result in stacks]
+    shown += [f"{PARTS}\n\n{host_tables.parts(result).markdown()}" for result in layers]
+    return _remade("\n\n".join(shown), [*stacks, *layers], "--host ") if shown else _missing("--host ")
+
+
+def _block(results: list[Result], table: Callable[[list[Result]], Table], option: str, intro: str = "") -> str:
+    """A table with what it was measured on; the command alone while there is no result."""
+    if not results:
+        return _missing(option)
+    return _remade("\n\n".join(filter(None, (intro, table(results).markdown()))), results, option)
+
+
+def _missing(option: str) -> str:
+    return f"Not measured yet: `{COMMAND} {option}--save`."
 
 
 def _remade(text: str, results: list[Result], option: str) -> str:
-    return f"{text}\n\n{origin(results)} Remake: `{COMMAND} {option}--save`."
+    measured = _sentences(origin(results), launch_note(results), f"Remake: `{COMMAND} {option}--save`.")
+    return f"{text}\n\n{measured}"
+
+
+def _sentences(*texts: str) -> str:
+    return " ".join(filter(None, texts))
 
 
 def _page(title: str, *paragraphs: str) -> str:
@@ -214,6 +314,9 @@ def outputs() -> dict[Path, str]:
     made |= {CARDS / f"{result['card']}.md": end_to_end_card(result) for result in gaining_steps()}
     if load("small-linear") or no_gain_steps():
         made[CARDS / "no-gain.md"] = no_gain_card()
+    made[CARDS / "models.md"] = models_card()
+    if load("host") or load("host-parts"):
+        made[CARDS / "host-time.md"] = host_card()
     made |= {CARDS / "pack.md": pack_card(), CARDS / "metrics.md": metrics_card(), **accuracy_cards()}
     return made | filled(PAGES, blocks())
 

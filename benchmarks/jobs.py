@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks import end_to_end, linear, metrics, pack, tables
+from benchmarks import eager_linear, end_to_end, host, host_parts, host_tables, linear, metrics, pack, tables
 from benchmarks.models import GAINS, NO_GAIN
 from benchmarks.table import Table
 
@@ -29,10 +29,36 @@ class Job:
 
 
 def packing(rounds: int, toy: bool) -> Iterator[Job]:
-    """The pack kernel alone."""
+    """The pack kernel alone, then all packs of a model together."""
     for n, k in pack.TOY_SHAPES if toy else pack.SHAPES:
         yield Job(
             f"pack-{n}x{k}", "pack", lambda n=n, k=k: pack.benchmark(n, k, rounds), lambda found: [tables.pack([found])]
+        )
+    yield Job(
+        "pack-together",
+        "pack-together",
+        lambda: pack.together(rounds, toy),
+        lambda found: [host_tables.pack_together([found])],
+    )
+
+
+def hosts(rounds: int | None, toy: bool) -> Iterator[Job]:
+    """Host time of small layers, then where that of one layer goes."""
+    count = rounds or host.ROUNDS
+    yield Job("host-time", "host", lambda: host.benchmark(count, toy), lambda found: [host_tables.host_time(found)])
+    yield Job(
+        "host-parts", "host-parts", lambda: host_parts.benchmark(count, toy), lambda found: [host_tables.parts(found)]
+    )
+
+
+def eager_layers(shapes: Sequence[tuple[int, int, int]], rounds: int, toy: bool) -> Iterator[Job]:
+    """Single eager linears, packing at each forward and per step."""
+    for mkn in shapes or (linear.TOY_SHAPES if toy else eager_linear.SHAPES):
+        yield Job(
+            f"eager-linear-{'x'.join(map(str, mkn))}",
+            "eager-linear",
+            lambda mkn=mkn: eager_linear.benchmark(*mkn, rounds),
+            lambda found: [host_tables.eager_linear([found])],
         )
 
 
@@ -65,7 +91,7 @@ def steps(cards: Sequence[str], rounds: int, toy: bool) -> Iterator[Job]:
             card,
             "end-to-end",
             lambda card=card: end_to_end.benchmark(card, rounds, toy),
-            lambda found: [tables.end_to_end([found])],
+            lambda found: [tables.models([found]), tables.end_to_end([found])],
         )
 
 

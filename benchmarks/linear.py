@@ -49,7 +49,7 @@ Contexts = dict[str, Callable[[], AbstractContextManager[object]]]
 
 def benchmark(tokens: int, in_features: int, out_features: int, rounds: int) -> dict[str, Any]:
     """Time all variants at one shape; returns times in ms, ratios, limits, peak memory and the errors of peers."""
-    x, grad_output = _inputs(tokens, in_features, out_features)
+    x, grad_output = inputs(tokens, in_features, out_features)
     steps, errors = _steps(x, grad_output)
     parts = _parts(x.detach(), steps, grad_output)
     calls = {name: call for name, (_, call) in steps.items()}
@@ -79,9 +79,9 @@ def benchmark(tokens: int, in_features: int, out_features: int, rounds: int) -> 
 
 def small(tokens: int, in_features: int, out_features: int, rounds: int) -> dict[str, Any]:
     """Dense and 2:4 alone at one shape, eager and from a CUDA graph: where a layer is too small to gain."""
-    x, grad_output = _inputs(tokens, in_features, out_features)
+    x, grad_output = inputs(tokens, in_features, out_features)
     layers = {"dense": torch.nn.Linear, WEIGHT: SemiSparseLinear}
-    calls = {name: _step(_layer(kind, x, grad_output), x, grad_output) for name, kind in layers.items()}
+    calls = {name: step(_layer(kind, x, grad_output), x, grad_output) for name, kind in layers.items()}
     for call in calls.values():
         call()
     whole = {**calls, **{f"graph: {name}": captured(call) for name, call in calls.items()}}
@@ -94,7 +94,8 @@ def small(tokens: int, in_features: int, out_features: int, rounds: int) -> dict
     }
 
 
-def _inputs(tokens: int, in_features: int, out_features: int) -> tuple[torch.Tensor, torch.Tensor]:
+def inputs(tokens: int, in_features: int, out_features: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """x, which requires its gradient, and a gradient of y; bf16."""
     torch.manual_seed(0)
     x = torch.randn(tokens, in_features, device=device(), dtype=torch.bfloat16, requires_grad=True)
     return x, torch.randn(tokens, out_features, device=device(), dtype=torch.bfloat16)
@@ -119,7 +120,7 @@ def _steps(
     for name, maker in makers.items():
         try:
             layer = _layer(maker, x, grad_output)
-            call = _step(layer, x, grad_output)
+            call = step(layer, x, grad_output)
             call()
             synchronize()
             steps[name] = layer, call
@@ -136,7 +137,8 @@ def _torchao(in_features: int, out_features: int, **factory: Any) -> torch.nn.Mo
     return TorchaoLinear.from_dense(torch.nn.Linear(in_features, out_features, **factory))
 
 
-def _step(layer: torch.nn.Module, x: torch.Tensor, grad_output: torch.Tensor) -> Call:
+def step(layer: torch.nn.Module, x: torch.Tensor, grad_output: torch.Tensor) -> Call:
+    """Forward and backward of layer; gradients are set to None before."""
     tensors = [x, *layer.parameters()]
 
     def call() -> None:

@@ -28,11 +28,11 @@ class Card:
         step: Makes a training step from the model as it runs, the model with the parameters, and whether at toy size.
         select: Which linears are made sparse, as semisparse.sparsify takes it.
         exclude: Which are not.
-        tokens: Rows of the products in one step.
         note: What else to tell the reader.
         blocks: Submodule list whose members are compiled one by one (they share their code) instead of the whole model.
         compiled: Whether the model is compiled at all.
         gains: Whether the model is here to show a gain, or where there is none.
+        optimizes: Whether the step ends with an optimizer step.
     """
 
     label: str
@@ -41,11 +41,11 @@ class Card:
     step: Callable[[torch.nn.Module, torch.nn.Module, bool], Step]
     select: str | None
     exclude: tuple[str, ...] = ()
-    tokens: int = 0
     note: str = ""
     blocks: str | None = None
     compiled: bool = True
     gains: bool = True
+    optimizes: bool = True
 
     @property
     def title(self) -> str:
@@ -164,11 +164,11 @@ CARDS = {
         _sam,
         _sam_step,
         "mlp",
-        tokens=8 * 64 * 64,
         note="The seed document reports 1.063 for this model on an A100. On an H200 only a quarter of the step is "
         "matrix products (84 of 311 ms when it was first profiled); attention with relative positions takes most of "
         "the rest. Dense and sparse are compiled block by block, which takes less time than the whole encoder at once.",
         blocks="vision_encoder.layers",
+        optimizes=False,
     ),
     "timm-vit-l": Card(
         "timm vit_large_patch16_224, batch 128",
@@ -176,7 +176,6 @@ CARDS = {
         _timm,
         _timm_step(128),
         "blocks",
-        tokens=128 * 197,
     ),
     "llama": Card(
         "Llama-style 2048/8192, 8 layers, 8x2048 tokens",
@@ -185,7 +184,6 @@ CARDS = {
         _token_step(8, 2048),
         None,
         exclude=("lm_head",),
-        tokens=8 * 2048,
     ),
     "bert-base": Card(
         "BERT-base, 32x128 tokens, compiled",
@@ -193,7 +191,6 @@ CARDS = {
         _bert,
         _token_step(32, 128),
         "encoder.layer",
-        tokens=32 * 128,
         gains=False,
     ),
     "timm-vit-l-32-eager": Card(
@@ -202,9 +199,26 @@ CARDS = {
         _timm,
         _timm_step(32),
         "blocks",
-        tokens=32 * 197,
         compiled=False,
         gains=False,
+    ),
+    "timm-vit-l-32-mlp-eager": Card(
+        "timm vit_large_patch16_224, batch 32, eager, MLPs",
+        "bf16, fused AdamW, MLP linears sparse",
+        _timm,
+        _timm_step(32),
+        "mlp",
+        compiled=False,
+        gains=False,
+    ),
+    "llama-eager": Card(
+        "Llama-style 2048/8192, 8 layers, 8x2048 tokens, eager",
+        "bf16, fused AdamW, all linears but the head sparse",
+        _llama,
+        _token_step(8, 2048),
+        None,
+        exclude=("lm_head",),
+        compiled=False,
     ),
     "llama-1-eager": Card(
         "Llama-style 2048/8192, 8 layers, 1x2048 tokens, eager",
@@ -213,7 +227,6 @@ CARDS = {
         _token_step(1, 2048),
         None,
         exclude=("lm_head",),
-        tokens=2048,
         compiled=False,
         gains=False,
     ),

@@ -22,6 +22,8 @@ LIMIT = (
 )
 WAYS = {"": "eager", "one thread: ": "eager, one autograd thread", "graph: ": "CUDA graph"}
 HEADLINES = ("dense", WEIGHT, ACTIVATION)
+STEPS = ("dense", "sparse", "per step")
+"""Variants of a whole training step: dense, packing at each forward, packing per step."""
 
 
 def number(value: float | None, digits: int) -> str:
@@ -43,7 +45,7 @@ def spread(result: Result, name: str | None = None) -> str:
 
 def limit(result: Result, name: str | None = None) -> str:
     """The measured limit, or the estimated one with a tilde."""
-    measured = result["limit"] if name is None else result["limit"].get(name)
+    measured = result.get("limit") if name is None else result["limit"].get(name)
     if result.get("limit_method") == "measured":
         estimated = None if name is None else result["limit_estimated"].get(name)
     else:
@@ -111,20 +113,32 @@ def label(result: Result) -> str:
     return result.get("label") or (card.label if card else result["title"])
 
 
+def models(results: Sequence[Result]) -> Table:
+    """How many times faster than dense whole training steps are, packing at each forward and per step."""
+    rows = []
+    for result in results:
+        cells = [label(result), f"{result['times_ms']['dense']['median_ms']:.1f}"]
+        for found in (result, result.get("per_step")):
+            cells += [f"**{found['ratio_to_dense']:.3f}**", spread(found)] if found else ["", ""]
+        rows.append((*cells, gpu(result) if "provenance" in result else ""))
+    columns = ("training step", "dense ms", "each", "p20 to p80", "per step", "p20 to p80", "GPU")
+    return without_empty(Table(columns, tuple(rows)))
+
+
 def end_to_end(results: Sequence[Result]) -> Table:
-    """Whole training steps, dense against sparse."""
+    """Times and memory of whole training steps."""
     rows = []
     for result in results:
         times, memory = result["times_ms"], result["peak_memory_bytes"]
-        cells = [label(result), *(f"{times[kind]['median_ms']:.1f}" for kind in ("dense", "sparse"))]
-        cells += [f"**{result['ratio_to_dense']:.3f}**", spread(result), limit(result)]
-        rows.append((*cells, " / ".join(f"{memory[kind] / 2**30:.1f}" for kind in ("dense", "sparse"))))
+        known = [kind for kind in STEPS if kind in memory]
+        cells = [label(result), *(number(times.get(kind, {}).get("median_ms"), 1) for kind in STEPS)]
+        rows.append((*cells, limit(result), " / ".join(f"{memory[kind] / 2**30:.1f}" for kind in known)))
     errors = tuple(
         f"{label(result)}, {kind}: {' '.join(error.split())}"
         for result in results
         for kind, error in result.get("errors", {}).items()
     )
-    columns = ("training step", "dense ms", "2:4 ms", "ratio", "p20 to p80", "limit", "peak GiB, dense / 2:4")
+    columns = ("training step", "dense ms", "each ms", "per step ms", "limit", "peak GiB, in this order")
     return without_empty(Table(columns, tuple(rows), errors))
 
 
@@ -135,19 +149,21 @@ def end_to_end_short(results: Sequence[Result]) -> Table:
             label(result),
             *(f"{result['times_ms'][kind]['median_ms']:.1f}" for kind in ("dense", "sparse")),
             f"**{result['ratio_to_dense']:.2f}**",
+            f"**{result['per_step']['ratio_to_dense']:.2f}**" if "per_step" in result else "",
             gpu(result),
         )
         for result in results
     )
-    return Table(("compiled training step", "dense ms", "2:4 ms", "dense / 2:4", "GPU"), rows)
+    columns = ("training step", "dense ms", "2:4 ms", "dense / 2:4", "packed per step", "GPU")
+    return without_empty(Table(columns, rows))
 
 
 def losing_rows(results: Sequence[Result]) -> list[tuple[str, float, str, Result]]:
-    """(what, ratio, variant of the times, result) of steps that are here to show no gain and of layers that lose."""
+    """(what, ratio, variant of the times, result) of steps and layers that lose."""
     rows = [
         (label(result), result["ratio_to_dense"], "sparse", result)
         for result in results
-        if result["kind"] == "end-to-end"
+        if result["kind"] == "end-to-end" and result["ratio_to_dense"] < 1
     ]
     for kind, way in (("linear", ""), ("small-linear", "graph: ")):
         for result in results:

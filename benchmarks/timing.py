@@ -10,7 +10,7 @@ Without a GPU everything runs on the CPU with the host's clock, so that the prog
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 
@@ -45,8 +45,8 @@ class Timing:
 
 
 @dataclass(frozen=True)
-class Ratio:
-    """The time of one variant over that of another, round by round: median, 20th and 80th percentile."""
+class Spread:
+    """Median, 20th and 80th percentile of one figure over the rounds."""
 
     median: float
     p20: float
@@ -98,11 +98,15 @@ def interleaved(
     return {name: _timing(values, counts[name] * rounds) for name, values in blocks.items()}
 
 
-def ratio(dense: Timing, other: Timing) -> Ratio:
+def ratio(dense: Timing, other: Timing) -> Spread:
     """How many times faster than dense the other variant is, from blocks of the same rounds."""
-    quotients = [one / two for one, two in zip(dense.blocks_ms, other.blocks_ms, strict=True)]
-    low, high = _percentiles(quotients)
-    return Ratio(statistics.median(quotients), low, high)
+    return summary([one / two for one, two in zip(dense.blocks_ms, other.blocks_ms, strict=True)])
+
+
+def summary(values: Sequence[float]) -> Spread:
+    """Median, 20th and 80th percentile."""
+    low, high = _percentiles(values)
+    return Spread(statistics.median(values), low, high)
 
 
 def captured(call: Callable[[], object]) -> Callable[[], object]:
@@ -163,7 +167,7 @@ def _timing(values: list[float], calls: int) -> Timing:
     return Timing(statistics.median(values), low, high, calls, tuple(values))
 
 
-def _percentiles(values: list[float]) -> tuple[float, float]:
+def _percentiles(values: Sequence[float]) -> tuple[float, float]:
     """The 20th and the 80th percentile."""
-    cuts = statistics.quantiles(values, n=5, method="inclusive") if len(values) > 1 else values * 4
+    cuts = statistics.quantiles(values, n=5, method="inclusive") if len(values) > 1 else list(values) * 4
     return cuts[0], cuts[-1]

@@ -5,8 +5,9 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
-from benchmarks import blocks, cards, picture, store, table
+from benchmarks import blocks, cards, jobs, picture, store, table
 
 OUTPUTS = cards.outputs()
 
@@ -39,7 +40,37 @@ def test_every_card_has_its_result() -> None:
     stems = {path.stem for path in cards.RESULTS.glob("*.json")}
     stems |= {kind for kind in ("pack", "metrics") if store.load(kind)} | cards.accuracy().keys()
     stems |= {"no-gain"} if store.load("small-linear") else set()
+    stems |= {"models"} if store.load("end-to-end") else set()
+    stems |= {"host-time"} if store.load("host") or store.load("host-parts") else set()
     assert {path.stem for path in cards.CARDS.glob("*.md")} <= stems
+
+
+@pytest.fixture
+def new_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Results of toy size of every kind of which there may be no stored result yet."""
+    monkeypatch.setattr(torch, "compile", lambda model: model)
+    made = {job.kind: job for job in [*jobs.hosts(2, True), *jobs.eager_layers([], 2, True), *jobs.packing(2, True)]}
+    source = store.provenance()
+    found = {
+        kind: {"provenance": source, "kind": kind, **job.measure()} for kind, job in made.items() if kind != "pack"
+    }
+    monkeypatch.setattr(cards, "load", lambda kind: [found[kind]] if kind in found else store.load(kind))
+
+
+def test_new_kinds_of_results_fill_their_cards_and_places_and_fit_the_page(new_results: None) -> None:
+    places = ("eager-linear", "host-time", "pack-together")
+    made = [cards.blocks()[name] for name in places] + [cards.host_card(), cards.models_card(), cards.pack_card()]
+    for text in made:
+        assert "Remake: `python benchmarks/" in text
+        assert max(len(line) for line in text.splitlines() if line.startswith("|")) <= table.WIDTH + 2
+
+
+def test_a_place_without_result_names_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    without = ("eager-linear", "host", "host-parts", "pack-together")
+    monkeypatch.setattr(cards, "load", lambda kind: [] if kind in without else store.load(kind))
+    made = cards.blocks()
+    for place, option in (("eager-linear", "--eager"), ("host-time", "--host"), ("pack-together", "--pack")):
+        assert made[place] == f"Not measured yet: `{cards.COMMAND} {option} --save`."
 
 
 def test_every_experiment_has_its_plot() -> None:

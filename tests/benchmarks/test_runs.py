@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,8 @@ import torch
 from torch import nn
 
 from benchmarks import benchmark_semi_structured_training as program
-from benchmarks import end_to_end, jobs, linear, models, store, table, tables
+from benchmarks import end_to_end, host, host_parts, jobs, linear, models, store, table, tables
+from semisparse import PackedWeights, native
 from semisparse.gemm.cusparselt import Availability
 
 WEIGHT = linear.WEIGHT
@@ -24,19 +26,35 @@ def step(compiled: nn.Module, model: nn.Module, toy: bool) -> Callable[[], objec
 
 
 def toy(label: str, **changes: bool) -> models.Card:
-    return models.Card(label, "details", build, step, None, tokens=8, **changes)
+    return models.Card(label, "details", build, step, None, **changes)
 
 
-@pytest.mark.parametrize("option", [["--linear"], ["--no-gain", "--mkn", "32,64,64"], ["--pack"]], ids=" ".join)
+@pytest.mark.parametrize(
+    ("option", "files"),
+    [
+        (["--linear"], {"linear-32x64x128"}),
+        (["--eager"], {"eager-linear-32x64x128"}),
+        (["--host"], {"host-time", "host-parts"}),
+        (["--no-gain", "--mkn", "32,64,64"], {"small-linear-32x64x64"}),
+        (["--pack"], {"pack-64x64", "pack-together"}),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
 def test_a_toy_run_prints_narrow_tables_and_writes_its_result(
-    option: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    option: list[str],
+    files: set[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(torch, "compile", lambda model: model)  # takes a while and changes nothing that is tested here
     program.main([*option, "--toy", "--rounds", "2", "--save", str(tmp_path)])
     assert max(map(len, capsys.readouterr().out.splitlines())) <= table.WIDTH
-    (written,) = tmp_path.glob("*.json")
-    result = json.loads(written.read_text())
-    assert result["toy"] and result["provenance"]["commit"]
-    assert written.with_suffix(".csv").exists()
+    assert {path.stem for path in tmp_path.glob("*.json")} == files
+    for written in tmp_path.glob("*.json"):
+        result = json.loads(written.read_text())
+        assert result["toy"] and result["provenance"]["commit"]
+        assert written.with_suffix(".csv").exists()
 
 
 def test_toy_results_cannot_be_taken_for_measurements(capsys: pytest.CaptureFixture[str]) -> None:
@@ -53,26 +71,79 @@ def test_a_ratio_is_taken_round_by_round_and_has_its_spread() -> None:
     assert quotients[0] <= result["ratio_spread"][WEIGHT]["p20"] <= quotients[1]
 
 
-def test_a_compiled_step_has_a_measured_limit_and_an_eager_one_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_is_timed_in_three_variants_and_both_ratios_stand_in_its_table(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(models.Card, "compile", lambda self, model: model)
-    monkeypatch.setitem(models.CARDS, "one", toy("one"))
-    monkeypatch.setitem(models.CARDS, "two", toy("two", compiled=False))
-    one, two = (end_to_end.benchmark(name, 2, True) for name in ("one", "two"))
-    assert one["limit"] > 0 and two["limit"] is None
-    rows = tables.end_to_end([one, two]).rows
-    assert [row[0] for row in rows] == ["one", "two"]
-    assert tables.limit(one) == f"{one['limit']:.3f}" and tables.limit(two) == ""
-
-
-def test_a_limit_that_cannot_be_measured_is_a_note_below_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(model: nn.Module) -> None:
-        raise RuntimeError("no packing today")
-
-    monkeypatch.setattr(models.Card, "compile", lambda self, model: model)
-    monkeypatch.setitem(models.CARDS, "one", toy("one"))
-    monkeypatch.setattr("benchmarks.end_to_end.semisparse.reuse_packed", refuse)
+    monkeypatch.setitem(models.CARDS, "one", toy("one", optimizes=False))
     result = end_to_end.benchmark("one", 2, True)
-    assert tables.end_to_end([result]).notes == ("one, packed beforehand: RuntimeError: no packing today",)
+    assert list(result["times_ms"]) == ["dense", "sparse", "per step"]
+    assert result["launches"] == {"native": native.status().loaded, "reason": native.status().reason}
+    (row,) = tables.models([result]).rows
+    assert row[0] == "one" and f"**{result['ratio_to_dense']:.3f}**" in row
+    assert f"**{result['per_step']['ratio_to_dense']:.3f}**" in row
+
+
+def test_each_variant_of_a_step_is_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[nn.Module] = []
+    monkeypatch.setattr(models.Card, "compile", lambda self, model: compiled.append(model) or model)
+    monkeypatch.setitem(models.CARDS, "one", toy("one", optimizes=False))
+    end_to_end.benchmark("one", 2, True)
+    assert len(compiled) == len(set(map(id, compiled))) == 3
+
+
+def test_packing_per_step_follows_each_optimizer_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    packings: list[str] = []
+
+    def step(compiled: nn.Module, model: nn.Module, toy: bool) -> Callable[[], object]:
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+        def train() -> None:
+            optimizer.zero_grad()
+            compiled(torch.ones(8, 32, dtype=torch.bfloat16)).sum().backward()
+            optimizer.step()
+            packings.append("step")
+
+        return train
+
+    monkeypatch.setattr(PackedWeights, "pack", lambda self, **options: packings.append("pack"))
+    card = models.Card("one", "details", build, step, None, compiled=False)
+    model, _ = models.sparsified(card, True)
+    whole = end_to_end.packing_after(card.step(model, model, True), model, card)
+    packings.clear()
+    whole()
+    whole()
+    assert packings == ["step", "pack"] * 2
+
+
+def test_results_from_before_packing_per_step_fill_the_table_too() -> None:
+    old = {
+        "card": "bert-base",
+        "label": "BERT-base",
+        "times_ms": {"dense": {"median_ms": 21.2}, "sparse": {"median_ms": 37.8}},
+        "peak_memory_bytes": {"dense": 2**30, "sparse": 2**31},
+        "ratio_to_dense": 0.58,
+        "limit": 0.655,
+        "limit_method": "measured",
+    }
+    assert tables.models([old]).rows == (("BERT-base", "21.2", "**0.580**"),)
+    assert tables.end_to_end([old]).rows == (("BERT-base", "21.2", "37.8", "0.655", "1.0 / 2.0"),)
+
+
+def test_host_time_is_relative_to_nn_linear_round_by_round() -> None:
+    assert asdict(host.relative([2.0, 9.0, 6.0], [1.0, 1.0, 2.0])) == {"median": 3.0, "p20": 2.4, "p80": 6.6}
+
+
+def test_host_time_has_every_variant_in_both_modes_and_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda model: model)
+    result = host.benchmark(3, toy=True)
+    for passes in (result["us_per_layer"][mode][name] for mode in ("eager", "compiled") for name in host.PASSES):
+        assert {host.DENSE, host.EACH, host.PER_STEP} <= passes.keys()
+        assert passes[host.DENSE]["ratio"] == {"median": 1.0, "p20": 1.0, "p80": 1.0}
+
+
+def test_the_parts_of_host_time_add_up_to_the_whole() -> None:
+    result = host_parts.benchmark(3, toy=True)
+    assert result["parts"].keys() == host_parts.EXPLAINED.keys()
+    assert sum(result["parts"].values()) == pytest.approx(result["timed"][host_parts.WHOLE]["median"])
 
 
 def test_limits_of_old_results_are_marked_as_estimates() -> None:

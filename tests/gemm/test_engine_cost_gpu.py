@@ -9,6 +9,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+from benchmarks import host
+from semisparse import native
 from semisparse.gemm import problem as problems
 from semisparse.gemm.autotune.autotuner import Autotuner
 from semisparse.gemm.autotune.candidates import MEMORY, integers
@@ -63,37 +65,18 @@ def test_plans_that_come_and_go_leak_neither_host_nor_device_memory():
     engine.close()
 
 
-def median_us(call, batches: int = 15, size: int = 200) -> float:
-    """Median host time of a call over batches; the device is drained in between, so that it never pushes back."""
-    times = []
-    for _ in range(batches):
-        torch.cuda.synchronize()
-        begin = time.perf_counter()
-        for _ in range(size):
-            call()
-        times.append((time.perf_counter() - begin) / size * 1e6)
-    torch.cuda.synchronize()
-    return statistics.median(times)
-
-
-@torch.no_grad()
-def test_host_time_of_a_cached_call_is_at_most_one_and_a_half_of_linears(engine):
+@pytest.mark.parametrize(("variant", "bound"), [(host.EACH, 2.5), (host.PER_STEP, 2.0)])
+def test_host_time_of_an_eager_step_through_small_layers_is_bounded_by_linears(stack, variant, bound):
     """Relative, because both depend on the host: nn.Linear took 14 us on one machine and 29 us on another."""
-    problem = problems.forward(64, 64, 64, BF16, bias=True)
-    a, b, out, bias = whole(problem)
-    packed = engine.compress(a)
-    linear = torch.nn.Linear(64, 64, device="cuda", dtype=BF16)
-    for algorithm in (0, engine.algorithms(problem, 0)[-1]):
+    ratio = host.relative(stack[host.BOTH, variant], stack[host.BOTH, host.DENSE])
+    assert ratio.median <= bound, f"{ratio}; {native.status()}"
 
-        def sparse(algorithm=algorithm):
-            engine.matmul(problems.forward(64, 64, 64, BF16, True), algorithm, Operands(packed, b, out, bias))
 
-        sparse()
-        linear(b)
-        # Batches in turn, so that a slow minute of the host meets both.
-        pairs = [(median_us(sparse, 1), median_us(lambda: linear(b), 1)) for _ in range(15)]
-        ours, dense = (statistics.median(times) for times in zip(*pairs, strict=True))
-        assert ours <= 1.5 * dense, f"{ours:.1f} us, nn.Linear {dense:.1f} us"
+@pytest.fixture(scope="module")
+def stack():
+    """Host times of the stack of small layers, eager; variants in turn, so that a slow minute of the host meets all."""
+    calls = host.variants(compiled=False)
+    return host.rounds_of(calls, rounds=host.ROUNDS, iterations=host.ITERATIONS)
 
 
 def test_a_new_token_count_costs_at_most_a_millisecond(engine):
