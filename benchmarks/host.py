@@ -1,7 +1,8 @@
 """Host time of small layers: what a call costs before the GPU has anything to do.
 
-A stack of small layers in bf16 without bias, of nn.Linear, of 2:4 layers that pack at each forward, and of 2:4 layers
-that pack once per iteration (PackedWeights.pack, counted). Its products are so small that the GPU waits for the host.
+A stack of small layers in bf16, of nn.Linear, of 2:4 layers that pack at each forward, and of 2:4 layers that pack once
+per iteration (PackedWeights.pack, counted). The layers have no bias, unless the mode says so. Products are so small
+that the GPU waits for the host.
 
 Host time is what a few iterations take to issue; the device is waited for between measurements, outside of them. All
 variants run in one process, in turn, in many rounds. A ratio is the median over the rounds of the quotient of the two
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.launches import launches
+from benchmarks.launches import launches, started_natively
 from benchmarks.timing import Spread, device, summary, synchronize
 from semisparse import PackedWeights, SemiSparseLinear
 
@@ -27,6 +28,8 @@ ITERATIONS = 20
 
 DENSE, EACH, PER_STEP, PACKED = "nn.Linear", "each forward", "per step", "per step, pack not counted"
 PASSES = FORWARD, BOTH = "forward", "forward + backward"
+MODES: dict[str, dict[str, bool]] = {"eager": {}, "eager, with bias": {"bias": True}, "compiled": {"compiled": True}}
+"""Mode -> arguments of variants."""
 
 Call = Callable[[], object]
 
@@ -39,14 +42,14 @@ def benchmark(rounds: int = ROUNDS, toy: bool = False) -> dict[str, Any]:
         toy: Two layers, a few iterations.
 
     Returns:
-        For each mode, "eager" and "compiled", each pass and each variant: median, p20 and p80.
+        For each of MODES, each pass and each variant: median, p20 and p80, ratio, and how many sparse products the
+        native library started in one iteration.
     """
     layers, iterations = (2, 2) if toy else (LAYERS, ITERATIONS)
     calls = {
-        (mode, *key): call
-        for mode in ("eager", "compiled")
-        for key, call in variants(layers, compiled=mode == "compiled").items()
+        (mode, *key): call for mode, arguments in MODES.items() for key, call in variants(layers, **arguments).items()
     }
+    started = {key: started_natively(call) for key, call in calls.items()}
     times = rounds_of(calls, rounds=rounds, iterations=iterations)
     modes: dict[str, Any] = {}
     for (mode, passes, kind), values in times.items():
@@ -54,6 +57,7 @@ def benchmark(rounds: int = ROUNDS, toy: bool = False) -> dict[str, Any]:
         modes.setdefault(mode, {}).setdefault(passes, {})[kind] = {
             **asdict(summary([value / layers for value in values])),
             "ratio": asdict(relative(values, dense)),
+            "native_products": started[mode, passes, kind],
         }
     return {
         "stack": {"layers": layers, "in_features": FEATURES, "out_features": FEATURES, "tokens": TOKENS},
@@ -65,13 +69,13 @@ def benchmark(rounds: int = ROUNDS, toy: bool = False) -> dict[str, Any]:
     }
 
 
-def variants(layers: int = LAYERS, *, compiled: bool) -> dict[tuple[str, str], Call]:
+def variants(layers: int = LAYERS, *, compiled: bool = False, bias: bool = False) -> dict[tuple[str, str], Call]:
     """(pass, variant) -> one iteration of the stack; called three times already, which compiles and prepares."""
     torch.manual_seed(0)
     x = torch.randn(TOKENS, FEATURES, device=device(), dtype=torch.bfloat16, requires_grad=True)
     found: dict[tuple[str, str], Call] = {}
     for kind in (DENSE, EACH, PER_STEP):
-        model = _stack(layers, sparse=kind != DENSE)
+        model = _stack(layers, sparse=kind != DENSE, bias=bias)
         called = torch.compile(model) if compiled else model
         pack = PackedWeights(model).pack if kind == PER_STEP else None
         if pack is not None and pack() < layers and device() == "cuda":
@@ -101,10 +105,10 @@ def relative(values: list[float], dense: list[float]) -> Spread:
     return summary([one / two for one, two in zip(values, dense, strict=True)])
 
 
-def _stack(layers: int, *, sparse: bool) -> nn.Module:
+def _stack(layers: int, *, sparse: bool, bias: bool) -> nn.Module:
     kind = SemiSparseLinear if sparse else nn.Linear
     where: dict[str, Any] = {"device": device(), "dtype": torch.bfloat16}
-    return nn.Sequential(*[kind(FEATURES, FEATURES, bias=False, **where) for _ in range(layers)])
+    return nn.Sequential(*[kind(FEATURES, FEATURES, bias=bias, **where) for _ in range(layers)])
 
 
 def _passes(

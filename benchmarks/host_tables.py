@@ -22,8 +22,9 @@ def host_time(result: Result) -> Table:
                     continue
                 ratio = found["ratio"]
                 cells = [f"{mode}, {name}: {kind}", f"{found['median']:.1f}", _range(found, 1)]
-                rows.append((*cells, *(("", "") if kind == DENSE else (_bold(ratio), _range(ratio, 2)))))
-    columns = ("host time per layer", "us", "p20 to p80", "times nn.Linear", "p20 to p80")
+                compared = ("", "", "") if kind == DENSE else (_bold(ratio), _range(ratio, 2), _native(found))
+                rows.append((*cells, *compared))
+    columns = ("host time per layer", "us", "p20 to p80", "times nn.Linear", "p20 to p80", "in C++")
     return Table(columns, tuple(rows))
 
 
@@ -64,6 +65,10 @@ def pack_together(results: Sequence[Result]) -> Table:
     n, k = results[0]["largest_nk"] if results else (0, 0)
     columns = ("packed together", "ms", "MB moved", f"TB/s of {n} x {k}", "times ideal", "p20 to p80")
     return Table(columns, tuple(rows))
+
+
+def _native(found: dict[str, Any]) -> str:
+    return str(found["native_products"])
 
 
 def _bold(found: dict[str, float]) -> str:

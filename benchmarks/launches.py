@@ -1,8 +1,9 @@
 """Who launches the kernels of a run: the native library, or Python."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+from benchmarks.timing import synchronize
 from semisparse import native
 
 Result = dict[str, Any]
@@ -12,6 +13,14 @@ def launches() -> dict[str, Any]:
     """Whether the native library launches in this process, and the reason if it does not."""
     status = native.status()
     return {"native": status.loaded, "reason": status.reason}
+
+
+def started_natively(call: Callable[[], object]) -> int:
+    """Sparse products that the native library starts in one call; those that go through Python are not among them."""
+    before = native.started()
+    call()
+    synchronize()
+    return native.started() - before
 
 
 def launch_note(results: Sequence[Result]) -> str:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from benchmarks import benchmark_semi_structured_training as program
-from benchmarks import end_to_end, host, host_parts, jobs, linear, models, store, table, tables
+from benchmarks import end_to_end, host, host_parts, jobs, launches, linear, models, store, table, tables
 from semisparse import PackedWeights, native
 from semisparse.gemm.cusparselt import Availability
 
@@ -132,12 +132,28 @@ def test_host_time_is_relative_to_nn_linear_round_by_round() -> None:
     assert asdict(host.relative([2.0, 9.0, 6.0], [1.0, 1.0, 2.0])) == {"median": 3.0, "p20": 2.4, "p80": 6.6}
 
 
-def test_host_time_has_every_variant_in_both_modes_and_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_host_time_has_every_variant_in_all_modes_and_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", lambda model: model)
     result = host.benchmark(3, toy=True)
-    for passes in (result["us_per_layer"][mode][name] for mode in ("eager", "compiled") for name in host.PASSES):
+    for passes in (result["us_per_layer"][mode][name] for mode in host.MODES for name in host.PASSES):
         assert {host.DENSE, host.EACH, host.PER_STEP} <= passes.keys()
         assert passes[host.DENSE]["ratio"] == {"median": 1.0, "p20": 1.0, "p80": 1.0}
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_layers_of_the_stack_have_a_bias_where_the_mode_says_so(
+    bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    monkeypatch.setattr(nn.Sequential, "forward", lambda self, x: seen.append(self) or x)
+    host.variants(2, bias=bias)
+    assert {layer.bias is not None for model in seen for layer in model} == {bias}
+
+
+def test_products_in_cpp_are_those_of_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = iter([40, 43])
+    monkeypatch.setattr("benchmarks.launches.native.started", lambda: next(counts))
+    assert launches.started_natively(lambda: None) == 3
 
 
 def test_the_parts_of_host_time_add_up_to_the_whole() -> None:
