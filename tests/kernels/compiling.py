@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from pathlib import Path
 
 import triton
@@ -28,21 +29,23 @@ BITS = SM90_16BIT.bits
 
 
 def compiled(kernel, types, constants, arch, divisible, **options):
-    """Registers and stack bytes of a kernel; types: of all arguments in order, divisible: those that are by 16."""
+    """What a kernel takes and how it moves data; types: of all arguments in order, divisible: those that are by 16."""
     signature = types | dict.fromkeys(constants, "constexpr")
     attributes = {(list(signature).index(name),): [["tt.divisibility", 16]] for name in divisible}
     source = ASTSource(kernel, signature, constants, attributes)
-    binary = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options).asm["cubin"]
+    found = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options).asm
+    binary = found["cubin"]
+    moves = Counter(re.findall(r"\b(?:ld|st)\.(?:global|shared)[.:\w]*", found["ptx"]))
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary)
         file.flush()
         usage = subprocess.run([CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
     registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
     local = re.search(r"LOCAL:(\d+)", usage)
-    return {"registers": int(registers), "stack": int(stack) + int(local[1] if local else 0)}
+    return {"registers": int(registers), "stack": int(stack) + int(local[1] if local else 0), "moves": moves}
 
 
-def pack(arch, source, target, mask, even, wide=False, given_codes=False):
+def pack(arch, source, target, mask, even, wide=False, given_codes=False, aligned=False):
     pointers = {"matrix": "*i64", "codes": "*i16", "scale": "*fp32", "packed": "*u8", "packed_t": "*u8"}
     sizes = ("rows", "rows_padded", "columns", "stride", "row_blocks", "blocks", "row_blocks_t", "blocks_t")
     block = HOPPER_BLOCK if arch == 90 and source is tl.bfloat16 else DEFAULT_BLOCK
@@ -55,7 +58,11 @@ def pack(arch, source, target, mask, even, wide=False, given_codes=False):
     }  # fmt: skip
     absent = {"codes": not given_codes, "scale": not mask.needs_scale, "packed_t": not mask.both_ways}
     constants |= {name: None for name, missing in absent.items() if missing}
-    divisible = [name for name in (*pointers, "rows_padded", "columns") if name not in constants and name != "scale"]
+    divisible = [
+        name
+        for name in (*pointers, "rows_padded", "columns", *(["stride"] if aligned else []))
+        if name not in constants and name != "scale"
+    ]
     types = pointers | dict.fromkeys(sizes, "i32")
     if wide:  # 70 million rows of one metadata block: Triton makes sizes of 1 constants
         constants |= {"blocks": 1}
@@ -99,6 +106,9 @@ def main(arch):
             for even in (True, False) if name == "transposable" else (False,):
                 found[f"pack {name} {source} {'even' if even else 'edges'}"] = pack(
                     arch, source, target, mask, even, False, given
+                )
+                found[f"pack aligned {name} {source} {'even' if even else 'edges'}"] = pack(
+                    arch, source, target, mask, even, False, given, aligned=True
                 )
                 found[f"pack many {name} {source} {'even' if even else 'edges'}"] = many(
                     arch, source, target, mask, even, given

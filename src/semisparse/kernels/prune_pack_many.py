@@ -5,48 +5,23 @@ one axis of the grid, matrix by matrix, each row of blocks by row of blocks, as 
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import lru_cache
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from semisparse import masks
-from semisparse.formats.layout import ALIGNMENT, PACKED_DTYPES, SPARSE_MULTIPLE, MetadataLayout
+from semisparse.formats.layout import MetadataLayout
 from semisparse.kernels import prune_pack
-from semisparse.kernels.grid import INT32_END, LARGEST_SIZE
-from semisparse.kernels.launch_checks import READ_DTYPES, check_buffer, check_choice, check_held
 from semisparse.kernels.launcher import Launcher
+from semisparse.kernels.pack_table import ENTRY, Matrix, check_members, write_table
 from semisparse.kernels.packed_metadata import block_groups, block_rows
 from semisparse.kernels.prune_pack import Block, best_block, check_block, constants_of, pack_block
 
-ENTRY = 16
-"""64-bit words of a matrix in the table, so many that every entry is aligned: where its five tensors lie, four sizes as
-prune_pack takes them, the number of the matrix's first program, and zeros."""
-
-
 HOPPER_BLOCK = Block(tile_rows=16, pairs=8, warps=4, registers=96)
 """For 16-bit matrices on sm90: the addresses from the table take registers, so prune_pack's block would spill."""
-
-
-class Matrix(NamedTuple):
-    """One matrix of a launch, with what prune_pack.launch takes for it.
-
-    Attributes:
-        matrix: R x C, as prune_pack.launch takes it; rows 16-byte aligned.
-        packed: Its buffer.
-        packed_t: Its transpose's buffer, for all matrices of a launch or for none.
-        codes: Tile codes, for all or none.
-        scale: For mask "soft".
-    """
-
-    matrix: Tensor
-    packed: Tensor
-    packed_t: Tensor | None
-    codes: Tensor | None = None
-    scale: Tensor | None = None
 
 
 @triton.jit
@@ -89,23 +64,6 @@ def prune_pack_many(
     )  # fmt: skip
 
 
-def takes(matrix: Tensor, dtype: torch.dtype, mask: masks.Mask) -> bool:
-    """Whether a matrix can be part of a launch: its rows are read where they lie, and offsets fit into 32 bits."""
-    if matrix.dim() != 2 or matrix.dtype not in READ_DTYPES or dtype not in PACKED_DTYPES or not matrix.numel():
-        return False
-    rows, columns = matrix.shape
-    stride = matrix.stride(0) * matrix.itemsize
-    return (
-        mask.chosen_while_packing
-        and not (rows % SPARSE_MULTIPLE or columns % SPARSE_MULTIPLE or stride % ALIGNMENT)
-        and matrix.stride(1) == 1
-        and max(rows, columns) <= LARGEST_SIZE
-        and rows * max(stride // 8, columns // 4) < INT32_END
-        and columns * rows // 4 < INT32_END
-        and not matrix.data_ptr() % ALIGNMENT
-    )
-
-
 def _best_block(dtype: torch.dtype, index: int) -> Block:
     block = best_block(dtype, index)
     return HOPPER_BLOCK if block is prune_pack.HOPPER_BLOCK else block
@@ -113,6 +71,9 @@ def _best_block(dtype: torch.dtype, index: int) -> Block:
 
 class Batch:
     """Matrices that are packed in one launch, again and again, from and to the same addresses.
+
+    On CUDA, building one waits until its table is written, though not for other work of the device. From then on every
+    stream and every captured graph may launch it.
 
     Args:
         members: All of one stored dtype, on one device, and each as takes() wants it.
@@ -122,7 +83,7 @@ class Batch:
         block: What one program covers; None takes what is fastest for the device and dtype.
 
     Raises:
-        ShapeError, TensorError, ConfigError: As prune_pack.launch.
+        ShapeError, TensorError, ConfigError: As check_members.
     """
 
     def __init__(
@@ -133,59 +94,35 @@ class Batch:
         mask: str,
         block: Block | None = None,
     ) -> None:
-        first, chosen = members[0], masks.get(mask)
-        self._index = first.matrix.get_device()
-        block = block or _best_block(first.matrix.dtype, self._index)
-        check_choice(chosen, first.codes is not None, first.scale is not None)
+        first, chosen = members[0].matrix, masks.get(mask)
+        codes, both = members[0].codes is not None, members[0].packed_t is not None
+        index = self._index = first.get_device()
+        block = block or _best_block(first.dtype, index)
         check_block(block, layout)
-        device = first.matrix.device
-        self.table = torch.empty(len(members), ENTRY, dtype=torch.int64, device=device)
-        words: list[list[int]] = []
-        programs: list[int] = []
-        even = True
-        for number, member in enumerate(members):
-            place = self.table[number].data_ptr()
-            entry, count, whole = _entry(member, layout, block, sum(programs), place)
-            words.append(entry)
-            programs.append(count)
-            even = even and whole
-        # From pinned memory, so that building the table does not wait for the device.
-        pinned = self._index >= 0
-        self.table.copy_(torch.tensor(words, dtype=torch.int64, pin_memory=pinned), non_blocking=True)
-        numbers = torch.arange(len(members), dtype=torch.int32)
-        member_of = torch.repeat_interleave(numbers, torch.tensor(programs))
-        self.member_of = (member_of.pin_memory() if pinned else member_of).to(device, non_blocking=True)
-        types, transposed = (first.matrix.dtype, dtype), first.packed_t is not None
-        self._start = _prepare(
-            sum(programs), types, mask, first.codes is not None, transposed, layout, block, even, self._index >= 0
-        )
+        check_members(members, dtype, layout, chosen)
+        # A stream of its own, so that nothing but the copies is waited for.
+        with torch.cuda.stream(_table_stream(index)) if index >= 0 else nullcontext():
+            self._table, self._member_of, even = write_table(members, 4 * block.tile_rows, 8 * block.pairs)
+        self._streams: set[int] = set()
+        types, programs = (first.dtype, dtype), len(self._member_of)
+        self._start = _prepare(programs, types, mask, codes, both, layout, block, even, index >= 0)
 
     def launch(self) -> None:
         """Pack all matrices. Asynchronous, on the current stream of their device."""
-        self._start(self._index, self.table, self.member_of)
+        if self._index >= 0 and torch._C._cuda_getCurrentRawStream(self._index) not in self._streams:
+            self._note_stream(torch.cuda.current_stream(self._index))
+        self._start(self._index, self._table, self._member_of)
+
+    def _note_stream(self, stream: torch.cuda.Stream) -> None:
+        """Keep the table's memory, once it is freed, from being used again before stream is done with it."""
+        for tensor in (self._table, self._member_of):
+            tensor.record_stream(stream)
+        self._streams.add(stream.cuda_stream)
 
 
-def _entry(
-    member: Matrix, layout: MetadataLayout, block: Block, first: int, origin: int
-) -> tuple[list[int], int, bool]:
-    """A matrix's words in the table, its number of programs, and whether they all lie inside the matrix."""
-    matrix, packed, packed_t, codes, scale = member
-    rows, columns = matrix.shape
-    check_held(codes, scale, rows, columns)
-    check_buffer("packed", packed, rows, columns, layout)
-    if packed_t is not None:
-        check_buffer("packed_t", packed_t, columns, rows, layout)
-    height, width = 4 * block.tile_rows, 8 * block.pairs
-    across, down = -(-columns // width), -(-rows // height)
-    tensors = (matrix, codes, scale, packed, packed_t)
-    units = (ALIGNMENT, ALIGNMENT, 4, ALIGNMENT, ALIGNMENT)
-    places = [0 if t is None else (t.data_ptr() - origin) // unit for t, unit in zip(tensors, units, strict=True)]
-    sizes = [rows, rows // 16, columns // 16, matrix.stride(0) * matrix.itemsize // 16]
-    return (
-        [*places, *sizes, first, *[0] * (ENTRY - 10)],
-        across * down,
-        not (rows % height or columns % width),
-    )
+@lru_cache
+def _table_stream(index: int) -> torch.cuda.Stream:
+    return torch.cuda.Stream(index)
 
 
 @lru_cache(4096)

@@ -1,5 +1,6 @@
 """Packing many matrices at once, into buffers that keep their addresses."""
 
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -9,7 +10,8 @@ import torch
 from torch import Tensor
 
 from semisparse import masks
-from semisparse.errors import EngineError, TensorError
+from semisparse.errors import EngineError, ShapeError, TensorError
+from semisparse.formats.layout import MetadataLayout
 from semisparse.formats.packed import PackedMatrix, packed_format
 from semisparse.gemm.engine import engine
 from semisparse.ops.packing import pack
@@ -34,6 +36,7 @@ class _Plan(NamedTuple):
 
 # Plans by all that they depend on, the last used at the end.
 _PLANS: OrderedDict[tuple[Any, ...], _Plan] = OrderedDict()
+_LOCK = threading.Lock()
 # Those that a CUDA graph has recorded: its replays read their tables.
 _RECORDED: list[_Plan] = []
 
@@ -66,21 +69,24 @@ def pack_many(
         What does the same again, as long as all tensors stay where they are; None where some matrix was packed alone.
 
     Raises:
-        ShapeError, TensorError, ConfigError: As pack.
+        ShapeError: As pack, or the sequences differ in length.
+        TensorError, ConfigError: As pack, or matrices differ in dtype or device.
         EngineError: As pack, and where a CUDA graph is captured before these matrices were packed once.
     """
     nothing = [None] * len(matrices)
     codes, scales = codes or nothing, scales or nothing
+    _check_lengths(matrices, buffers=buffers, codes=codes, scales=scales)
     key = (dtype, mask, *map(_place, matrices, buffers, codes, scales))
-    capturing = bool(matrices) and matrices[0].is_cuda and engine().runtime.capturing()
-    plan = _PLANS.get(key)
-    if plan is None:
-        plan = _PLANS[key] = _planned(matrices, buffers, dtype, mask, codes, scales, capturing)
-        if len(_PLANS) > _MOST:
-            _PLANS.popitem(last=False)
-    _PLANS.move_to_end(key)
-    if capturing and plan not in _RECORDED:
-        _RECORDED.append(plan)
+    capturing = _capturing(matrices)
+    with _LOCK:
+        plan = _PLANS.get(key)
+        if plan is None:
+            plan = _PLANS[key] = _planned(matrices, buffers, dtype, mask, codes, scales, capturing)
+            if len(_PLANS) > _MOST:
+                _PLANS.popitem(last=False)
+        _PLANS.move_to_end(key)
+        if capturing and plan not in _RECORDED:
+            _RECORDED.append(plan)
     again = partial(_launch, plan, [buffer for into in buffers for buffer in into[:2]])
     if plan.batches:
         again()
@@ -99,19 +105,32 @@ def _launch(plan: _Plan, written: list[Tensor]) -> None:
     torch.autograd.graph.increment_version(written)
 
 
-def _place(
-    matrix: Tensor, into: PackedMatrix, codes: Tensor | None, scale: Tensor | None
-) -> tuple[int | torch.Size | torch.dtype | None, ...]:
+def _check_lengths(matrices: Sequence[Tensor], **others: Sequence[Any]) -> None:
+    for name, given in others.items():
+        if len(given) != len(matrices):
+            raise ShapeError(f"{name} has {len(given)} entries for {len(matrices)} matrices; give one for each")
+
+
+def _place(matrix: Tensor, into: PackedMatrix, codes: Tensor | None, scale: Tensor | None) -> tuple[Any, ...]:
     """Where one matrix, its buffers and what it is given lie, and all else that a plan depends on."""
+    packed, packed_t = into.matrix, into.transposed
+    # This runs for each matrix at each call, so of the buffers it takes no more than the checks look at. The strides of
+    # the matrix count, because x[:, :16] and x[:, ::2] may agree in all the rest.
     return (
         matrix.data_ptr(),
-        into[0].data_ptr(),
-        into[1].data_ptr(),
         matrix.shape,
-        matrix.stride(0),
+        matrix.stride(),
         matrix.dtype,
-        None if codes is None else codes.data_ptr(),
-        None if scale is None else scale.data_ptr(),
+        packed.data_ptr(),
+        packed.numel(),
+        packed.dtype,
+        packed.is_contiguous(),
+        packed_t.data_ptr(),
+        packed_t.numel(),
+        packed_t.dtype,
+        packed_t.is_contiguous(),
+        None if codes is None else (codes.data_ptr(), codes.shape, codes.dtype, codes.is_contiguous()),
+        None if scale is None else (scale.data_ptr(), scale.shape, scale.dtype),
     )
 
 
@@ -131,19 +150,18 @@ def _planned(
                 f"matrices are {matrix.dtype} on {matrix.device} and {matrices[0].dtype} on {matrices[0].device}; "
                 "pack those of one dtype and device together"
             )
-    written = None
-    if matrices and matrices[0].is_cuda:
-        written = packed_format(matrices[0].get_device(), dtype, engine())
-    if written is None or written.packer != "kernel" or written.layout is None:
+    layout = _kernel_layout(matrices, dtype)
+    if layout is None:
         return _Plan([], list(range(len(matrices))))
-    from semisparse.kernels.prune_pack_many import Batch, Matrix, takes
+    from semisparse.kernels.pack_table import Matrix, takes
+    from semisparse.kernels.prune_pack_many import Batch
 
     groups: dict[tuple[bool, bool], list[Matrix]] = {}
     alone = []
     for at, (matrix, into) in enumerate(zip(matrices, buffers, strict=True)):
-        if takes(matrix, dtype, masks.get(mask)):
-            both = into.transposed.numel() > 0
-            member = Matrix(matrix, into.matrix, into.transposed if both else None, codes[at], scales[at])
+        both = into.transposed.numel() > 0
+        member = Matrix(matrix, into.matrix, into.transposed if both else None, codes[at], scales[at])
+        if takes(member, dtype, masks.get(mask)):
             groups.setdefault((codes[at] is not None, both), []).append(member)
         else:
             alone.append(at)
@@ -152,4 +170,16 @@ def _planned(
             f"{len(matrices)} matrices were not packed together yet, and their table cannot be written while a CUDA "
             "graph is captured: pack them once before the capture"
         )
-    return _Plan([Batch(group, dtype, written.layout, mask) for group in groups.values()], alone)
+    return _Plan([Batch(group, dtype, layout, mask) for group in groups.values()], alone)
+
+
+def _capturing(matrices: Sequence[Tensor]) -> bool:
+    return bool(matrices) and matrices[0].is_cuda and engine().runtime.capturing()
+
+
+def _kernel_layout(matrices: Sequence[Tensor], dtype: torch.dtype) -> MetadataLayout | None:
+    """What the kernel writes on the device of matrices; None where it does not pack."""
+    if not matrices or not matrices[0].is_cuda:
+        return None
+    found = packed_format(matrices[0].get_device(), dtype, engine())
+    return found.layout if found.packer == "kernel" else None
