@@ -4,7 +4,7 @@
 #include "ops.h"
 
 // Raised whenever a structure or a signature below changes, so that Python never uses a library of another version.
-#define SEMISPARSE_INTERFACE 1
+#define SEMISPARSE_INTERFACE 2
 
 #define SEMISPARSE_EXPORT extern "C" __attribute__((visibility("default")))
 

@@ -7,9 +7,11 @@
 
 #include <string>
 #include <tuple>
+#include <type_traits>
 
 #include "keys.h"
 #include "tensors.h"
+#include "text.h"
 
 namespace semisparse {
 
@@ -30,9 +32,19 @@ inline void raise_if(const Tensor& message) {
   throw std::runtime_error(std::string(static_cast<const char*>(message.data_ptr()), message.numel()));
 }
 
+// An argument for Python's ops.
+template <class Argument>
+StableIValue given(const Argument& argument) {
+  if constexpr (std::is_same_v<Argument, Text>) {
+    return from(bytes_of(argument));
+  } else {
+    return from(argument);
+  }
+}
+
 template <class Device, class... Arguments>
 Tensor one_from_python(const char* op, const Arguments&... arguments) {
-  std::array<StableIValue, std::max<size_t>(sizeof...(Arguments), 2)> stack{from(arguments)...};
+  std::array<StableIValue, std::max<size_t>(sizeof...(Arguments), 2)> stack{given(arguments)...};
   ask(std::string(Device::library) + "::" + op + "_in_python", stack.data());
   Tensor result = to<Tensor>(stack[0]);
   raise_if(to<Tensor>(stack[1]));
@@ -41,7 +53,7 @@ Tensor one_from_python(const char* op, const Arguments&... arguments) {
 
 template <class Device, class... Arguments>
 std::tuple<Tensor, Tensor> two_from_python(const char* op, const Arguments&... arguments) {
-  std::array<StableIValue, std::max<size_t>(sizeof...(Arguments), 3)> stack{from(arguments)...};
+  std::array<StableIValue, std::max<size_t>(sizeof...(Arguments), 3)> stack{given(arguments)...};
   ask(std::string(Device::library) + "::" + op + "_in_python", stack.data());
   Tensor first = to<Tensor>(stack[0]), second = to<Tensor>(stack[1]);
   raise_if(to<Tensor>(stack[2]));
@@ -100,7 +112,7 @@ TwoBuffers start_pack(LaunchKind kind, const Tensor& matrix, ScalarType dtype, s
 }
 
 template <class Device>
-std::tuple<Tensor, Tensor> pack(const Tensor& matrix, ScalarType dtype, std::string mask, Optional codes,
+std::tuple<Tensor, Tensor> pack(const Tensor& matrix, ScalarType dtype, const Text& mask, Optional codes,
                                 Optional scale) {
   auto packed = attempted([&] { return start_pack<Device>(LaunchKind::pack, matrix, dtype, mask, codes, scale); });
   return packed ? std::move(*packed) : two_from_python<Device>("pack", matrix, dtype, mask, codes, scale);
@@ -201,7 +213,7 @@ Optional start_weight(const WeightProduct& found, const Tensor& x, const Tensor&
 
 template <class Device>
 Tensor packed_matmul(const Tensor& x, const Tensor& packed, Optional bias, int64_t out_features,
-                     std::string backend) {
+                     const Text& backend) {
   auto out = attempted([&] {
     return start_weight<Device>(find_weight<Device>(x, bias, out_features, backend), x, packed, bias, out_features);
   });
@@ -223,8 +235,8 @@ TwoBuffers start_pack_linear(const Tensor& x, const Tensor& weight, const Option
 }
 
 template <class Device>
-std::tuple<Tensor, Tensor> pack_linear(const Tensor& x, const Tensor& weight, Optional bias, std::string mask,
-                                       Optional codes, Optional scale, std::string backend) {
+std::tuple<Tensor, Tensor> pack_linear(const Tensor& x, const Tensor& weight, Optional bias, const Text& mask,
+                                       Optional codes, Optional scale, const Text& backend) {
   auto both = attempted(
       [&] { return start_pack_linear<Device>(x, weight, bias, mask, codes, scale, backend); });
   return both ? std::move(*both)
@@ -267,7 +279,7 @@ Optional start_tokens(const Tensor& packed, const Tensor& weight, const Optional
 
 template <class Device>
 Tensor packed_tokens_matmul(const Tensor& packed, const Tensor& weight, Optional bias, int64_t tokens,
-                            std::string backend) {
+                            const Text& backend) {
   auto out = attempted([&] { return start_tokens<Device>(packed, weight, bias, tokens, backend); });
   return out ? std::move(*out)
              : one_from_python<Device>("packed_tokens_matmul", packed, weight, bias, tokens, backend);
@@ -287,7 +299,7 @@ Optional start_grad_weight(const Tensor& packed_t, const Tensor& grad_output, in
 
 template <class Device>
 Tensor packed_tokens_grad_weight(const Tensor& packed_t, const Tensor& grad_output, int64_t in_features,
-                                 std::string backend) {
+                                 const Text& backend) {
   auto out = attempted([&] { return start_grad_weight<Device>(packed_t, grad_output, in_features, backend); });
   return out ? std::move(*out)
              : one_from_python<Device>("packed_tokens_grad_weight", packed_t, grad_output, in_features, backend);

@@ -23,7 +23,14 @@ SETTINGS = {
 }
 
 
-def run(library: Path, *selected: str) -> subprocess.CompletedProcess[str]:
+FOR_LEAKS = {
+    "PYTHONMALLOC": "malloc",
+    "ASAN_OPTIONS": SETTINGS["ASAN_OPTIONS"].replace("detect_leaks=0", "detect_leaks=1:malloc_context_size=5"),
+    "LSAN_OPTIONS": "exitcode=0",
+}
+
+
+def run(library: Path, *selected: str, **variables: str) -> subprocess.CompletedProcess[str]:
     """The tests of the ops in a process of their own, on that library."""
     runtime = [
         subprocess.run([*compiler(), f"-print-file-name=lib{name}.so"], capture_output=True, text=True, check=True)
@@ -36,26 +43,43 @@ def run(library: Path, *selected: str) -> subprocess.CompletedProcess[str]:
     options = ("-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--capture=sys")
     return subprocess.run(
         [sys.executable, "-m", "pytest", *options, *tests, *selected],
-        cwd=ROOT, env=kept | SETTINGS | {"LD_PRELOAD": preloaded, BUILT: str(library)}, text=True, timeout=600,
-        check=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        cwd=ROOT, env=kept | SETTINGS | variables | {"LD_PRELOAD": preloaded, BUILT: str(library)},
+        text=True, timeout=600, check=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
 
 
-def built(sources: Path, name: str) -> Path:
-    flags = ("-O1", *sanitized("address", "undefined"))
-    with locked(name) as path:
-        build.build(path, [sources / "tests" / "library.cpp"], flags)
+def built() -> Path:
+    flags = instrumented()
+    with locked("sanitized.so") as path:
+        build.build(path, [SOURCES / "library.cpp"], flags)
     return path
+
+
+def instrumented() -> tuple[str, ...]:
+    return "-O1", *sanitized("address", "undefined")
 
 
 @pytest.mark.slow
 def test_no_sanitizer_reports_anything() -> None:
-    done = run(built(SOURCES.parent, "sanitized.so"))
+    done = run(built())
     assert done.returncode == 0, done.stdout[-5000:]
     assert not REPORT.search(done.stdout)
     passed = re.search(r"(\d+) passed", done.stdout)
     assert passed is not None and int(passed[1]) > 200
     assert "skipped" not in done.stdout
+
+
+def lost(said: str) -> list[str]:
+    """Reports of memory that our C++, or libtorch_cpu for it, never freed. Python itself keeps memory until it ends."""
+    assert re.search(r"\d+ passed", said), said[-5000:]
+    leaks = re.findall(r"(?:Direct|Indirect) leak of .*?\n\n", said, re.DOTALL)
+    assert leaks  # Python's
+    return [leak for leak in leaks if re.search(r"semisparse|torch::stable|libtorch_cpu", leak)]
+
+
+@pytest.mark.slow
+def test_no_memory_is_lost_in_the_library() -> None:
+    assert lost(run(built(), **FOR_LEAKS).stdout) == []
 
 
 DEFECTS = {
@@ -69,21 +93,33 @@ DEFECTS = {
     ),
     "a message read after it was freed": (
         "ops.h", "if (message.numel() == 0) return;",
-        "if (message.numel() == 0) return; auto* text = new std::string(99, 'x'); delete text; text->resize(50);",
+        "if (message.numel() == 0) return;\n  auto* freed = new volatile int(1); delete freed; if (*freed > 9) return;",
         "test_an_exception_belongs_to_the_thread", "heap-use-after-free",
     ),
 }  # fmt: skip
 
 
+def with_defect(scratch: Path, file: str, right: str, wrong: str) -> Path:
+    """The library, built from sources in which right is replaced."""
+    shutil.copytree(ROOT / "csrc", scratch / "csrc")
+    changed = scratch / "csrc" / file
+    assert changed.read_text().count(right) == 1
+    changed.write_text(changed.read_text().replace(right, wrong))
+    build.build(scratch / "library.so", [scratch / "csrc" / "tests" / "library.cpp"], instrumented())
+    return scratch / "library.so"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("defect", DEFECTS)
 def test_a_planted_defect_is_reported(defect: str, tmp_path: Path) -> None:
-    file, right, wrong, selected, report = DEFECTS[defect]
-    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
-    changed = tmp_path / "csrc" / file
-    assert changed.read_text().count(right) == 1
-    changed.write_text(changed.read_text().replace(right, wrong))
-    done = run(built(tmp_path / "csrc", f"{defect.replace(' ', '-')}.so"), "-k", selected)
+    *change, selected, report = DEFECTS[defect]
+    done = run(with_defect(tmp_path, *change), "-k", selected)
     assert done.returncode != 0
     assert report in done.stdout
     assert REPORT.search(done.stdout)
+
+
+@pytest.mark.slow
+def test_a_planted_leak_is_found(tmp_path: Path) -> None:
+    library = with_defect(tmp_path, "text.h", "if (handle_ != nullptr) torch_delete_string(handle_);", "")
+    assert lost(run(library, "-k", "test_the_first_call", **FOR_LEAKS).stdout)

@@ -8,7 +8,7 @@ RuntimeError.
 
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any
 
@@ -18,12 +18,15 @@ from torch import Tensor
 _failed = threading.local()
 
 
-def in_python(implementation: Callable[..., Any], results: int) -> Callable[..., tuple[Tensor, ...]]:
+def in_python(
+    implementation: Callable[..., Any], results: int, texts: Sequence[int] = ()
+) -> Callable[..., tuple[Tensor, ...]]:
     """implementation, in the form that C++ calls.
 
     Args:
         implementation: Computes an op.
         results: How many tensors it returns.
+        texts: Places of the strings among the arguments, which C++ hands over as bytes (csrc/text.h says why).
 
     Returns:
         A function of the same arguments that never raises. It returns the tensors and a message, which is empty unless
@@ -33,7 +36,8 @@ def in_python(implementation: Callable[..., Any], results: int) -> Callable[...,
     @wraps(implementation)
     def call(*args: Any) -> tuple[Tensor, ...]:
         try:
-            found: Tensor | tuple[Tensor, ...] = implementation(*args)
+            given = [bytes(arg.tolist()).decode() if place in texts else arg for place, arg in enumerate(args)]
+            found: Tensor | tuple[Tensor, ...] = implementation(*given)
         except BaseException as error:
             message = f"{type(error).__name__}: {error}"
             traceback.clear_frames(error.__traceback__)  # they hold tensors, for as long as nothing takes the error

@@ -85,8 +85,10 @@ def _register_fallback(schema: str, implementation: Callable[..., Any]) -> None:
     name, _, arguments = signature.replace("SymInt", "int").partition("(")
     results = returned.strip("()").split(", ")
     fallback = f"{name}_in_python"
+    texts = [place for place, argument in enumerate(arguments.split(", ")) if argument.startswith("str ")]
+    arguments = arguments.replace("str ", "Tensor ")
     LIBRARY.define(f"{fallback}({arguments} -> ({', '.join([*results, 'Tensor'])})")
-    LIBRARY.impl(fallback, native.in_python(implementation, len(results)), "CompositeExplicitAutograd")
+    LIBRARY.impl(fallback, native.in_python(implementation, len(results), texts), "CompositeExplicitAutograd")
     LIBRARY.impl(fallback, torch.library.fallthrough_kernel, "Autograd")
 
 
