@@ -322,3 +322,17 @@ def test_a_check_in_another_thread_hides_no_step() -> None:
     assert schedule.step()
     done.set()
     thread.join()
+
+
+def test_trusting_calls_ends_the_look_at_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would wait for the device once per layer at every step."""
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
+    sparsify(model)
+    schedule = SparseSchedule.sparse_then_dense(model, 10)
+    schedule.trust_calls()
+    monkeypatch.setattr("semisparse.schedule.applied_steps._has_gradient", None)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(2):
+        model(torch.randn(4, 16)).sum().backward()
+        optimizer.step()
+        assert schedule.step()

@@ -263,6 +263,7 @@ class SparseSchedule:
         parameters in the loss, or noise added to all gradients.
         """
         self._layers.trust_calls()
+        self._evidence.watch_gradients(False)
         self.refresh()
 
     def resume_at(self, applied_steps: int) -> None:
