@@ -12,6 +12,7 @@ import sys
 import tempfile
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import triton
 import triton.language as tl
@@ -21,6 +22,7 @@ from triton.compiler import ASTSource
 from semisparse import masks
 from semisparse.formats.layout import SM90_16BIT
 from semisparse.kernels import bias, prune_pack, prune_pack_many, tile_codes, unpack
+from semisparse.kernels.compiled import compiled_launch, parameter_count
 from semisparse.kernels.packed_metadata import repeated
 from semisparse.kernels.prune_pack import DEFAULT_BLOCK, HOPPER_BLOCK
 
@@ -33,7 +35,8 @@ def compiled(kernel, types, constants, arch, divisible, **options):
     signature = types | dict.fromkeys(constants, "constexpr")
     attributes = {(list(signature).index(name),): [["tt.divisibility", 16]] for name in divisible}
     source = ASTSource(kernel, signature, constants, attributes)
-    found = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options).asm
+    kernel = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    found = kernel.asm
     binary = found["cubin"]
     moves = Counter(re.findall(r"\b(?:ld|st)\.(?:global|shared)[.:\w]*", found["ptx"]))
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -42,7 +45,28 @@ def compiled(kernel, types, constants, arch, divisible, **options):
         usage = subprocess.run([CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
     registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
     local = re.search(r"LOCAL:(\d+)", usage)
-    return {"registers": int(registers), "stack": int(stack) + int(local[1] if local else 0), "moves": moves}
+    return {
+        "registers": int(registers),
+        "stack": int(stack) + int(local[1] if local else 0),
+        "moves": moves,
+        "launch": launch(kernel, types, constants),
+        "parameters": parameter_count(found["ptx"]),
+    }
+
+
+def launch(kernel, types, constants):
+    """The parameters by which semisparse starts the kernel without Triton, or why it can't, and what they must be."""
+    pointers = [name for name, kind in types.items() if kind.startswith("*")]
+    sizes = {name: place for place, name in enumerate(types) if name not in pointers}
+    found = compiled_launch(
+        SimpleNamespace(metadata=kernel.metadata, src=kernel.src, asm=kernel.asm, function=1),  # loading needs a GPU
+        (1, 1, 1),
+        tuple(None if name in constants else name for name in pointers),
+        tuple(constants.get(name, value) for name, value in sizes.items()),
+    )
+    wanted = [(place, 0) for place, name in enumerate(pointers) if name not in constants]
+    wanted += [(-1, value) for name, value in sizes.items() if name not in constants]
+    return {"found": found if isinstance(found, str) else found.parameters, "wanted": [*wanted, (-1, 0), (-1, 0)]}
 
 
 def pack(arch, source, target, mask, even, wide=False, given_codes=False, aligned=False):

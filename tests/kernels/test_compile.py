@@ -25,6 +25,9 @@ def test_all_variants_compile_and_none_spills_but_the_known_one(arch):
     for name, taken in usage.items():
         assert taken["stack"] == SPILLS.get((arch, name), 0), name
         assert taken["registers"] <= taken.get("most registers", 255), name
+        # Started without Triton: what was not folded away, in order, and two pointers for scratch memory.
+        assert taken["launch"]["found"] == taken["launch"]["wanted"], name
+        assert taken["parameters"] == len(taken["launch"]["wanted"]), name
         if name.startswith("pack many"):
             # As wide as where Triton knows that addresses and rows are aligned.
             alone = usage[name.replace("many", "aligned")]["moves"]

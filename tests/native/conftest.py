@@ -15,7 +15,7 @@ from semisparse.gemm import dispatch
 from semisparse.gemm.autotune.algorithm import Choice
 from semisparse.gemm.engine import Engine
 from semisparse.native.loading import LIBRARY
-from semisparse.ops import prepare, products
+from semisparse.ops import packing, prepare, products
 from tests.gemm import simulated
 from tests.gemm.simulated import SimulatedLibrary, make_engine
 from tests.native.foreign import sm90_pack, sm90_unpack
@@ -56,7 +56,8 @@ def bench(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Iterator
     choice = Choice(0, 0, None, None, "tuned")
     tuner = SimpleNamespace(known=lambda problem, index: choice)
     written = PackedFormat("reference", SM90_16BIT, "simulated")
-    monkeypatch.setattr(products, "packed_format", lambda *_: written)
+    for module in (packing, products):
+        monkeypatch.setattr(module, "packed_format", lambda *_: written)
     monkeypatch.setattr(products, "_cuda_pack", ops.pack)
     for module in (products, prepare):
         monkeypatch.setattr(module, "engine", lambda: engine)
