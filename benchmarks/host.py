@@ -19,7 +19,7 @@ from torch import nn
 
 from benchmarks.launches import launches, started_natively
 from benchmarks.timing import Spread, device, summary, synchronize
-from semisparse import PackedWeights, SemiSparseLinear
+from semisparse import PackedWeights, SemiSparseLinear, SparseConfig
 
 LAYERS, FEATURES, TOKENS = 24, 256, 64
 ROUNDS = 31
@@ -106,8 +106,11 @@ def relative(values: list[float], dense: list[float]) -> Spread:
 
 
 def _stack(layers: int, *, sparse: bool, bias: bool) -> nn.Module:
+    """On a GPU always by sparse products: at such a size "auto" may as well choose dense ones, which Python starts."""
     kind = SemiSparseLinear if sparse else nn.Linear
     where: dict[str, Any] = {"device": device(), "dtype": torch.bfloat16}
+    if sparse and device() == "cuda":
+        where["config"] = SparseConfig(backend="cusparselt")
     return nn.Sequential(*[kind(FEATURES, FEATURES, bias=bias, **where) for _ in range(layers)])
 
 

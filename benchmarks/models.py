@@ -178,8 +178,8 @@ CARDS = {
         "blocks",
     ),
     "llama": Card(
-        "Llama-style 2048/8192, 8 layers, 8x2048 tokens",
-        "bf16, compiled, fused AdamW, all linears but the head sparse",
+        "Llama-style 2048/8192, 8x2048 tokens",
+        "8 layers, bf16, compiled, fused AdamW, all linears but the head sparse",
         _llama,
         _token_step(8, 2048),
         None,
@@ -212,8 +212,8 @@ CARDS = {
         gains=False,
     ),
     "llama-eager": Card(
-        "Llama-style 2048/8192, 8 layers, 8x2048 tokens, eager",
-        "bf16, fused AdamW, all linears but the head sparse",
+        "Llama-style 2048/8192, 8x2048 tokens, eager",
+        "8 layers, bf16, fused AdamW, all linears but the head sparse",
         _llama,
         _token_step(8, 2048),
         None,
@@ -221,8 +221,8 @@ CARDS = {
         compiled=False,
     ),
     "llama-1-eager": Card(
-        "Llama-style 2048/8192, 8 layers, 1x2048 tokens, eager",
-        "bf16, fused AdamW, all linears but the head sparse",
+        "Llama-style 2048/8192, 1x2048 tokens, eager",
+        "8 layers, bf16, fused AdamW, all linears but the head sparse",
         _llama,
         _token_step(1, 2048),
         None,

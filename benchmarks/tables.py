@@ -36,11 +36,11 @@ def size(numbers: Iterable[int]) -> str:
     return " x ".join(map(str, numbers))
 
 
-def spread(result: Result, name: str | None = None) -> str:
+def spread(result: Result, name: str | None = None, digits: int = 3) -> str:
     """20th to 80th percentile of a ratio over the rounds; nothing for results that do not have it."""
     found = result.get("ratio_spread", {})
     found = found.get(name, {}) if name else found
-    return f"{found['p20']:.3f} to {found['p80']:.3f}" if found else ""
+    return f"{found['p20']:.{digits}f} to {found['p80']:.{digits}f}" if found else ""
 
 
 def limit(result: Result, name: str | None = None) -> str:
@@ -108,9 +108,9 @@ def linear_parts(result: Result) -> Table:
 
 
 def label(result: Result) -> str:
-    """The model and its batch, for the first column; older results have the whole title alone."""
+    """The model and its batch, for the first column: as the card has it today, where there still is one."""
     card = CARDS.get(result["card"])
-    return result.get("label") or (card.label if card else result["title"])
+    return card.label if card else result.get("label") or result["title"]
 
 
 def models(results: Sequence[Result]) -> Table:
@@ -119,7 +119,7 @@ def models(results: Sequence[Result]) -> Table:
     for result in results:
         cells = [label(result), f"{result['times_ms']['dense']['median_ms']:.1f}"]
         for found in (result, result.get("per_step")):
-            cells += [f"**{found['ratio_to_dense']:.3f}**", spread(found)] if found else ["", ""]
+            cells += [f"**{found['ratio_to_dense']:.3f}**", spread(found, digits=2)] if found else ["", ""]
         rows.append((*cells, gpu(result) if "provenance" in result else ""))
     columns = ("training step", "dense ms", "each", "p20 to p80", "per step", "p20 to p80", "GPU")
     return without_empty(Table(columns, tuple(rows)))

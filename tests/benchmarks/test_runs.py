@@ -124,8 +124,10 @@ def test_results_from_before_packing_per_step_fill_the_table_too() -> None:
         "limit": 0.655,
         "limit_method": "measured",
     }
-    assert tables.models([old]).rows == (("BERT-base", "21.2", "**0.580**"),)
-    assert tables.end_to_end([old]).rows == (("BERT-base", "21.2", "37.8", "0.655", "1.0 / 2.0"),)
+    assert tables.models([old]).rows == (("BERT-base, 32x128 tokens, compiled", "21.2", "**0.580**"),)
+    assert tables.end_to_end([old]).rows == (
+        ("BERT-base, 32x128 tokens, compiled", "21.2", "37.8", "0.655", "1.0 / 2.0"),
+    )
 
 
 def test_host_time_is_relative_to_nn_linear_round_by_round() -> None:

@@ -31,7 +31,7 @@ class Launcher:
         ShapeError: CUDA cannot start such a grid.
     """
 
-    __slots__ = ("_compiled", "_constants", "_grid", "_kernel", "_options", "_sizes", "_started")
+    __slots__ = ("_compiled", "_constants", "_described", "_grid", "_kernel", "_options", "_sizes", "_started")
 
     def __init__(
         self,
@@ -46,6 +46,7 @@ class Launcher:
         self._options = options
         self._started: dict[int, Callable[..., None]] = {}
         self._compiled: dict[int, Any] = {}
+        self._described: dict[int, CompiledLaunch | str] = {}
 
     def __call__(self, index: int, *pointers: Tensor | None) -> None:
         """Launch on the current stream of CUDA device index; -1 runs Triton's interpreter on the CPU."""
@@ -75,7 +76,10 @@ class Launcher:
         kernel = self._compiled.get(index)
         if kernel is None:
             return "it was not launched with aligned addresses yet"
-        return compiled_launch(kernel, self._grid, pointers, self._sizes)
+        found = self._described.get(index)
+        if found is None:
+            found = self._described[index] = compiled_launch(kernel, self._grid, pointers, self._sizes)
+        return found
 
     def _start(self, index: int, pointers: tuple[Tensor | None, ...]) -> None:
         bits = 0
