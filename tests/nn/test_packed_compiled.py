@@ -155,3 +155,18 @@ def test_buffers_are_marked_as_torch_marks_static_addresses() -> None:
     torch._dynamo.mark_static_address(marked, guard=False)
     for buffer in new_buffers(torch.empty(16, 16), True)[:2]:
         assert vars(buffer) == vars(marked)
+
+
+def test_compiled_functional_call_computes_with_the_parameters_that_it_is_given() -> None:
+    model = model_of()
+    weights = PackedWeights(model)
+    weights.pack()
+
+    def call(parameters: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(model, parameters, (x,))
+
+    compiled = torch.compile(call, backend="aot_eager", fullgraph=True)
+    own = dict(model.named_parameters())
+    others = {name: torch.randn_like(parameter) for name, parameter in own.items()}
+    for parameters in (own, others, own):
+        assert_bit_equal(compiled(parameters, X), call(parameters, X))

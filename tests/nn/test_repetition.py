@@ -135,3 +135,18 @@ def test_nothing_is_repeated_after_close(surveys: list[Owner]) -> None:
     owner.pack()
     assert len(surveys) == 2
     assert_as_fresh(net)
+
+
+def test_a_layer_that_was_made_dense_is_left_alone(surveys: list[Owner]) -> None:
+    net = network()
+    owner = PackedWeights(net)
+    owner.pack()
+    SemiSparseLinear.to_dense(net[0])
+    with torch.no_grad():
+        net[1].weight.neg_()
+    net(X)  # packs net[1] again
+    assert owner.pack() == 2
+    surveys.clear()
+    assert owner.pack() == 2
+    assert not surveys
+    assert_as_fresh(net[1:])

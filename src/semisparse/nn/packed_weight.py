@@ -116,7 +116,8 @@ class PackedWeight:
 def usable(layer: PackingLayer, weight: Tensor, x: Tensor) -> PackedMatrix | None:
     """The packed weight for this forward; None where the forward must pack for itself.
 
-    In compiled code only the dtype is compared: versions cannot be read there.
+    In compiled code only the dtype is compared, and whether weight is the layer's own (in functional_call it is not):
+    versions cannot be read there.
 
     Args:
         layer: The layer whose forward runs, with a packed weight.
@@ -132,7 +133,7 @@ def usable(layer: PackingLayer, weight: Tensor, x: Tensor) -> PackedMatrix | Non
         if record.dtype is not dtype:
             note_compute_dtype(dtype)
             return None
-        return record.packed
+        return record.packed if record.weight is weight else None
     dtype = compute_dtype(x, weight) if torch.is_autocast_enabled(record._device_type) else weight.dtype
     if record.dtype is dtype and record.pending is None and record.fits(layer, weight):
         return record.packed

@@ -127,7 +127,8 @@ class PackedWeights:
                 raise
             self._log_fallbacks()
             if self._named and not self.fallbacks:
-                self._again = Repetition.of(members, [layer for _, layer in self._named], launches)
+                layers = [layer for _, layer in self._named if isinstance(layer, SemiSparseLinear)]
+                self._again = Repetition.of(members, layers, launches)
             return self.layers
 
     def pack_changed(self) -> None:
@@ -177,7 +178,8 @@ class PackedWeights:
         return [
             Member(layer, record, weight, self._dtype(weight))
             for layer, record in self._records.items()
-            if (weight := layer._parameters.get("weight")) is not None
+            if isinstance(layer, SemiSparseLinear)  # not made dense since
+            and (weight := layer._parameters.get("weight")) is not None
             and weight is record.weight
             and layer.sparse_enabled
             and not why_not_whole(layer)

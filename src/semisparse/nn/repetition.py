@@ -72,7 +72,7 @@ class Repetition:
         """Whether a new look would find the same to pack."""
         for layer, parameters, _, weight, address, config in self._members:
             if not (
-                layer.sparse_enabled
+                getattr(layer, "sparse_enabled", False)  # a layer that was made dense has none
                 and parameters.get("weight") is weight
                 and weight.data_ptr() == address
                 and layer.sparse_config is config
@@ -82,7 +82,7 @@ class Repetition:
             ):
                 return False
         return self._ambient == self._surroundings() and all(
-            layer.sparse_enabled is enabled and layer._parameters.get("weight") is weight
+            getattr(layer, "sparse_enabled", None) is enabled and layer._parameters.get("weight") is weight
             for layer, enabled, weight in self._others
         )
 
