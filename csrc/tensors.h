@@ -30,8 +30,6 @@ inline int32_t device_type(const Tensor& tensor) {
 
 inline int32_t dtype_code(ScalarType dtype) { return static_cast<int32_t>(dtype); }
 
-inline bool packs_as(ScalarType dtype) { return dtype == ScalarType::BFloat16 || dtype == ScalarType::Half; }
-
 // Whether the kernels and cuSPARSELt can use this tensor as it is.
 template <class Device>
 bool usable(const Tensor& tensor, ScalarType dtype, int32_t device) {

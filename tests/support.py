@@ -1,7 +1,10 @@
 """What several test files share: masked-dense layers computed with brute-force masks."""
 
+import copy
 import io
-from typing import NamedTuple
+import pickle
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -108,3 +111,11 @@ def through_a_file(model: nn.Module) -> nn.Module:
     torch.save(model, file)
     file.seek(0)
     return torch.load(file, weights_only=False)
+
+
+COPIES: dict[str, Callable[[Any], Any]] = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda value: pickle.loads(pickle.dumps(value)),
+    "torch.save": through_a_file,
+}
+"""Every way to copy a model, a schedule or packed weights."""

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from semisparse import masks, ops
+from semisparse.operands import as_tokens
 from semisparse.ops.register import LIBRARY
 
 
@@ -101,10 +102,6 @@ def _keep(ctx: Any, x: Tensor, weight: Tensor, kept: Tensor, mask: str, backend:
     ctx.save_for_backward(x if needs[1] else None, kept if needs[0] else None)
 
 
-def _as_matrix(x: Tensor) -> Tensor:
-    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-
-
 def _saved_linear(ctx: Any) -> tuple[Any, Any]:
     """x and the packing for dx, which is made now where the weight was saved in its place."""
     x, kept, *held = ctx.saved_tensors
@@ -123,9 +120,9 @@ def _linear_backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
         else:
             grad_x = grad_output @ ops.unpack(packed, rows, columns, grad_output.dtype)
     if needs[1] or needs[2]:
-        tokens = _as_matrix(grad_output)
+        tokens = as_tokens(grad_output)
         if needs[1]:
-            grad_weight = tokens.mT @ _as_matrix(x)
+            grad_weight = tokens.mT @ as_tokens(x)
             if grad_weight.dtype != ctx.weight_dtype:
                 grad_weight = grad_weight.to(ctx.weight_dtype)
         if needs[2]:

@@ -2,7 +2,6 @@
 
 import copy
 import logging
-import pickle
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -19,7 +18,7 @@ from semisparse import PackedWeights
 from semisparse.errors import ConfigError
 from semisparse.testing import assert_bit_equal
 from tests.nn.packing import BF16, X, expect_fresh, in_place, model_of, packed, results
-from tests.support import through_a_file
+from tests.support import COPIES
 
 pytestmark = pytest.mark.usefixtures("packed_on_cpu")
 
@@ -128,13 +127,6 @@ def test_sharded_weights_pack_at_each_forward(one_rank: None) -> None:
             optimizer.zero_grad()
         weights.pack()
         assert_bit_equal(model(X), expected(X))
-
-
-COPIES: dict[str, Callable[[object], object]] = {
-    "deepcopy": copy.deepcopy,
-    "pickle": lambda value: pickle.loads(pickle.dumps(value)),
-    "torch.save": through_a_file,
-}
 
 
 @pytest.mark.parametrize("how", COPIES)

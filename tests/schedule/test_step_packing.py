@@ -1,7 +1,6 @@
 """pack="per_step": the training of pack="each_forward", bit for bit, packed once per applied step."""
 
 import copy
-import pickle
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,7 +17,7 @@ from semisparse.errors import ConfigError, ScheduleError
 from semisparse.recipes import RecipeSchedule
 from semisparse.testing import assert_bit_equal
 from tests.recipes.training import RECIPES, optimizer_for
-from tests.support import through_a_file
+from tests.support import COPIES
 
 pytestmark = pytest.mark.usefixtures("packed_on_cpu")
 BF16 = torch.bfloat16
@@ -234,13 +233,6 @@ def test_a_bypassed_layer_still_stops_the_first_step(compiled: bool) -> None:
     with pytest.raises(ScheduleError, match=r"^proj: swapped, but not called"):
         schedule.step()
     torch._dynamo.reset()
-
-
-COPIES: dict[str, Callable[[Any], Any]] = {
-    "deepcopy": copy.deepcopy,
-    "pickle": lambda value: pickle.loads(pickle.dumps(value)),
-    "torch.save": through_a_file,
-}
 
 
 @pytest.mark.parametrize("how", COPIES)
