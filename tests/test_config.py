@@ -39,7 +39,7 @@ MASK_CHOICES = "None, 'transposable', 'row', 'soft', 'greedy', 'signed_greedy'"
         ("weight", True, MASK_CHOICES),
         ("weight", ["row"], MASK_CHOICES),
         ("activation", "row", "None, 'transposable'"),
-        ("grad_output", "transposable", "None and, not available yet, 'mvue'"),
+        ("grad_output", "transposable", "None, 'mvue'"),
         ("precision", "fp16", "None and, not available yet, 'fp8'"),
         ("backend", "engine", "'auto', 'cusparselt', 'dense'"),
         ("backend", None, "'auto', 'cusparselt', 'dense'"),
@@ -51,7 +51,7 @@ def test_a_value_outside_its_choices_is_named_with_the_choices(field: str, value
     assert str(caught.value) == f"{field}={value!r} is not one of {choices}"
 
 
-@pytest.mark.parametrize(("field", "value"), [("grad_output", "mvue"), ("precision", "fp8")])
+@pytest.mark.parametrize(("field", "value"), [("precision", "fp8")])
 def test_what_is_planned_says_that_it_is_not_available_yet(field: str, value: str) -> None:
     with pytest.raises(ConfigError, match=f"{field}='{value}' is not available yet; leave it at None"):
         SparseConfig(**{field: value})  # type: ignore[arg-type]
@@ -60,8 +60,10 @@ def test_what_is_planned_says_that_it_is_not_available_yet(field: str, value: st
 def test_settings_that_exclude_each_other_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"weight='row' and activation='transposable': .*set one of them to None"):
         SparseConfig(weight="row", activation="transposable")
-    with pytest.raises(ConfigError, match="weight=None and activation=None prune nothing"):
-        SparseConfig(weight=None)
+    with pytest.raises(ConfigError, match="weight=None and activation=None prune nothing in y"):
+        SparseConfig(weight=None, grad_output="mvue")
+    with pytest.raises(ConfigError, match=r"activation='transposable' and grad_output='mvue': .*set grad_output=None"):
+        SparseConfig(**ACTIVATION, grad_output="mvue")
 
 
 @pytest.mark.parametrize(
@@ -72,6 +74,9 @@ def test_settings_that_exclude_each_other_are_refused() -> None:
         ({"weight": "row"}, ("sparse", "dense", "dense")),
         ({"weight": "soft"}, ("sparse", "dense", "dense")),
         (ACTIVATION, ("sparse", "dense", "sparse")),
+        ({"grad_output": "mvue"}, ("sparse", "sparse", "sparse")),
+        ({"weight": "soft", "grad_output": "mvue"}, ("sparse", "dense", "sparse")),
+        ({"grad_output": "mvue", "backend": "dense"}, ("masked dense", "masked dense", "masked dense")),
         ({"backend": "cusparselt"}, ("sparse", "sparse", "dense")),
         ({"backend": "dense"}, ("masked dense", "masked dense", "dense")),
     ],

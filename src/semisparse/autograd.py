@@ -79,12 +79,14 @@ def _first_order(backward: Callable[..., tuple[Tensor | None, ...]]) -> Callable
     return call
 
 
-def eagerly(function: type[torch.autograd.Function], x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Any:
-    """function.apply where neither a compiler nor a torch.func transform looks, at a lower cost.
+def apply(function: type[torch.autograd.Function], x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Any:
+    """function.apply outside torch.func transforms; where no compiler looks, at a lower cost.
 
-    As apply does, it unwraps tensors that a finished torch.func transform has left behind; but only the three tensors
-    that can be such, where apply inspects every argument in Python.
+    As function.apply does, it unwraps tensors that a finished torch.func transform has left behind; but only the three
+    tensors that can be such, where function.apply inspects every argument in Python.
     """
+    if torch.compiler.is_compiling():
+        return function.apply(x, weight, bias, *rest)
     unwrap = torch._C._functorch.unwrap_if_dead
     added = None if bias is None else unwrap(bias)
     return super(torch.autograd.Function, function).apply(unwrap(x), unwrap(weight), added, *rest)  # type: ignore[misc]
@@ -92,26 +94,38 @@ def eagerly(function: type[torch.autograd.Function], x: Tensor, weight: Tensor, 
 
 def _save_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     """Of the packings only what dx needs lives on: W~^T, or W~ where the mask is 2:4 along K only."""
-    x, weight, _, packed, packed_t, mask, backend = inputs
-    _keep(ctx, x, weight, packed_t if masks.get(mask).both_ways else packed, mask, backend)
+    x, weight, _, packed, packed_t, mask, backend, *sampling = inputs
+    _keep(ctx, x, weight, packed_t if masks.get(mask).both_ways else packed, mask, backend, *sampling)
 
 
-def _keep(ctx: Any, x: Tensor, weight: Tensor, kept: Tensor, mask: str, backend: str) -> None:
+def _keep(
+    ctx: Any,
+    x: Tensor,
+    weight: Tensor,
+    kept: Tensor,
+    mask: str,
+    backend: str,
+    grad_output: str | None = None,
+    seed: Tensor | None = None,
+) -> None:
     needs = ctx.needs_input_grad
     ctx.mask, ctx.backend, ctx.weight_dtype, ctx.weight_shape = mask, backend, weight.dtype, weight.shape
-    ctx.save_for_backward(x if needs[1] else None, kept if needs[0] else None)
+    ctx.sampled = grad_output is not None
+    ctx.save_for_backward(x if needs[1] else None, kept if needs[0] else None, seed)
 
 
-def _saved_linear(ctx: Any) -> tuple[Any, Any]:
-    """x and the packing for dx, which is made now where the weight was saved in its place."""
-    x, kept, *held = ctx.saved_tensors
-    return x, ops.pack(kept.detach(), ctx.dtype, ctx.mask, *held)[1] if held and kept is not None else kept
+def _saved_linear(ctx: Any) -> tuple[Any, Any, Any]:
+    """x, the packing for dx, which is made now where the weight was saved in its place, and the seed."""
+    x, kept, seed, *held = ctx.saved_tensors
+    if held and kept is not None:
+        kept = ops.pack(kept.detach(), ctx.dtype, ctx.mask, *held)[1]
+    return x, kept, seed
 
 
 @_first_order
 def _linear_backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
-    """dx = dy W~, as a masked dense product where W~^T has no packed form; dW = dy^T x; db = the sum of dy."""
-    (grad_output,), (x, packed), needs = grad_outputs, _saved_linear(ctx), ctx.needs_input_grad
+    """dx = dy W~, as a masked dense product where W~^T has no packed form; dW = dy^T x, or with dy sampled; db."""
+    (grad_output,), (x, packed, seed), needs = grad_outputs, _saved_linear(ctx), ctx.needs_input_grad
     grad_x = grad_weight = grad_bias = None
     if needs[0]:
         rows, columns = ctx.weight_shape
@@ -121,22 +135,29 @@ def _linear_backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
             grad_x = grad_output @ ops.unpack(packed, rows, columns, grad_output.dtype)
     if needs[1] or needs[2]:
         tokens = as_tokens(grad_output)
-        if needs[1]:
+        if needs[1] and ctx.sampled:
+            grad_weight, summed = ops.sampled_grad_weight(tokens, as_tokens(x), seed, needs[2], ctx.backend)
+            grad_bias = summed if needs[2] else None
+        elif needs[1]:
             grad_weight = tokens.mT @ as_tokens(x)
-            if grad_weight.dtype != ctx.weight_dtype:
-                grad_weight = grad_weight.to(ctx.weight_dtype)
-        if needs[2]:
+        if grad_weight is not None and grad_weight.dtype != ctx.weight_dtype:
+            grad_weight = grad_weight.to(ctx.weight_dtype)
+        if needs[2] and grad_bias is None:
             grad_bias = tokens.sum(0)
-    return grad_x, grad_weight, grad_bias, None, None, None, None
+    return grad_x, grad_weight, grad_bias, None, None, None, None, None, None
 
 
 class PackLinear(torch.autograd.Function):
-    """y = x W~^T + b from the weight; the operands of ops.pack_linear. A double backward raises."""
+    """y = x W~^T + b from the weight; the operands of ops.pack_linear, then grad_output and seed.
+
+    A double backward raises.
+    """
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
-        output, kept = ops.pack_linear(*inputs)
-        _keep(ctx, inputs[0], inputs[1], kept, inputs[3], inputs[6])
+        *operands, grad_output, seed = inputs
+        output, kept = ops.pack_linear(*operands)
+        _keep(ctx, inputs[0], inputs[1], kept, inputs[3], inputs[6], grad_output, seed)
         return output
 
     backward = staticmethod(_linear_backward)
@@ -147,7 +168,7 @@ class PackedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
-        x, weight, bias, packed, _, _, backend = inputs
+        x, weight, bias, packed, _, _, backend, *_ = inputs
         output = ops.packed_matmul(x, packed, bias, weight.shape[0], backend)
         _save_linear(ctx, inputs, output)
         return output
@@ -160,11 +181,12 @@ class ForwardPackedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
-        x, weight, bias, packed, codes, scale, ctx.mask, ctx.backend = inputs
+        x, weight, bias, packed, codes, scale, ctx.mask, ctx.backend, grad_output, seed = inputs
+        ctx.sampled = grad_output is not None
         ctx.weight_dtype, ctx.weight_shape, ctx.dtype = weight.dtype, weight.shape, x.dtype
         needs_x, needs_weight = ctx.needs_input_grad[:2]
         kept = (weight, codes, scale) if needs_x else (None, None, None)
-        ctx.save_for_backward(x if needs_weight else None, *kept)
+        ctx.save_for_backward(x if needs_weight else None, kept[0], seed, *kept[1:])
         output: Tensor = ops.packed_matmul(x, packed, bias, weight.shape[0], ctx.backend)
         return output
 
@@ -178,7 +200,7 @@ class TransformedPackedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(*inputs: Any) -> Tensor:
-        x, weight, bias, packed, _, _, backend = inputs
+        x, weight, bias, packed, _, _, backend, *_ = inputs
         return ops.packed_matmul(x, packed, bias, weight.shape[0], backend)
 
     setup_context = staticmethod(_save_linear)
@@ -230,10 +252,55 @@ class TransformedPackedTokensLinear(torch.autograd.Function):
     backward = staticmethod(_tokens_linear_backward)
 
 
+def _save_sampled_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    (x, weight, _, seed), needs = inputs, ctx.needs_input_grad
+    ctx.save_for_backward(x if needs[1] else None, weight if needs[0] else None, seed)
+
+
+@_first_order
+def _sampled_linear_backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
+    """dx = dy W~; dW = S(dy)^T x; db = the sum of dy."""
+    (grad_output,), (x, weight, seed), needs = grad_outputs, ctx.saved_tensors, ctx.needs_input_grad
+    grad_x = grad_output @ weight if needs[0] else None
+    tokens = as_tokens(grad_output) if needs[1] or needs[2] else None
+    grad_weight = ops.sample(tokens, seed).mT @ as_tokens(x) if needs[1] and tokens is not None else None
+    return grad_x, grad_weight, tokens.sum(0) if needs[2] and tokens is not None else None, None
+
+
+class TransformedSampledLinear(torch.autograd.Function):
+    """The masked dense y = x W~^T + b with dW = S(dy)^T x, inside torch.func transforms."""
+
+    generate_vmap_rule = True  # the backward's from the rule of ops.sample
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, seed: Tensor | None) -> Tensor:
+        return torch.nn.functional.linear(x, weight, bias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _save_sampled_linear(ctx, inputs, output)
+        ctx.save_for_forward(*inputs[:2])
+
+    backward = staticmethod(_sampled_linear_backward)
+
+    @staticmethod
+    def jvp(ctx: Any, x_tangent: Any, weight_tangent: Any, bias_tangent: Any, *others: None) -> Tensor:
+        x, weight = ctx.saved_tensors
+        parts = [
+            None if x_tangent is None else x_tangent @ weight.mT,
+            None if weight_tangent is None else x @ weight_tangent.mT,
+            bias_tangent,
+        ]
+        given = [part for part in parts if part is not None]
+        total: Tensor = sum(given[1:], start=given[0])
+        return total
+
+
 for _name, _backward, _save in (
     ("prune", _prune_backward, _save_prune),
     ("prune_tokens", _prune_tokens_backward, _save_prune),
     ("packed_linear", _linear_backward, _save_linear),
+    ("sampled_linear", _sampled_linear_backward, _save_sampled_linear),
     ("packed_tokens_linear", _tokens_linear_backward, _save_tokens_linear),
 ):
     torch.library.register_autograd(f"semisparse::{_name}", _backward, setup_context=_save, lib=LIBRARY)

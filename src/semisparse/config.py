@@ -9,12 +9,16 @@ from semisparse.masks import MASKS, MaskName
 Backend = Literal["auto", "cusparselt", "dense"]
 ActivationMask = Literal["transposable"]
 Operand = Literal["weight", "activation"]
+GradOutput = Literal["mvue"]
 Product = Literal["sparse", "masked dense", "dense"]
 
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
 """What may multiply."""
 
-_PLANNED = {"grad_output": "mvue", "precision": "fp8"}
+GRAD_OUTPUTS: tuple[GradOutput | None, ...] = (None, *get_args(GradOutput))
+"""How the gradient of the output may be pruned."""
+
+_PLANNED = {"precision": "fp8"}
 """Values that the design has and that no code computes yet."""
 
 
@@ -37,7 +41,10 @@ class SparseConfig:
         activation: "transposable" prunes x (M x K) by 4x4 tiles over (tokens, features) in y and in dW; the gradient
             of x passes straight through. A tile spans 4 tokens, so the output of one token depends on its neighbours,
             later ones included: not for causal models. Needs weight=None.
-        grad_output: None. "mvue", which will prune dy in dW, is not available yet.
+        grad_output: "mvue" prunes dy (M x N) to 2:4 along tokens in dW = S(dy)^T x, at random and without bias: two of
+            each four tokens are kept, with probabilities that make the variance smallest (arXiv 2203.10991), and scaled
+            up. dx and the bias gradient are those of dy itself. Needs a pruned weight. A schedule gives each layer and
+            rank random numbers of its own; without one they follow from the gradient's values alone.
         precision: None, the 16-bit dtype of the call. "fp8" is not available yet.
         backend: "auto": sparse tensor cores where they can run and the product alone measured faster than the masked
             dense one; masked dense everywhere else, with the same mask. Packing is on neither side of that comparison:
@@ -51,7 +58,7 @@ class SparseConfig:
 
     weight: MaskName | None = "transposable"
     activation: ActivationMask | None = None
-    grad_output: Literal["mvue"] | None = None
+    grad_output: GradOutput | None = None
     precision: Literal["fp8"] | None = None
     backend: Backend = "auto"
 
@@ -64,6 +71,7 @@ class SparseConfig:
                 raise ConfigError(f"{name}={value!r} is not one of None and, not available yet, {planned!r}")
         _check("weight", self.weight, (None, *MASKS))
         _check("activation", self.activation, (None, *get_args(ActivationMask)))
+        check_grad_output(self.grad_output)
         _check("backend", self.backend, BACKENDS)
         if self.weight is not None and self.activation is not None:
             raise ConfigError(
@@ -72,7 +80,12 @@ class SparseConfig:
             )
         if self.weight is None and self.activation is None:
             raise ConfigError(
-                "weight=None and activation=None prune nothing: name a mask for one of them, or keep the layer dense"
+                "weight=None and activation=None prune nothing in y: name a mask for one of them, or keep it dense"
+            )
+        if self.activation is not None and self.grad_output is not None:
+            raise ConfigError(
+                f"activation={self.activation!r} and grad_output={self.grad_output!r}: both prune an operand of "
+                "dW = dy^T x, and sparse tensor cores take one; set grad_output=None"
             )
 
     @property
@@ -90,15 +103,22 @@ class SparseConfig:
         if self.weight is None:
             pruned = {"forward": True, "grad_input": False, "grad_weight": True}
         else:
-            pruned = {"forward": True, "grad_input": MASKS[self.weight].both_ways, "grad_weight": False}
+            sampled = self.grad_output is not None
+            pruned = {"forward": True, "grad_input": MASKS[self.weight].both_ways, "grad_weight": sampled}
         two_to_four: Product = "masked dense" if self.backend == "dense" else "sparse"
         return {product: two_to_four if found else "dense" for product, found in pruned.items()}
 
     def __str__(self) -> str:
         """The settings that differ from dense, and the products that follow."""
-        named = [f"{name}={getattr(self, name)}" for name in ("weight", "activation") if getattr(self, name)]
+        operands = ("weight", "activation", "grad_output")
+        named = [f"{name}={getattr(self, name)}" for name in operands if getattr(self, name)]
         products = ", ".join(f"{product} {how}" for product, how in self.products.items())
         return f"{', '.join(named)}, backend={self.backend}: {products}"
+
+
+def check_grad_output(value: object) -> None:
+    """Raise ConfigError unless value says how dy is pruned."""
+    _check("grad_output", value, GRAD_OUTPUTS)
 
 
 def _check(name: str, value: object, choices: tuple[object, ...]) -> None:

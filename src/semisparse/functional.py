@@ -3,7 +3,7 @@
 Both functions prune in the forward pass and let the gradient pass straight through the pruning (straight-through
 estimator): with W~ the pruned weight and x~ the pruned input,
 
-    pruned weight        y = x W~^T + b    dx = dy W~    dW = dy^T x
+    pruned weight        y = x W~^T + b    dx = dy W~    dW = dy^T x    or, with grad_output="mvue", S(dy)^T x
     pruned activation    y = x~ W^T + b    dx = dy W     dW = dy^T x~
 
 Under autocast the operand is pruned from its stored dtype (an fp32 master weight, say) and rounded to the autocast
@@ -30,9 +30,11 @@ from semisparse.autograd import (
     TransformedPackedTokensLinear,
     TransformedPruneTokens,
     TransformedPruneWeight,
-    eagerly,
+    TransformedSampledLinear,
+    apply,
 )
-from semisparse.config import Backend
+from semisparse.config import Backend, GradOutput, check_grad_output
+from semisparse.errors import ConfigError
 from semisparse.formats.packed import PackedMatrix
 from semisparse.masks import MaskName
 from semisparse.operands import as_tokens, check_operands, compute_dtype, in_dtype, in_rows
@@ -47,6 +49,8 @@ def semi_sparse_linear(
     mask: MaskName = "transposable",
     codes: Tensor | None = None,
     scale: Tensor | None = None,
+    grad_output: GradOutput | None = None,
+    seed: Tensor | None = None,
     backend: Backend = "auto",
     packed: PackedMatrix | None = None,
 ) -> Tensor:
@@ -57,12 +61,13 @@ def semi_sparse_linear(
     Args:
         input: (..., K), or a jagged nested tensor of such rows.
         weight: (N, K), N and K multiples of 4.
-        bias: (N,) or None. All operands have any strides and one dtype of fp64, fp32, fp16 and bf16; under autocast
-            the dtypes may differ.
+        bias: (N,) or None. Operands have any strides and one dtype, fp64, fp32, fp16 or bf16; with autocast, several.
         mask: As SparseConfig's weight.
         codes: Tile codes of a fixed transposable mask to use instead of choosing one (int16, N/4 x K/4; that they are
             transposable is not checked).
         scale: What mask "soft" multiplies by (one fp32 number), required by it.
+        grad_output: As SparseConfig's.
+        seed: Key of grad_output's random numbers (one int64 number), read in the backward; None for the key 0.
         backend: As SparseConfig's.
         packed: ops.pack's result for these arguments, to use it again. The backward packs a transpose that is empty.
 
@@ -71,34 +76,31 @@ def semi_sparse_linear(
 
     Raises:
         ShapeError, TensorError: The operands do not fit together.
-        ConfigError: codes or scale do not fit mask.
+        ConfigError: codes or scale do not fit mask, or grad_output is unknown or used in a compiled transform.
         EngineError: backend="cusparselt" cannot run here.
     """
     if input.is_nested:
-        held = partial(semi_sparse_linear, mask=mask, codes=codes, scale=scale, backend=backend, packed=packed)
-        return in_rows(input, lambda rows: held(rows, weight, bias))
+        held = partial(semi_sparse_linear, mask=mask, codes=codes, scale=scale, grad_output=grad_output, seed=seed)
+        return in_rows(input, lambda rows: held(rows, weight, bias, backend=backend, packed=packed))
+    check_grad_output(grad_output)
     check_operands(input, weight, bias)
     dtype = compute_dtype(input, weight)
     if (transform := routes.transform_at_work(backend)) == "other" or not routes.packs(weight, dtype, backend):
-        return F.linear(input, _pruned_weight(weight, dtype, mask, codes, scale, transform), bias)
-    compiling, recorded, x = torch.compiler.is_compiling(), recording(), in_dtype(dtype, input)
-    x, bias = _distinct(x) if compiling else x, None if bias is None else in_dtype(dtype, bias)
+        pruned = _pruned_weight(weight, dtype, mask, codes, scale, transform)
+        return F.linear(input, pruned, bias) if grad_output is None else _sampled(input, pruned, bias, seed, transform)
+    x, bias, recorded = _distinct(in_dtype(dtype, input)), None if bias is None else in_dtype(dtype, bias), recording()
     if packed is None and not (recorded or transform):
         if not torch.is_grad_enabled():
             return ops.pack_linear(x, weight, bias, mask, codes, scale, backend)[0]
-        if compiling:
-            return PackLinear.apply(x, weight, bias, mask, codes, scale, backend)
-        return eagerly(PackLinear, x, weight, bias, mask, codes, scale, backend)
+        return apply(PackLinear, x, weight, bias, mask, codes, scale, backend, grad_output, seed)
     if packed is None or ((recorded or transform) and not packed.transposed.numel()):
         packed = PackedMatrix(*ops.pack(weight.detach(), dtype, mask, codes, scale))
-    operands = x, weight, bias, packed.matrix, packed.transposed, mask, backend
-    if recorded:
-        return ops.packed_linear(*operands)
     if not packed.transposed.numel() and masks.get(mask).both_ways:
-        return ForwardPackedLinear.apply(*operands[:4], codes, scale, mask, backend)
-    if compiling or transform:
-        return (TransformedPackedLinear if transform else PackedLinear).apply(*operands)
-    return eagerly(PackedLinear, *operands)
+        return ForwardPackedLinear.apply(x, weight, bias, packed[0], codes, scale, mask, backend, grad_output, seed)
+    operands = x, weight, bias, packed.matrix, packed.transposed, mask, backend, grad_output, seed
+    if recorded or transform:
+        return (ops.packed_linear if recorded else TransformedPackedLinear.apply)(*operands)
+    return apply(PackedLinear, *operands)
 
 
 def semi_sparse_activation_linear(
@@ -149,6 +151,17 @@ def _pruned_weight(
         return _through(weight, ops.prune(weight.detach(), dtype, mask, codes, scale))
     prune = TransformedPruneWeight.apply if transform else ops.prune
     return prune(weight, dtype, mask, codes, scale)
+
+
+def _sampled(input: Tensor, pruned: Tensor, bias: Tensor | None, seed: Tensor | None, transform: str) -> Tensor:
+    """The masked dense product whose weight gradient is sampled."""
+    if transform and torch.compiler.is_compiling():
+        raise ConfigError(
+            "grad_output='mvue' cannot run inside a compiled torch.func transform, which ignores gradient formulas: "
+            "transform uncompiled code, or use grad_output=None"
+        )
+    operands = in_dtype(pruned.dtype, input), pruned, None if bias is None else in_dtype(pruned.dtype, bias), seed
+    return TransformedSampledLinear.apply(*operands) if transform else ops.sampled_linear(*operands)
 
 
 def _pruned_tokens(tokens: Tensor, dtype: torch.dtype, transform: str) -> Tensor:

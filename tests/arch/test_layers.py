@@ -8,7 +8,7 @@ import pytest
 from tests.arch.source import FILES, NAMES, PACKAGE, imported, module_name
 
 LEVELS = {
-    1: {"errors", "arguments", "config", "masks", "pattern", "reference", "versions"},
+    1: {"errors", "arguments", "config", "masks", "pattern", "reference", "sampling", "versions"},
     2: {"formats", "kernels", "gemm", "native"},
     3: {"calls", "tracing", "ops", "flops", "operands", "routes", "autograd", "functional"},
     4: {"nn", "surgery"},

@@ -13,6 +13,7 @@ PRODUCTS = {
     "grad_input": problems.grad_input,
     "activation_forward": problems.activation_forward,
     "activation_weight": problems.activation_weight,
+    "sampled_weight": problems.sampled_weight,
 }
 FORWARD = problems.forward(1000, 1024, 512, torch.bfloat16, bias=True)
 

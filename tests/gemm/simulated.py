@@ -316,6 +316,7 @@ PRODUCTS = {
     "grad_input": problems.grad_input(24, 32, 48, torch.bfloat16),
     "activation_forward": problems.activation_forward(24, 32, 48, torch.bfloat16),
     "activation_weight": problems.activation_weight(24, 32, 48, torch.float16),
+    "sampled_weight": problems.sampled_weight(24, 32, 48, torch.bfloat16),
 }
 FORWARD = PRODUCTS["forward"]
 

@@ -18,6 +18,7 @@ PRODUCTS = [
     problems.grad_input(24, 32, 48, torch.float16),
     problems.activation_forward(24, 32, 48, BF16),
     problems.activation_weight(24, 32, 48, torch.float16),
+    problems.sampled_weight(24, 32, 48, BF16),
     Problem(32, 48, 24, BF16, "row", "row", bias=True),
 ]
 

@@ -114,6 +114,7 @@ LARGE = {
     "grad_input": (16384, 11008, 4096),
     "activation_forward": (13008, 4096, 1024),
     "activation_weight": (13008, 4096, 1024),
+    "sampled_weight": (16384, 2048, 8192),
 }
 
 

@@ -15,6 +15,7 @@ CONSTRUCTORS = [
     problems.grad_input,
     problems.activation_forward,
     problems.activation_weight,
+    problems.sampled_weight,
 ]
 
 
@@ -26,6 +27,7 @@ def operands(kind, tokens: int, n: int, k: int):
         problems.grad_input: (weight.mT, grad, grad @ weight),
         problems.activation_forward: (x, weight, x @ weight.mT),
         problems.activation_weight: (x.mT, grad, grad.mT @ x),
+        problems.sampled_weight: (grad.mT, x, grad.mT @ x),
     }[kind]
 
 
@@ -41,7 +43,7 @@ def test_a_constructor_describes_the_product_it_names(kind):
     assert made.tokens == 48
 
 
-@pytest.mark.parametrize(("kind", "multiple"), list(zip(CONSTRUCTORS, (8, 8, 16, 16), strict=True)))
+@pytest.mark.parametrize(("kind", "multiple"), list(zip(CONSTRUCTORS, (8, 8, 16, 16, 16), strict=True)))
 def test_token_counts_are_padded_to_what_the_engine_takes(kind, multiple):
     for tokens in range(1, 70):
         made = kind(tokens, 32, 48, BF16)

@@ -21,7 +21,7 @@ from triton.compiler import ASTSource
 
 from semisparse import masks
 from semisparse.formats.layout import SM90_16BIT
-from semisparse.kernels import bias, prune_pack, prune_pack_many, tile_codes, unpack
+from semisparse.kernels import bias, prune_pack, prune_pack_many, sample_pack, tile_codes, unpack
 from semisparse.kernels.compiled import compiled_launch, parameter_count
 from semisparse.kernels.packed_metadata import repeated
 from semisparse.kernels.prune_pack import DEFAULT_BLOCK, HOPPER_BLOCK
@@ -109,6 +109,23 @@ def many(arch, source, target, mask, even, given_codes=False):
     return taken | {"most registers": block.registers}
 
 
+def sample(arch, dtype, even, wide=False, seeded=True, summed=True):
+    types = {"gradient": "*i64", "seed": "*i64", "packed": "*u8", "sums": "*fp32"}
+    types |= dict.fromkeys(("rows", "rows_padded", "columns", "stride", "row_blocks", "blocks"), "i32")
+    block = sample_pack.BLOCK
+    constants = {
+        "TYPE": dtype, "BITS": BITS, "PADDING": repeated(0b1110), "TILE_ROWS": block.tile_rows, "PAIRS": block.pairs,
+        "STEPS": sample_pack.MOST_STEPS, "EVEN": even, "WIDE": wide, "NATIVE": True,
+    }  # fmt: skip
+    constants |= {name: None for name, given in (("seed", seeded), ("sums", summed)) if not given}
+    divisible = [
+        name for name in ("gradient", "seed", "packed", "sums", "rows_padded", "columns") if name not in constants
+    ]
+    options = {"num_warps": block.warps} | ({} if wide else {"maxnreg": block.registers})
+    taken = compiled(sample_pack.sample_pack, types, constants, arch, divisible, **options)
+    return taken if wide else taken | {"most registers": block.registers}
+
+
 def codes(arch, source, mask, turned):
     """A contiguous matrix, or the transpose of one that is a single row of tiles: Triton makes sizes of 1 constants."""
     types = {"matrix": f"*{source}", "codes": "*i16"}
@@ -138,6 +155,14 @@ def main(arch):
                     arch, source, target, mask, even, given
                 )
         found[f"pack {name} wide"] = pack(arch, tl.bfloat16, tl.bfloat16, mask, False, True, given)
+    for dtype in (tl.bfloat16, tl.float16):
+        for even in (True, False):
+            found[f"sample {dtype} {'even' if even else 'edges'}"] = sample(arch, dtype, even)
+    found["sample wide"] = sample(arch, tl.bfloat16, False, wide=True)
+    found["sample without seed and bias"] = sample(arch, tl.bfloat16, True, seeded=False, summed=False)
+    types = {"matrix": "*fp32", "out": "*bf16", "rows": "i32", "columns": "i32"}
+    constants = {"ROWS": bias.SUMMED_ROWS, "COLUMNS": bias.SUMMED_COLUMNS, "STEPS": 2}
+    found["sum_rows"] = compiled(bias.sum_rows, types, constants, arch, ["matrix", "out", "columns"], num_warps=4)
     for flat in (False, True):
         grid = {"FLAT": flat}
         types = {"packed": "*u8", "out": "*i64", "rows": "i32", "columns": "i32"}

@@ -4,13 +4,15 @@ A (rows x reduction) is the 2:4 operand, packed along its columns; B (reduction 
 dense. Both may be stored row by row or column by column. A column-major matrix is handled everywhere as the row-major
 tensor of its transpose: x (M x K, contiguous), as PyTorch holds it, is B = x^T in column order.
 
-The four products of the library (M tokens, K in_features, N out_features, W~ and x~ the pruned operands):
+The five products of the library (M tokens, K in_features, N out_features, W~ and x~ the pruned operands, S(dy) the
+sampled gradient):
 
     function             product                 A            B                     D
     forward              y  = x W~^T + b         W~   (N, K)  x^T (K, M) from x     y^T  (N, M) stored as y
     grad_input           dx = dy W~              W~^T (K, N)  dy^T (N, M) from dy   dx^T (K, M) stored as dx
     activation_forward   y  = x~ W^T             x~   (M, K)  W^T (K, N) from W     y    (M, N)
     activation_weight    dW = dy^T x~            x~^T (K, M)  dy  (M, N)            dW^T (K, N) stored as dW
+    sampled_weight       dW = S(dy)^T x          S(dy)^T (N, M)  x  (M, K)         dW   (N, K)
 
 The bias is one value per row of D, so only `forward` can add it in the engine's epilogue.
 """
@@ -197,3 +199,17 @@ def activation_weight(tokens: int, out_features: int, in_features: int, dtype: t
     """
     reduction = round_up(tokens, SPARSE_MULTIPLE)
     return Problem(in_features, reduction, out_features, dtype, "row", "column", token_axis="reduction")
+
+
+@lru_cache(_CACHED)
+def sampled_weight(tokens: int, out_features: int, in_features: int, dtype: torch.dtype) -> Problem:
+    """dW = S(dy)^T x with A = S(dy)^T (N x M), 2:4 along tokens; D is dW itself, row-major.
+
+    Args:
+        tokens: M. The problem has M rounded up to a multiple of 16 as reduction; pad x with zero rows.
+        out_features: N.
+        in_features: K.
+        dtype: Of all operands.
+    """
+    reduction = round_up(tokens, SPARSE_MULTIPLE)
+    return Problem(out_features, reduction, in_features, dtype, "row", "row", token_axis="reduction")

@@ -134,6 +134,21 @@ def kept_in_columns(words, selectors, NATIVE: tl.constexpr):
 
 
 @triton.jit
+def store_columns(out, kept, inside, local_pair, local_row, row_words, REST: tl.constexpr):
+    """Store the kept words of the 4 columns of tile pairs (4 x 8 x REST x 2) in the packed transpose.
+
+    The two tiles of a pair lie far apart there. Stored one by one, in the order in which the lanes hold them, a warp
+    fills whole sectors; left to itself, Triton would go through shared memory to make the stores wider.
+    """
+    for j in tl.static_range(4):
+        two, wanted = tl.split(kept[j]), tl.split(inside)
+        for odd in tl.static_range(2):
+            line = (8 * local_pair + 4 * odd + j) * row_words + local_row
+            at = tl.max_contiguous(tl.reshape(line, (4, 8, REST)), (1, 1, 1))
+            tl.store(out + at, two[odd], mask=wanted[odd])
+
+
+@triton.jit
 def load_line(at, mask, IN: tl.constexpr, OUT: tl.constexpr, NATIVE: tl.constexpr, SOFT: tl.constexpr):
     """One row of each tile: 4 scores, 4 fp32 values, and the values as 2 words of OUT. at: int64 pointers."""
     values = ()

@@ -145,14 +145,7 @@ def pack_block(
         out += (right * 8 * PAIRS).to(tl.int64) * row_words_t
         out += down * TILE_ROWS
         kept = packed_values.kept_in_columns(kept_words, selectors, NATIVE)
-        # The two tiles of a pair lie far apart here. Stored one by one, in the order in which the lanes hold them, a
-        # warp fills whole sectors; left to itself, Triton would go through shared memory to make the stores wider.
-        for j in tl.static_range(4):
-            two, wanted = tl.split(kept[j]), tl.split(inside)
-            for odd in tl.static_range(2):
-                line = (8 * local_pair + 4 * odd + j) * row_words_t + local_row
-                at = tl.max_contiguous(tl.reshape(line, (4, 8, TILE_ROWS * PAIRS // 32)), (1, 1, 1))
-                tl.store(out + at, two[odd], mask=wanted[odd])
+        packed_values.store_columns(out, kept, inside, local_pair, local_row, row_words_t, TILE_ROWS * PAIRS // 32)
 
     if not EVEN:
         nibbles = tl.where(inside, nibbles, PADDING)
@@ -247,12 +240,11 @@ def launch(
     return start
 
 
-def check_block(block: Block, layout: MetadataLayout) -> None:
+def check_block(block: Block, layout: MetadataLayout, *, transpose_only: bool = False) -> None:
     """Raise ConfigError unless a program covers whole metadata blocks, of the matrix and of its transpose."""
     lines, span = layout.block_rows, layout.block_groups
-    if any(size % lines for size in (GROUP * block.tile_rows, 2 * GROUP * block.pairs)) or any(
-        size % span for size in (block.tile_rows, 2 * block.pairs)
-    ):
+    turned = 2 * GROUP * block.pairs % lines or block.tile_rows % span
+    if turned or (not transpose_only and (GROUP * block.tile_rows % lines or 2 * block.pairs % span)):
         raise ConfigError(f"a program of {block} does not hold whole metadata blocks of {lines} rows x {span} groups")
 
 

@@ -17,8 +17,8 @@ from semisparse.nn.registry import swapped_class
 from semisparse.pattern import GROUP
 from semisparse.tracing import recording
 
-HELD = ("held_codes", "held_scale")
-"""Attributes that a recipe sets on a layer with a pruned weight."""
+HELD = ("held_codes", "held_scale", "held_seed")
+"""Attributes that a recipe or a schedule sets on a layer with a pruned weight."""
 
 
 class SemiSparseBase(CopyableLinear):

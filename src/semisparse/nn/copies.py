@@ -75,7 +75,7 @@ class CopyableLinear(nn.Linear):
 
     def _replicate_for_data_parallel(self) -> Self:
         replica: Self = super()._replicate_for_data_parallel()
-        for name in TRANSIENT:
+        for name in (*TRANSIENT, "held_seed"):  # the seed is on another device
             replica.__dict__.pop(name, None)
         replica.__dict__["_stands_for"] = self._stands_for or self  # not as a submodule
         return replica

@@ -28,6 +28,9 @@ class SemiSparseLinear(SemiSparseBase):
     Attributes:
         held_codes: Tile codes of the mask that a recipe holds; None if the mask follows the weight.
         held_scale: Scale of mask "soft", or None.
+        held_seed: Key of the random numbers of grad_output="mvue", one int64 number on the weight's device, which a
+            schedule sets and advances. None for the key 0, as without a schedule and on replicas of DataParallel: then
+            samples follow from the gradient's values alone.
     """
 
     operand: ClassVar[Operand] = "weight"
@@ -36,6 +39,7 @@ class SemiSparseLinear(SemiSparseBase):
     _packed: PackedWeight | None = None
     held_codes: Tensor | None = None
     held_scale: Tensor | None = None
+    held_seed: Tensor | None = None
 
     @property
     def _mask(self) -> MaskName:
@@ -74,6 +78,8 @@ class SemiSparseLinear(SemiSparseBase):
             mask=self._mask,
             codes=self.held_codes,
             scale=self.held_scale,
+            grad_output=self.sparse_config.grad_output,
+            seed=self.held_seed,
             backend=self.sparse_config.backend,
             packed=None if self._packed is None else usable(self, weight, input),
         )

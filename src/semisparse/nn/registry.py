@@ -17,6 +17,7 @@ OWN_ATTRIBUTES = (
     "holds",
     "held_codes",
     "held_scale",
+    "held_seed",
     "_mask",
     "_packed",
     "_called",

@@ -15,11 +15,13 @@ from semisparse.ops.products import (
     packed_tokens_matmul,
     sac_save_ops,
 )
+from semisparse.ops.sampling import pack_sample, sample, sampled_grad_weight, sampled_linear
 
 __all__ = [
     "pack",
     "pack_linear",
     "pack_many",
+    "pack_sample",
     "pack_tokens",
     "packed_linear",
     "packed_matmul",
@@ -29,6 +31,9 @@ __all__ = [
     "prune",
     "prune_tokens",
     "sac_save_ops",
+    "sample",
+    "sampled_grad_weight",
+    "sampled_linear",
     "tile_codes",
     "unpack",
 ]

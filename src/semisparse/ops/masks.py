@@ -140,7 +140,7 @@ def prune_anywhere(
     return _kept(matrix, dtype, found.choose(matrix) if codes is None else reference_masks.from_codes(codes))
 
 
-def _members(tensor: Tensor | None, dim: int | None, size: int) -> tuple[Tensor | None, ...]:
+def members(tensor: Tensor | None, dim: int | None, size: int) -> tuple[Tensor | None, ...]:
     """The members of a batch along dim, or size times the same tensor."""
     return (tensor,) * size if dim is None or tensor is None else tensor.unbind(dim)
 
@@ -156,10 +156,10 @@ def _vmap_prune(
 ) -> tuple[Tensor, int]:
     dims = (*in_dims, None, None)
     size = info.batch_size
-    members = zip(
-        _members(matrix, dims[0], size), _members(codes, dims[3], size), _members(scale, dims[4], size), strict=True
+    batch = zip(
+        members(matrix, dims[0], size), members(codes, dims[3], size), members(scale, dims[4], size), strict=True
     )
-    return torch.stack([prune(one, dtype, mask, code, factor) for one, code, factor in members]), 0  # type: ignore[arg-type]
+    return torch.stack([prune(one, dtype, mask, code, factor) for one, code, factor in batch]), 0  # type: ignore[arg-type]
 
 
 @register(
@@ -195,8 +195,8 @@ def _fake_prune_tokens(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _vmap_prune_tokens(info: Any, in_dims: tuple[int | None, ...], x: Tensor, dtype: torch.dtype) -> tuple[Tensor, int]:
-    members = _members(x, in_dims[0], info.batch_size)
-    return torch.stack([prune_tokens(one, dtype) for one in members]), 0  # type: ignore[arg-type]
+    batch = members(x, in_dims[0], info.batch_size)
+    return torch.stack([prune_tokens(one, dtype) for one in batch]), 0  # type: ignore[arg-type]
 
 
 @register(

@@ -33,7 +33,8 @@ def _check_packable(matrix: Tensor, dtype: torch.dtype) -> None:
         raise ShapeError(f"matrix is {tuple(matrix.shape)}; packing needs multiples of {SPARSE_MULTIPLE}: pad it")
 
 
-def _encoded(matrix: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
+def encoded(matrix: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """The buffer (in sm90's format, as long as an op's) of a matrix (R x C) of which mask (bool) tells what is kept."""
     written = SM90_16BIT.encode(reference_packing.pack(matrix, mask, dtype))
     return torch.nn.functional.pad(written, (0, packed_bytes(*matrix.shape) - written.numel()))
 
@@ -87,8 +88,8 @@ def pack(
     kept = found.choose(matrix) if codes is None else reference_masks.from_codes(codes)
     if found.needs_scale:
         matrix = prune_anywhere(matrix, dtype, mask, codes, scale)
-    packed = _encoded(matrix, kept, dtype)
-    return packed, _encoded(matrix.mT, kept.mT, dtype) if found.both_ways else packed.new_empty(0)
+    packed = encoded(matrix, kept, dtype)
+    return packed, encoded(matrix.mT, kept.mT, dtype) if found.both_ways else packed.new_empty(0)
 
 
 def _fake_pack_tokens(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -122,7 +123,7 @@ def pack_tokens(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     calls.note_tokens(op=True)
     padded = torch.nn.functional.pad(x, (0, 0, 0, -x.shape[0] % SPARSE_MULTIPLE))
     kept = _TOKENS.choose(padded)
-    return _encoded(padded, kept, dtype), _encoded(padded.mT, kept.mT, dtype)
+    return encoded(padded, kept, dtype), encoded(padded.mT, kept.mT, dtype)
 
 
 def _fake_unpack(packed: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
@@ -213,11 +214,12 @@ def _pack_in_steps(pruned: Tensor, written: PackedFormat, mask: masks.Mask) -> t
     if written.packer == "kernel" and engine().available(pruned.get_device()).ok:
         # A mask that the kernel does not choose. The compressor does not synchronise; the reference does.
         written = PackedFormat("compressor", written.layout, f"mask={mask.name!r}")
-    packed = _pack_pruned(pruned, written)
-    return packed, _pack_pruned(pruned.mT.contiguous(), written) if mask.both_ways else packed.new_empty(0)
+    packed = pack_pruned(pruned, written)
+    return packed, pack_pruned(pruned.mT.contiguous(), written) if mask.both_ways else packed.new_empty(0)
 
 
-def _pack_pruned(pruned: Tensor, written: PackedFormat) -> Tensor:
+def pack_pruned(pruned: Tensor, written: PackedFormat) -> Tensor:
+    """The buffer of a 2:4 matrix (R x C, contiguous, 16-bit), written without the kernel."""
     if written.packer == "compressor":
         packed = engine().compress(pruned, check=False)
     else:

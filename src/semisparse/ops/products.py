@@ -35,9 +35,9 @@ def _cuda_packed_matmul(x: Tensor, packed: Tensor, bias: Tensor | None, out_feat
     if tokens == 0:
         return x.new_empty(shape)
     asked = problem.forward(tokens, out_features, in_features, x.dtype, bias is not None)
-    matrix = _padded(matrix, round_up(tokens, DENSE_MULTIPLE))
+    matrix = padded(matrix, round_up(tokens, DENSE_MULTIPLE))
     out = matrix.new_empty(matrix.shape[0], out_features)
-    choice = _multiply(asked, packed, matrix, out, None if bias is None else _aligned(bias), backend)
+    choice = multiply(asked, packed, matrix, out, None if bias is None else _aligned(bias), backend)
     sizes = tokens, out_features, in_features
     prepare.product(ProductKind.WEIGHT, asked, out.get_device(), sizes, choice, backend)
     return out.resize_(shape)  # not a view: autograd refuses writes to views made where it does not look
@@ -138,20 +138,36 @@ def pack_linear(
 
 
 def _fake_packed_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, packed: Tensor, packed_t: Tensor, mask: str, backend: Backend
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    packed: Tensor,
+    packed_t: Tensor,
+    mask: str,
+    backend: Backend,
+    grad_output: str | None = None,
+    seed: Tensor | None = None,
 ) -> Tensor:
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
 @register(
-    "packed_linear(Tensor x, Tensor weight, Tensor? bias, Tensor packed, Tensor packed_t, str mask, str backend)"
-    " -> Tensor",
+    "packed_linear(Tensor x, Tensor weight, Tensor? bias, Tensor packed, Tensor packed_t, str mask, str backend,"
+    " str? grad_output=None, Tensor? seed=None) -> Tensor",
     fake=_fake_packed_linear,
     every_device=True,
     differentiable=True,
 )
 def packed_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, packed: Tensor, packed_t: Tensor, mask: str, backend: Backend
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    packed: Tensor,
+    packed_t: Tensor,
+    mask: str,
+    backend: Backend,
+    grad_output: str | None = None,
+    seed: Tensor | None = None,
 ) -> Tensor:
     """packed_matmul with a gradient formula: y = x W~^T + b, for exported graphs.
 
@@ -163,6 +179,8 @@ def packed_linear(
         packed_t: Its transpose, for dx = dy W~; empty where mask has none.
         mask: As SparseConfig's weight.
         backend: As SparseConfig's.
+        grad_output: As SparseConfig's: how dy is pruned in dW.
+        seed: Key of the random numbers of grad_output="mvue", or None.
     """
     return packed_matmul(x, packed, bias, weight.shape[0], backend)
 
@@ -182,7 +200,7 @@ def _cuda_packed_tokens_matmul(
         return weight.new_empty(0, out_features)
     asked = problem.activation_forward(tokens, out_features, in_features, weight.dtype)
     out = weight.new_empty(asked.d_shape)
-    choice = _multiply(asked, packed, _padded(weight, out_features), out, None, backend)
+    choice = multiply(asked, packed, padded(weight, out_features), out, None, backend)
     sizes = tokens, out_features, in_features
     prepare.product(ProductKind.TOKENS, asked, out.get_device(), sizes, choice, backend)
     out = out.resize_(tokens, out_features)
@@ -268,8 +286,7 @@ def _cuda_packed_tokens_grad_weight(
         return grad_output.new_zeros(out_features, in_features)
     asked = problem.activation_weight(tokens, out_features, in_features, grad_output.dtype)
     out = grad_output.new_empty(asked.d_shape)
-    padded = _padded(grad_output, round_up(tokens, SPARSE_MULTIPLE))
-    choice = _multiply(asked, packed_t, padded, out, None, backend)
+    choice = multiply(asked, packed_t, padded(grad_output, round_up(tokens, SPARSE_MULTIPLE)), out, None, backend)
     sizes = tokens, out_features, in_features
     prepare.product(ProductKind.GRAD_WEIGHT, asked, out.get_device(), sizes, choice, backend)
     return out
@@ -304,16 +321,30 @@ def sac_save_ops() -> list[torch._ops.OpOverload]:
     return [ops.packed_matmul.default, ops.pack_linear.default, ops.packed_tokens_matmul.default]
 
 
-def _multiply(
+def multiply(
     asked: Problem, packed: Tensor, b: Tensor, out: Tensor, bias: Tensor | None, backend: Backend
 ) -> Choice | None:
+    """D = A B (+ bias) by the engine or, where backend or tuning say so, masked dense; out is written.
+
+    Args:
+        asked: The product.
+        packed: A, as a packing op gives it.
+        b: B, of the problem's shape.
+        out: D.
+        bias: As Operands'.
+        backend: As SparseConfig's.
+
+    Returns:
+        What dispatch.multiply followed.
+    """
+
     def unpacked(buffer: Tensor) -> Tensor:
         return _cuda_unpack(buffer, asked.rows, asked.reduction, asked.dtype)
 
     return dispatch.multiply(asked, Operands(packed, b, out, bias), unpacked, backend)
 
 
-def _padded(matrix: Tensor, rows: int) -> Tensor:
+def padded(matrix: Tensor, rows: int) -> Tensor:
     """matrix with rows of zeros added up to rows, contiguous and 16-byte aligned, as the engine takes it."""
     if matrix.shape[0] != rows:
         return torch.nn.functional.pad(matrix, (0, 0, 0, rows - matrix.shape[0]))

@@ -42,6 +42,7 @@ class RecipeSchedule(SparseSchedule):
             are refreshed.
         pack: As for SparseSchedule.
         keep: As for SparseSchedule.
+        seed: As for SparseSchedule.
 
     Raises:
         NoLayerMatchedError: model has no SemiSparseLinear.
@@ -62,13 +63,14 @@ class RecipeSchedule(SparseSchedule):
         process_group: Group = None,
         pack: Pack = "each_forward",
         keep: Keep = "both",
+        seed: int = 0,
     ) -> None:
         self._group = process_group
 
         def prepare() -> int:
             self._parts = parts_of(recipe, model, optimizer, total_steps)
             self._finished = False
-            self._prepare(model, self._parts.phases, None, pack, keep)
+            self._prepare(model, self._parts.phases, None, pack, keep, seed)
             return self._digest()
 
         # Everything that can fail comes before the first change of the model or the optimizer.
@@ -150,6 +152,7 @@ class RecipeSchedule(SparseSchedule):
             return
         self._finished = True
         self._packing.close()
+        self._seeds.release()
         for part in self._stateful():
             part.detach()
         self._layers.release_followers()
@@ -188,7 +191,8 @@ class RecipeSchedule(SparseSchedule):
         if self._parts.switch is not None and state["switched_at"] is not None:
             phases = dense_then_sparse(state["switched_at"], self._parts.total_steps)
         counted = checked_state(state, phases)
-        self._phases, (self._applied_steps, self._evidence.last_scale) = phases, counted
+        self._phases = phases
+        self._restore(counted)
         for part in self._stateful():
             part.load_state_dict(state)
         self._apply()

@@ -104,15 +104,15 @@ def check_count(name: str, value: object) -> None:
         raise ScheduleError(f"{name}={value!r} must be a whole number, 0 or more")
 
 
-def checked_state(state: Any, phases: tuple[Phase, ...]) -> tuple[int, float | None]:
-    """The counter and the last scale of a state that was saved with these phases.
+def checked_state(state: Any, phases: tuple[Phase, ...]) -> tuple[int, float | None, int]:
+    """The counter, the last scale and the seed of a state that was saved with these phases.
 
     Raises:
         ScheduleError: state is of another kind, or was saved with other phases.
     """
     try:
         saved = tuple(Phase(**phase) for phase in state["phases"])
-        applied, scale = state["applied_steps"], state["last_scale"]
+        applied, scale, seed = state["applied_steps"], state["last_scale"], state["seed"]
     except (KeyError, TypeError) as error:
         given = f"with {sorted(map(str, state))}" if isinstance(state, Mapping) else f"of type {type(state).__name__}"
         raise ScheduleError(f"state {given} is not a saved SparseSchedule: {error!r}") from error
@@ -125,4 +125,6 @@ def checked_state(state: Any, phases: tuple[Phase, ...]) -> tuple[int, float | N
         isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 <= scale < math.inf
     ):
         raise ScheduleError(f"state['last_scale']={scale!r} must be a finite number, 0 or more, or None")
-    return applied, scale
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise ScheduleError(f"state['seed']={seed!r} must be a whole number")
+    return applied, scale, seed

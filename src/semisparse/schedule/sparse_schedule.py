@@ -23,6 +23,7 @@ from semisparse.schedule.phases import (
 )
 from semisparse.schedule.ranks import Group, agree, attempt, digest
 from semisparse.schedule.scheduled_layers import ScheduledLayers
+from semisparse.schedule.seeds import Seeds
 from semisparse.schedule.step_packing import Pack, StepPacking
 
 
@@ -39,9 +40,15 @@ class SparseSchedule:
         total_steps: If given, the phases must add up to it.
         process_group: Ranks that hold the same layers and compare them now (the data-parallel group); None for all
             ranks if torch.distributed is initialised; False to compare nothing.
+        pack: When weights are packed: "each_forward", which is right whatever writes to them, or "per_step", once after
+            each optimizer step (PackedWeights says what that takes).
+        keep: As PackedWeights', with pack="per_step".
+        seed: Of the random numbers of grad_output="mvue": a whole number, the same on all ranks. Layers and ranks draw
+            their own numbers from it, other ones after each applied step. Saved and loaded with the state.
 
     Raises:
         NoLayerMatchedError: model has no semi-sparse layer.
+        ConfigError: pack, keep or seed is not one of its values.
         ScheduleError: phases is not a list of Phase, or does not add up.
         RankMismatchError: The ranks hold different layers or phases; raised on all of them.
     """
@@ -55,8 +62,9 @@ class SparseSchedule:
         process_group: Group = None,
         pack: Pack = "each_forward",
         keep: Keep = "both",
+        seed: int = 0,
     ) -> None:
-        self._start(model, lambda: phases, total_steps, process_group, pack, keep)
+        self._start(model, lambda: phases, total_steps, process_group, pack, keep, seed)
 
     def _start(
         self,
@@ -66,11 +74,12 @@ class SparseSchedule:
         group: Group,
         pack: Pack,
         keep: Keep,
+        seed: int,
     ) -> Self:
         self._group = group
 
         def prepare() -> int:
-            self._prepare(model, phases(), total_steps, pack, keep)
+            self._prepare(model, phases(), total_steps, pack, keep, seed)
             return self._digest()
 
         agree(attempt(prepare), group)
@@ -79,12 +88,13 @@ class SparseSchedule:
         return self
 
     def _prepare(
-        self, model: nn.Module, phases: Sequence[Phase], total_steps: int | None, pack: Pack, keep: Keep
+        self, model: nn.Module, phases: Sequence[Phase], total_steps: int | None, pack: Pack, keep: Keep, seed: int
     ) -> None:
         """Everything that can fail, before the first change of the model."""
         self._phases = checked_phases(phases, total_steps)
         self._layers = ScheduledLayers(model)
         self._packing = StepPacking(self._layers, pack, keep)
+        self._seeds = Seeds(self._layers.by_name, seed, self._group)
         self._applied_steps = 0
         self._checked_once = self._was_sparse = False
 
@@ -92,6 +102,7 @@ class SparseSchedule:
         """Take control of the layers."""
         self._layers.claim()
         self._watch()
+        self._seeds.place(self._applied_steps)
         self._apply()
 
     def _watch(self) -> None:
@@ -101,7 +112,7 @@ class SparseSchedule:
     def _digest(self) -> int:
         """Of everything that must be the same on all ranks."""
         layers = [(name, layer.sparse_config) for name, layer in self._layers.by_name.items()]
-        return digest((self._phases, layers), {})
+        return digest((self._phases, layers, self._seeds.seed), {})
 
     @classmethod
     def sparse_then_dense(
@@ -113,6 +124,7 @@ class SparseSchedule:
         process_group: Group = None,
         pack: Pack = "each_forward",
         keep: Keep = "both",
+        seed: int = 0,
     ) -> Self:
         """A schedule that is sparse for the first steps and dense for the rest.
 
@@ -123,6 +135,7 @@ class SparseSchedule:
             process_group: As for SparseSchedule.
             pack: As for SparseSchedule.
             keep: As for SparseSchedule.
+            seed: As for SparseSchedule.
 
         Raises:
             ConfigError: As for SparseSchedule.
@@ -131,7 +144,7 @@ class SparseSchedule:
             RankMismatchError: As for SparseSchedule.
         """
         return cls.__new__(cls)._start(
-            model, lambda: sparse_then_dense(total_steps, sparse_fraction), None, process_group, pack, keep
+            model, lambda: sparse_then_dense(total_steps, sparse_fraction), None, process_group, pack, keep, seed
         )
 
     @classmethod
@@ -145,6 +158,7 @@ class SparseSchedule:
         process_group: Group = None,
         pack: Pack = "each_forward",
         keep: Keep = "both",
+        seed: int = 0,
     ) -> Self:
         """A schedule that starts dense, then is sparse, and is dense for the rest.
 
@@ -156,6 +170,7 @@ class SparseSchedule:
             process_group: As for SparseSchedule.
             pack: As for SparseSchedule.
             keep: As for SparseSchedule.
+            seed: As for SparseSchedule.
 
         Raises:
             ConfigError: As for SparseSchedule.
@@ -170,6 +185,7 @@ class SparseSchedule:
             process_group,
             pack,
             keep,
+            seed,
         )
 
     @property
@@ -274,15 +290,17 @@ class SparseSchedule:
         """
         check_count("applied_steps", applied_steps)
         self._applied_steps = applied_steps
+        self._seeds.place(applied_steps)
         self._apply()
         self.refresh()
 
     def state_dict(self) -> dict[str, Any]:
-        """The counter, the phases and the last scale seen, as plain numbers and strings."""
+        """The counter, the phases, the last scale seen and the seed, as plain numbers and strings."""
         return {
             "applied_steps": self._applied_steps,
             "phases": [asdict(phase) for phase in self._phases],
             "last_scale": self._evidence.last_scale,
+            "seed": self._seeds.seed,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -291,9 +309,13 @@ class SparseSchedule:
         Raises:
             ScheduleError: state is of another kind or has other phases; nothing is changed.
         """
-        self._applied_steps, self._evidence.last_scale = checked_state(state, self._phases)
+        self._restore(checked_state(state, self._phases))
         self._apply()
         self.refresh()
+
+    def _restore(self, saved: tuple[int, float | None, int]) -> None:
+        self._applied_steps, self._evidence.last_scale, self._seeds.seed = saved
+        self._seeds.place(self._applied_steps)
 
     def __repr__(self) -> str:
         plan = " -> ".join(f"{phase.steps} {phase.kind}" for phase in self._phases)
@@ -304,12 +326,19 @@ class SparseSchedule:
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles, which come with their model: in the same phase, observing that model's optimizers."""
         group = None if self._group is not False else False  # a process group cannot be copied
-        return {**self.__dict__, "_evidence": self._evidence.last_scale, "_group": group}
+        return {
+            **self.__dict__,
+            "_evidence": self._evidence.last_scale,
+            "_group": group,
+            "_seeds": self._seeds.seed,
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._watch()
         self._evidence.last_scale = state["_evidence"]
+        self._seeds = Seeds(self._layers.by_name, state["_seeds"], self._group)
+        self._seeds.place(self._applied_steps)
 
     def _check_layers(self) -> None:
         """Check the layers at the first step, and if the coming step ends a phase."""
@@ -339,6 +368,7 @@ class SparseSchedule:
 
     def _advance(self) -> None:
         self._applied_steps += 1
+        self._seeds.advance(self._applied_steps)
         self._apply()
 
     def _apply(self) -> None:

@@ -20,6 +20,7 @@ PRODUCTS = [
     problems.grad_input(72, 64, 48, torch.float16),
     problems.activation_forward(72, 64, 48, BF16),
     problems.activation_weight(72, 64, 48, torch.float16),
+    problems.sampled_weight(72, 64, 48, BF16),
 ]
 
 
