@@ -1,6 +1,8 @@
 """What C++ asks of Python: wrong operands give Python's typed errors, and exceptions keep their type in eager calls."""
 
+import gc
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -8,6 +10,7 @@ import pytest
 import torch
 
 from semisparse import errors, native, ops
+from semisparse.native.fallback import in_python
 from semisparse.native.structures import LaunchKind
 from tests.native.conftest import Bench
 from tests.native.hot import FAKES
@@ -167,3 +170,84 @@ def test_a_prepared_op_passes_torchs_own_check(bench: Bench) -> None:
     torch.library.opcheck(
         torch.ops.semisparse_test.unpack.default, (given["packed"], N, K, DTYPE), test_utils=utilities
     )
+
+
+def with_a_tensor(kept: list[weakref.ref[torch.Tensor]]) -> None:
+    tensor = torch.zeros(1)
+    kept.append(weakref.ref(tensor))
+    raise ValueError(f"inner {len(kept)}")
+
+
+def from_a_cause(kept: list[weakref.ref[torch.Tensor]]) -> None:
+    try:
+        with_a_tensor(kept)
+    except ValueError as error:
+        raise Own(1) from error
+
+
+def while_handling(kept: list[weakref.ref[torch.Tensor]]) -> None:
+    try:
+        with_a_tensor(kept)
+    except ValueError:
+        raise Own(1)  # noqa: B904
+
+
+def from_both(kept: list[weakref.ref[torch.Tensor]]) -> None:
+    try:
+        with_a_tensor(kept)
+    except ValueError as error:
+        first = error
+    try:
+        with_a_tensor(kept)
+    except ValueError:
+        raise Own(1) from first
+
+
+def in_a_circle(kept: list[weakref.ref[torch.Tensor]]) -> None:
+    try:
+        with_a_tensor(kept)
+    except ValueError as error:
+        other = Own(1)
+        error.__cause__ = other
+        raise other from error
+
+
+FAILURES = [with_a_tensor, from_a_cause, while_handling, from_both, in_a_circle]
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+def test_an_exception_that_nobody_takes_keeps_no_tensors(failure: Callable[..., None]) -> None:
+    kept: list[weakref.ref[torch.Tensor]] = []
+    in_python(lambda x: failure(kept), 1)(torch.zeros(1))
+    assert kept and not any(tensor() is not None for tensor in kept)
+
+
+def test_frames_of_an_exception_that_was_handled_before_the_call_are_left_alone() -> None:
+    kept: list[weakref.ref[torch.Tensor]] = []
+    try:
+        with_a_tensor(kept)
+    except ValueError:
+        in_python(raising(Own(1)), 1)(torch.zeros(1))
+        assert kept[0]() is not None
+
+
+@pytest.mark.parametrize("failure", [from_a_cause, while_handling])
+def test_an_eager_call_keeps_what_an_exception_came_from(bench: Bench, failure: Callable[..., None]) -> None:
+    bench.hot.python["unpack"] = lambda *_: failure([])
+    with pytest.raises(Own) as raised:
+        unpack(bench)
+    cause, context = raised.value.__cause__, raised.value.__context__
+    assert isinstance(context, ValueError) and cause is (context if failure is from_a_cause else None)
+
+
+def test_an_exception_that_was_handled_is_given_up_at_once(bench: Bench) -> None:
+    bench.hot.python["unpack"] = lambda *_: from_a_cause([])
+    gc.disable()
+    try:
+        try:
+            unpack(bench)
+        except Own as error:
+            kept = weakref.ref(error)
+        assert kept() is None
+    finally:
+        gc.enable()

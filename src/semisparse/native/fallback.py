@@ -6,6 +6,7 @@ caller in Python raises the kept exception in its place. Compiled code, which ha
 RuntimeError.
 """
 
+import sys
 import threading
 import traceback
 from collections.abc import Callable, Sequence
@@ -35,12 +36,13 @@ def in_python(
 
     @wraps(implementation)
     def call(*args: Any) -> tuple[Tensor, ...]:
+        handled = sys.exception()
         try:
             given = [bytes(arg.tolist()).decode() if place in texts else arg for place, arg in enumerate(args)]
             found: Tensor | tuple[Tensor, ...] = implementation(*given)
         except BaseException as error:
             message = f"{type(error).__name__}: {error}"
-            traceback.clear_frames(error.__traceback__)  # they hold tensors, for as long as nothing takes the error
+            _clear_frames(error, handled)  # they hold tensors, for as long as nothing takes the error
             _failed.kept = message, error
             nothing = [torch.empty(0) for _ in range(results)]
             return (*nothing, torch.frombuffer(bytearray(message.encode()), dtype=torch.uint8))
@@ -48,6 +50,18 @@ def in_python(
         return (found, fine) if isinstance(found, Tensor) else (*found, fine)
 
     return call
+
+
+def _clear_frames(error: BaseException, handled: BaseException | None) -> None:
+    """Clear the frames of error and of what it came from, but not of what its caller was handling before."""
+    seen = {id(handled)}
+    left: list[BaseException | None] = [error]
+    while left:
+        one = left.pop()
+        if one is not None and id(one) not in seen:
+            seen.add(id(one))
+            traceback.clear_frames(one.__traceback__)
+            left += one.__cause__, one.__context__
 
 
 def typed(raised: RuntimeError) -> BaseException:

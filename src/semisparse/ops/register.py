@@ -103,7 +103,11 @@ def _typed_caller(cpu: Callable[P, R], overload: Any) -> Callable[P, R]:
         try:
             return direct(*args, **kwargs)
         except RuntimeError as error:
-            raise native.typed(error) from None
+            failure = native.typed(error)
+        try:
+            raise failure  # here, where no other exception takes the place of what it came from
+        finally:
+            del failure  # its traceback holds this frame
 
     return call
 
