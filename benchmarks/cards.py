@@ -121,7 +121,7 @@ def _stack(result: Result) -> str:
         f"{stack['layers']} layers {stack['in_features']} x {stack['out_features']}, {stack['tokens']} tokens, bf16, "
         f"no bias where none is named: time to issue one iteration, per layer, median of {result['rounds']} rounds in "
         "which all variants take turns. The forward records gradients. The ratio is taken round by round. *in C++*: "
-        "sparse products of one iteration that the native library started."
+        "products of one iteration that the native library started, sparse ones where nothing else is said."
     )
 
 

@@ -68,7 +68,9 @@ def pack_together(results: Sequence[Result]) -> Table:
 
 
 def _native(found: dict[str, Any]) -> str:
-    return str(found["native_products"])
+    """Older results had no masked-dense products in C++."""
+    sparse, dense = found["native_products"], found.get("native_dense_products", 0)
+    return f"{sparse} sparse, {dense} dense" if dense else str(sparse)
 
 
 def _bold(found: dict[str, float]) -> str:

@@ -15,12 +15,12 @@ def launches() -> dict[str, Any]:
     return {"native": status.loaded, "reason": status.reason}
 
 
-def started_natively(call: Callable[[], object]) -> int:
-    """Sparse products that the native library starts in one call; those that go through Python are not among them."""
-    before = native.started()
+def started_natively(call: Callable[[], object]) -> tuple[int, int]:
+    """Products with a packed operand that the native library starts in one call: sparse ones, and masked-dense ones."""
+    sparse, dense = native.started(), native.started_dense()
     call()
     synchronize()
-    return native.started() - before
+    return native.started() - sparse, native.started_dense() - dense
 
 
 def launch_note(results: Sequence[Result]) -> str:

@@ -22,6 +22,9 @@ struct Functions {
   int (*current_stream)(int32_t device, void** stream);
   int (*open_guard)(int32_t device, void** guard);
   int (*close_guard)(void* guard);
+  // aoti_torch_cuda_mm_out, aoti_torch_cuda_addmm_out: tensors by their handles. Neither autograd nor autocast looks.
+  int (*mm)(void* out, void* left, void* right);
+  int (*addmm)(void* out, void* added, void* left, void* right, double of_added, double of_product);
 };
 
 }  // namespace semisparse

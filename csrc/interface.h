@@ -4,7 +4,7 @@
 #include "ops.h"
 
 // Raised whenever a structure or a signature below changes, so that Python never uses a library of another version.
-#define SEMISPARSE_INTERFACE 2
+#define SEMISPARSE_INTERFACE 3
 
 #define SEMISPARSE_EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -42,4 +42,5 @@
     return static_cast<int64_t>(Device::prepared().products.size() + Device::prepared().launches.size());            \
   }                                                                                                                  \
   SEMISPARSE_EXPORT int64_t semisparse_started() { return Device::prepared().started.load(); }                       \
+  SEMISPARSE_EXPORT int64_t semisparse_started_dense() { return Device::prepared().started_dense.load(); }           \
   SEMISPARSE_EXPORT void semisparse_watch(int64_t more) { Device::prepared().watchers.fetch_add(more); }

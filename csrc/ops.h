@@ -8,6 +8,7 @@
 #include <string>
 #include <tuple>
 #include <type_traits>
+#include <utility>
 
 #include "keys.h"
 #include "tensors.h"
@@ -67,24 +68,23 @@ bool ready() {
   return prepared.connected.load(std::memory_order_acquire) && prepared.watchers.load(std::memory_order_relaxed) == 0;
 }
 
-// attempt(), or nothing where it fails in a way that Python explains better.
-template <class Attempt>
-auto attempted(Attempt attempt) -> decltype(attempt()) {
+// attempt(current), or nothing where it may not start here, or fails in a way that Python explains better.
+template <class Device, class Attempt>
+auto attempted(Attempt attempt) -> std::invoke_result_t<Attempt, Current&> {
   try {
-    return attempt();
+    Current current(Device::prepared().functions);
+    if (ready<Device>()) return attempt(current);
   } catch (const std::exception&) {
-    return std::nullopt;
   }
+  return std::nullopt;
 }
 
 using TwoBuffers = std::optional<std::tuple<Tensor, Tensor>>;
 
 template <class Device>
-TwoBuffers start_pack(LaunchKind kind, const Tensor& matrix, ScalarType dtype, std::string_view mask,
+TwoBuffers start_pack(Current& current, LaunchKind kind, const Tensor& matrix, ScalarType dtype, std::string_view mask,
                       const Optional& codes, const Optional& scale) {
-  if (!ready<Device>() || matrix.dim() != 2 || device_type(matrix) != Device::type() || matrix.stride(1) != 1) {
-    return std::nullopt;
-  }
+  if (matrix.dim() != 2 || device_type(matrix) != Device::type() || matrix.stride(1) != 1) return std::nullopt;
   const int32_t device = matrix.get_device_index();
   const int64_t rows = matrix.size(0), columns = matrix.size(1);
   Prepared& prepared = Device::prepared();
@@ -97,9 +97,7 @@ TwoBuffers start_pack(LaunchKind kind, const Tensor& matrix, ScalarType dtype, s
     return std::nullopt;
   }
   if (scale && !(usable<Device>(*scale, ScalarType::Float, device) && scale->dim() == 0)) return std::nullopt;
-  Guard guard(prepared.functions, device);
-  void* stream = nullptr;
-  if (!guard.open || prepared.functions.current_stream(device, &stream) != 0) return std::nullopt;
+  if (!current.enter(device)) return std::nullopt;
   const auto& bytes = launch->facts.bytes;
   Optional packed = allocate<Device>({bytes[0]}, ScalarType::Byte, device);
   Optional packed_t = allocate<Device>({bytes[1]}, ScalarType::Byte, device);
@@ -107,28 +105,29 @@ TwoBuffers start_pack(LaunchKind kind, const Tensor& matrix, ScalarType dtype, s
   const std::array<void*, 5> addresses{matrix.data_ptr(), codes ? codes->data_ptr() : nullptr,
                                        scale ? scale->data_ptr() : nullptr, packed->data_ptr(),
                                        packed_t->data_ptr()};
-  if (!launch->start(prepared.functions, addresses, stream)) return std::nullopt;
+  if (!launch->start(prepared.functions, addresses, current.stream)) return std::nullopt;
   return std::make_tuple(std::move(*packed), std::move(*packed_t));
 }
 
 template <class Device>
 std::tuple<Tensor, Tensor> pack(const Tensor& matrix, ScalarType dtype, const Text& mask, Optional codes,
                                 Optional scale) {
-  auto packed = attempted([&] { return start_pack<Device>(LaunchKind::pack, matrix, dtype, mask, codes, scale); });
+  auto packed = attempted<Device>([&](Current& current) {
+    return start_pack<Device>(current, LaunchKind::pack, matrix, dtype, mask, codes, scale);
+  });
   return packed ? std::move(*packed) : two_from_python<Device>("pack", matrix, dtype, mask, codes, scale);
 }
 
 template <class Device>
 std::tuple<Tensor, Tensor> pack_tokens(const Tensor& x, ScalarType dtype) {
-  auto packed = attempted([&] {
-    return start_pack<Device>(LaunchKind::pack_tokens, x, dtype, "", std::nullopt, std::nullopt);
+  auto packed = attempted<Device>([&](Current& current) {
+    return start_pack<Device>(current, LaunchKind::pack_tokens, x, dtype, "", std::nullopt, std::nullopt);
   });
   return packed ? std::move(*packed) : two_from_python<Device>("pack_tokens", x, dtype);
 }
 
 template <class Device>
-Optional start_unpack(const Tensor& packed, int64_t rows, int64_t columns, ScalarType dtype) {
-  if (!ready<Device>()) return std::nullopt;
+Optional start_unpack(Current& current, const Tensor& packed, int64_t rows, int64_t columns, ScalarType dtype) {
   Prepared& prepared = Device::prepared();
   const int32_t device = packed.get_device_index();
   const auto launch = prepared.launches.find(launch_key(LaunchKind::unpack, device, 0, dtype_code(dtype), "", rows,
@@ -137,27 +136,64 @@ Optional start_unpack(const Tensor& packed, int64_t rows, int64_t columns, Scala
       packed.numel() < launch->facts.bytes[0]) {
     return std::nullopt;
   }
-  Guard guard(prepared.functions, device);
-  void* stream = nullptr;
-  if (!guard.open || prepared.functions.current_stream(device, &stream) != 0) return std::nullopt;
+  if (!current.enter(device)) return std::nullopt;
   Optional matrix = allocate<Device>({rows, columns}, dtype, device);
   if (!matrix || !aligned(matrix->data_ptr())) return std::nullopt;
   const std::array<void*, 2> addresses{packed.data_ptr(), matrix->data_ptr()};
-  return launch->start(prepared.functions, addresses, stream) ? std::move(matrix) : std::nullopt;
+  return launch->start(prepared.functions, addresses, current.stream) ? std::move(matrix) : std::nullopt;
 }
 
 template <class Device>
 Tensor unpack(const Tensor& packed, int64_t rows, int64_t columns, ScalarType dtype) {
-  auto matrix = attempted([&] { return start_unpack<Device>(packed, rows, columns, dtype); });
+  auto matrix =
+      attempted<Device>([&](Current& current) { return start_unpack<Device>(current, packed, rows, columns, dtype); });
   return matrix ? std::move(*matrix) : one_from_python<Device>("unpack", packed, rows, columns, dtype);
 }
 
-// D = A B (+ bias) for a prepared product, cut down to `sizes`. b counts `tokens` rows, which are padded to those that
-// the product takes.
+// D = A B (+ bias) by a plan. Returns false where it cannot be started.
 template <class Device>
-Optional start_product(Product& product, const Tensor& packed, const Tensor& b, int64_t tokens, const Optional& bias,
-                       const Sizes& sizes) {
+bool start_sparse(const Current& current, Product& product, const Tensor& packed, const Tensor& b, const Tensor& out,
+                  const Optional& bias) {
   Prepared& prepared = Device::prepared();
+  const int64_t bytes = product.facts.workspace;
+  // Per call: a workspace that is kept would live in a CUDA graph's memory and be overwritten by its replays.
+  const Optional workspace = bytes ? allocate<Device>({bytes}, ScalarType::Byte, b.get_device_index()) : out;
+  if (!workspace || !product.start(prepared.functions, packed.data_ptr(), b.data_ptr(), out.data_ptr(),
+                                   bias ? bias->data_ptr() : nullptr, bytes ? workspace->data_ptr() : nullptr,
+                                   current.stream)) {
+    return false;
+  }
+  prepared.started.fetch_add(1, std::memory_order_relaxed);
+  return true;
+}
+
+// D = A B (+ bias) from the unpacked A, with the operands that gemm/dense.py gives to torch's product. Returns false
+// where it cannot be started.
+template <class Device>
+bool start_dense(Current& current, const ProductFacts& facts, const Tensor& packed, const Tensor& b, const Tensor& out,
+                 const Optional& bias) {
+  const Optional a = start_unpack<Device>(current, packed, facts.a_rows, facts.a_columns, b.scalar_type());
+  if (!a) return false;
+  // D^T = B^T A^T where the transpose of D is stored.
+  const bool turned = facts.d_transposed != 0;
+  const Tensor first = as_matrix(*a, facts.a_rows, facts.a_columns, turned);
+  const Tensor second = as_matrix(b, facts.b_rows, facts.b_columns, (facts.b_transposed != 0) != turned);
+  const Tensor d = as_matrix(out, facts.d_rows, facts.d_columns);
+  const auto [left, right] = turned ? std::pair(second.get(), first.get()) : std::pair(first.get(), second.get());
+  Prepared& prepared = Device::prepared();
+  const Functions& functions = prepared.functions;
+  const Optional added = bias ? Optional(alias<1>(*bias, {bias->numel()}, {1})) : std::nullopt;
+  const int status =
+      added ? functions.addmm(d.get(), added->get(), left, right, 1, 1) : functions.mm(d.get(), left, right);
+  if (status != 0) return false;
+  prepared.started_dense.fetch_add(1, std::memory_order_relaxed);
+  return true;
+}
+
+// A prepared product, cut down to `sizes`. b counts `tokens` rows, which are padded to those that the product takes.
+template <class Device>
+Optional start_product(Current& current, Product& product, const Tensor& packed, const Tensor& b, int64_t tokens,
+                       const Optional& bias, const Sizes& sizes) {
   const ProductFacts& facts = product.facts;
   const int32_t device = b.get_device_index();
   const ScalarType dtype = b.scalar_type();
@@ -166,23 +202,16 @@ Optional start_product(Product& product, const Tensor& packed, const Tensor& b, 
     return std::nullopt;
   }
   if (bias && !usable<Device>(*bias, dtype, device)) return std::nullopt;
-  Guard guard(prepared.functions, device);
-  void* stream = nullptr;
-  if (!guard.open || prepared.functions.current_stream(device, &stream) != 0) return std::nullopt;
+  if (!current.enter(device)) return std::nullopt;
   const Tensor rows = as_rows(b, tokens, facts.b_rows);
   int64_t entries = 1;
   for (int64_t n = 0; n < sizes.count; ++n) entries *= sizes.values[n];
   const bool whole = entries == facts.d_rows * facts.d_columns;
   Optional out = allocate<Device>(whole ? sizes : Sizes{facts.d_rows, facts.d_columns}, dtype, device);
-  // Per call: a workspace that is kept would live in a CUDA graph's memory and be overwritten by its replays.
-  Optional workspace = facts.workspace ? allocate<Device>({facts.workspace}, ScalarType::Byte, device) : out;
-  if (!out || !workspace || !usable<Device>(rows, dtype, device) || !aligned(out->data_ptr())) return std::nullopt;
-  void* scratch = facts.workspace ? workspace->data_ptr() : nullptr;
-  if (!product.start(prepared.functions, packed.data_ptr(), rows.data_ptr(), out->data_ptr(),
-                     bias ? bias->data_ptr() : nullptr, scratch, stream)) {
-    return std::nullopt;
-  }
-  prepared.started.fetch_add(1, std::memory_order_relaxed);
+  if (!out || !usable<Device>(rows, dtype, device) || !aligned(out->data_ptr())) return std::nullopt;
+  const bool started = facts.plan == nullptr ? start_dense<Device>(current, facts, packed, rows, *out, bias)
+                                             : start_sparse<Device>(current, product, packed, rows, *out, bias);
+  if (!started) return std::nullopt;
   return whole ? out : cut(std::move(*out), sizes);
 }
 
@@ -195,7 +224,7 @@ struct WeightProduct {
 template <class Device>
 WeightProduct find_weight(const Tensor& x, const Optional& bias, int64_t out_features, std::string_view backend) {
   const int64_t in_features = features(x);
-  if (!ready<Device>() || in_features == 0 || x.dim() > Sizes::kMost || device_type(x) != Device::type()) return {};
+  if (in_features == 0 || x.dim() > Sizes::kMost || device_type(x) != Device::type()) return {};
   if (bias && !(bias->dim() == 1 && bias->size(0) == out_features)) return {};
   const int64_t tokens = x.numel() / in_features;
   return {Device::prepared().products.find(product_key(ProductKind::weight, x.get_device_index(),
@@ -205,31 +234,33 @@ WeightProduct find_weight(const Tensor& x, const Optional& bias, int64_t out_fea
 }
 
 template <class Device>
-Optional start_weight(const WeightProduct& found, const Tensor& x, const Tensor& packed, const Optional& bias,
-                      int64_t out_features) {
+Optional start_weight(Current& current, const WeightProduct& found, const Tensor& x, const Tensor& packed,
+                      const Optional& bias, int64_t out_features) {
   if (found.product == nullptr) return std::nullopt;
-  return start_product<Device>(*found.product, packed, x, found.tokens, bias, Sizes(x, out_features));
+  return start_product<Device>(current, *found.product, packed, x, found.tokens, bias, Sizes(x, out_features));
 }
 
 template <class Device>
 Tensor packed_matmul(const Tensor& x, const Tensor& packed, Optional bias, int64_t out_features,
                      const Text& backend) {
-  auto out = attempted([&] {
-    return start_weight<Device>(find_weight<Device>(x, bias, out_features, backend), x, packed, bias, out_features);
+  auto out = attempted<Device>([&](Current& current) {
+    const WeightProduct found = find_weight<Device>(x, bias, out_features, backend);
+    return start_weight<Device>(current, found, x, packed, bias, out_features);
   });
   return out ? std::move(*out) : one_from_python<Device>("packed_matmul", x, packed, bias, out_features, backend);
 }
 
 template <class Device>
-TwoBuffers start_pack_linear(const Tensor& x, const Tensor& weight, const Optional& bias, std::string_view mask,
-                             const Optional& codes, const Optional& scale, std::string_view backend) {
+TwoBuffers start_pack_linear(Current& current, const Tensor& x, const Tensor& weight, const Optional& bias,
+                             std::string_view mask, const Optional& codes, const Optional& scale,
+                             std::string_view backend) {
   if (weight.dim() != 2 || features(x) != weight.size(1)) return std::nullopt;
   const WeightProduct found = find_weight<Device>(x, bias, weight.size(0), backend);
   if (found.product == nullptr) return std::nullopt;
-  auto packed = start_pack<Device>(LaunchKind::pack, weight, x.scalar_type(), mask, codes, scale);
+  auto packed = start_pack<Device>(current, LaunchKind::pack, weight, x.scalar_type(), mask, codes, scale);
   if (!packed) return std::nullopt;
   auto& [matrix, transposed] = *packed;
-  Optional y = start_weight<Device>(found, x, matrix, bias, weight.size(0));
+  Optional y = start_weight<Device>(current, found, x, matrix, bias, weight.size(0));
   if (!y) return std::nullopt;
   return std::make_tuple(std::move(*y), transposed.numel() ? std::move(transposed) : std::move(matrix));
 }
@@ -237,16 +268,17 @@ TwoBuffers start_pack_linear(const Tensor& x, const Tensor& weight, const Option
 template <class Device>
 std::tuple<Tensor, Tensor> pack_linear(const Tensor& x, const Tensor& weight, Optional bias, const Text& mask,
                                        Optional codes, Optional scale, const Text& backend) {
-  auto both = attempted(
-      [&] { return start_pack_linear<Device>(x, weight, bias, mask, codes, scale, backend); });
+  auto both = attempted<Device>([&](Current& current) {
+    return start_pack_linear<Device>(current, x, weight, bias, mask, codes, scale, backend);
+  });
   return both ? std::move(*both)
               : two_from_python<Device>("pack_linear", x, weight, bias, mask, codes, scale, backend);
 }
 
 template <class Device>
-Optional start_tokens(const Tensor& packed, const Tensor& weight, const Optional& bias, int64_t tokens,
-                      std::string_view backend) {
-  if (!ready<Device>() || weight.dim() != 2 || device_type(weight) != Device::type()) return std::nullopt;
+Optional start_tokens(Current& current, const Tensor& packed, const Tensor& weight, const Optional& bias,
+                      int64_t tokens, std::string_view backend) {
+  if (weight.dim() != 2 || device_type(weight) != Device::type()) return std::nullopt;
   Prepared& prepared = Device::prepared();
   const int32_t device = weight.get_device_index(), dtype = dtype_code(weight.scalar_type());
   const int64_t out_features = weight.size(0);
@@ -263,44 +295,40 @@ Optional start_tokens(const Tensor& packed, const Tensor& weight, const Optional
       return std::nullopt;
     }
   }
-  Optional out = start_product<Device>(*product, packed, weight, out_features, std::nullopt, {tokens, out_features});
-  if (!out) return std::nullopt;
-  if (bias) {
-    Guard guard(prepared.functions, device);
-    void* stream = nullptr;
-    const std::array<void*, 2> addresses{out->data_ptr(), bias->data_ptr()};
-    if (!guard.open || prepared.functions.current_stream(device, &stream) != 0 ||
-        !adding->start(prepared.functions, addresses, stream)) {
-      return std::nullopt;
-    }
-  }
-  return out;
+  Optional out =
+      start_product<Device>(current, *product, packed, weight, out_features, std::nullopt, {tokens, out_features});
+  if (!out || !bias) return out;
+  const std::array<void*, 2> addresses{out->data_ptr(), bias->data_ptr()};
+  return adding->start(prepared.functions, addresses, current.stream) ? std::move(out) : std::nullopt;
 }
 
 template <class Device>
 Tensor packed_tokens_matmul(const Tensor& packed, const Tensor& weight, Optional bias, int64_t tokens,
                             const Text& backend) {
-  auto out = attempted([&] { return start_tokens<Device>(packed, weight, bias, tokens, backend); });
+  auto out = attempted<Device>(
+      [&](Current& current) { return start_tokens<Device>(current, packed, weight, bias, tokens, backend); });
   return out ? std::move(*out)
              : one_from_python<Device>("packed_tokens_matmul", packed, weight, bias, tokens, backend);
 }
 
 template <class Device>
-Optional start_grad_weight(const Tensor& packed_t, const Tensor& grad_output, int64_t in_features,
+Optional start_grad_weight(Current& current, const Tensor& packed_t, const Tensor& grad_output, int64_t in_features,
                            std::string_view backend) {
-  if (!ready<Device>() || grad_output.dim() != 2 || device_type(grad_output) != Device::type()) return std::nullopt;
+  if (grad_output.dim() != 2 || device_type(grad_output) != Device::type()) return std::nullopt;
   const auto product = Device::prepared().products.find(
       product_key(ProductKind::grad_weight, grad_output.get_device_index(), dtype_code(grad_output.scalar_type()),
                   grad_output.size(0), grad_output.size(1), in_features, false, backend));
   if (product == nullptr) return std::nullopt;
-  return start_product<Device>(*product, packed_t, grad_output, grad_output.size(0), std::nullopt,
+  return start_product<Device>(current, *product, packed_t, grad_output, grad_output.size(0), std::nullopt,
                                {grad_output.size(1), in_features});
 }
 
 template <class Device>
 Tensor packed_tokens_grad_weight(const Tensor& packed_t, const Tensor& grad_output, int64_t in_features,
                                  const Text& backend) {
-  auto out = attempted([&] { return start_grad_weight<Device>(packed_t, grad_output, in_features, backend); });
+  auto out = attempted<Device>([&](Current& current) {
+    return start_grad_weight<Device>(current, packed_t, grad_output, in_features, backend);
+  });
   return out ? std::move(*out)
              : one_from_python<Device>("packed_tokens_grad_weight", packed_t, grad_output, in_features, backend);
 }

@@ -15,7 +15,8 @@ namespace semisparse {
 // Device addresses handed to cuSPARSELt must be multiples of this, and kernels are compiled for such addresses.
 constexpr uintptr_t kAlignment = 16;
 
-// As native/interface.py lays it out: a product D = A B (+ bias) with a plan, and what a call must match.
+// As native/structures.py lays it out: a product D = A B (+ bias), and what a call must match. Without a plan it is
+// masked dense, and what belongs to a plan is zero.
 struct ProductFacts {
   const void* handle;
   const void* plan;
@@ -23,7 +24,9 @@ struct ProductFacts {
   void** bias;  // the host word that the library reads the bias address from; null without bias
   int64_t packed_bytes;
   int64_t workspace;  // bytes
-  int64_t b_rows, b_columns, d_rows, d_columns;
+  int64_t a_rows, a_columns;                      // of the pruned operand
+  int64_t b_rows, b_columns, d_rows, d_columns;   // of the tensors that hold B and D, or their transposes
+  int32_t b_transposed, d_transposed;
   int32_t bias_follows;  // whether a finished plan follows a new bias address
 };
 
@@ -64,7 +67,7 @@ class Product {
   bool alive_ = true;
 };
 
-// As native/interface.py lays it out: a compiled kernel with grid and sizes. Only addresses change between calls.
+// As native/structures.py lays it out: a compiled kernel with grid and sizes. Only addresses change between calls.
 struct LaunchFacts {
   static constexpr int kMost = 32;
   void* function;
@@ -116,7 +119,8 @@ struct Prepared {
   Functions functions{};
   Table<Product> products;
   Table<Launch> launches;
-  std::atomic<int64_t> started{0};   // products started or recorded in a CUDA graph
+  // Products started or recorded in a CUDA graph: sparse ones, and masked-dense ones.
+  std::atomic<int64_t> started{0}, started_dense{0};
   std::atomic<int64_t> watchers{0};  // while above 0, Python sees every call
 };
 

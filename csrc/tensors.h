@@ -97,22 +97,48 @@ inline Tensor cut(Tensor fresh, const Sizes& sizes) {
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
-// Makes a device current for a scope.
-class Guard {
+// A tensor's memory with other sizes and strides. The result has no autograd state, whatever the tensor has.
+template <size_t dimensions>
+Tensor alias(const Tensor& tensor, std::array<int64_t, dimensions> sizes, std::array<int64_t, dimensions> strides) {
+  AtenTensorHandle made = nullptr;
+  if (aoti_torch__reinterpret_tensor(tensor.get(), dimensions, sizes.data(), strides.data(), 0, &made) != 0) {
+    throw std::runtime_error("a tensor has no alias");
+  }
+  return Tensor(made);
+}
+
+// A contiguous tensor as a matrix, or as the transpose of one, without autograd state.
+inline Tensor as_matrix(const Tensor& tensor, int64_t rows, int64_t columns, bool transposed = false) {
+  return transposed ? alias<2>(tensor, {columns, rows}, {1, columns}) : alias<2>(tensor, {rows, columns}, {columns, 1});
+}
+
+// Device and stream of one call of an op. The device is current from the first enter() until this object ends.
+class Current {
  public:
-  Guard(const Functions& functions, int32_t device) : functions_(functions) {
-    open = functions_.open_guard(device, &guard_) == 0;
+  explicit Current(const Functions& functions) : functions_(functions) {}
+  ~Current() {
+    if (guard_ != nullptr) functions_.close_guard(guard_);
   }
-  ~Guard() {
-    if (open) functions_.close_guard(guard_);
+  Current(const Current&) = delete;
+  Current& operator=(const Current&) = delete;
+
+  // Makes a device current and finds its stream. False where that fails, or where another device was entered before.
+  bool enter(int32_t device) {
+    if (guard_ == nullptr) {
+      if (functions_.open_guard(device, &guard_) != 0) return false;
+      device_ = device;
+      found_ = functions_.current_stream(device, &stream) == 0;
+    }
+    return found_ && device == device_;
   }
-  Guard(const Guard&) = delete;
-  Guard& operator=(const Guard&) = delete;
-  bool open = false;
+
+  void* stream = nullptr;
 
  private:
   const Functions& functions_;
   void* guard_ = nullptr;
+  int32_t device_ = -1;
+  bool found_ = false;
 };
 
 }  // namespace semisparse

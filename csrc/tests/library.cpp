@@ -38,6 +38,8 @@ SEMISPARSE_EXPORT int64_t semisparse_offset(const char* structure, const char* f
   SEMISPARSE_FIELD(Functions, current_stream);
   SEMISPARSE_FIELD(Functions, open_guard);
   SEMISPARSE_FIELD(Functions, close_guard);
+  SEMISPARSE_FIELD(Functions, mm);
+  SEMISPARSE_FIELD(Functions, addmm);
   SEMISPARSE_SIZE(ProductFacts);
   SEMISPARSE_FIELD(ProductFacts, handle);
   SEMISPARSE_FIELD(ProductFacts, plan);
@@ -45,10 +47,14 @@ SEMISPARSE_EXPORT int64_t semisparse_offset(const char* structure, const char* f
   SEMISPARSE_FIELD(ProductFacts, bias);
   SEMISPARSE_FIELD(ProductFacts, packed_bytes);
   SEMISPARSE_FIELD(ProductFacts, workspace);
+  SEMISPARSE_FIELD(ProductFacts, a_rows);
+  SEMISPARSE_FIELD(ProductFacts, a_columns);
   SEMISPARSE_FIELD(ProductFacts, b_rows);
   SEMISPARSE_FIELD(ProductFacts, b_columns);
   SEMISPARSE_FIELD(ProductFacts, d_rows);
   SEMISPARSE_FIELD(ProductFacts, d_columns);
+  SEMISPARSE_FIELD(ProductFacts, b_transposed);
+  SEMISPARSE_FIELD(ProductFacts, d_transposed);
   SEMISPARSE_FIELD(ProductFacts, bias_follows);
   SEMISPARSE_SIZE(LaunchFacts);
   SEMISPARSE_FIELD(LaunchFacts, function);

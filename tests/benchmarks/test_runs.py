@@ -153,9 +153,10 @@ def test_the_layers_of_the_stack_have_a_bias_where_the_mode_says_so(
 
 
 def test_products_in_cpp_are_those_of_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    counts = iter([40, 43])
-    monkeypatch.setattr("benchmarks.launches.native.started", lambda: next(counts))
-    assert launches.started_natively(lambda: None) == 3
+    sparse, dense = iter([40, 43]), iter([7, 8])
+    monkeypatch.setattr("benchmarks.launches.native.started", lambda: next(sparse))
+    monkeypatch.setattr("benchmarks.launches.native.started_dense", lambda: next(dense))
+    assert launches.started_natively(lambda: None) == (3, 1)
 
 
 def test_the_parts_of_host_time_add_up_to_the_whole() -> None:

@@ -30,7 +30,7 @@ if not native.status().loaded and os.environ.get("SEMISPARSE_REQUIRE_NATIVE") !=
 K, N = 512, 256
 DTYPES = (torch.bfloat16, torch.float16)
 BF16 = torch.bfloat16
-BACKEND = "cusparselt"  # "auto" may find masked dense faster, which is always Python's
+BACKEND = "cusparselt"  # "auto" may find masked dense faster
 TOKENS = (1, 7, 8, 13, 64, 200)
 PYTHON = {
     "pack": packing._cuda_pack,
@@ -68,10 +68,12 @@ def natively(asked: list[str], name: str, *given: Any) -> Any:
     call = getattr(ops, name)
     call(*given)
     asked.clear()
-    before = native.started()
+    sparse, dense = native.started(), native.started_dense()
     result = call(*given)
     assert asked == []
-    assert native.started() - before == (name not in ("pack", "pack_tokens", "unpack"))
+    multiplies, by_torch = name not in ("pack", "pack_tokens", "unpack"), "dense" in given
+    assert native.started() - sparse == (multiplies and not by_torch)
+    assert native.started_dense() - dense == (multiplies and by_torch)
     return result
 
 
@@ -118,19 +120,20 @@ def test_pack_tokens(asked: list[str], tokens: int, dtype: torch.dtype) -> None:
     assert_same_buffer(packed_t, expected_t, K, rows, dtype)
 
 
-def arguments(name: str, tokens: int, bias: bool, dtype: torch.dtype) -> tuple[Any, ...]:
+def arguments(name: str, tokens: int, bias: bool, dtype: torch.dtype, backend: str = BACKEND) -> tuple[Any, ...]:
     x, weight = (torch.randn(rows, K, device="cuda", dtype=dtype) for rows in (tokens, N))
     added = torch.randn(N, device="cuda", dtype=dtype) if bias else None
     if name == "packed_matmul":
-        return x, ops.pack(weight, dtype, "transposable")[0], added, N, BACKEND
+        return x, ops.pack(weight, dtype, "transposable")[0], added, N, backend
     if name == "pack_linear":
-        return x, weight, added, "transposable", None, None, BACKEND
+        return x, weight, added, "transposable", None, None, backend
     packed, packed_t = ops.pack_tokens(x, dtype)
     if name == "packed_tokens_matmul":
-        return packed, weight, added, tokens, BACKEND
-    return packed_t, torch.randn(tokens, N, device="cuda", dtype=dtype), K, BACKEND
+        return packed, weight, added, tokens, backend
+    return packed_t, torch.randn(tokens, N, device="cuda", dtype=dtype), K, backend
 
 
+@pytest.mark.parametrize("backend", [BACKEND, "dense"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("tokens", TOKENS)
 @pytest.mark.parametrize(
@@ -138,8 +141,8 @@ def arguments(name: str, tokens: int, bias: bool, dtype: torch.dtype) -> tuple[A
     [("packed_matmul", True), ("packed_matmul", False), ("pack_linear", True), ("pack_linear", False),
      ("packed_tokens_matmul", True), ("packed_tokens_matmul", False), ("packed_tokens_grad_weight", False)],
 )  # fmt: skip
-def test_products(asked: list[str], name: str, bias: bool, tokens: int, dtype: torch.dtype) -> None:
-    given = arguments(name, tokens, bias, dtype)
+def test_products(asked: list[str], name: str, bias: bool, tokens: int, dtype: torch.dtype, backend: str) -> None:
+    given = arguments(name, tokens, bias, dtype, backend)
     found, expected = natively(asked, name, *given), PYTHON[name](*given)
     if name == "pack_linear":
         assert_same_buffer(found[1], expected[1], K, N, dtype)
@@ -243,9 +246,10 @@ def test_a_training_step_asks_nothing_of_python_and_keeps_its_bits(
     torch._dynamo.reset()
 
 
-def test_a_prepared_step_replays_from_a_cuda_graph(asked: list[str]) -> None:
+@pytest.mark.parametrize("backend", [BACKEND, "dense"])
+def test_a_prepared_step_replays_from_a_cuda_graph(asked: list[str], backend: str) -> None:
     weight, bias, x = integers(N, K), integers(N), integers(64, K)
-    given = weight, bias, "transposable", None, None, BACKEND
+    given = weight, bias, "transposable", None, None, backend
     natively(asked, "pack_linear", x, *given)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

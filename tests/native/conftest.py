@@ -47,13 +47,18 @@ def settings() -> dict[str, Any]:
 
 
 @pytest.fixture
-def bench(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
+def choice() -> Choice:
+    """What the autotuner chose for every problem; a file of tests overrides it."""
+    return Choice(0, 0, None, None, "tuned")
+
+
+@pytest.fixture
+def bench(settings: dict[str, Any], choice: Choice, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
     """Nothing is prepared at first. Python's products run on the engine, and hand their plans over."""
     hot = installed()
     for name, function in (("pack", sm90_pack), ("unpack", sm90_unpack), ("packed_size", packed_bytes)):
         monkeypatch.setattr(simulated, name, function)
     engine, library, _ = make_engine(SimulatedLibrary(**settings))
-    choice = Choice(0, 0, None, None, "tuned")
     tuner = SimpleNamespace(known=lambda problem, index: choice)
     written = PackedFormat("reference", SM90_16BIT, "simulated")
     for module in (packing, products):
@@ -73,5 +78,6 @@ def bench(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Iterator
     assert not hot.foreign.open
     engine.close()
     assert [kind for kind, _ in library.live.values()] == []
+    hot.interface.drop_plan(None)  # masked-dense products
     hot.forget_launches()
     assert hot.interface.prepared() == 0

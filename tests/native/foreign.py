@@ -4,8 +4,10 @@ Memory is read and written by C's own functions, so that the address sanitizer s
 """
 
 import ctypes
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from semisparse.reference import packing
 from tests.gemm import simulated
 from tests.gemm.simulated import DTYPES, SimulatedLibrary
 
+TORCH = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"), mode=os.RTLD_NOLOAD | os.RTLD_NOW)
 STREAM = 6_999
 ALIGNMENT = 16
 _pointer, _int32, _unsigned = ctypes.c_void_p, ctypes.c_int32, ctypes.c_uint
@@ -28,6 +31,8 @@ SIGNATURES = {
     "current_stream": (_int32, ctypes.POINTER(_pointer)),
     "open_guard": (_int32, ctypes.POINTER(_pointer)),
     "close_guard": (_pointer,),
+    "mm": (_pointer,) * 3,
+    "addmm": (*[_pointer] * 4, ctypes.c_double, ctypes.c_double),
 }
 """Arguments as csrc/functions.h has them; each function returns an int."""
 
@@ -102,6 +107,8 @@ class Foreign:
         failing: Names of functions that return an error.
         streams: Of every product and launch.
         workspaces: Address and bytes of every product.
+        launched: Kinds of the kernels.
+        multiplied: Names of torch's products.
         open: Devices of the guards that are open.
         errors: What went wrong inside.
     """
@@ -112,6 +119,7 @@ class Foreign:
     streams: list[int] = field(default_factory=list)
     workspaces: list[tuple[int | None, int]] = field(default_factory=list)
     launched: list[LaunchKind] = field(default_factory=list)
+    multiplied: list[str] = field(default_factory=list)
     open: dict[int, int] = field(default_factory=dict)
     guards: int = 0
     errors: list[BaseException] = field(default_factory=list)
@@ -126,7 +134,8 @@ class Foreign:
     def reset(self, library: SimulatedLibrary) -> None:
         """As new, for plans of another library."""
         self.library = library
-        for log in (self.kernels, self.failing, self.streams, self.workspaces, self.launched, self.open, self.errors):
+        logs = self.kernels, self.failing, self.streams, self.workspaces, self.launched, self.multiplied
+        for log in (*logs, self.open, self.errors):
             log.clear()
 
     def _safe(self, name: str) -> Callable[..., int]:
@@ -190,3 +199,16 @@ class Foreign:
 
     def close_guard(self, guard):
         del self.open[guard]
+
+    def mm(self, *operands):
+        self._torch("mm", *operands)
+
+    def addmm(self, *operands):
+        self._torch("addmm", *operands)
+
+    def _torch(self, name, *operands):
+        assert list(self.open.values()) == [-1]
+        function = getattr(TORCH, f"aoti_torch_cpu_{name}_out")
+        function.argtypes = SIGNATURES[name]
+        assert function(*operands) == 0
+        self.multiplied.append(name)

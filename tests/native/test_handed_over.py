@@ -164,21 +164,45 @@ def test_a_product_is_handed_over_with_its_plan(bench: Bench, recorder: Recorder
     assert facts.bias_follows == 0
 
 
-def test_choices_that_may_change_and_masked_dense_products_are_not_handed_over(
+def test_choices_that_may_change_are_not_handed_over(
     bench: Bench, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    given = operands("packed_matmul")
-    dense = Choice(None, 3, None, None, "tuned")
     monkeypatch.setattr(prepare, "autotuner", lambda: SimpleNamespace(known=lambda *_: None))
-    call(bench, "packed_matmul", given)()  # tuning is off, or waits for the end of a capture
+    call(bench, "packed_matmul", operands("packed_matmul"))()  # tuning is off, or waits for the end of a capture
+    assert recorder.products == []
+
+
+@pytest.mark.parametrize(
+    ("name", "a", "b", "d", "transposed"),
+    [("packed_matmul", (N, 48), (16, 48), (16, N), (1, 1)),
+     ("packed_tokens_matmul", (16, 48), (N, 48), (16, N), (1, 0)),
+     ("packed_tokens_grad_weight", (48, 16), (16, N), (N, 48), (0, 1))],
+)  # fmt: skip
+def test_a_masked_dense_product_is_handed_over_without_a_plan(
+    bench: Bench,
+    recorder: Recorder,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    a: Any,
+    b: Any,
+    d: Any,
+    transposed: Any,
+) -> None:
+    dense = Choice(None, 3, None, None, "tuned")
     for module in (prepare, products.dispatch):
         monkeypatch.setattr(module, "autotuner", lambda: SimpleNamespace(known=lambda *_: dense))
-    call(bench, "packed_matmul", given)()
-    call(bench, "packed_matmul", given | {"backend": "dense"})()
-    assert recorder.products == []
-    call(bench, "packed_matmul", given | {"backend": "cusparselt"})()
-    ((*_, backend, _),) = recorder.products
-    assert backend == "cusparselt"
+    given = operands(name, 13)
+    for backend in ("auto", "dense", "cusparselt"):
+        call(bench, name, given | {"backend": backend})()
+    *without, with_plan = (facts for *_, facts in recorder.products)
+    assert [backend for *_, backend, _ in recorder.products] == ["auto", "dense", "cusparselt"]
+    for facts in (*without, with_plan):
+        assert (facts.a_rows, facts.a_columns) == a
+        assert (facts.b_rows, facts.b_columns) == b
+        assert (facts.d_rows, facts.d_columns) == d
+        assert (facts.b_transposed, facts.d_transposed) == transposed
+    assert [facts.plan for facts in without] == [None, None]
+    assert with_plan.plan is not None
 
 
 def test_without_the_functions_of_the_library_no_product_is_handed_over(bench: Bench, recorder: Recorder) -> None:

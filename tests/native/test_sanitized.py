@@ -14,7 +14,7 @@ from tests.arch.source import ROOT
 from tests.native.building import SOURCES, compiler, locked, sanitized
 from tests.native.hot import BUILT
 
-FILES = ("test_asked.py", "test_packing.py", "test_products.py", "test_structures.py")
+FILES = ("test_asked.py", "test_dense_products.py", "test_packing.py", "test_products.py", "test_structures.py")
 REPORT = re.compile(r"ERROR: AddressSanitizer|runtime error:")
 SETTINGS = {
     # Tests ask for more memory than there is, on purpose.
@@ -86,7 +86,7 @@ def test_no_memory_is_lost_in_the_library() -> None:
 
 DEFECTS = {
     "a workspace a byte too small": (
-        "ops.h", "allocate<Device>({facts.workspace}", "allocate<Device>({facts.workspace - 1}",
+        "ops.h", "allocate<Device>({bytes}", "allocate<Device>({bytes - 1}",
         "test_a_workspace_is_allocated_per_call", "heap-buffer-overflow",
     ),
     "a shift by more bits than there are": (

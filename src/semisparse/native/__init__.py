@@ -6,6 +6,17 @@ optional: without it the Python implementations of ops/ do the same and take lon
 
 from semisparse.native.fallback import in_python, typed
 from semisparse.native.loading import Status, library, registered, status
-from semisparse.native.watching import forget_products, started, watch
+from semisparse.native.watching import forget_products, started, started_dense, watch
 
-__all__ = ["Status", "forget_products", "in_python", "library", "registered", "started", "status", "typed", "watch"]
+__all__ = [
+    "Status",
+    "forget_products",
+    "in_python",
+    "library",
+    "registered",
+    "started",
+    "started_dense",
+    "status",
+    "typed",
+    "watch",
+]

@@ -32,6 +32,8 @@ def functions(matmul: int, set_attribute: int) -> Functions:
         current_stream=_address(cuda.aoti_torch_get_current_cuda_stream),
         open_guard=_address(cuda.aoti_torch_create_cuda_guard),
         close_guard=_address(cuda.aoti_torch_delete_cuda_guard),
+        mm=_address(cuda.aoti_torch_cuda_mm_out),
+        addmm=_address(cuda.aoti_torch_cuda_addmm_out),
     )
 
 

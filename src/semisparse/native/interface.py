@@ -33,12 +33,12 @@ class Interface:
         )  # fmt: skip
         lib.semisparse_drop_plan.argtypes = (ctypes.c_void_p,)
         lib.semisparse_watch.argtypes = (int64,)
-        for name in ("drop_plan", "forget_products", "prepared", "started"):
+        for name in ("drop_plan", "forget_products", "prepared", "started", "started_dense"):
             getattr(lib, f"semisparse_{name}").restype = int64
         for name in ("register", "connect", "add_product", "add_launch", "watch"):
             getattr(lib, f"semisparse_{name}").restype = None
         self.multiplies = False
-        """Whether products may be added: cuSPARSELt's functions were handed over."""
+        """Whether products with a plan may be added: cuSPARSELt's functions were handed over."""
 
     def register(self) -> None:
         """Make C++ the implementation of the hot ops."""
@@ -68,7 +68,7 @@ class Interface:
             sizes: Tokens (before padding), out_features and in_features of the op's call.
             bias: Whether the call has a bias.
             backend: As the call names it.
-            facts: What is started. Its plan must live until drop_plan.
+            facts: What is started. Its plan, if it has one, must live until drop_plan.
         """
         self._lib.semisparse_add_product(
             kind, device, dtype, *sizes, bias, backend.encode(), ctypes.byref(facts)
@@ -112,8 +112,12 @@ class Interface:
         return int(self._lib.semisparse_prepared())
 
     def started(self) -> int:
-        """Products started so far, or recorded in a CUDA graph."""
+        """Sparse products started so far, or recorded in a CUDA graph."""
         return int(self._lib.semisparse_started())
+
+    def started_dense(self) -> int:
+        """Masked-dense products started so far, or recorded in a CUDA graph."""
+        return int(self._lib.semisparse_started_dense())
 
     def watch(self, more: int) -> None:
         """Add watchers, or take some away; while there are any, Python answers every call."""

@@ -5,7 +5,7 @@ from enum import IntEnum
 
 import torch
 
-INTERFACE = 2
+INTERFACE = 3
 """csrc/interface.h's number: a library of another one is never used."""
 
 MOST_PARAMETERS = 32
@@ -37,12 +37,21 @@ class Functions(ctypes.Structure):
 
     _fields_ = [
         (name, ctypes.c_void_p)
-        for name in ("matmul", "set_attribute", "launch_kernel", "current_stream", "open_guard", "close_guard")
+        for name in (
+            "matmul",
+            "set_attribute",
+            "launch_kernel",
+            "current_stream",
+            "open_guard",
+            "close_guard",
+            "mm",
+            "addmm",
+        )
     ]
 
 
 class ProductFacts(ctypes.Structure):
-    """A product with its plan, and what a call must match; sizes in bytes or entries."""
+    """A product, and what a call must match; sizes in bytes or entries. Without a plan it is masked dense."""
 
     _fields_ = [
         ("handle", ctypes.c_void_p),
@@ -51,10 +60,14 @@ class ProductFacts(ctypes.Structure):
         ("bias", ctypes.c_void_p),
         ("packed_bytes", ctypes.c_int64),
         ("workspace", ctypes.c_int64),
+        ("a_rows", ctypes.c_int64),
+        ("a_columns", ctypes.c_int64),
         ("b_rows", ctypes.c_int64),
         ("b_columns", ctypes.c_int64),
         ("d_rows", ctypes.c_int64),
         ("d_columns", ctypes.c_int64),
+        ("b_transposed", ctypes.c_int32),
+        ("d_transposed", ctypes.c_int32),
         ("bias_follows", ctypes.c_int32),
     ]
 

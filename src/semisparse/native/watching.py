@@ -11,9 +11,15 @@ def watch(more: int) -> None:
 
 
 def started() -> int:
-    """Products that C++ started, or recorded in a CUDA graph, since the process began."""
+    """Sparse products that C++ started, or recorded in a CUDA graph, since the process began."""
     found = library()
     return 0 if found is None else found.started()
+
+
+def started_dense() -> int:
+    """Masked-dense products that C++ started, as `started` counts sparse ones."""
+    found = library()
+    return 0 if found is None else found.started_dense()
 
 
 def forget_products() -> None:

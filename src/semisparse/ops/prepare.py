@@ -96,7 +96,7 @@ def launch(
 def product(
     kind: ProductKind, asked: Problem, index: int, sizes: tuple[int, int, int], choice: Choice | None, backend: Backend
 ) -> None:
-    """Hand over the plan of a product that was just started in this thread.
+    """Hand over a product that was just started in this thread: its plan, or that it is masked dense.
 
     Args:
         kind: Which product.
@@ -107,28 +107,33 @@ def product(
         backend: As the call names it.
     """
     library = _connected()
-    if library is None or choice is None or autotuner().known(asked, index) is not choice:
-        return  # masked dense, or a choice that tuning may still replace
-    algorithm = choice.algorithm if backend == "auto" else choice.sparse_algorithm
-    prepared = None if algorithm is None or not library.multiplies else engine().prepared(asked, algorithm, index)
-    if prepared is None:
+    if library is None or (choice is not None and autotuner().known(asked, index) is not choice):
+        return  # tuning may still replace the choice
+    facts = ProductFacts(a_rows=asked.rows, a_columns=asked.reduction)
+    facts.b_rows, facts.b_columns = asked.b_shape
+    facts.d_rows, facts.d_columns = asked.d_shape
+    facts.b_transposed, facts.d_transposed = asked.b_order == "column", asked.d_order == "column"
+    algorithm = None
+    if choice is not None:
+        algorithm = choice.algorithm if backend == "auto" else choice.sparse_algorithm
+    if algorithm is not None and not _add_plan(library, facts, asked, algorithm, index):
         return
-    handle, plan, follows = prepared
-    address = plan.address
-    facts = ProductFacts(
-        handle=handle.handle,
-        plan=address,
-        descriptor=plan.descriptor,
-        bias=plan.bias_word if asked.bias else None,
-        packed_bytes=plan.packed_bytes,
-        workspace=plan.workspace,
-        bias_follows=follows,
-    )
-    facts.b_rows, facts.b_columns = plan.b_shape
-    facts.d_rows, facts.d_columns = plan.d_shape
-    if not plan.handed_over:
-        plan.before_freeing(lambda: library.drop_plan(address))
     library.add_product(kind, index, DTYPE_CODES[asked.dtype], sizes, asked.bias, backend, facts)
+
+
+def _add_plan(library: Interface, facts: ProductFacts, asked: Problem, algorithm: int, index: int) -> bool:
+    """Write the plan of a product into facts; whether there is one that C++ can start."""
+    prepared = engine().prepared(asked, algorithm, index) if library.multiplies else None
+    if prepared is None:
+        return False
+    handle, plan, follows = prepared
+    facts.handle, facts.plan, facts.descriptor = handle.handle, plan.address, plan.descriptor
+    facts.bias = plan.bias_word if asked.bias else None
+    facts.packed_bytes, facts.workspace, facts.bias_follows = plan.packed_bytes, plan.workspace, follows
+    if not plan.handed_over:
+        address = plan.address
+        plan.before_freeing(lambda: library.drop_plan(address))
+    return True
 
 
 def repeatable(matrix: Tensor) -> bool:
