@@ -8,9 +8,10 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from semisparse import PackedWeights, Phase, SparseSchedule, ops, reuse_packed
-from semisparse.nn.pack_together import new_buffers
+from semisparse.errors import ConfigError
+from semisparse.nn.pack_together import Keep, new_buffers
 from semisparse.testing import assert_bit_equal
-from tests.nn.packing import BF16, X, expect_fresh, in_place, model_of
+from tests.nn.packing import BF16, X, expect_fresh, in_place, model_of, packed
 
 pytestmark = [
     pytest.mark.usefixtures("packed_on_cpu"),
@@ -170,3 +171,50 @@ def test_compiled_functional_call_computes_with_the_parameters_that_it_is_given(
     others = {name: torch.randn_like(parameter) for name, parameter in own.items()}
     for parameters in (own, others, own):
         assert_bit_equal(compiled(parameters, X), call(parameters, X))
+
+
+@pytest.mark.parametrize("keep", ["both", "forward"])
+def test_compiled_code_computes_with_what_is_held_from_then_on(keep: Keep) -> None:
+    model, soft = model_of(), model_of(mask="soft")
+    for layer in soft:
+        layer.hold(scale=torch.tensor(0.5))
+    owners = [packed(of, keep) for of in (model, soft)]
+    calls = [torch.compile(of, backend="aot_eager", fullgraph=True) for of in (model, soft)]
+    for step in range(3):
+        for layer in (*model, *soft):
+            codes = ops.tile_codes(torch.randn(16, 16), "transposable") if step else None
+            layer.hold(codes=codes) if layer.sparse_config.weight == "transposable" else layer.hold(
+                scale=torch.tensor(1.5 + step)
+            )
+        for of, call in zip((model, soft), calls, strict=True):
+            expect_fresh(of, X, call)
+    assert [owner.layers for owner in owners] == [3, 3]
+
+
+def test_compiled_code_fails_as_eager_code_does_where_a_scale_is_no_longer_held() -> None:
+    model = model_of(1, mask="soft")
+    model[0].hold(scale=torch.tensor(0.5))
+    packed(model)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    expect_fresh(model, X, compiled)
+    model[0].hold()
+    for call in (model, compiled):
+        with pytest.raises(ConfigError, match="start its recipe"):
+            call(X)
+    model[0].hold(scale=torch.tensor(2.0))
+    expect_fresh(model, X, compiled)
+
+
+def test_what_is_held_is_packed_at_once_into_the_same_buffers(launches: list[int]) -> None:
+    model = model_of()
+    model[1].hold(codes=ops.tile_codes(torch.randn(16, 16), "transposable"))
+    owner = packed(model)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    expect_fresh(model, X, compiled)
+    place, frames = model[1]._packed.packed.matrix.data_ptr(), counter.frame_count
+    launches.clear()
+    model[1].hold(codes=ops.tile_codes(torch.randn(16, 16), "transposable"))
+    assert launches == [1] and owner.layers == 3
+    expect_fresh(model, X, compiled)
+    assert (model[1]._packed.packed.matrix.data_ptr(), counter.frame_count) == (place, frames)

@@ -125,7 +125,7 @@ def test_a_block_in_another_dtype_inside_a_block_uses_other_buffers() -> None:
         assert_bit_equal(model(X), expected[torch.bfloat16])
 
 
-@pytest.mark.parametrize("how", ["in place", "a new Parameter", "functional_call", "held"])
+@pytest.mark.parametrize("how", ["in place", "a new Parameter", "functional_call"])
 def test_a_weight_that_changed_inside_a_block_is_seen(how: str) -> None:
     model, x = model_of(), X.bfloat16()
     with reuse_packed(model):
@@ -136,15 +136,31 @@ def test_a_weight_that_changed_inside_a_block_is_seen(how: str) -> None:
                 model[0].weight.zero_()
         elif how == "a new Parameter":
             model[0].weight = nn.Parameter(torch.zeros_like(model[0].weight))
-        elif how == "functional_call":
+        else:
             zero = {"0.weight": torch.zeros_like(model[0].weight)}
             call = lambda x: torch.func.functional_call(model, zero, (x,))  # noqa: E731
-        else:
-            model[0].hold(codes=ops.tile_codes(torch.zeros(16, 16), "transposable"))
         with pytest.warns(UserWarning, match="another weight or mask"):
             y = call(x)
-        fresh = copy.deepcopy(model)
-        assert_bit_equal(y, torch.zeros_like(y) if how != "held" else fresh(x))
+        assert_bit_equal(y, torch.zeros_like(y))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # of torch's own compiler
+@pytest.mark.parametrize("compiled", [False, True])
+def test_what_is_held_inside_blocks_is_used_in_all_of_them(compiled: bool) -> None:
+    torch._dynamo.reset()
+    model, x = model_of(), X.bfloat16()
+    call = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
+    with reuse_packed(model):
+        with reuse_packed(model):
+            before = call(x)
+            with pytest.warns(UserWarning, match="call hold outside the block") as warned:
+                model[0].hold(codes=ops.tile_codes(torch.zeros(16, 16), "transposable"))
+            assert {warning.filename for warning in warned} == {__file__}
+            expected = copy.deepcopy(model)(x)
+            assert not torch.equal(expected, before)
+            assert_bit_equal(call(x), expected)
+        assert_bit_equal(call(x), expected)
+    assert_bit_equal(call(x), expected)
 
 
 def test_the_buffers_stay_where_they_are() -> None:

@@ -9,7 +9,7 @@ from semisparse.config import Operand, SparseConfig
 from semisparse.errors import TensorError
 from semisparse.masks import MaskName
 from semisparse.nn.base import SemiSparseBase
-from semisparse.nn.packed_weight import PackedWeight, usable
+from semisparse.nn.packed_weight import PackedWeight, held_changed, usable
 from semisparse.reference.masks import from_codes
 
 
@@ -68,6 +68,8 @@ class SemiSparseLinear(SemiSparseBase):
             if held is not None and not isinstance(held, Tensor):
                 raise TensorError(f"{name}={held!r} is not a tensor; pass one on the weight's device, or None")
         self.held_codes, self.held_scale = codes, scale
+        if self._packed is not None:
+            held_changed(self)
 
     def _sparse_forward(self, input: Tensor) -> Tensor:
         weight = self.weight

@@ -46,6 +46,9 @@ class Owner(Protocol):
     ) -> PackedMatrix | None:
         """A packed weight for this forward, or None, where the forward packs for itself."""
 
+    def held_changed(self, layer: PackingLayer, record: "PackedWeight") -> None:
+        """Make record right, or unusable: layer holds other codes or another scale than were packed."""
+
 
 class PackedWeight:
     """A packed weight and the state that it was packed from. It belongs to one layer and to one owner.
@@ -160,6 +163,14 @@ def close_on(layer: PackingLayer, record: PackedWeight) -> None:
     else:
         _OPEN.pop(layer, None)
         vars(layer).pop("_packed", None)
+
+
+def held_changed(layer: PackingLayer) -> None:
+    """Tell the owners of the packed weights of layer that it holds other tensors: compiled code does not look."""
+    for record in _OPEN.get(layer, ()):
+        owner = record.owner()
+        if owner is not None and record.dtype is not None:
+            owner.held_changed(layer, record)
 
 
 def in_use(layer: PackingLayer, buffers: PackedMatrix) -> bool:

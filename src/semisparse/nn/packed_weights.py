@@ -5,6 +5,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from semisparse import routes
 from semisparse.arguments import check_choice, check_module
-from semisparse.errors import EngineError
+from semisparse.errors import EngineError, SemiSparseError
 from semisparse.formats.layout import PACKED_DTYPES
 from semisparse.formats.packed import PackedMatrix
 from semisparse.nn.linear import SemiSparseLinear
@@ -42,10 +43,12 @@ class PackedWeights:
     *Eager* forwards are right whoever writes the weights. They compare version and address of the weight, the held
     tensors and the settings with what was packed. The first forward that finds a difference packs all weights that
     changed. It writes to the same buffers, so that the backward of an older graph raises PyTorch's error for variables
-    that were modified in place. Writes through weight.data and by replayed CUDA graphs leave no trace.
+    that were modified in place. Writes through weight.data, by replayed CUDA graphs and by kernels that raise no
+    version leave no trace.
 
-    *Compiled and captured* code reads the buffers and compares nothing but the dtype. After load_state_dict, after a
-    swap with averaged weights, and after writes as above, call pack(everything=True).
+    *Compiled and captured* code reads the buffers and compares nothing but the dtype. A call of layer.hold packs the
+    layer again at once; writes into what it holds are seen after pack(). After load_state_dict, after a swap with
+    averaged weights, and after writes as above, call pack(everything=True).
 
     Weights are packed for the dtype that forwards compute in: autocast's where pack() is called inside torch.autocast
     or the first forward runs in it, else the weight's. A forward in another dtype packs for itself, with a warning.
@@ -173,17 +176,31 @@ class PackedWeights:
                 torch.cuda.current_stream(weight.device).wait_event(record.pending)
             return record.packed
 
+    def held_changed(self, layer: PackingLayer, record: PackedWeight) -> None:
+        """Pack the weight of layer again, because it holds other codes or another scale.
+
+        Args:
+            layer: The layer.
+            record: Its packed weight, in use.
+        """
+        with self._lock:
+            member = self._member(layer, record)
+            record.dtype = None
+            if member is not None and plain_call(member.weight):
+                with suppress(SemiSparseError):  # the next forward raises it
+                    self._pack([member])
+
     def _known(self) -> list[Member]:
         """The layers that have records, as far as their own weights are there."""
-        return [
-            Member(layer, record, weight, self._dtype(weight))
-            for layer, record in self._records.items()
-            if isinstance(layer, SemiSparseLinear)  # not made dense since
-            and (weight := layer._parameters.get("weight")) is not None
-            and weight is record.weight
-            and layer.sparse_enabled
-            and not why_not_whole(layer)
-        ]
+        members = (self._member(layer, record) for layer, record in self._records.items())
+        return [member for member in members if member is not None]
+
+    def _member(self, layer: PackingLayer, record: PackedWeight) -> Member | None:
+        """A layer that has a record; None where its own weight is not there, or it was made dense since."""
+        if not isinstance(layer, SemiSparseLinear) or not layer.sparse_enabled or why_not_whole(layer):
+            return None
+        weight = layer.weight
+        return Member(layer, record, weight, self._dtype(weight)) if weight is record.weight else None
 
     def _survey(self) -> list[Member]:
         """The layers that can be packed now. Opens records on them, and closes those of all others."""

@@ -37,6 +37,15 @@ class _Block(PackedWeights):
         warnings.warn(f"reuse_packed {reason}. The weight is packed again at this forward.", stacklevel=6)
         return None
 
+    def held_changed(self, layer: PackingLayer, record: PackedWeight) -> None:
+        """The layer packs at each forward until the block ends."""
+        record.dtype = None
+        warnings.warn(
+            "reuse_packed was entered with another mask or scale: call hold outside the block. The weight is packed "
+            "again at each forward of the block.",
+            stacklevel=4,
+        )
+
     def _dtype(self, weight: Tensor) -> torch.dtype:
         return compute_dtype(weight, weight)
 
@@ -59,7 +68,7 @@ def reuse_packed(model: nn.Module, *, keep: Keep = "both") -> Iterator[int]:
     The weight is packed for the dtype that is computed in on entry, so enter torch.autocast first, if it is used. A
     forward in another dtype, or with a weight that has changed since, packs again for itself and warns. Two kinds of
     change are not detected, and the block goes on with the old weight: one in compiled code and one through
-    weight.data.
+    weight.data. A layer that holds other codes or another scale is detected in compiled code, too.
 
     Blocks nest and may end in any order. A copy made inside a block packs its own weight. Buffers are kept between
     blocks, outside any CUDA graph: 9/8 of the weight's 16-bit bytes for both directions together, per dtype.

@@ -247,9 +247,9 @@ class SparseSchedule:
         """Pack all weights again, for what pack="per_step" cannot see.
 
         Call it after something other than the optimizer wrote to the weights of a compiled or captured model
-        (load_state_dict, a swap with averaged weights), after writes through weight.data, and after replays of a CUDA
-        graph that holds the optimizer step. Inside torch.autocast it packs for that dtype from now on. With
-        pack="each_forward" it does nothing.
+        (load_state_dict, a swap with averaged weights), after writes through weight.data or by kernels that raise no
+        version, and after replays of a CUDA graph that holds the optimizer step. Inside torch.autocast it packs for
+        that dtype from now on. With pack="each_forward" it does nothing.
         """
         self._packing.pack(everything=True)
 
