@@ -133,7 +133,8 @@ def _work(x: Tensor, weight: Tensor, grad: Tensor) -> dict[str, Call]:
     packed_t = ops.pack(weight, weight.dtype, MASK)[1]
     ctx = SimpleNamespace(
         needs_input_grad=(True, True, False),
-        saved_tensors=(x, packed_t),
+        saved_tensors=(x, packed_t, None),
+        sampled=False,
         mask=MASK,
         backend=BACKEND,
         weight_dtype=weight.dtype,

@@ -17,8 +17,8 @@ DOCS = ROOT / "docs" / "recipes.md"
 WANTED: dict[str, dict[str, Any]] = {
     "dinov2": {"mask": "transposable", "sparse_fraction": 0.7},
     "sr_ste": {"mask": "transposable", "decay": 2e-4},
-    "fst": {"mask": "transposable", "decay": 6e-5, "refresh_every": 40, "sparse_fraction": 5 / 6},
-    "s_ste": {"mask": "soft"},
+    "fst": {"mask": "transposable", "grad_output": "mvue", "decay": 6e-5, "refresh_every": 40, "sparse_fraction": 5 / 6},
+    "s_ste": {"mask": "soft", "grad_output": "mvue"},
     "step": {"mask": "row", "dense_range": (0.1, 0.5)},
 }
 PLAIN = {"sparse_fraction": 1.0, "decay": 0.0, "refresh_every": 1, "dense_range": None}
@@ -27,13 +27,13 @@ PLAIN = {"sparse_fraction": 1.0, "decay": 0.0, "refresh_every": 1, "dense_range"
 @pytest.mark.parametrize("name", WANTED)
 def test_a_preset_is_its_papers_recipe(name: str) -> None:
     wanted = dict(WANTED[name])
-    layers = asdict(SparseConfig(weight=wanted.pop("mask")))
+    layers = asdict(SparseConfig(weight=wanted.pop("mask"), grad_output=wanted.pop("grad_output", None)))
     assert PRESETS[name]().describe() == {"name": name, "config": layers, **PLAIN, **wanted}
 
 
 def test_the_docs_say_which_products_of_a_preset_are_sparse() -> None:
     rows = re.findall(
-        r"^\| ((?:`\w+`(?:, )?)+) \| (\w+) \| (\w+).*? \| (\w+) \|$", DOCS.read_text(), flags=re.MULTILINE
+        r"^\| ((?:`\w+`(?:, )?)+) \| (\w+) \| (\w+).*? \| (\w+)[^|]* \|$", DOCS.read_text(), flags=re.MULTILINE
     )
     said = {name: row[1:] for row in rows for name in re.findall(r"\w+", row[0])}
     assert said == {name: tuple(preset().config.products.values()) for name, preset in PRESETS.items()}
@@ -50,12 +50,14 @@ def test_a_preset_takes_a_backend_and_its_own_settings(name: str) -> None:
     assert PRESETS[name](backend="dense").config.backend == "dense"
     assert fst(decay=1e-3, refresh_every=7, sparse_fraction=0.5).describe() == {
         "name": "fst",
-        "config": asdict(SparseConfig()),
+        "config": asdict(SparseConfig(grad_output="mvue")),
         "decay": 1e-3,
         "refresh_every": 7,
         "sparse_fraction": 0.5,
         "dense_range": None,
     }
+    assert fst(grad_output=None).config == SparseConfig()
+    assert s_ste(grad_output=None).config == SparseConfig(weight="soft")
     assert sr_ste(weight="row").config.weight == "row"
     assert step(weight="transposable", dense_range=(0.2, 0.3)).dense_range == (0.2, 0.3)
 

@@ -181,7 +181,7 @@ def test_a_later_recipe_on_the_same_model_is_not_undone_by_the_first_ones_finish
 
 
 def test_a_start_clears_what_an_earlier_recipe_left() -> None:
-    run = Run(fst(refresh_every=3))
+    run = Run(fst(refresh_every=3, grad_output=None))
     model = copy.deepcopy(run.model)  # keeps its masks
     assert held_by(model[0]) is not None
     RecipeSchedule(dinov2(), model, torch.optim.SGD(model.parameters()), 10)

@@ -1,12 +1,13 @@
 """The named recipes. Each returns a Recipe; what it omits of its paper is documented here.
 
-`fst().config.products` says which products are sparse; in a dense phase none is. The papers of FST and S-STE also
-prune dy for a sparse weight gradient (MVUE), which is not available yet: here it is dense.
+`fst().config.products` says which products are sparse; in a dense phase none is. FST and S-STE sample the gradient of
+the output for a sparse weight gradient, as in their papers, but exactly (see SparseConfig) where the authors' code
+draws an approximation with a larger variance.
 """
 
 from collections.abc import Callable
 
-from semisparse.config import Backend, SparseConfig
+from semisparse.config import Backend, GradOutput, SparseConfig
 from semisparse.masks import MaskName
 from semisparse.recipes.recipe import Recipe
 
@@ -42,24 +43,32 @@ def sr_ste(
 
 
 def fst(
-    *, decay: float = 6e-5, refresh_every: int = 40, sparse_fraction: float = 5 / 6, backend: Backend = "auto"
+    *,
+    decay: float = 6e-5,
+    refresh_every: int = 40,
+    sparse_fraction: float = 5 / 6,
+    grad_output: GradOutput | None = "mvue",
+    backend: Backend = "auto",
 ) -> Recipe:
     """Transposable masks held for refresh_every applied steps, decay of pruned weights, dense for the last sixth.
 
-    arXiv 2404.01847, for the feed-forward layers of a transformer.
+    arXiv 2404.01847, for the feed-forward layers of a transformer. All three products of a layer are sparse.
 
     Args:
         decay: Added to gradients after they were unscaled and clipped. Tune it per model by the flip rate (see
             MaskMetrics); the default is what the authors' code uses for its smallest GPT-2.
         refresh_every: Applied steps for which masks are held.
         sparse_fraction: As in Recipe.
+        grad_output: As in SparseConfig; None for a dense weight gradient.
         backend: As in SparseConfig.
     """
-    config = SparseConfig(backend=backend)
+    config = SparseConfig(grad_output=grad_output, backend=backend)
     return Recipe(name="fst", config=config, sparse_fraction=sparse_fraction, decay=decay, refresh_every=refresh_every)
 
 
-def s_ste(*, sparse_fraction: float = 1.0, backend: Backend = "auto") -> Recipe:
+def s_ste(
+    *, sparse_fraction: float = 1.0, grad_output: GradOutput | None = "mvue", backend: Backend = "auto"
+) -> Recipe:
     """Continuous pruning: the two largest of each 4 along K, shrunk by the third, times a scale fixed at the start.
 
     arXiv 2409.09099. The scale of each weight, <W, S> / <S, S>, is computed when the recipe starts. The paper
@@ -68,9 +77,11 @@ def s_ste(*, sparse_fraction: float = 1.0, backend: Backend = "auto") -> Recipe:
     Args:
         sparse_fraction: As in Recipe. With less than 1, the dense phase replaces the shrunk weight by W itself, which
             is a jump.
+        grad_output: As in SparseConfig; None for a dense weight gradient.
         backend: As in SparseConfig.
     """
-    return Recipe(name="s_ste", config=SparseConfig(weight="soft", backend=backend), sparse_fraction=sparse_fraction)
+    config = SparseConfig(weight="soft", grad_output=grad_output, backend=backend)
+    return Recipe(name="s_ste", config=config, sparse_fraction=sparse_fraction)
 
 
 def step(

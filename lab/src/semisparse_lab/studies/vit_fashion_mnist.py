@@ -42,9 +42,9 @@ def rows(backend: Backend) -> tuple[Row, ...]:
         Row("sparse-100", "100% sparse, exact masks", recipes.dinov2(sparse_fraction=1.0, backend=backend)),
         masked("greedy", "100% sparse, greedy masks by magnitude", "greedy"),
         masked("signed-greedy", "100% sparse, greedy masks by signed value (torchao's default)", "signed_greedy"),
-        Row("fst", "fst: masks held 40 steps, decay, last sixth dense", recipes.fst(backend=backend)),
+        Row("fst", "fst: masks held 40 steps, decay, last sixth dense", recipes.fst(grad_output=None, backend=backend)),
         Row("sr_ste", "sr_ste: decay of pruned weights, 100% sparse", recipes.sr_ste(backend=backend)),
-        Row("s_ste", "s_ste: soft threshold, 100% sparse", recipes.s_ste(backend=backend)),
+        Row("s_ste", "s_ste: soft threshold, 100% sparse", recipes.s_ste(grad_output=None, backend=backend)),
     )
 
 
