@@ -35,6 +35,10 @@ def _packed_tokens_grad_weight(packed_t: Shape, grad_output: Shape, in_features:
     return 2 * grad_output[0] * grad_output[1] * in_features
 
 
+def _sampled_grad_weight(grad_output: Shape, x: Shape, *_: Any, **__: Any) -> int:
+    return 2 * grad_output[0] * grad_output[1] * x[1]
+
+
 def flop_formulas() -> dict[Any, Callable[..., int]]:
     """Op -> formula over the shapes of its arguments, in the form of FlopCounterMode's custom_mapping."""
     registered = torch.ops.semisparse
@@ -45,6 +49,8 @@ def flop_formulas() -> dict[Any, Callable[..., int]]:
         registered.packed_tokens_matmul: _packed_tokens_matmul,
         registered.packed_tokens_linear: _linear,
         registered.packed_tokens_grad_weight: _packed_tokens_grad_weight,
+        registered.sampled_linear: _linear,
+        registered.sampled_grad_weight: _sampled_grad_weight,
     }
 
 

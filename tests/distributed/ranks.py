@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from semisparse import SparseConfig, SparseSchedule, recipes, sparsify
 from semisparse.errors import SemiSparseError
 from semisparse.recipes import Recipe, RecipeSchedule
+from semisparse.sampling import layer_seed
 
 WORLD = 2
 
@@ -89,9 +90,10 @@ def a_group_of_one(rank: int) -> None:
 
 
 def apart_at_a_refresh(rank: int) -> None:
-    model = net(0, recipes.fst())
+    recipe = recipes.fst(refresh_every=3, decay=0.0, grad_output=None)  # nothing averages what ranks would sample
+    model = net(0, recipe)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    schedule = RecipeSchedule(recipes.fst(refresh_every=3, decay=0.0), model, optimizer, 20)
+    schedule = RecipeSchedule(recipe, model, optimizer, 20)
     for step in range(4):
         if step == 1 and rank:  # what a broken all-reduce would do
             with torch.no_grad():
@@ -104,6 +106,27 @@ def apart_at_a_refresh(rank: int) -> None:
         except SemiSparseError:
             assert step == 2  # the third applied step
             raise
+
+
+def seeds(rank: int) -> None:
+    """Each rank of the data-parallel group has keys of its own; DistributedDataParallel averages what they sample."""
+    config = SparseConfig(grad_output="mvue")
+    model = DistributedDataParallel(net(0, config=config))
+    SparseSchedule.sparse_then_dense(model, 10, seed=7)
+    assert int(model.module[2].held_seed) == layer_seed(7, "2", rank, 0)
+    generator = torch.Generator().manual_seed(rank)
+    model(torch.randn(8, 16, generator=generator)).square().sum().backward()
+    gradients = [torch.empty(16, 16) for _ in range(WORLD)]
+    dist.all_gather(gradients, model.module[2].weight.grad)
+    assert torch.equal(*gradients)
+    groups = [dist.new_group([other]) for other in range(WORLD)]
+    alone = net(0, config=config)
+    SparseSchedule.sparse_then_dense(alone, 10, seed=7, process_group=groups[rank])
+    assert int(alone[2].held_seed) == layer_seed(7, "2", 0, 0)
+
+
+def other_seed_on_one(rank: int) -> None:
+    SparseSchedule.sparse_then_dense(net(0), 10, seed=rank)
 
 
 class Experts(nn.Module):
@@ -165,6 +188,8 @@ MISMATCH, NONE = ("RankMismatchError", "RankMismatchError"), ("", "")
 SCENARIOS: dict[Callable[[int], None], tuple[str, str]] = {
     held_masks: MISMATCH,
     scales: MISMATCH,
+    seeds: NONE,
+    other_seed_on_one: MISMATCH,
     after_wrapping: NONE,
     same_seed: NONE,
     other_weights_without_held_masks: NONE,

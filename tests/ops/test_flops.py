@@ -44,6 +44,8 @@ def test_each_product_counts_as_the_dense_one(bias):
         lambda: ops.packed_tokens_matmul(tokens, weight, bias, M, "auto"),
         lambda: ops.packed_tokens_linear(x, weight, bias, tokens, tokens_t, "auto"),
         lambda: ops.packed_tokens_grad_weight(tokens_t, x.new_zeros(M, N), K, "auto"),
+        lambda: ops.sampled_linear(x, weight, bias, None),
+        lambda: ops.sampled_grad_weight(x.new_zeros(M, N), x, None, bias is not None, "auto"),
     ):
         with FlopCounterMode(display=False) as counter:
             product()
@@ -101,7 +103,7 @@ def test_registering_again_changes_nothing_and_a_formula_that_was_registered_bef
     monkeypatch.setattr(flop_counter, "flop_registry", dict(mine))
     register_flop_formulas()
     assert flop_counter.flop_registry[torch.ops.semisparse.packed_linear] is next(iter(mine.values()))
-    assert len(flop_counter.flop_registry) == 6
+    assert len(flop_counter.flop_registry) == 8
 
 
 def test_importing_registers_nothing_and_does_not_import_the_counter():
