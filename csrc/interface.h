@@ -4,7 +4,7 @@
 #include "ops.h"
 
 // Raised whenever a structure or a signature below changes, so that Python never uses a library of another version.
-#define SEMISPARSE_INTERFACE 3
+#define SEMISPARSE_INTERFACE 4
 
 #define SEMISPARSE_EXPORT extern "C" __attribute__((visibility("default")))
 

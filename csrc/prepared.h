@@ -21,7 +21,9 @@ struct ProductFacts {
   const void* handle;
   const void* plan;
   void* descriptor;
-  void** bias;  // the host word that the library reads the bias address from; null without bias
+  void** bias;        // the host word that the library reads the bias address from; null without bias
+  int64_t* uses;      // of the handle, so far: Python's count, which it frees plans by
+  int64_t* last_use;  // of the plan: that count at its last use
   int64_t packed_bytes;
   int64_t workspace;  // bytes
   int64_t a_rows, a_columns;                      // of the pruned operand
@@ -51,6 +53,7 @@ class Product {
         return false;
       }
     }
+    *facts.last_use = ++*facts.uses;  // this thread's words, as the plan is
     static constexpr float kOne = 1.0f, kZero = 0.0f;
     return functions.matmul(facts.handle, facts.plan, &kOne, a, b, &kZero, d, d, workspace, &stream, 1) == 0;
   }

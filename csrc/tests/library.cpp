@@ -45,6 +45,8 @@ SEMISPARSE_EXPORT int64_t semisparse_offset(const char* structure, const char* f
   SEMISPARSE_FIELD(ProductFacts, plan);
   SEMISPARSE_FIELD(ProductFacts, descriptor);
   SEMISPARSE_FIELD(ProductFacts, bias);
+  SEMISPARSE_FIELD(ProductFacts, uses);
+  SEMISPARSE_FIELD(ProductFacts, last_use);
   SEMISPARSE_FIELD(ProductFacts, packed_bytes);
   SEMISPARSE_FIELD(ProductFacts, workspace);
   SEMISPARSE_FIELD(ProductFacts, a_rows);

@@ -33,6 +33,7 @@ struct Shared {
 struct Plan {
   std::atomic<int64_t> state{kAlive};
   void* bias = nullptr;
+  int64_t uses = 0, last_use = 0;
 };
 
 std::atomic<int64_t> products_started{0}, used_after_drop{0}, wrong_addresses{0};
@@ -84,6 +85,8 @@ std::shared_ptr<Product> product_with(Plan* plan) {
   facts.plan = plan;
   facts.descriptor = plan;
   facts.bias = &plan->bias;
+  facts.uses = &plan->uses;
+  facts.last_use = &plan->last_use;
   facts.bias_follows = 1;
   return std::make_shared<Product>(facts);
 }

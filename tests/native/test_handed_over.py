@@ -1,5 +1,6 @@
 """What ops/prepare.py hands to the native library, and that the next call looks for just that."""
 
+from ctypes import addressof
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -158,7 +159,8 @@ def test_a_product_is_handed_over_with_its_plan(bench: Bench, recorder: Recorder
     (plan,) = bench.engine._local.handles[-1].plans.values()
     assert (kind, device, dtype, sizes, has_bias, backend) == (0, -1, DTYPE_CODES[BF16], (13, N, 48), bias, "auto")
     assert (facts.handle, facts.plan) == (bench.engine._local.handles[-1].handle, plan.address)
-    assert (facts.descriptor, facts.bias) == (plan.descriptor, plan.bias_word if bias else None)
+    assert (facts.descriptor, facts.bias) == (plan.descriptor, addressof(plan.bias) if bias else None)
+    assert (facts.uses, facts.last_use) == (addressof(plan.uses), addressof(plan.last_use))
     assert (facts.packed_bytes, facts.workspace) == (packed_bytes(N, 48), 64)
     assert (facts.b_rows, facts.b_columns, facts.d_rows, facts.d_columns) == (16, 48, 16, N)
     assert facts.bias_follows == 0

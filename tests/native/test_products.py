@@ -268,6 +268,18 @@ def test_a_freed_plan_and_forgotten_products_are_asked_of_python_again(bench: Be
     bench.hot.natively(call(bench, name, given))
 
 
+def test_a_plan_that_cpp_uses_is_not_freed_for_new_ones(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench.engine, "MAX_PLANS", 2)
+    busy, idle, *others = (operands("packed_matmul", tokens) for tokens in (8, 16, 24, 32, 40))
+    for given in (busy, idle):
+        prepared(bench, "packed_matmul", given)
+    for given in others:
+        bench.hot.natively(call(bench, "packed_matmul", busy))
+        prepared(bench, "packed_matmul", given)
+    assert_as_on_the_cpu(bench.hot.natively(call(bench, "packed_matmul", busy)), "packed_matmul", busy)
+    bench.hot.by_python(call(bench, "packed_matmul", idle))
+
+
 def test_one_plan_of_several_token_counts_is_dropped_for_all(bench: Bench) -> None:
     for tokens in (9, 13, 16):
         prepared(bench, "packed_matmul", operands("packed_matmul", tokens))

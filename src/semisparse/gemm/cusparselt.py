@@ -103,7 +103,8 @@ class Plan:
         b_shape, d_shape, packed_bytes: What a call must match.
         workspace: Bytes on the device that a call must provide.
         bias: The device address that the product adds from, 0 for none, as the host word that the library reads.
-        last_use: Number of the handle's last use of this plan.
+        uses: The handle's count of uses, as a host word that the native library counts in, too.
+        last_use: That count at the last use of this plan, likewise.
         handed_over: Whether the native library knows the plan, too.
     """
 
@@ -117,20 +118,21 @@ class Plan:
         "last_use",
         "owned",
         "packed_bytes",
+        "uses",
         "workspace",
     )
 
-    def __init__(self, problem: Problem, bias: int) -> None:
+    def __init__(self, problem: Problem, bias: int, uses: ctypes.c_int64) -> None:
         self.b_shape, self.d_shape = problem.b_shape, problem.d_shape
         self.bias = ctypes.c_size_t(bias)
-        self.address = self.descriptor = self.packed_bytes = self.workspace = self.last_use = 0
+        self.uses, self.last_use = uses, ctypes.c_int64(0)
+        self.address = self.descriptor = self.packed_bytes = self.workspace = 0
         self.owned = ExitStack()
         self.handed_over = False
 
-    @property
-    def bias_word(self) -> int:
-        """Host address of the word that the library reads the bias address from."""
-        return ctypes.addressof(self.bias)
+    def use(self) -> None:
+        """Note that the plan is used now, so that it is freed later than others."""
+        self.uses.value = self.last_use.value = self.uses.value + 1
 
     def before_freeing(self, call: Callable[[], object]) -> None:
         """Note that the plan is used elsewhere, by something that call ends before the plan is freed."""
@@ -154,7 +156,7 @@ class Handle:
         self._lib = lib
         self.max_plans = max_plans
         self.plans: dict[tuple[Problem, int], Plan] = {}
-        self.uses = 0
+        self.uses = ctypes.c_int64(0)
         self._stream = ctypes.c_size_t(0)
         self._stream_address = ctypes.addressof(self._stream)
         with self._explained("no handle"):
@@ -178,9 +180,9 @@ class Handle:
         if replaced is not None:
             self._free(replaced)
         self.plans[problem, algorithm] = plan
-        self.uses = plan.last_use = self.uses + 1
+        plan.use()
         while len(self.plans) > self.max_plans:
-            self._free(self.plans.pop(min(self.plans, key=lambda key: self.plans[key].last_use)))
+            self._free(self.plans.pop(min(self.plans, key=lambda key: self.plans[key].last_use.value)))
         return plan
 
     def set_bias(self, plan: Plan, bias: int) -> None:
@@ -218,7 +220,7 @@ class Handle:
             self._free(self.plans.pop(key))
 
     def _build(self, problem: Problem, algorithm: int, bias: int) -> Plan:
-        lib, plan = self._lib, Plan(problem, bias)
+        lib, plan = self._lib, Plan(problem, bias, self.uses)
         with ExitStack() as owned:
             plan.descriptor, selection = self._describe(problem, ctypes.addressof(plan.bias) if bias else 0, owned)
             # Checked here, where every algorithm passes before its first use: the library accepts ids that end in an

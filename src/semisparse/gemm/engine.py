@@ -116,7 +116,7 @@ class Engine:
         plan = handle.plans.get(key)
         if plan is None:
             plan = handle.make_plan(problem, algorithm, address)
-        handle.uses = plan.last_use = handle.uses + 1
+        plan.use()
         a_at, b_at, d_at, dtype = packed.data_ptr(), b.data_ptr(), out.data_ptr(), problem.dtype
         if not (
             packed.numel() >= plan.packed_bytes

@@ -5,7 +5,7 @@ from enum import IntEnum
 
 import torch
 
-INTERFACE = 3
+INTERFACE = 4
 """csrc/interface.h's number: a library of another one is never used."""
 
 MOST_PARAMETERS = 32
@@ -58,6 +58,8 @@ class ProductFacts(ctypes.Structure):
         ("plan", ctypes.c_void_p),
         ("descriptor", ctypes.c_void_p),
         ("bias", ctypes.c_void_p),
+        ("uses", ctypes.c_void_p),
+        ("last_use", ctypes.c_void_p),
         ("packed_bytes", ctypes.c_int64),
         ("workspace", ctypes.c_int64),
         ("a_rows", ctypes.c_int64),

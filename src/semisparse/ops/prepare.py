@@ -5,6 +5,7 @@ changes a result: a call that cannot be handed over goes through Python again.
 """
 
 import logging
+from ctypes import addressof
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -128,7 +129,8 @@ def _add_plan(library: Interface, facts: ProductFacts, asked: Problem, algorithm
         return False
     handle, plan, follows = prepared
     facts.handle, facts.plan, facts.descriptor = handle.handle, plan.address, plan.descriptor
-    facts.bias = plan.bias_word if asked.bias else None
+    facts.bias = addressof(plan.bias) if asked.bias else None
+    facts.uses, facts.last_use = addressof(plan.uses), addressof(plan.last_use)
     facts.packed_bytes, facts.workspace, facts.bias_follows = plan.packed_bytes, plan.workspace, follows
     if not plan.handed_over:
         address = plan.address
