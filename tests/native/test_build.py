@@ -51,7 +51,7 @@ def test_nothing_is_built_again_until_a_source_a_header_or_a_flag_changes(source
     before = made.stat()
     source.touch()
     assert "is up to date" in build.build(made, [source])
-    assert made.stat() == before
+    assert (made.stat().st_ino, made.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
     assert "native: built" in build.build(made, [source], flags=["-g"])
     (source.parent / "number.h").write_text("#define NUMBER 2\n")
     assert "native: built" in build.build(made, [source], flags=["-g"])
