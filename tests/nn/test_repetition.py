@@ -1,5 +1,8 @@
 """A packing that is repeated packs what a new look would, or a new look is taken."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -150,3 +153,51 @@ def test_a_layer_that_was_made_dense_is_left_alone(surveys: list[Owner]) -> None
     assert owner.pack() == 2
     assert not surveys
     assert_as_fresh(net[1:])
+
+
+@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_layer_that_was_replaced_is_given_up_with_its_memory_at_the_next_pack(
+    surveys: list[Owner], inside: bool, kept: bool
+) -> None:
+    net = network()
+    root = nn.Sequential(nn.Sequential(net)) if inside else net
+    owner = PackedWeights(root)
+    owner.pack()
+    old = net[1]
+    layer, weight = weakref.ref(old), weakref.ref(old.weight)
+    buffer = torch.multiprocessing.reductions.StorageWeakRef(old._packed.packed.matrix.untyped_storage())
+    net[1] = network()[0]
+    if not kept:
+        del old
+    surveys.clear()
+    assert owner.pack() == 3
+    packing_many._PLANS.clear()  # on a GPU they hold addresses and no tensors
+    gc.collect()
+    assert buffer.expired()
+    assert old._packed is None if kept else (layer(), weight()) == (None, None)
+    assert owner.pack() == 3
+    assert len(surveys) == 1
+    assert_as_fresh(net)
+
+
+def test_a_layer_that_was_added_is_packed_from_the_next_pack_on(surveys: list[Owner]) -> None:
+    net = network()
+    owner = PackedWeights(net)
+    assert owner.pack() == 3
+    net.append(network()[0])
+    assert owner.pack() == 4
+    assert_as_fresh(net)
+
+
+def test_a_layer_that_was_made_dense_and_sparse_again_is_packed_per_step_again(surveys: list[Owner]) -> None:
+    net = network()
+    owner = PackedWeights(net)
+    owner.pack()
+    SemiSparseLinear.from_dense(SemiSparseLinear.to_dense(net[0]))
+    assert_as_fresh(net)
+    assert owner.pack() == owner.pack() == 3
+    assert net[0]._packed is not None and len(surveys) == 2
+    assert_as_fresh(net)
+    owner.close()
+    assert net[0]._packed is None

@@ -81,7 +81,6 @@ class PackedWeights:
         self.fallbacks: dict[str, str] = {}
         self.ready = True
         self._model = model
-        self._named: list[tuple[str, SemiSparseLinear]] | None = None
         self._records: dict[PackingLayer, PackedWeight] = {}
         self._autocast: torch.dtype | None = None
         self._again: Repetition | None = None
@@ -105,7 +104,7 @@ class PackedWeights:
         Does not synchronise. While a CUDA graph is captured, the launch becomes part of the graph.
 
         Args:
-            everything: Also frozen weights that show no change, and layers that the model got since the last call.
+            everything: Also frozen weights that show no change.
 
         Returns:
             The number of layers whose packed weight is in use.
@@ -119,8 +118,6 @@ class PackedWeights:
                 again.run()
                 self._again = again
                 return len(again)
-            if everything:
-                self._named = None
             try:
                 members = self._survey()
                 wanted = [m for m in members if everything or m.weight.requires_grad or not m.fits]
@@ -129,9 +126,8 @@ class PackedWeights:
                 self.close()
                 raise
             self._log_fallbacks()
-            if self._named and not self.fallbacks:
-                layers = [layer for _, layer in self._named if isinstance(layer, SemiSparseLinear)]
-                self._again = Repetition.of(members, layers, launches)
+            if not self.fallbacks:
+                self._again = Repetition.of(members, self._model, launches)
             return self.layers
 
     def pack_changed(self) -> None:
@@ -204,13 +200,10 @@ class PackedWeights:
 
     def _survey(self) -> list[Member]:
         """The layers that can be packed now. Opens records on them, and closes those of all others."""
-        if self._named is None:
-            modules = self._model.named_modules()
-            self._named = [(name, layer) for name, layer in modules if isinstance(layer, SemiSparseLinear)]
         members, self.fallbacks = [], {}
         sharded = managed_by_fsdp(self._model)
-        for name, layer in self._named:
-            if not isinstance(layer, SemiSparseLinear) or not layer.sparse_enabled:  # made dense, or in a dense phase
+        for name, layer in self._model.named_modules():
+            if not isinstance(layer, SemiSparseLinear) or not layer.sparse_enabled:
                 continue
             if reason := "FSDP gathers its weight in the forward" if sharded else why_not_whole(layer):
                 self.fallbacks[name] = reason
@@ -218,15 +211,21 @@ class PackedWeights:
             weight = layer.weight
             dtype = self._dtype(weight)
             if _takes_packed_route(layer, weight, dtype):
-                record = self._records.get(layer) or self._open(layer)
+                record = self._record(layer)
                 record.adopt(weight, dtype)
                 members.append(Member(layer, record, weight, dtype))
         _close(self._records, self._records.keys() - {member.layer for member in members})
         return [member for member in members if member.dtype in PACKED_DTYPES]
 
-    def _open(self, layer: PackingLayer) -> PackedWeight:
-        record = self._records[layer] = PackedWeight(self)
-        open_on(layer, record)
+    def _record(self, layer: PackingLayer) -> PackedWeight:
+        """The record of layer; a new one where there is none, or to_dense took it off the layer."""
+        record = self._records.get(layer)
+        if record is not None and layer._packed is None:
+            close_on(layer, self._records.pop(layer))
+            record = None
+        if record is None:
+            record = self._records[layer] = PackedWeight(self)
+            open_on(layer, record)
         return record
 
     def _dtype(self, weight: Tensor) -> torch.dtype:

@@ -2,15 +2,16 @@
 
 From one optimizer step to the next a model keeps its layers, parameters and settings. The first packing looks at all of
 them with care (packed_weights.py). The next ones only look whether they are still the same objects at the same
-addresses, and launch again.
+addresses in the same places of the model, and launch again.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from semisparse.nn.linear import SemiSparseLinear
 from semisparse.nn.pack_together import Member
 from semisparse.nn.packed_weight import PackingLayer
 from semisparse.nn.whole_weights import capturing
@@ -25,13 +26,11 @@ class Repetition:
 
     Args:
         members: What was packed: all weights that are packed between forwards.
-        layers: All layers that could be; those that are no members pack at each forward, or are dense.
+        model: Whose layers they are; other layers of it pack at each forward, or are dense.
         launches: Pack the members again.
     """
 
-    def __init__(
-        self, members: list[Member], layers: Iterable[PackingLayer], launches: list[Callable[[], None]]
-    ) -> None:
+    def __init__(self, members: list[Member], model: nn.Module, launches: list[Callable[[], None]]) -> None:
         self._launches = launches
         self._members = [
             (m.layer, m.layer._parameters, m.record, m.weight, m.weight.data_ptr(), m.layer.sparse_config)
@@ -40,21 +39,23 @@ class Repetition:
         packed = {id(member.layer) for member in members}
         self._others: list[_Others] = [
             (layer, layer.sparse_enabled, layer._parameters.get("weight"))
-            for layer in layers
-            if id(layer) not in packed
+            for layer in model.modules()
+            if isinstance(layer, SemiSparseLinear) and id(layer) not in packed
         ]
+        tables = [module._modules for module in model.modules() if module._modules]
+        self._tree = [(children, tuple(children.values())) for children in tables]
         self._device = members[0].weight.device
         self._ambient = self._surroundings()
 
     @classmethod
     def of(
-        cls, members: list[Member], layers: Iterable[PackingLayer], launches: list[Callable[[], None] | None]
+        cls, members: list[Member], model: nn.Module, launches: list[Callable[[], None] | None]
     ) -> "Repetition | None":
         """The repetition of a packing, or None: where recipes hold something, a weight is frozen, or was packed alone.
 
         Args:
             members: As the class's.
-            layers: As the class's.
+            model: As the class's.
             launches: As pack_together returns them.
         """
         plain = [launch for launch in launches if launch is not None]
@@ -63,7 +64,7 @@ class Repetition:
         for layer, _, weight, _ in members:
             if layer.held_codes is not None or layer.held_scale is not None or not weight.requires_grad:
                 return None
-        return cls(members, layers, plain)
+        return cls(members, model, plain)
 
     def __len__(self) -> int:
         return len(self._members)
@@ -73,6 +74,7 @@ class Repetition:
         for layer, parameters, _, weight, address, config in self._members:
             if not (
                 getattr(layer, "sparse_enabled", False)  # a layer that was made dense has none
+                and layer._packed is not None  # made dense and sparse again
                 and parameters.get("weight") is weight
                 and weight.data_ptr() == address
                 and layer.sparse_config is config
@@ -81,9 +83,13 @@ class Repetition:
                 and weight.requires_grad
             ):
                 return False
-        return self._ambient == self._surroundings() and all(
-            getattr(layer, "sparse_enabled", None) is enabled and layer._parameters.get("weight") is weight
-            for layer, enabled, weight in self._others
+        return (
+            self._ambient == self._surroundings()
+            and all(tuple(children.values()) == known for children, known in self._tree)
+            and all(
+                getattr(layer, "sparse_enabled", None) is enabled and layer._parameters.get("weight") is weight
+                for layer, enabled, weight in self._others
+            )
         )
 
     def run(self) -> None:
