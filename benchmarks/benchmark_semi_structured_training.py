@@ -1,10 +1,12 @@
 """Benchmarks of semi-structured training: whole steps (default), single linear layers (--linear; --eager for
-packing at each forward and per step alone), where 2:4 does not help (--no-gain), host time of small layers (--host),
-packing (--pack), following the masks (--metrics).
+packing at each forward and per step alone), both beside torchao's float8 and with a sampled gradient (--compare), where
+2:4 does not help (--no-gain), host time of small layers (--host), packing (--pack), following the masks (--metrics).
 
     python benchmarks/benchmark_semi_structured_training.py [--card sam-vit-l ...] [--save [DIR]]
     python benchmarks/benchmark_semi_structured_training.py --linear [--mkn 13008,1024,4096 ...] [--save [DIR]]
     python benchmarks/benchmark_semi_structured_training.py --eager [--mkn 13008,1024,4096 ...] [--save [DIR]]
+    python benchmarks/benchmark_semi_structured_training.py --compare [--rows float8 2:4 mvue] [--card llama ...]
+        [--mkn 16384,4096,11008 ...] [--save [DIR]]
     python benchmarks/benchmark_semi_structured_training.py --host [--save [DIR]]
     python benchmarks/benchmark_semi_structured_training.py --no-gain [--card bert-base ...] [--save [DIR]]
     python benchmarks/benchmark_semi_structured_training.py --pack [--save [DIR]]
@@ -24,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that the f
 
 import torch
 
-from benchmarks import host, jobs, store
+from benchmarks import compare, float8, host, jobs, store
 from benchmarks.models import CARDS
 from benchmarks.timing import ROUNDS
 from semisparse.gemm.engine import available
@@ -44,12 +46,19 @@ def parser() -> argparse.ArgumentParser:
     which = made.add_mutually_exclusive_group()
     which.add_argument("--linear", action="store_true", help="single linear layers instead of whole steps")
     which.add_argument("--eager", action="store_true", help="single eager layers, packing at each forward and per step")
+    which.add_argument("--compare", action="store_true", help="rows beside dense: layers and models, see --rows")
     which.add_argument("--host", action="store_true", help="host time of small layers, and where it goes")
     which.add_argument("--no-gain", action="store_true", help="small layers, and whole steps that the host bounds")
     which.add_argument("--pack", action="store_true", help="the pack kernel alone, and all packs of a model")
     which.add_argument("--metrics", action="store_true", help="what MaskMetrics costs beside a step")
     made.add_argument("--mkn", nargs="+", type=_shape, default=[], metavar="M,K,N", help="shapes of single layers")
     made.add_argument("--card", nargs="+", choices=CARDS, default=[], help="models of whole steps")
+    made.add_argument(
+        "--rows",
+        nargs="+",
+        choices=compare.ROWS,
+        help=f"rows of --compare: {' '.join(compare.DEFAULT_ROWS)} if none are named; float8 needs `{float8.INSTALL}`",
+    )
     made.add_argument("--rounds", type=int, help=f"interleaved blocks per variant: {ROUNDS}; {host.ROUNDS} for --host")
     made.add_argument("--save", nargs="?", type=Path, const=store.RESULTS, metavar="DIR")
     made.add_argument("--toy", action="store_true", help="toy size, on any device: tries the program, measures nothing")
@@ -63,6 +72,8 @@ def chosen(options: argparse.Namespace) -> Iterable[jobs.Job]:
         return jobs.hosts(options.rounds, toy)
     if options.eager:
         return jobs.eager_layers(options.mkn, rounds, toy)
+    if options.compare:
+        return jobs.compared(options.card, options.mkn, options.rows or compare.DEFAULT_ROWS, rounds, toy)
     if options.pack:
         return jobs.packing(rounds, toy)
     if options.metrics:
@@ -84,6 +95,13 @@ def main(arguments: list[str] | None = None) -> None:
         command.error(f"no sparse engine, so nothing sparse would be measured: {engine.reason}")
     if options.toy and options.save == store.RESULTS:
         command.error("--toy measures nothing: give --save another folder than benchmarks/results")
+    if options.rows and not options.compare:
+        command.error("--rows chooses rows of --compare, which is not given")
+    if "float8" in (options.rows or ()):
+        try:
+            float8.checked_version()
+        except float8.MissingPeerError as error:
+            command.error(str(error))
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     print(f"{name}; peaks by data sheet (TFLOP/s): {store.PEAKS_TFLOPS.get(name, 'unknown')}")
     for job in chosen(options):

@@ -14,7 +14,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that the file runs as a script from anywhere
 
-from benchmarks import host_tables, picture, tables
+from benchmarks import compare_tables, host_tables, picture, tables
 from benchmarks.blocks import filled
 from benchmarks.launches import launch_note
 from benchmarks.models import CARDS as MODELS
@@ -156,6 +156,11 @@ def pack_card() -> str:
     )
 
 
+def compare_card() -> str:
+    """Dense, float8, 2:4 and 2:4 with a sampled gradient, layers and models."""
+    return _page("Dense, float8, 2:4 and 2:4 with a sampled gradient", _compare_block())
+
+
 def metrics_card() -> str:
     """The cost of following the masks."""
     results = load("metrics")
@@ -240,7 +245,8 @@ def blocks() -> dict[str, str]:
     losing = tables.losing([*slow, *small, *linear])
     every = [result for results in accuracy().values() for result in results]
     made = {
-        "speed": f"{tables.end_to_end_short(steps).markdown()}\n\n{short_origin(steps)}",
+        "speed": _speed_block(steps),
+        "compare": _compare_block(),
         "no-gain": f"{losing.markdown()}\n\n{short_origin([*slow, *small, *linear])}",
         "accuracy": f"{accuracy_summary()} Measured on {gpus(every)}.",
         "models": _models_block(),
@@ -265,6 +271,20 @@ def gpus(results: list[Result]) -> str:
     """The GPUs of experiments shown on the page."""
     names = sorted({result["gpu"] for result in results if result["experiment"] in ON_PAGE})
     return " and ".join(f"one {name}" for name in names)
+
+
+def _speed_block(steps: list[Result]) -> str:
+    compared = load("compare-model")
+    shown = [tables.end_to_end_short(steps), *([compare_tables.short(compared)] if compared else [])]
+    return "\n\n".join([*(table.markdown() for table in shown), short_origin([*steps, *compared])])
+
+
+def _compare_block() -> str:
+    layers, steps = load("compare-linear"), load("compare-model")
+    if not (layers or steps):
+        return _missing("--compare --rows float8 2:4 mvue ")
+    text = compare_tables.text(layers, steps)
+    return _remade(text, [*layers, *steps], "--compare --rows float8 2:4 mvue ")
 
 
 def _models_block() -> str:
@@ -318,6 +338,8 @@ def outputs() -> dict[Path, str]:
     made[CARDS / "models.md"] = models_card()
     if load("host") or load("host-parts"):
         made[CARDS / "host-time.md"] = host_card()
+    if load("compare-linear") or load("compare-model"):
+        made[CARDS / "compare.md"] = compare_card()
     made |= {CARDS / "pack.md": pack_card(), CARDS / "metrics.md": metrics_card(), **accuracy_cards()}
     return made | filled(PAGES, blocks())
 

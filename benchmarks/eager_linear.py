@@ -26,7 +26,7 @@ def benchmark(tokens: int, in_features: int, out_features: int, rounds: int) -> 
         layer = kind(in_features, out_features, device=device(), dtype=torch.bfloat16)
         calls[name] = step(layer, x, grad_output)
         if name == PER_STEP:
-            calls[name] = _packing_first(PackedWeights(layer), calls[name])
+            calls[name] = packing_first(PackedWeights(layer), calls[name])
         calls[name]()
     times = interleaved(calls, rounds=rounds)
     ratios = {name: ratio(times["dense"], times[name]) for name in (EACH, PER_STEP)}
@@ -40,7 +40,12 @@ def benchmark(tokens: int, in_features: int, out_features: int, rounds: int) -> 
     }
 
 
-def _packing_first(packed: PackedWeights, call: Callable[[], object]) -> Callable[[], object]:
+def packing_first(packed: PackedWeights, call: Callable[[], object]) -> Callable[[], object]:
+    """The packing of a layer's weight, then the call.
+
+    Raises:
+        RuntimeError: On a GPU, if the layer does not pack per step.
+    """
     if packed.pack() < 1 and device() == "cuda":
         raise RuntimeError(f"the layer does not pack per step: {packed.fallbacks}")
 

@@ -45,7 +45,7 @@ def benchmark(name: str, rounds: int, toy: bool = False) -> dict[str, Any]:
     for kind, model in models.items():
         step = card.step(card.compile(model), model, toy)
         calls[kind] = packing_after(step, model, card) if kind == PER_STEP else step
-        compile_seconds[kind] = _seconds(calls[kind])
+        compile_seconds[kind] = seconds(calls[kind])
     memory = {kind: peak_memory(call) for kind, call in calls.items()}
     times = interleaved(calls, rounds=rounds)
     ratios = {kind: ratio(times["dense"], times[kind]) for kind in ("sparse", PER_STEP)}
@@ -93,7 +93,8 @@ def packing_after(step: Callable[[], object], model: nn.Module, card: Card) -> C
     return whole
 
 
-def _seconds(call: Callable[[], object]) -> float:
+def seconds(call: Callable[[], object]) -> float:
+    """Seconds of one call until the device is done, such as the first, which compiles."""
     start = time.perf_counter()
     call()
     synchronize()

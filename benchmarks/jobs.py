@@ -4,7 +4,19 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks import eager_linear, end_to_end, host, host_parts, host_tables, linear, metrics, pack, tables
+from benchmarks import (
+    compare,
+    compare_tables,
+    eager_linear,
+    end_to_end,
+    host,
+    host_parts,
+    host_tables,
+    linear,
+    metrics,
+    pack,
+    tables,
+)
 from benchmarks.models import GAINS, NO_GAIN
 from benchmarks.table import Table
 
@@ -92,6 +104,27 @@ def steps(cards: Sequence[str], rounds: int, toy: bool) -> Iterator[Job]:
             "end-to-end",
             lambda card=card: end_to_end.benchmark(card, rounds, toy),
             lambda found: [tables.models([found]), tables.end_to_end([found])],
+        )
+
+
+def compared(
+    cards: Sequence[str], shapes: Sequence[tuple[int, int, int]], rows: Sequence[str], rounds: int, toy: bool
+) -> Iterator[Job]:
+    """Rows beside each other: single layers, then whole steps. Named ones alone, if there are."""
+    named = bool(cards or shapes)
+    for mkn in shapes or (() if named else linear.TOY_SHAPES if toy else linear.SHAPES):
+        yield Job(
+            f"compare-linear-{'x'.join(map(str, mkn))}",
+            "compare-linear",
+            lambda mkn=mkn: compare.linear(*mkn, rows, rounds),
+            lambda found: [compare_tables.linears([found]), compare_tables.parts([found])],
+        )
+    for card in cards or (() if named else compare.MODELS):
+        yield Job(
+            f"compare-{card}",
+            "compare-model",
+            lambda card=card: compare.model(card, rows, rounds, toy),
+            lambda found: [compare_tables.models([found])],
         )
 
 

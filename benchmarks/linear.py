@@ -14,14 +14,16 @@ other data in the cache than inside the call.
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 import semisparse
+from benchmarks.sampling import product as sampled_product
 from benchmarks.timing import Timing, captured, device, interleaved, peak_memory, ratio, synchronize
-from semisparse import SemiSparseActivationLinear, SemiSparseLinear, ops, tuning
+from semisparse import SemiSparseActivationLinear, SemiSparseLinear, SparseConfig, ops, tuning
 
 SHAPES = ((13008, 1024, 4096), (13008, 4096, 1024), (16384, 2048, 8192), (16384, 4096, 11008))
 """M x K x N: tokens, in features, out features. ViT-L's MLP as the seed document has it, and two Llama-like MLPs."""
@@ -41,6 +43,7 @@ TOY_SHAPES = ((32, 64, 128),)
 """Enough to try the program on a CPU."""
 
 WEIGHT, ACTIVATION = "semisparse weight", "semisparse activation"
+MVUE = "semisparse weight + mvue"
 PACKED_BEFORE = "packed beforehand"
 
 Call = Callable[[], object]
@@ -112,6 +115,7 @@ def _steps(
     makers: dict[str, Callable[..., torch.nn.Module]] = {
         "dense": torch.nn.Linear,
         WEIGHT: SemiSparseLinear,
+        MVUE: partial(SemiSparseLinear, config=SparseConfig(grad_output="mvue")),
         ACTIVATION: SemiSparseActivationLinear,
         "torchao 0.18 SemiSparseLinear": _torchao,
     }
@@ -194,6 +198,9 @@ def _parts(
         "part: sparse tokens grad_weight": lambda: ops.packed_tokens_grad_weight(
             packed_xt, grad_output, in_features, "cusparselt"
         ),
+        "part: sample": lambda: ops.pack_sample(grad_output, None, False),
+        "part: sample and bias grad": lambda: ops.pack_sample(grad_output, None, True),
+        "part: sparse sampled grad_weight": sampled_product(x, grad_output, None),
     }
     if hasattr(torch, "_cslt_sparse_mm") and device() == "cuda":
         compressed = torch._cslt_compress(ops.prune(weight, weight.dtype, "transposable"))

@@ -112,21 +112,26 @@ def _timm_step(batch: int) -> Callable[[torch.nn.Module, torch.nn.Module, bool],
     return make
 
 
-def _llama(toy: bool) -> torch.nn.Module:
-    from transformers import LlamaConfig, LlamaForCausalLM
+def _llama(hidden: int, inter: int, layers: int) -> Callable[[bool], torch.nn.Module]:
+    """Heads have 128 features."""
 
-    hidden, inter, layers, heads, vocabulary = (64, 128, 2, 2, 512) if toy else (2048, 8192, 8, 16, 32000)
-    config = LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=hidden,
-        intermediate_size=inter,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=heads,
-        use_cache=False,
-        attn_implementation="sdpa",
-    )
-    return _initialised(LlamaForCausalLM(config), torch.bfloat16)
+    def build(toy: bool) -> torch.nn.Module:
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        features, heads, vocabulary = (64, 2, 512) if toy else (hidden, hidden // 128, 32000)
+        config = LlamaConfig(
+            vocab_size=vocabulary,
+            hidden_size=features,
+            intermediate_size=128 if toy else inter,
+            num_hidden_layers=2 if toy else layers,
+            num_attention_heads=heads,
+            num_key_value_heads=heads,
+            use_cache=False,
+            attn_implementation="sdpa",
+        )
+        return _initialised(LlamaForCausalLM(config), torch.bfloat16)
+
+    return build
 
 
 def _bert(toy: bool) -> torch.nn.Module:
@@ -180,7 +185,15 @@ CARDS = {
     "llama": Card(
         "Llama-style 2048/8192, 8x2048 tokens",
         "8 layers, bf16, compiled, fused AdamW, all linears but the head sparse",
-        _llama,
+        _llama(2048, 8192, 8),
+        _token_step(8, 2048),
+        None,
+        exclude=("lm_head",),
+    ),
+    "llama-4096": Card(
+        "Llama-style 4096/11008, 8x2048 tokens",
+        "4 layers, bf16, compiled, fused AdamW, all linears but the head sparse",
+        _llama(4096, 11008, 4),
         _token_step(8, 2048),
         None,
         exclude=("lm_head",),
@@ -214,7 +227,7 @@ CARDS = {
     "llama-eager": Card(
         "Llama-style 2048/8192, 8x2048 tokens, eager",
         "8 layers, bf16, fused AdamW, all linears but the head sparse",
-        _llama,
+        _llama(2048, 8192, 8),
         _token_step(8, 2048),
         None,
         exclude=("lm_head",),
@@ -223,7 +236,7 @@ CARDS = {
     "llama-1-eager": Card(
         "Llama-style 2048/8192, 1x2048 tokens, eager",
         "8 layers, bf16, fused AdamW, all linears but the head sparse",
-        _llama,
+        _llama(2048, 8192, 8),
         _token_step(1, 2048),
         None,
         exclude=("lm_head",),
@@ -237,8 +250,10 @@ GAINS = tuple(name for name, card in CARDS.items() if card.gains)
 NO_GAIN = tuple(name for name, card in CARDS.items() if not card.gains)
 
 
-def sparsified(card: Card, toy: bool = False) -> tuple[torch.nn.Module, semisparse.SwapReport]:
-    """A freshly built model of card with its linears made semi-sparse."""
+def sparsified(
+    card: Card, toy: bool = False, config: semisparse.SparseConfig | None = None
+) -> tuple[torch.nn.Module, semisparse.SwapReport]:
+    """A freshly built model of card with its linears made semi-sparse, by default as SparseConfig() has it."""
     model = card.build(toy)
-    report = semisparse.sparsify(model, select=card.select, exclude=card.exclude)
+    report = semisparse.sparsify(model, config, select=card.select, exclude=card.exclude)
     return model, report

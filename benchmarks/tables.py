@@ -7,7 +7,7 @@ pruned activations): see LIMIT.
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from benchmarks.linear import ACTIVATION, WEIGHT
+from benchmarks.linear import ACTIVATION, MVUE, WEIGHT
 from benchmarks.models import CARDS
 from benchmarks.origin import gpu
 from benchmarks.table import Table
@@ -21,7 +21,7 @@ LIMIT = (
     "limited"
 )
 WAYS = {"": "eager", "one thread: ": "eager, one autograd thread", "graph: ": "CUDA graph"}
-HEADLINES = ("dense", WEIGHT, ACTIVATION)
+HEADLINES = ("dense", WEIGHT, MVUE, ACTIVATION)
 STEPS = ("dense", "sparse", "per step")
 """Variants of a whole training step: dense, packing at each forward, packing per step."""
 
@@ -60,7 +60,7 @@ def linear_summary(results: Sequence[Result]) -> Table:
     rows = []
     for result in results:
         times, ratios = result["times_ms"], result["ratio_to_dense"]
-        for name in (WEIGHT, ACTIVATION):
+        for name in (one for one in (WEIGHT, MVUE, ACTIVATION) if one in times):
             cells = [size(result["mkn"]), name.removeprefix("semisparse ")]
             cells += [f"{times[kind]['median_ms']:.3f}" for kind in ("dense", name)]
             cells += [f"**{ratios[name]:.3f}**", limit(result, name)]

@@ -8,6 +8,7 @@ median over the rounds of the quotient of the two blocks that ran in one round, 
 Without a GPU everything runs on the CPU with the host's clock, so that the programs can be tried at toy size.
 """
 
+import gc
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -126,6 +127,15 @@ def captured(call: Callable[[], object]) -> Callable[[], object]:
     with torch.cuda.graph(graph):
         call()
     return graph.replay
+
+
+def allocated() -> int:
+    """Bytes that tensors hold on the GPU, garbage collected before; 0 without a GPU."""
+    if device() != "cuda":
+        return 0
+    gc.collect()
+    torch.cuda.synchronize()
+    return torch.cuda.memory_allocated()
 
 
 def peak_memory(call: Callable[[], object]) -> int:

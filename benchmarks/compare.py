@@ -1,0 +1,237 @@
+"""Dense bf16, torchao float8, 2:4 and 2:4 with a sampled gradient beside each other: single linears and whole steps.
+
+All rows run in one process, interleaved and sustained. A single linear is eager, torchao's compiled (eager, its casts
+are kernels of their own), and each call is also replayed from a CUDA graph, which removes the host's time. Models are
+compiled. Pruning, packing, sampling and casting are part of each call.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks import float8, sampling
+from benchmarks.eager_linear import packing_first
+from benchmarks.end_to_end import LONG, packing_after, seconds
+from benchmarks.launches import launches
+from benchmarks.linear import inputs, step
+from benchmarks.models import CARDS, sparsified
+from benchmarks.timing import allocated, captured, device, interleaved, peak_memory, ratio, synchronize
+from semisparse import PackedWeights, Phase, SemiSparseLinear, SparseConfig, SparseSchedule, tuning
+
+Call = Callable[[], object]
+Errors = dict[str, str]
+Memory = dict[str, dict[str, int]]
+
+
+@dataclass(frozen=True)
+class Row:
+    """What is compared with dense.
+
+    Attributes:
+        title: In tables and result files.
+        config: Of the 2:4 layers; None for torchao's.
+        per_step: Whether weights are packed once per step, and at each forward otherwise.
+    """
+
+    title: str
+    config: SparseConfig | None
+    per_step: bool = False
+
+
+DENSE = "dense bf16"
+ROWS = {
+    "float8": Row("torchao float8", None),
+    "2:4": Row("2:4", SparseConfig()),
+    "mvue": Row("2:4 + mvue", SparseConfig(grad_output="mvue")),
+    "2:4-per-step": Row("2:4, per step", SparseConfig(), True),
+    "mvue-per-step": Row("2:4 + mvue, per step", SparseConfig(grad_output="mvue"), True),
+}
+"""Every row by the name that --rows takes. Dense is always there."""
+
+DEFAULT_ROWS = ("2:4", "mvue")
+EXPECTED_ROWS = ("float8", *DEFAULT_ROWS)
+"""Rows that a result should have; what it lacks is named below its table."""
+
+MODELS = ("llama", "llama-4096")
+
+
+def linear(tokens: int, in_features: int, out_features: int, rows: Sequence[str], rounds: int) -> dict[str, Any]:
+    """Forward and backward of one linear layer, bf16 with bias.
+
+    Args:
+        tokens: M.
+        in_features: K.
+        out_features: N.
+        rows: Keys of ROWS.
+        rounds: Interleaved blocks per row.
+
+    Returns:
+        Times, ratios to dense, memory and the errors of torchao; and the parts of the sampled gradient, if a row
+        samples.
+
+    Raises:
+        MissingPeerError: torchao is asked for and not there.
+    """
+    _forget_compiled()
+    x, grad_output = inputs(tokens, in_features, out_features)
+
+    def make(row: Row | None) -> Call:
+        layer = nn.Linear(in_features, out_features, device=device(), dtype=torch.bfloat16)
+        if row is None:
+            return step(layer, x, grad_output)
+        if row.config is None:
+            return step(torch.compile(float8.converted(nn.Sequential(layer), ["0"])), x, grad_output)
+        sparse = SemiSparseLinear(in_features, out_features, device=device(), dtype=torch.bfloat16, config=row.config)
+        sparse.held_seed = torch.tensor(1, device=device())  # as a schedule sets it
+        call = step(sparse, x, grad_output)
+        return packing_first(PackedWeights(sparse), call) if row.per_step else call
+
+    step(nn.Linear(in_features, out_features, device=device(), dtype=torch.bfloat16), x, grad_output)()  # workspaces
+    calls, memory, errors, compile_seconds = _built(rows, make, x)
+    for title, call in list(calls.items()):
+        _tried(errors, title, f"graph: {title}", lambda title=title, call=call: calls.update(_graph(title, call)))
+    found = _compared(calls, rounds)
+    sampled = any(row.config is not None and row.config.grad_output for row in map(ROWS.__getitem__, rows))
+    return {
+        "mkn": [tokens, in_features, out_features],
+        **found,
+        **_facts(rows, memory, errors, compile_seconds),
+        "parts": sampling.benchmark(x.detach(), grad_output, rounds) if sampled else {},
+    }
+
+
+def model(name: str, rows: Sequence[str], rounds: int, toy: bool = False) -> dict[str, Any]:
+    """A whole compiled training step of the named card, with its optimizer step.
+
+    Args:
+        name: A key of CARDS.
+        rows: Keys of ROWS.
+        rounds: Interleaved blocks per row.
+        toy: Run at toy size, on any device; the figures mean nothing.
+
+    Returns:
+        Times, ratios to dense, memory and the errors of torchao.
+
+    Raises:
+        MissingPeerError: torchao is asked for and not there.
+        ValueError: The card has no optimizer step, after which seeds advance.
+    """
+    card = CARDS[name]
+    if not card.optimizes:
+        raise ValueError(f"card {name} has no optimizer step; compare {', '.join(MODELS)}")
+    _forget_compiled()
+    swapped = sparsified(card, toy)[1].swapped
+
+    def make(row: Row | None) -> Call:
+        if row is None or row.config is None:
+            dense = card.build(toy)
+            built = dense if row is None else float8.converted(dense, swapped)
+        else:
+            built, _ = sparsified(card, toy, row.config)
+        whole = card.step(card.compile(built), built, toy)
+        if row is None or row.config is None:
+            return whole
+        if row.per_step:
+            return packing_after(whole, built, card)
+        return _advancing(whole, built) if row.config.grad_output else whole
+
+    x, grad_output = inputs(64, 64, 64)
+    step(nn.Linear(64, 64, device=device(), dtype=torch.bfloat16), x, grad_output)()  # workspaces
+    calls, memory, errors, compile_seconds = _built(rows, make)
+    facts = {"card": name, "label": card.label, "title": card.title, "swapped": len(swapped)}
+    return {**facts, **_compared(calls, rounds), **_facts(rows, memory, errors, compile_seconds)}
+
+
+def _forget_compiled() -> None:
+    """Start torch.compile anew: it would make sizes dynamic that changed, and run models from the ninth on eagerly.
+
+    Past this limit an error is raised instead.
+    """
+    torch.compiler.reset()
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+
+
+def _advancing(whole: Call, built: nn.Module) -> Call:
+    """The step with the schedule's, which advances the seeds."""
+    schedule = SparseSchedule(built, [Phase("sparse", LONG)])
+
+    def step() -> None:
+        whole()
+        schedule.step()
+
+    return step
+
+
+def _built(
+    rows: Sequence[str], make: Callable[[Row | None], Call], shared: torch.Tensor | None = None
+) -> tuple[dict[str, Call], Memory, Errors, dict[str, float]]:
+    """Each row's call after its first one, its memory, the error of torchao, and the seconds of the first call.
+
+    torchao comes last: converting a model changes how torch.compile writes code (a patch of its own). The gradient of
+    shared, an input of all rows, counts for each of them.
+    """
+    calls: dict[str, Call] = {}
+    memory: Memory = {}
+    errors: Errors = {}
+    compile_seconds: dict[str, float] = {}
+
+    def build(title: str, row: Row | None) -> None:
+        if shared is not None:
+            shared.grad = None
+        before = allocated()
+        call = make(row)
+        compile_seconds[title] = seconds(call)
+        call()
+        held = allocated() - before
+        memory[title] = {"held": held, "beyond": peak_memory(call)}
+        calls[title] = call
+
+    asked = sorted((ROWS[name] for name in rows), key=lambda row: row.config is None)
+    build(DENSE, None)
+    for row in asked:
+        _tried(errors, row.title, row.title, lambda row=row: build(row.title, row))
+    return calls, memory, errors, compile_seconds
+
+
+def _tried(errors: Errors, title: str, what: str, run: Callable[[], None]) -> None:
+    """Run it; an error of torchao's row is a note below the table, not the end of the run."""
+    try:
+        run()
+        synchronize()
+    except Exception as error:
+        if title != ROWS["float8"].title or isinstance(error, float8.MissingPeerError):
+            raise
+        errors[what] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+
+
+def _graph(title: str, call: Call) -> dict[str, Call]:
+    return {f"graph: {title}": captured(call)}
+
+
+def _compared(calls: dict[str, Call], rounds: int) -> dict[str, Any]:
+    """Times, and how many times faster than dense, called in the same way, each row is."""
+    times = interleaved(calls, rounds=rounds)
+    ratios = {}
+    for name, timing in times.items():
+        way = "".join(name.rpartition(": ")[:2]) if name.startswith("graph: ") else ""
+        ratios[name] = ratio(times[f"{way}{DENSE}"], timing)
+    return {
+        "times_ms": {name: timing.as_dict() for name, timing in times.items()},
+        "ratio_to_dense": {name: one.median for name, one in ratios.items()},
+        "ratio_spread": {name: asdict(one) for name, one in ratios.items()},
+    }
+
+
+def _facts(rows: Sequence[str], memory: Memory, errors: Errors, compile_seconds: dict[str, float]) -> dict[str, Any]:
+    return {
+        "memory_bytes": memory,
+        "first_call_seconds": compile_seconds,
+        "left_out": [name for name in EXPECTED_ROWS if name not in rows],
+        "errors": errors,
+        "torchao": float8.checked_version() if "float8" in rows else None,
+        "launches": launches(),
+        "tuning": tuning.state(),
+    }

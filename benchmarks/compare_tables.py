@@ -1,0 +1,128 @@
+"""The tables of dense, torchao float8, 2:4 and 2:4 with a sampled gradient beside each other."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from benchmarks import tables
+from benchmarks.compare import DENSE, ROWS
+from benchmarks.float8 import INSTALL
+from benchmarks.origin import gpu
+from benchmarks.sampling import COPY, DENSE_PRODUCT, SAMPLE, SAMPLE_BIAS, SPARSE_PRODUCT, WHOLE
+from benchmarks.table import Table
+
+Result = dict[str, Any]
+
+COMPARED = (
+    "All rows in one process, interleaved and sustained; *dense / this* above 1 means faster than dense bf16. Packing, "
+    "sampling and casting are part of each call. *2:4*: weights packed at each forward, or once *per step*. "
+    '*mvue*: dW from a sampled gradient (`grad_output="mvue"`). *torchao float8*: tensorwise, dynamic scaling, '
+    "compiled. *peak*: what a row holds between calls, parameters and optimizer state included, and what a call "
+    "allocates beyond that."
+)
+SAMPLED = (
+    "The parts of the sampled gradient alone. *share*: of the rate of a copy that reads and writes as many bytes, with "
+    "nothing in the L2 cache. *ratio*: dense dW / sparse product; *sampled too*: dense dW / sampling and the "
+    "sparse product together."
+)
+GRAPH = "graph: "
+SHORT_ROWS = ("float8", "2:4", "mvue")
+
+
+def text(layers: Sequence[Result], steps: Sequence[Result]) -> str:
+    """All tables of these results with what to know about them, as Markdown."""
+    sampled = [one for one in layers if one["parts"]]
+    shown = [COMPARED]
+    shown += [models(steps).markdown()] if steps else []
+    shown += ["One linear layer, forward + backward, bf16 with bias; 2:4 and dense are eager:"] if layers else []
+    shown += [linears(layers).markdown()] if layers else []
+    shown += [SAMPLED, parts(sampled).markdown()] if sampled else []
+    return "\n\n".join(shown)
+
+
+def linears(results: Sequence[Result]) -> Table:
+    """Forward and backward of single linears, a line per shape and row."""
+    columns = ("M x K x N", "row", "ms", "dense / this", "p20 to p80", "CUDA graph")
+    return _table(results, columns, 3, lambda result, title: _ratio(result, f"{GRAPH}{title}")[:1])
+
+
+def models(results: Sequence[Result]) -> Table:
+    """Whole training steps, a line per model and row."""
+    return _table(results, ("training step", "row", "ms", "dense / this", "p20 to p80"), 1, lambda result, title: ())
+
+
+def _table(
+    results: Sequence[Result],
+    columns: tuple[str, ...],
+    digits: int,
+    more: Callable[[Result, str], tuple[str, ...]],
+) -> Table:
+    rows, notes = [], []
+    for result in results:
+        times = result["times_ms"]
+        for title in titles(result):
+            cells = (_what(result), title, f"{times[title]['median_ms']:.{digits}f}")
+            memory = _memory(result, title)
+            rows.append((*cells, *_ratio(result, title), *more(result, title), *memory, _gpu(result)))
+        notes += remarks(result)
+    made = Table((*columns, "peak MiB", "of dense's", "GPU"), tuple(rows), tuple(dict.fromkeys(notes)))
+    return tables.without_empty(made)
+
+
+def titles(result: Result) -> list[str]:
+    """The rows of a result in the order of the registry, dense first."""
+    known = [DENSE, *(row.title for row in ROWS.values())]
+    return [title for title in known if title in result["times_ms"]]
+
+
+def remarks(result: Result) -> list[str]:
+    """What a result lacks, and why."""
+    names = [ROWS[name].title for name in result["left_out"]]
+    how = f" (--rows names it; it needs `{INSTALL}`)" if "float8" in result["left_out"] else ""
+    left_out = [f"{_what(result)}: left out: {', '.join(names)}{how}"] if names else []
+    errors = [f"{_what(result)}: {what} does not run: {' '.join(e.split())}" for what, e in result["errors"].items()]
+    return [*left_out, *errors]
+
+
+def parts(results: Sequence[Result]) -> Table:
+    """The sampled gradient's kernel and product alone, of results that have them."""
+    rows = []
+    for result in (one for one in results if one["parts"]):
+        ms, faster = result["parts"]["ms"], {name: one["median"] for name, one in result["parts"]["faster"].items()}
+        cells = [_what(result), *(f"{ms[name] * 1000:.0f}" for name in (SAMPLE, SAMPLE_BIAS, COPY))]
+        cells += [f"**{faster[SAMPLE]:.1%}**", f"{faster[SAMPLE_BIAS]:.1%}"]
+        cells += [f"{ms[name]:.3f}" for name in (DENSE_PRODUCT, SPARSE_PRODUCT)]
+        rows.append((*cells, *(f"**{faster[name]:.2f}**" for name in (SPARSE_PRODUCT, WHOLE)), _gpu(result)))
+    columns = ("M x K x N", "sample us", "+ bias us", "copy us", "share", "+ bias", "dW ms", "sparse ms")
+    return tables.without_empty(Table((*columns, "ratio", "sampled too", "GPU"), tuple(rows)))
+
+
+def short(results: Sequence[Result]) -> Table:
+    """How many times faster than dense each row is, a line per model, for the first screen."""
+    rows = []
+    for result in results:
+        found = [result["ratio_to_dense"].get(ROWS[name].title) for name in SHORT_ROWS]
+        cells = [_what(result), f"{result['times_ms'][DENSE]['median_ms']:.1f}"]
+        rows.append((*cells, *("" if one is None else f"**{one:.2f}**" for one in found), _gpu(result)))
+    columns = ("dense / this row", "dense ms", *(ROWS[name].title for name in SHORT_ROWS), "GPU")
+    return tables.without_empty(Table(columns, tuple(rows)))
+
+
+def _what(result: Result) -> str:
+    return tables.size(result["mkn"]) if "mkn" in result else tables.label(result)
+
+
+def _gpu(result: Result) -> str:
+    return gpu(result) if "provenance" in result else ""
+
+
+def _ratio(result: Result, title: str) -> tuple[str, str]:
+    """The ratio to dense and its spread; nothing for dense, and for a call that did not run."""
+    if title.removeprefix(GRAPH) == DENSE or title not in result["ratio_to_dense"]:
+        return "", ""
+    return f"**{result['ratio_to_dense'][title]:.3f}**", tables.spread(result, title)
+
+
+def _memory(result: Result, title: str) -> tuple[str, str]:
+    """Most bytes that are allocated during a call, what is kept between calls included, and their share of dense's."""
+    whole, dense = (sum(result["memory_bytes"][name].values()) for name in (title, DENSE))
+    return (f"{whole / 2**20:.0f}", f"{whole / dense:.3f}") if dense else ("", "")
