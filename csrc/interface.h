@@ -4,7 +4,7 @@
 #include "ops.h"
 
 // Raised whenever a structure or a signature below changes, so that Python never uses a library of another version.
-#define SEMISPARSE_INTERFACE 4
+#define SEMISPARSE_INTERFACE 5
 
 #define SEMISPARSE_EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -24,11 +24,11 @@
   }                                                                                                                  \
   SEMISPARSE_EXPORT void semisparse_add_launch(int64_t kind, int32_t device, int32_t read_dtype,                     \
                                                int32_t written_dtype, const char* mask, int64_t rows,                \
-                                               int64_t columns, int64_t stride, int32_t codes, int32_t scale,        \
+                                               int64_t columns, int64_t stride, int32_t first, int32_t second,        \
                                                const semisparse::LaunchFacts* facts) {                               \
     Device::prepared().launches.insert(                                                                              \
         semisparse::launch_key(static_cast<semisparse::LaunchKind>(kind), device, read_dtype, written_dtype, mask,   \
-                               rows, columns, stride, codes != 0, scale != 0),                                       \
+                               rows, columns, stride, first != 0, second != 0),                                       \
         std::make_shared<semisparse::Launch>(*facts));                                                               \
   }                                                                                                                  \
   SEMISPARSE_EXPORT int64_t semisparse_drop_plan(const void* plan) {                                                 \

@@ -15,7 +15,7 @@ from torch import Tensor
 from semisparse import errors, native, ops, sparsify
 from semisparse.formats.packed import packed_format
 from semisparse.gemm.engine import engine
-from semisparse.ops import packing, prepare, products
+from semisparse.ops import packing, prepare, products, sampling
 from semisparse.testing import assert_bit_equal, small_integers
 from tests.support import config_of
 
@@ -40,6 +40,7 @@ PYTHON = {
     "pack_linear": products._cuda_pack_linear,
     "packed_tokens_matmul": products._cuda_packed_tokens_matmul,
     "packed_tokens_grad_weight": products._cuda_packed_tokens_grad_weight,
+    "sampled_grad_weight": sampling._cuda_sampled_grad_weight,
 }
 
 
@@ -127,6 +128,9 @@ def arguments(name: str, tokens: int, bias: bool, dtype: torch.dtype, backend: s
         return x, ops.pack(weight, dtype, "transposable")[0], added, N, backend
     if name == "pack_linear":
         return x, weight, added, "transposable", None, None, backend
+    if name == "sampled_grad_weight":
+        seed = torch.tensor(-5, device="cuda") if bias else None
+        return torch.randn(tokens, N, device="cuda", dtype=dtype), x, seed, bias, backend
     packed, packed_t = ops.pack_tokens(x, dtype)
     if name == "packed_tokens_matmul":
         return packed, weight, added, tokens, backend
@@ -139,13 +143,17 @@ def arguments(name: str, tokens: int, bias: bool, dtype: torch.dtype, backend: s
 @pytest.mark.parametrize(
     ("name", "bias"),
     [("packed_matmul", True), ("packed_matmul", False), ("pack_linear", True), ("pack_linear", False),
-     ("packed_tokens_matmul", True), ("packed_tokens_matmul", False), ("packed_tokens_grad_weight", False)],
+     ("packed_tokens_matmul", True), ("packed_tokens_matmul", False), ("packed_tokens_grad_weight", False),
+     ("sampled_grad_weight", True), ("sampled_grad_weight", False)],
 )  # fmt: skip
 def test_products(asked: list[str], name: str, bias: bool, tokens: int, dtype: torch.dtype, backend: str) -> None:
     given = arguments(name, tokens, bias, dtype, backend)
     found, expected = natively(asked, name, *given), PYTHON[name](*given)
     if name == "pack_linear":
         assert_same_buffer(found[1], expected[1], K, N, dtype)
+        found, expected = found[0], expected[0]
+    if name == "sampled_grad_weight":
+        assert_bit_equal(found[1], expected[1])
         found, expected = found[0], expected[0]
     assert_bit_equal(found, expected)
 
@@ -308,6 +316,8 @@ def test_nothing_prepared_under_capture_is_an_engine_error() -> None:
         ("pack_linear", 3, lambda _: "none", errors.ConfigError),
         ("packed_tokens_matmul", 0, lambda packed: packed[:-64], errors.ShapeError),
         ("packed_tokens_grad_weight", 0, lambda packed: packed[:-64], errors.ShapeError),
+        ("sampled_grad_weight", 1, lambda x: x[:8], errors.ShapeError),
+        ("sampled_grad_weight", 2, lambda seed: seed.cpu(), errors.TensorError),
     ],
 )
 def test_wrong_operands_of_prepared_calls_raise_typed_errors(

@@ -15,7 +15,7 @@ from semisparse.gemm import dispatch
 from semisparse.gemm.autotune.algorithm import Choice
 from semisparse.gemm.engine import Engine
 from semisparse.native.loading import LIBRARY
-from semisparse.ops import packing, prepare, products
+from semisparse.ops import packing, prepare, products, sampling
 from tests.gemm import simulated
 from tests.gemm.simulated import SimulatedLibrary, make_engine
 from tests.native.foreign import sm90_pack, sm90_unpack
@@ -61,10 +61,10 @@ def bench(settings: dict[str, Any], choice: Choice, monkeypatch: pytest.MonkeyPa
     engine, library, _ = make_engine(SimulatedLibrary(**settings))
     tuner = SimpleNamespace(known=lambda problem, index: choice)
     written = PackedFormat("reference", SM90_16BIT, "simulated")
-    for module in (packing, products):
+    for module in (packing, products, sampling):
         monkeypatch.setattr(module, "packed_format", lambda *_: written)
     monkeypatch.setattr(products, "_cuda_pack", ops.pack)
-    for module in (products, prepare):
+    for module in (products, prepare, sampling):
         monkeypatch.setattr(module, "engine", lambda: engine)
     monkeypatch.setattr(dispatch, "process_engine", lambda: engine)
     for module in (dispatch, prepare):

@@ -90,6 +90,16 @@ class Kernel:
             for place, buffer in zip((3, 4), made, strict=True):
                 if place in given:
                     write(given[place], buffer)
+        elif self.kind is LaunchKind.SAMPLE:
+            memory = read(given[0], ((rows - 1) * stride + columns,), self.read)
+            gradient = memory.as_strided((rows, columns), (stride, 1))
+            seed = read(given[1], (), torch.int64) if 1 in given else None
+            packed, sums = ops.pack_sample(gradient, seed, True)
+            write(given[2], packed)
+            if 3 in given:
+                write(given[3], torch.stack([sums.float() - 2, torch.ones(columns), torch.ones(columns)]))
+        elif self.kind is LaunchKind.SUM_ROWS:
+            write(given[1], read(given[0], (rows, columns), torch.float32).sum(0).to(self.written))
         elif self.kind is LaunchKind.UNPACK:
             packed = read(given[0], (SM90_16BIT.buffer_bytes(rows, columns),), torch.uint8)
             write(given[1], sm90_unpack(packed, rows, columns, self.written))

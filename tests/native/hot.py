@@ -15,7 +15,7 @@ from semisparse import masks, ops
 from semisparse.formats.layout import packed_bytes
 from semisparse.native.interface import Interface
 from semisparse.native.structures import DTYPE_CODES, LaunchFacts, LaunchKind
-from semisparse.ops import packing, products, register
+from semisparse.ops import packing, products, register, sampling
 from tests.native.building import cpu_library
 from tests.native.foreign import Foreign, Kernel
 
@@ -30,6 +30,7 @@ FAKES = {
     "pack_linear": products._fake_pack_linear,
     "packed_tokens_matmul": products._fake_packed_tokens_matmul,
     "packed_tokens_grad_weight": products._fake_packed_tokens_grad_weight,
+    "sampled_grad_weight": sampling._fake_sampled_grad_weight,
 }
 # In the tests that use products.*, the simulated engine stands behind them (conftest.py).
 PYTHON: dict[str, Callable[..., Any]] = {
@@ -40,7 +41,12 @@ PYTHON: dict[str, Callable[..., Any]] = {
     "pack_linear": products._cuda_pack_linear,
     "packed_tokens_matmul": products._cuda_packed_tokens_matmul,
     "packed_tokens_grad_weight": products._cuda_packed_tokens_grad_weight,
+    "sampled_grad_weight": sampling._cuda_sampled_grad_weight,
 }
+
+
+SUM_ROWS = 3
+"""Rows of the sums that a sampling kernel writes here."""
 
 
 class Hot:
@@ -119,6 +125,8 @@ class Hot:
         packs = kind in (LaunchKind.PACK, LaunchKind.PACK_TOKENS)
         both = packs and (kind is LaunchKind.PACK_TOKENS or masks.get(mask).both_ways)
         pointers = [0, *(n for n in (1, 2) if given[n - 1]), 3, *([4] if both else [])] if packs else [0, 1]
+        if kind is LaunchKind.SAMPLE:
+            pointers = [0, *([1] if given[0] else []), 2, *([3] if given[1] else [])]
         read, written = dtypes
         function = len(self.foreign.kernels) + 1
         self.foreign.kernels[function] = Kernel(kind, read or torch.uint8, written, sizes, mask, tuple(pointers))
@@ -127,6 +135,8 @@ class Hot:
         if packs:
             padded = -(-rows // 16) * 16
             facts.bytes[:] = packed_bytes(padded, columns), packed_bytes(columns, padded) if both else 0
+        elif kind is LaunchKind.SAMPLE:
+            facts.bytes[:] = packed_bytes(columns, -(-rows // 16) * 16), SUM_ROWS * columns * 4 if given[1] else 0
         elif kind is LaunchKind.UNPACK:
             facts.bytes[0] = packing.SM90_16BIT.buffer_bytes(rows, columns)
         for number, source in enumerate(pointers):

@@ -37,7 +37,12 @@ def given_to(name: str, tokens: int = 13, bias: bool = True, dtype: torch.dtype 
 def unpacked_sizes(name: str, tokens: int) -> tuple[int, int]:
     """Of the pruned operand, with padding."""
     padded = -(-tokens // 16) * 16
-    return {"packed_tokens_matmul": (padded, K), "packed_tokens_grad_weight": (K, padded)}.get(name, (N, K))
+    others = {
+        "packed_tokens_matmul": (padded, K),
+        "packed_tokens_grad_weight": (K, padded),
+        "sampled_grad_weight": (N, padded),
+    }
+    return others.get(name, (N, K))
 
 
 def prepared(bench: Bench, name: str, given: dict[str, Any], tokens: int = 13) -> Any:
@@ -93,7 +98,7 @@ def test_tokens_in_more_dimensions_share_what_was_prepared(bench: Bench, shape: 
 @pytest.mark.parametrize(
     ("name", "operand"),
     [("packed_matmul", "x"), ("pack_linear", "x"), ("packed_tokens_matmul", "weight"),
-     ("packed_tokens_grad_weight", "grad_output")],
+     ("packed_tokens_grad_weight", "grad_output"), ("sampled_grad_weight", "x")],
 )  # fmt: skip
 def test_dense_operands_may_have_any_strides(bench: Bench, name: str, operand: str, tokens: int) -> None:
     given = given_to(name, tokens)

@@ -122,7 +122,8 @@ def recorder(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> Recorder:
 
 def launched(found: CompiledLaunch | str, **change: Any) -> None:
     pointers = tuple(None if n in (1, 4) else SimpleNamespace(get_device=lambda: 1) for n in range(5))
-    what = {"dtypes": (SINGLE, BF16), "sizes": (32, 48, 64), "mask": "row", "sizes_in_bytes": (5, 6)} | change
+    what = {"dtypes": (SINGLE, BF16), "sizes": (32, 48, 64), "mask": "row", "given": (False, True)}
+    what |= {"sizes_in_bytes": (5, 6)} | change
     prepare.launch(LaunchKind.PACK, SimpleNamespace(compiled=lambda *_: found), pointers, **what)  # type: ignore[arg-type]
 
 
@@ -178,7 +179,8 @@ def test_choices_that_may_change_are_not_handed_over(
     ("name", "a", "b", "d", "transposed"),
     [("packed_matmul", (N, 48), (16, 48), (16, N), (1, 1)),
      ("packed_tokens_matmul", (16, 48), (N, 48), (16, N), (1, 0)),
-     ("packed_tokens_grad_weight", (48, 16), (16, N), (N, 48), (0, 1))],
+     ("packed_tokens_grad_weight", (48, 16), (16, N), (N, 48), (0, 1)),
+     ("sampled_grad_weight", (N, 16), (16, 48), (N, 48), (0, 0))],
 )  # fmt: skip
 def test_a_masked_dense_product_is_handed_over_without_a_plan(
     bench: Bench,

@@ -13,11 +13,11 @@ from semisparse.native.structures import LaunchKind
 from semisparse.testing import assert_bit_equal, small_integers
 from tests.native.conftest import Bench
 from tests.native.foreign import STREAM
-from tests.native.hot import shifted
+from tests.native.hot import SUM_ROWS, shifted
 
 DTYPE = torch.bfloat16
 K, N = 48, 32
-PRODUCTS = ("packed_matmul", "pack_linear", "packed_tokens_matmul", "packed_tokens_grad_weight")
+PRODUCTS = ("packed_matmul", "pack_linear", "packed_tokens_matmul", "packed_tokens_grad_weight", "sampled_grad_weight")
 
 
 def integers(*shape: int, dtype: torch.dtype = DTYPE) -> Tensor:
@@ -40,6 +40,9 @@ def operands(
     if name == "pack_linear":
         held = dict.fromkeys(("codes", "scale"))
         return {"x": x, "weight": weight, "bias": given, "mask": "transposable", **held, "backend": "auto"}
+    if name == "sampled_grad_weight":
+        gradient = values(tokens, N, dtype=dtype)
+        return {"grad_output": gradient, "x": x, "seed": torch.tensor(-9), "with_bias": bias, "backend": "auto"}
     packed, packed_t = ops.pack_tokens(x, dtype)
     if name == "packed_tokens_matmul":
         return {"packed": packed, "weight": weight, "bias": given, "tokens": tokens, "backend": "auto"}
@@ -66,6 +69,14 @@ def prepare_kernels(bench: Bench, name: str, given: dict[str, Any]) -> None:
     if name == "pack_linear":
         weight = given["weight"]
         bench.hot.launch(LaunchKind.PACK, (weight.dtype, given["x"].dtype), (N, K, K), given["mask"])
+    if name == "sampled_grad_weight":
+        gradient, with_bias = given["grad_output"], given["with_bias"]
+        seeded = given["seed"] is not None
+        bench.hot.launch(
+            LaunchKind.SAMPLE, (gradient.dtype,) * 2, (*gradient.shape, gradient.stride(0)), given=(seeded, with_bias)
+        )
+        if with_bias:
+            bench.hot.launch(LaunchKind.SUM_ROWS, (torch.float32, gradient.dtype), (SUM_ROWS, N, 0))
     if name == "packed_tokens_matmul":
         bench.hot.launch(LaunchKind.ADD_BIAS, (given["weight"].dtype,) * 2, (given["tokens"], N, 0))
 
@@ -114,7 +125,7 @@ def test_tokens_in_more_dimensions_share_what_was_prepared(bench: Bench, shape: 
 @pytest.mark.parametrize(
     ("name", "operand"),
     [("packed_matmul", "x"), ("pack_linear", "x"), ("packed_tokens_matmul", "weight"),
-     ("packed_tokens_grad_weight", "grad_output")],
+     ("packed_tokens_grad_weight", "grad_output"), ("sampled_grad_weight", "x")],
 )  # fmt: skip
 def test_dense_operands_may_have_any_strides(bench: Bench, name: str, operand: str, tokens: int) -> None:
     given = operands(name, tokens)
@@ -307,3 +318,31 @@ def test_no_tokens_and_no_features_are_pythons(bench: Bench) -> None:
         given = operands(name, 0)
         for _ in range(2):
             assert_as_on_the_cpu(bench.hot.by_python(call(bench, name, given)), name, given)
+
+
+def test_a_gradient_with_other_strides_and_one_without_a_seed_are_other_samples(bench: Bench) -> None:
+    given = operands("sampled_grad_weight", 16)
+    prepared(bench, "sampled_grad_weight", given)
+    gradient = given["grad_output"]
+    turned = given | {"grad_output": gradient.mT.contiguous().mT}
+    assert_as_on_the_cpu(bench.hot.by_python(call(bench, "sampled_grad_weight", turned)), "sampled_grad_weight", given)
+    for change in ({"grad_output": torch.cat([gradient, gradient], dim=1)[:, :N]}, {"seed": None}):
+        other = given | change
+        assert_as_on_the_cpu(
+            bench.hot.by_python(call(bench, "sampled_grad_weight", other)), "sampled_grad_weight", other
+        )
+        prepare_kernels(bench, "sampled_grad_weight", other)
+        assert_as_on_the_cpu(
+            bench.hot.natively(call(bench, "sampled_grad_weight", other)), "sampled_grad_weight", other
+        )
+    assert bench.hot.foreign.launched[-2:] == [LaunchKind.SAMPLE, LaunchKind.SUM_ROWS]
+
+
+def test_a_sample_needs_both_of_its_kernels(bench: Bench) -> None:
+    given = operands("sampled_grad_weight", 16)
+    gradient = given["grad_output"]
+    bench.hot.by_python(call(bench, "sampled_grad_weight", given))
+    bench.hot.launch(LaunchKind.SAMPLE, (DTYPE, DTYPE), (*gradient.shape, gradient.stride(0)), given=(True, True))
+    bench.hot.by_python(call(bench, "sampled_grad_weight", given))
+    bench.hot.launch(LaunchKind.SUM_ROWS, (torch.float32, DTYPE), (SUM_ROWS, N, 0))
+    assert_as_on_the_cpu(bench.hot.natively(call(bench, "sampled_grad_weight", given)), "sampled_grad_weight", given)

@@ -80,6 +80,7 @@ def test_keywords_go_through_the_dispatcher(direct_calls):
         "pack_linear",
         "packed_tokens_matmul",
         "packed_tokens_grad_weight",
+        "sampled_grad_weight",
     ],
 )
 def test_the_ops_of_a_training_step_have_the_shortcut_or_an_implementation_in_cpp(name):

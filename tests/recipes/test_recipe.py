@@ -17,7 +17,13 @@ DOCS = ROOT / "docs" / "recipes.md"
 WANTED: dict[str, dict[str, Any]] = {
     "dinov2": {"mask": "transposable", "sparse_fraction": 0.7},
     "sr_ste": {"mask": "transposable", "decay": 2e-4},
-    "fst": {"mask": "transposable", "grad_output": "mvue", "decay": 6e-5, "refresh_every": 40, "sparse_fraction": 5 / 6},
+    "fst": {
+        "mask": "transposable",
+        "grad_output": "mvue",
+        "decay": 6e-5,
+        "refresh_every": 40,
+        "sparse_fraction": 5 / 6,
+    },
     "s_ste": {"mask": "soft", "grad_output": "mvue"},
     "step": {"mask": "row", "dense_range": (0.1, 0.5)},
 }

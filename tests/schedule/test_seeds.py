@@ -96,7 +96,7 @@ def test_resume_at_sets_the_keys() -> None:
 
 @pytest.mark.parametrize("seed", [None, 1.0, True, "1"], ids=repr)
 def test_a_seed_that_is_no_whole_number_is_refused(seed: object) -> None:
-    with pytest.raises(ConfigError, match="seed=.*must be a whole number"):
+    with pytest.raises(ConfigError, match=r"seed=.*must be a whole number"):
         SparseSchedule(net(), PHASES, seed=seed)  # type: ignore[arg-type]
     _, _, schedule = started()
     state = schedule.state_dict()
@@ -108,7 +108,7 @@ def test_a_seed_that_is_no_whole_number_is_refused(seed: object) -> None:
 def test_a_state_without_a_seed_is_refused() -> None:
     model, _, schedule = started()
     state = {name: value for name, value in schedule.state_dict().items() if name != "seed"}
-    with pytest.raises(ScheduleError, match="not a saved SparseSchedule.*seed"):
+    with pytest.raises(ScheduleError, match=r"not a saved SparseSchedule.*seed"):
         schedule.load_state_dict(state | {"applied_steps": 2})
     assert keys_of(model) == wanted(5, 0)
 
@@ -131,7 +131,7 @@ def test_a_copy_of_model_and_schedule_has_keys_of_its_own(make_copy) -> None:
 
 
 def test_a_layer_made_dense_is_left_alone() -> None:
-    model, optimizer, schedule = started()
+    model, _, schedule = started()
     SemiSparseLinear.to_dense(model[0])
     assert "held_seed" not in vars(model[0])
     schedule._seeds.advance(1)

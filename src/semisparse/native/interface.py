@@ -92,7 +92,7 @@ class Interface:
             dtypes: Codes of the dtypes read and written; 0 where there is none.
             mask: The mask's name; empty where the op has none.
             sizes: Rows, columns and, where the op reads strides, entries from row to row; else 0.
-            given: Whether the call has codes, and a scale.
+            given: Whether the call's optional operands are there: codes and scale of a pack, seed and sums of a sample.
             facts: What is started.
         """
         self._lib.semisparse_add_launch(

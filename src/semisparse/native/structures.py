@@ -5,7 +5,7 @@ from enum import IntEnum
 
 import torch
 
-INTERFACE = 4
+INTERFACE = 5
 """csrc/interface.h's number: a library of another one is never used."""
 
 MOST_PARAMETERS = 32
@@ -21,6 +21,7 @@ class ProductKind(IntEnum):
     WEIGHT = 0
     TOKENS = 1
     GRAD_WEIGHT = 2
+    SAMPLED = 3
 
 
 class LaunchKind(IntEnum):
@@ -30,6 +31,8 @@ class LaunchKind(IntEnum):
     PACK_TOKENS = 1
     UNPACK = 2
     ADD_BIAS = 3
+    SAMPLE = 4
+    SUM_ROWS = 5
 
 
 class Functions(ctypes.Structure):

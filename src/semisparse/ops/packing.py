@@ -204,6 +204,7 @@ def _pack_rows(
             dtypes=(matrix.dtype, dtype),
             sizes=(matrix.shape[0], columns, matrix.stride(0)),
             mask=mask.name if kind is LaunchKind.PACK else "",
+            given=(codes is not None, scale is not None),
             sizes_in_bytes=(packed.numel(), packed_t.numel()),
         )
     return packed, packed_t

@@ -63,6 +63,7 @@ def launch(
     dtypes: tuple[torch.dtype | None, torch.dtype | None],
     sizes: tuple[int, int, int],
     mask: str = "",
+    given: tuple[bool, bool] = (False, False),
     sizes_in_bytes: tuple[int, int] = (0, 0),
 ) -> None:
     """Hand over a kernel that was just launched.
@@ -74,6 +75,7 @@ def launch(
         dtypes: Read and written.
         sizes: Rows, columns and entries from row to row, as the op's call has them.
         mask: As the op's call names it.
+        given: As Interface.add_launch's.
         sizes_in_bytes: Of the buffers that the native op allocates; for unpack, of the buffer that it reads.
     """
     library, index = _connected(), next(pointer for pointer in pointers if pointer is not None).get_device()
@@ -90,7 +92,6 @@ def launch(
         facts.source[number], facts.value[number] = source, value
     _KEPT[found.function] = found.kernel
     read, written = (0 if dtype is None else DTYPE_CODES[dtype] for dtype in dtypes)
-    given = (pointers[1] is not None, pointers[2] is not None) if len(pointers) > 2 else (False, False)
     library.add_launch(kind, index, (read, written), mask, sizes, given, facts)
 
 

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from semisparse.config import Backend
-from semisparse.errors import TensorError
+from semisparse.errors import ShapeError, TensorError
 from semisparse.formats.layout import SPARSE_MULTIPLE, packed_bytes, round_up
 from semisparse.formats.packed import packed_format
 from semisparse.gemm import problem
 from semisparse.gemm.engine import engine
+from semisparse.native.structures import LaunchKind, ProductKind
+from semisparse.ops import prepare
 from semisparse.ops.masks import members
 from semisparse.ops.packing import encoded, pack_pruned
 from semisparse.ops.products import multiply, padded
@@ -31,6 +33,13 @@ def _checked(seed: Tensor | None, grad_output: Tensor) -> Tensor | int:
             f"{grad_output.device}: start the schedule after moving the model, or pass None"
         )
     return seed
+
+
+def _check_fit(grad_output: Tensor, x: Tensor) -> None:
+    if x.dim() != 2 or x.shape[0] != grad_output.shape[0]:
+        raise ShapeError(f"x has shape {tuple(x.shape)}; grad_output is {tuple(grad_output.shape)}, of the same tokens")
+    if x.dtype != grad_output.dtype:
+        raise TensorError(f"x is {x.dtype}, grad_output {grad_output.dtype}; convert one of them")
 
 
 def _fake_sample(grad_output: Tensor, seed: Tensor | None) -> Tensor:
@@ -81,10 +90,27 @@ def _cuda_pack_sample(grad_output: Tensor, seed: Tensor | None, with_bias: bool)
     packed = grad_output.new_empty(packed_bytes(out_features, rows), dtype=torch.uint8)
     shape = kernel.sum_rows(rows, out_features), out_features
     sums = grad_output.new_empty(shape, dtype=torch.float32) if with_bias else None
-    kernel.launch(grad_output, seed, packed, sums, layout=written.layout, rows_padded=rows)
+    sampler = kernel.launch(grad_output, seed, packed, sums, layout=written.layout, rows_padded=rows)
     bias = grad_output.new_empty(out_features if with_bias else 0)
+    dtype = grad_output.dtype
+    if prepare.repeatable(grad_output):
+        prepare.launch(
+            LaunchKind.SAMPLE,
+            sampler,
+            (grad_output, seed, packed, sums),
+            dtypes=(dtype, dtype),
+            sizes=(tokens, out_features, grad_output.stride(0)),
+            given=(seed is not None, with_bias),
+            sizes_in_bytes=(packed.numel(), 0 if sums is None else sums.nbytes),
+        )
     if sums is not None:
-        summing.launch_sum(sums, bias)
+        prepare.launch(
+            LaunchKind.SUM_ROWS,
+            summing.launch_sum(sums, bias),
+            (sums, bias),
+            dtypes=(sums.dtype, dtype),
+            sizes=(*shape, 0),
+        )
     return packed, bias
 
 
@@ -122,13 +148,16 @@ def _fake_sampled_grad_weight(
 def _cuda_sampled_grad_weight(
     grad_output: Tensor, x: Tensor, seed: Tensor | None, with_bias: bool, backend: Backend
 ) -> tuple[Tensor, Tensor]:
+    _check_fit(grad_output, x)
     (tokens, out_features), in_features = grad_output.shape, x.shape[1]
     if tokens == 0:
         return x.new_zeros(out_features, in_features), x.new_zeros(out_features if with_bias else 0)
     packed, bias = _cuda_pack_sample(grad_output, seed, with_bias)
     asked = problem.sampled_weight(tokens, out_features, in_features, x.dtype)
     out = x.new_empty(asked.d_shape)
-    multiply(asked, packed, padded(x, round_up(tokens, SPARSE_MULTIPLE)), out, None, backend)
+    choice = multiply(asked, packed, padded(x, round_up(tokens, SPARSE_MULTIPLE)), out, None, backend)
+    sizes = tokens, out_features, in_features
+    prepare.product(ProductKind.SAMPLED, asked, out.get_device(), sizes, choice, backend)
     return out, bias
 
 
@@ -136,6 +165,7 @@ def _cuda_sampled_grad_weight(
     "sampled_grad_weight(Tensor grad_output, Tensor x, Tensor? seed, bool with_bias, str backend) -> (Tensor, Tensor)",
     fake=_fake_sampled_grad_weight,
     cuda=_cuda_sampled_grad_weight,
+    hot=True,
 )
 def sampled_grad_weight(
     grad_output: Tensor, x: Tensor, seed: Tensor | None, with_bias: bool, backend: Backend
@@ -153,8 +183,10 @@ def sampled_grad_weight(
         dW, which errs as torch's own product does, given S(dy); and the bias gradient as pack_sample gives it.
 
     Raises:
+        ShapeError, TensorError: grad_output and x do not fit together, or seed is not a key.
         EngineError: On CUDA with backend "cusparselt", when no sparse algorithm is right for the problem.
     """
+    _check_fit(grad_output, x)
     drawn = reference.sample(grad_output, _checked(seed, grad_output)).matrix
     return drawn.mT @ x, grad_output.sum(0) if with_bias else grad_output.new_empty(0)
 

@@ -1,8 +1,8 @@
 """Recipes for sparse training compared: a GPT over the bytes of Python's own standard library.
 
 Rows: dense; exact masks for 70 % of the steps, then dense; exact masks for all; and the recipes sr_ste, fst, s_ste and
-step with the settings of their papers (see semisparse.recipes), but dense weight gradients. The score is bits per byte of source files that no run
-trains on or is tuned on, read once at the end.
+step with the settings of their papers (see semisparse.recipes), but dense weight gradients. The score is bits per byte
+of source files that no run trains on or is tuned on, read once at the end.
 
 The text is found through the interpreter. Another Python has another standard library, so results of different
 versions do not compare, and mixing them in one folder is refused.
