@@ -1,7 +1,7 @@
 // What Python calls by ctypes (native/interface.py), as C functions. Defined once for each library, for its Device.
 #pragma once
 
-#include "ops.h"
+#include "register.h"
 
 // Raised whenever a structure or a signature below changes, so that Python never uses a library of another version.
 #define SEMISPARSE_INTERFACE 5

@@ -1,0 +1,26 @@
+// Which functions implement which ops.
+#pragma once
+
+#include "ops.h"
+#include "sampling.h"
+
+namespace semisparse {
+
+// Makes these functions the implementations of the ops of Device::library under its dispatch key.
+template <class Device>
+void register_ops() {
+  using torch::stable::detail::StableLibrary;
+  // Never destroyed, as Device::prepared().
+  static StableLibrary& library =
+      *new StableLibrary(StableLibrary::Kind::IMPL, Device::library, Device::dispatch_key, __FILE__, __LINE__);
+  library.impl("pack", TORCH_BOX(&pack<Device>));
+  library.impl("pack_tokens", TORCH_BOX(&pack_tokens<Device>));
+  library.impl("unpack", TORCH_BOX(&unpack<Device>));
+  library.impl("packed_matmul", TORCH_BOX(&packed_matmul<Device>));
+  library.impl("pack_linear", TORCH_BOX(&pack_linear<Device>));
+  library.impl("packed_tokens_matmul", TORCH_BOX(&packed_tokens_matmul<Device>));
+  library.impl("packed_tokens_grad_weight", TORCH_BOX(&packed_tokens_grad_weight<Device>));
+  library.impl("sampled_grad_weight", TORCH_BOX(&sampled_grad_weight<Device>));
+}
+
+}  // namespace semisparse
