@@ -21,6 +21,23 @@ def model_of(layers: int = 3, dtype: torch.dtype = BF16, mask: MaskName = "trans
     return nn.Sequential(*(SemiSparseLinear(16, 16, dtype=dtype, config=config) for _ in range(layers)))
 
 
+class Mixed(nn.Module):
+    """fp32 layers that run under fp16 autocast, beside bf16 layers that run outside of it."""
+
+    def __init__(self, narrow_first: bool) -> None:
+        super().__init__()
+        self.wide, self.narrow, self.narrow_first = model_of(2, torch.float32), model_of(2), narrow_first
+
+    def under_autocast(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.float16):
+            return self.wide(x.float())
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.narrow_first:
+            return self.under_autocast(self.narrow(x))
+        return self.narrow(self.under_autocast(x).bfloat16())
+
+
 ALIVE: deque[PackedWeights] = deque(maxlen=16)
 """Packed weights live as long as their owner."""
 
@@ -49,7 +66,7 @@ def expect_fresh(model: nn.Module, x: Tensor = X, call: Callable[[Tensor], Tenso
         assert_bit_equal(ours, expected)
 
 
-def in_place(model: nn.Sequential) -> None:
+def in_place(model: nn.Module) -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.randn_like(parameter))

@@ -11,7 +11,7 @@ from semisparse import PackedWeights, Phase, SparseSchedule, ops, reuse_packed
 from semisparse.errors import ConfigError
 from semisparse.nn.pack_together import Keep, new_buffers
 from semisparse.testing import assert_bit_equal
-from tests.nn.packing import BF16, X, expect_fresh, in_place, model_of, packed
+from tests.nn.packing import BF16, Mixed, X, expect_fresh, in_place, model_of, packed
 
 pytestmark = [
     pytest.mark.usefixtures("packed_on_cpu"),
@@ -218,3 +218,17 @@ def test_what_is_held_is_packed_at_once_into_the_same_buffers(launches: list[int
     assert launches == [1] and owner.layers == 3
     expect_fresh(model, X, compiled)
     assert (model[1]._packed.packed.matrix.data_ptr(), counter.frame_count) == (place, frames)
+
+
+@pytest.mark.parametrize("narrow_first", [False, True])
+def test_the_dtype_of_autocast_is_learnt_for_the_layers_that_run_in_it(narrow_first: bool) -> None:
+    model = Mixed(narrow_first)
+    weights = PackedWeights(model)
+    weights.ready = False  # as long as a schedule does not know that layers are called
+    weights.pack()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    expect_fresh(model, X, compiled)
+    weights.ready = True
+    assert weights.pack() == 4
+    expect_fresh(model, X, compiled)
+    assert [layer._packed.dtype for layer in (*model.wide, *model.narrow)] == [torch.float16] * 2 + [BF16] * 2

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from semisparse import PackedWeights
 from semisparse.errors import ConfigError
 from semisparse.testing import assert_bit_equal
-from tests.nn.packing import BF16, X, expect_fresh, in_place, model_of, packed, results
+from tests.nn.packing import BF16, Mixed, X, expect_fresh, in_place, model_of, packed, results
 from tests.support import COPIES
 
 pytestmark = pytest.mark.usefixtures("packed_on_cpu")
@@ -54,6 +54,40 @@ def test_a_forward_in_another_dtype_is_told_and_packs_for_itself() -> None:
             ours = model(X.float())
         assert_bit_equal(ours, expected(X.float()))
     assert torch.equal(model[0]._packed.packed.matrix, before)
+
+
+@pytest.mark.parametrize("pack_inside", [False, True])
+@pytest.mark.parametrize("narrow_first", [False, True])
+def test_layers_inside_and_outside_of_autocast_are_each_packed_once_in_their_dtype(
+    pack_inside: bool, narrow_first: bool, launches: list[int]
+) -> None:
+    model = Mixed(narrow_first)
+    weights = PackedWeights(model)
+    for step in range(3):
+        with torch.autocast("cpu", torch.float16) if pack_inside else nullcontext():
+            weights.pack()
+        if step == 0:
+            in_place(model)
+        expect_fresh(model)
+        launches.clear()
+        expect_fresh(model)
+        assert launches == []
+        assert [layer._packed.dtype for layer in (*model.wide, *model.narrow)] == [torch.float16] * 2 + [BF16] * 2
+        in_place(model)
+        with torch.autocast("cpu", torch.float16) if pack_inside else nullcontext():
+            assert weights.pack() == 4
+        assert launches == [2, 2]
+
+
+def test_a_narrow_weight_under_another_autocast_is_told_how_to_be_packed() -> None:
+    model = model_of(1)
+    weights = packed(model)
+    for _ in range(2):
+        with torch.autocast("cpu", torch.float16):
+            with pytest.warns(UserWarning, match=r"in torch.bfloat16 are packed .* convert the layer to torch.float16"):
+                model(X)
+            weights.pack()
+        expect_fresh(model)
 
 
 class Doubled(nn.Module):

@@ -134,7 +134,8 @@ def usable(layer: PackingLayer, weight: Tensor, x: Tensor) -> PackedMatrix | Non
     if torch.compiler.is_compiling():
         dtype = compute_dtype(x, weight)
         if record.dtype is not dtype:
-            note_compute_dtype(dtype)
+            if weight.dtype is torch.float32:  # others are packed for their own dtype
+                note_compute_dtype(dtype)
             return None
         return record.packed if record.weight is weight else None
     dtype = compute_dtype(x, weight) if torch.is_autocast_enabled(record._device_type) else weight.dtype

@@ -50,9 +50,9 @@ class PackedWeights:
     layer again at once; writes into what it holds are seen after pack(). After load_state_dict, after a swap with
     averaged weights, and after writes as above, call pack(everything=True).
 
-    Weights are packed for the dtype that forwards compute in: autocast's where pack() is called inside torch.autocast
-    or the first forward runs in it, else the weight's. A forward in another dtype packs for itself, with a warning.
-    Frozen weights are packed once, until they change. Layers in a dense phase hold nothing.
+    16-bit weights are packed for computing in their own dtype, fp32 weights for autocast's, once pack() was called
+    inside torch.autocast or a forward ran in it. A forward in another dtype packs for itself, with a warning. Frozen
+    weights are packed once, until they change. Layers in a dense phase hold nothing.
 
     A sharded (FSDP), offloaded, computed (parametrised) or inference weight cannot be packed between forwards. Such
     layers pack at each forward; that is logged once, and `fallbacks` has the reasons.
@@ -159,7 +159,7 @@ class PackedWeights:
         if not self.ready or record.weight is not weight or not plain_call(weight):
             return None
         if dtype is not self._forwards_dtype(weight):
-            _warn_of_dtype(self._forwards_dtype(weight), dtype)
+            _warn_of_dtype(weight.dtype, self._forwards_dtype(weight), dtype)
             return None
         with self._lock:
             if not Member(layer, record, weight, dtype).fits:
@@ -192,11 +192,11 @@ class PackedWeights:
         return [member for member in members if member is not None]
 
     def _member(self, layer: PackingLayer, record: PackedWeight) -> Member | None:
-        """A layer that has a record; None where its own weight is not there, or it was made dense since."""
+        """A layer that has a record; None where it was made dense since, or its own weight cannot be packed now."""
         if not isinstance(layer, SemiSparseLinear) or not layer.sparse_enabled or why_not_whole(layer):
             return None
-        weight = layer.weight
-        return Member(layer, record, weight, self._dtype(weight)) if weight is record.weight else None
+        member = Member(layer, record, layer.weight, self._dtype(layer.weight))
+        return member if member.weight is record.weight and member.dtype in PACKED_DTYPES else None
 
     def _survey(self) -> list[Member]:
         """The layers that can be packed now. Opens records on them, and closes those of all others."""
@@ -235,11 +235,14 @@ class PackedWeights:
         return self._forwards_dtype(weight)
 
     def _forwards_dtype(self, weight: Tensor) -> torch.dtype:
-        """The dtype that forwards compute in, as far as this is known: from autocast, or from code compiled since."""
-        if self._autocast is not None and weight.dtype is not torch.float64:
-            return self._autocast
+        """The dtype that forwards compute in: the weight's, or for fp32 what autocast or code compiled since has shown.
+
+        Layers with 16-bit weights may run outside of the autocast that other layers run in.
+        """
+        if weight.dtype is not torch.float32:
+            return weight.dtype
         noted = noted_compute_dtypes()[self._noted_before :]
-        return noted[-1] if noted and weight.dtype is torch.float32 else weight.dtype
+        return self._autocast or (noted[-1] if noted else torch.float32)
 
     def _pack(self, members: list[Member], *, waited_for: bool = False) -> list[Callable[[], None] | None]:
         return pack_together(members, self._buffers, waited_for=waited_for) if self.ready else []
@@ -263,10 +266,14 @@ class PackedWeights:
             )
 
 
-def _warn_of_dtype(packed: torch.dtype, dtype: torch.dtype) -> None:
+def _warn_of_dtype(stored: torch.dtype, packed: torch.dtype, dtype: torch.dtype) -> None:
+    if stored is torch.float32:
+        way_out = "pack inside the torch.autocast that forwards run in"
+    else:
+        way_out = f"convert the layer to {dtype}, or to fp32 and pack inside that torch.autocast"
     warnings.warn(
-        f"weights are packed for computing in {packed}, but this forward computes in {dtype}: pack inside the "
-        "torch.autocast that forwards run in. The weight is packed again at this forward.",
+        f"weights in {stored} are packed for computing in {packed}, but this forward computes in {dtype}: {way_out}. "
+        "The weight is packed again at this forward.",
         stacklevel=6,
     )
 

@@ -248,8 +248,8 @@ class SparseSchedule:
 
         Call it after something other than the optimizer wrote to the weights of a compiled or captured model
         (load_state_dict, a swap with averaged weights), after writes through weight.data or by kernels that raise no
-        version, and after replays of a CUDA graph that holds the optimizer step. Inside torch.autocast it packs for
-        that dtype from now on. With pack="each_forward" it does nothing.
+        version, and after replays of a CUDA graph that holds the optimizer step. Inside torch.autocast it packs fp32
+        weights for that dtype from now on. With pack="each_forward" it does nothing.
         """
         self._packing.pack(everything=True)
 
