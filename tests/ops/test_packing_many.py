@@ -1,5 +1,7 @@
 """pack_many: the bytes of pack, in buffers that stay where they are."""
 
+import gc
+import weakref
 from collections import OrderedDict
 
 import pytest
@@ -132,7 +134,6 @@ def test_plans_are_bounded(by_kernel: None, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_a_table_is_not_built_while_a_graph_is_captured(by_kernel: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packing_many, "_RECORDED", [])
     matrix = torch.randn(64, 32).bfloat16()
     into = zeros_for(matrix)
     with monkeypatch.context() as patch:
@@ -141,11 +142,26 @@ def test_a_table_is_not_built_while_a_graph_is_captured(by_kernel: None, monkeyp
             ops.pack_many([matrix], [into], BF16, "row")
         assert not packing_many._PLANS
     ops.pack_many([matrix], [into], BF16, "row")
-    assert not packing_many._RECORDED
+    assert_packed(matrix, into)
+
+
+def test_a_table_that_a_graph_reads_lives_as_long_as_a_buffer_that_it_writes(
+    by_kernel: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    matrices = [torch.randn(64, 32).bfloat16() for _ in range(2)]
+    buffers = [zeros_for(matrix) for matrix in matrices]
+    ops.pack_many(matrices, buffers, BF16, "row")
+    table = weakref.ref(next(iter(packing_many._PLANS.values())).batches[0])
     monkeypatch.setattr(packing_many, "_capturing", lambda matrices: True)
     for _ in range(2):
-        ops.pack_many([matrix], [into], BF16, "row")
-    assert list(packing_many._PLANS.values()) == packing_many._RECORDED
+        ops.pack_many(matrices, buffers, BF16, "row")
+    packing_many._PLANS.clear()  # as new plans do
+    assert table() is not None
+    del buffers[0]
+    assert table() is not None
+    del buffers[0]
+    gc.collect()
+    assert table() is None
 
 
 def test_what_does_not_belong_together_is_refused() -> None:

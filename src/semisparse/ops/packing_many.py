@@ -2,12 +2,13 @@
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from semisparse import masks
 from semisparse.errors import EngineError, ShapeError, TensorError
@@ -37,8 +38,8 @@ class _Plan(NamedTuple):
 # Plans by all that they depend on, the last used at the end.
 _PLANS: OrderedDict[tuple[Any, ...], _Plan] = OrderedDict()
 _LOCK = threading.Lock()
-# Those that a CUDA graph has recorded: its replays read their tables.
-_RECORDED: list[_Plan] = []
+# Those that a CUDA graph has recorded, for each buffer that its replays write: they read the tables.
+_RECORDED: MutableMapping[Tensor, list[_Plan]] = WeakTensorKeyDictionary()
 
 
 def pack_many(
@@ -54,7 +55,8 @@ def pack_many(
     On CUDA one launch packs all matrices with codes and one all others, by a table of their addresses that is built
     when they are packed for the first time. What the kernel cannot read in place is packed matrix by matrix.
 
-    A graph that saved a buffer before then raises PyTorch's error for in-place changes in its backward.
+    A graph that saved a buffer before then raises PyTorch's error for in-place changes in its backward. A CUDA graph
+    that recorded the launch may be replayed as long as the matrices and buffers exist.
 
     Args:
         matrices: Each as pack takes it; of one stored dtype and on one device.
@@ -85,8 +87,8 @@ def pack_many(
             if len(_PLANS) > _MOST:
                 _PLANS.popitem(last=False)
         _PLANS.move_to_end(key)
-        if capturing and plan not in _RECORDED:
-            _RECORDED.append(plan)
+        if capturing:
+            _keep_for_replays(plan, buffers)
     again = partial(_launch, plan, [buffer for into in buffers for buffer in into[:2]])
     if plan.batches:
         again()
@@ -97,6 +99,14 @@ def pack_many(
         if into.transposed.numel():
             into.transposed.copy_(transposed)
     return None if plan.alone else again
+
+
+def _keep_for_replays(plan: _Plan, buffers: Sequence[PackedMatrix]) -> None:
+    """Keep plan as long as one of the buffers exists."""
+    for into in buffers:
+        kept = _RECORDED.setdefault(into.matrix, [])
+        if plan not in kept:
+            kept.append(plan)
 
 
 def _launch(plan: _Plan, written: list[Tensor]) -> None:
