@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.utils.checkpoint import CheckpointError, checkpoint
 
 from semisparse import SemiSparseLinear, SparseConfig, ops, reuse_packed
 from semisparse.errors import ConfigError, EngineError
+from semisparse.nn.pack_together import Keep
 from semisparse.testing import assert_bit_equal
 from tests.support import through_a_file
 
@@ -228,3 +230,27 @@ def test_blocks_may_end_in_any_order() -> None:
 def test_only_modules_have_packings() -> None:
     with pytest.raises(ConfigError, match=r"pass a torch\.nn\.Module"), reuse_packed(3):
         pass
+
+
+@pytest.mark.parametrize("keep", ["both", "forward"])
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("inside", [True, False])
+def test_checkpointed_forwards(keep: Keep, reentrant: bool, inside: bool) -> None:
+    model, x = model_of(layers=2), X.bfloat16()
+    expected = [y.requires_grad_() for y in (x.clone(), x.clone())]
+    model(expected[0]).float().square().sum().backward()
+    weights = [layer.weight.grad for layer in model]
+    model.zero_grad()
+    with reuse_packed(model, keep=keep):
+        loss = checkpoint(model, expected[1], use_reentrant=reentrant).float().square().sum()
+        if inside:
+            loss.backward()
+    if not inside:
+        if keep == "forward" and not reentrant:
+            with pytest.raises(CheckpointError):  # reuse_packed says so
+                loss.backward()
+            return
+        loss.backward()
+    assert_bit_equal(expected[1].grad, expected[0].grad)
+    for layer, grad in zip(model, weights, strict=True):
+        assert_bit_equal(layer.weight.grad, grad)

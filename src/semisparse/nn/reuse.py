@@ -70,6 +70,10 @@ def reuse_packed(model: nn.Module, *, keep: Keep = "both") -> Iterator[int]:
     change are not detected, and the block goes on with the old weight: one in compiled code and one through
     weight.data. A layer that holds other codes or another scale is detected in compiled code, too.
 
+    With keep="forward", run the backward of a forward in torch.utils.checkpoint(use_reentrant=False) inside the block,
+    too. After the block a forward that is computed again packs both directions and saves other tensors than the first
+    one, so that torch raises CheckpointError. With keep="both" the same tensors are saved.
+
     Blocks nest and may end in any order. A copy made inside a block packs its own weight. Buffers are kept between
     blocks, outside any CUDA graph: 9/8 of the weight's 16-bit bytes for both directions together, per dtype.
 
