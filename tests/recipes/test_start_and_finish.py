@@ -205,3 +205,14 @@ def test_a_second_decay_on_the_same_optimizer_is_the_users_own() -> None:
     run.apply()
     term = DECAY * torch.where(by_hand(weight, "transposable"), 0, weight)
     torch.testing.assert_close(run.layer("0").weight.grad, plain + term)
+
+
+@pytest.mark.parametrize(("recipe", "grad_output"), [(fst(refresh_every=3), None), (dinov2(), "mvue")])
+def test_layers_keep_another_grad_output_and_the_log_says_so(recipe, grad_output, caplog) -> None:
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
+    sparsify(model, SparseConfig(grad_output=grad_output))
+    RecipeSchedule(recipe, model, torch.optim.SGD(model.parameters()), 10)
+    assert [layer.sparse_config.grad_output for layer in model] == [grad_output] * 2
+    assert [layer.held_seed is not None for layer in model] == [grad_output == "mvue"] * 2
+    (record,) = caplog.records
+    assert f"2 layers (0, ...) were swapped with another grad_output than the recipe {recipe.name}" in record.message

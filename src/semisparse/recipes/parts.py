@@ -1,5 +1,7 @@
 """What a recipe consists of once it starts with a model and an optimizer, and whether it can."""
 
+import logging
+from dataclasses import replace
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -15,6 +17,8 @@ from semisparse.recipes.recipe import Recipe
 from semisparse.recipes.step_adamw import StepAdamW
 from semisparse.schedule.phases import Phase, share_of, sparse_then_dense
 from semisparse.surgery.layers import layers_with_masks
+
+logger = logging.getLogger(__name__)
 
 HOOKED: WeakKeyDictionary[torch.optim.Optimizer, str] = WeakKeyDictionary()
 """Optimizer -> the recipe that has its hooks on it: with those of a second one, weights would decay twice."""
@@ -58,12 +62,20 @@ def _check(
 ) -> None:
     """Raise ConfigError or LayerRefusedError unless recipe can start with this model and this optimizer."""
     check_optimizer(optimizer, layers)
+    other = []
     for name, layer in layers_with_masks(model).items():
-        if layer.sparse_config != recipe.config:
+        if replace(layer.sparse_config, grad_output=recipe.config.grad_output) != recipe.config:
             raise ConfigError(
                 f"{name} was swapped with {layer.sparse_config!r}, but the recipe {recipe.name} has {recipe.config!r}: "
                 "sparsify with recipe.config"
             )
+        if layer.sparse_config != recipe.config:
+            other.append(name)
+    if other:
+        logger.warning(
+            "%d layers (%s, ...) were swapped with another grad_output than the recipe %s has (%r): they keep theirs",
+            len(other), other[0], recipe.name, recipe.config.grad_output,
+        )  # fmt: skip
     if recipe.dense_range is not None and not isinstance(optimizer, StepAdamW):
         raise ConfigError(
             f"optimizer={type(optimizer).__name__} has no variance to freeze; the recipe {recipe.name} needs "
