@@ -174,6 +174,7 @@ def test_a_non_finite_gradient_makes_the_weight_gradient_non_finite(route: Route
         assert found[[0, 1, 2, *range(4, N)]].isfinite().all()
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:FutureWarning")  # used by torch 2.15's jvp
 def test_functorch_agrees_with_autograd(route: Route) -> None:
     layer, (x, gradient) = layer_of(dtype=torch.float32), inputs(16, dtype=torch.float32)
     parameters = {name: value.detach() for name, value in layer.named_parameters()}
