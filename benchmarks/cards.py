@@ -22,6 +22,7 @@ from benchmarks.models import NO_GAIN
 from benchmarks.origin import origin, short_origin
 from benchmarks.store import ROOT, load
 from benchmarks.table import Table
+from semisparse_lab.commands import command_of
 from semisparse_lab.report import cards as experiments
 from semisparse_lab.report.curves import curves
 
@@ -30,6 +31,7 @@ ACCURACY = RESULTS / "accuracy"
 PAGES = tuple(ROOT / name for name in ("README.md", "docs/speed.md", "docs/accuracy.md"))
 MASK_STUDY = ("signed-greedy", "greedy", "sparse-100")
 ON_PAGE = ("vit-fashion-mnist", "vit-fashion-mnist-long", "dino-fashion-mnist", "gpt-stdlib")
+SAMPLED = "gpt-mvue"
 SPARSE_THEN_DENSE = ("sparse-070", "dinov2-070")
 COMMAND = "python benchmarks/benchmark_semi_structured_training.py"
 
@@ -259,8 +261,11 @@ def blocks() -> dict[str, str]:
         "metrics": _remade(tables.metrics(load("metrics")).markdown(), load("metrics"), "--metrics "),
         "no-gain-all": _block(small, tables.small_linear, "--no-gain "),
     }
-    for name in ON_PAGE:
-        results = accuracy()[name]
+    for name in (*ON_PAGE, SAMPLED):
+        results = accuracy().get(name, [])
+        if not results:
+            made[name] = f"Not measured yet: `{command_of(name)}`."
+            continue
         where, commands = experiments.origin(results), experiments.remake(results)
         paragraphs = (experiments.table(results), experiments.gain(results), experiments.step_times(results))
         made[name] = "\n\n".join([*filter(None, paragraphs), f"Measured on {where}. Remake: {commands}."])

@@ -1,5 +1,7 @@
 """Every row is trained by one path, and ends as a plain model."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -25,12 +27,24 @@ def test_dinov2_is_a_plain_sparse_schedule_bit_for_bit(fraction: float) -> None:
     assert all(torch.equal(tensor, run.model.state_dict()[name]) for name, tensor in model.state_dict().items())
 
 
+def test_samples_of_the_gradient_follow_the_seed_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = []
+    monkeypatch.setattr(
+        "semisparse_lab.experiment.fit",
+        lambda model, *args, **options: keys.append(model.blocks[0].mlp.fc1.held_seed) or fit(model, *args, **options),
+    )
+    row = Row("fst", "fst", recipes.fst(grad_output="mvue"))
+    for seed in (0, 0, 1):
+        train_row(row, build_model(MODEL, 0), ImageClassification(toy_data()), replace(TRAIN, seed=seed, epochs=1))
+    assert keys[0] == keys[1] != keys[2]
+
+
 @pytest.mark.parametrize("name", recipes.PRESETS)
 def test_every_recipe_trains_and_leaves_a_plain_model(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     optimizers = []
     monkeypatch.setattr(
         "semisparse_lab.experiment.RecipeSchedule",
-        lambda *args: optimizers.append(args[2]) or recipes.RecipeSchedule(*args),
+        lambda *args, **options: optimizers.append(args[2]) or recipes.RecipeSchedule(*args, **options),
     )
     model = build_model(MODEL, TRAIN.seed)
     row = Row(name, name, recipes.PRESETS[name]())

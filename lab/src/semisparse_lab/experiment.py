@@ -162,7 +162,7 @@ def train_row(
     sparsify_model(model, config.layers, row.recipe.config)
     steps = config.epochs * task.steps_per_epoch(config.batch_size)
     optimizer = adamw(model, config, torch.optim.AdamW if row.recipe.dense_range is None else StepAdamW)
-    schedule = RecipeSchedule(row.recipe, model, optimizer, steps)
+    schedule = RecipeSchedule(row.recipe, model, optimizer, steps, seed=config.seed)
     result = fit(
         model, task, config, schedule,
         optimizer=optimizer, name=row.title, on_progress=on_progress, wrap=wrap, graph=graph,

@@ -1,6 +1,7 @@
 """The corpus of the standard library, the task on it, and the GPT."""
 
 import math
+import os
 from pathlib import Path
 
 import pytest
@@ -8,10 +9,10 @@ import torch
 import torch.nn.functional as F
 
 from semisparse.errors import ConfigError, ShapeError
-from semisparse_lab.data.text import Corpus, standard_library
+from semisparse_lab.data.text import Corpus, packages, standard_library
 from semisparse_lab.errors import DataError
 from semisparse_lab.models.gpt import GPT, GPTConfig, build_gpt
-from semisparse_lab.tasks.next_byte import NextByte, bits_per_byte
+from semisparse_lab.tasks.next_byte import NextByte, NextByteOnce, bits_per_byte
 
 TINY = GPTConfig(context=8, width=16, depth=2, heads=2)
 
@@ -56,6 +57,29 @@ def test_a_folder_without_source_is_refused(tmp_path: Path) -> None:
         standard_library(tmp_path / "missing")
 
 
+def test_packages_are_read_once_each_whatever_their_bytes_and_names(library: Path) -> None:
+    plain = standard_library(library)
+    (library / "zcopy.py").write_bytes((library / "package0" / "module0.py").read_bytes())
+    (library / "zlink.py").symlink_to(library / "package0" / "module4.py")
+    (library / "znowhere.py").symlink_to(library / "missing.py")
+    (library / "zfolder").symlink_to(library / "package0", target_is_directory=True)
+    (library / "zround").symlink_to(library, target_is_directory=True)
+    same = packages(library, most=10_000)
+    assert (same.sha256, same.files) == (plain.sha256, plain.files)
+    (library / "zlatin.py").write_bytes(b"name = 'caf\xe9\xff'\n")
+    (library / os.fsdecode(b"z\xff.py")).write_text("value = 'odd'\n")
+    more = packages(library, most=10_000)
+    text = b"".join(bytes(part.tolist()) for part in (more.train, more.validation, more.test))
+    assert b"caf\xe9\xff" in text and b"'odd'" in text and more.files == plain.files + 2
+
+
+def test_packages_beside_torch_are_large_enough_and_end_at_a_limit() -> None:
+    corpus, same = packages(most=3_000_000), packages(most=3_000_001)
+    assert len(corpus.train) == 3_000_000 and min(len(corpus.validation), len(corpus.test)) >= 60_000
+    assert torch.equal(corpus.train, same.train[:-1])
+    assert len(standard_library().train) > 3_000_000  # which has no limit
+
+
 def corpus(train: int = 100) -> Corpus:
     data = torch.arange(train) % 251
     return Corpus(data.to(torch.uint8), data[:30].to(torch.uint8), data[:40].to(torch.uint8), 1, "")
@@ -73,6 +97,38 @@ def test_batches_are_windows_and_what_follows_them() -> None:
     assert all(
         torch.equal(a, b) for one, two in zip(batches, other, strict=True) for a, b in zip(one, two, strict=True)
     )
+
+
+def windows(task: NextByteOnce, batch_size: int, seed: int) -> list[bytes]:
+    """All windows of a run, inputs and the byte that follows."""
+    order = torch.Generator().manual_seed(seed)
+    batches = [batch for _ in range(task.parts) for batch in task.batches(batch_size, order)]
+    return [bytes([*x, y[-1]]) for xs, ys in batches for x, y in zip(xs.tolist(), ys.tolist(), strict=True)]
+
+
+def test_a_pass_has_each_byte_at_most_once_in_the_order_of_its_seed() -> None:
+    task = NextByteOnce(corpus(251), 8, parts=3)  # 27 windows of 9 bytes
+    assert task.steps_per_epoch(2) == 4
+    seen = windows(task, 2, seed=1)
+    assert len(seen) == 24 and len(set(b"".join(seen))) == 24 * 9
+    assert all(window == bytes(range(window[0], window[0] + 9)) and window[0] % 9 == 0 for window in seen)
+    assert seen == windows(NextByteOnce(corpus(251), 8, parts=3), 2, seed=1)
+    assert seen != windows(NextByteOnce(corpus(251), 8, parts=3), 2, seed=2)
+    assert set(windows(NextByteOnce(corpus(251), 8, parts=9), 3, seed=1)) > set(seen)
+
+
+def test_a_second_pass_is_refused() -> None:
+    task, order = NextByteOnce(corpus(), 8, parts=1), torch.Generator()
+    list(task.batches(3, order))
+    with pytest.raises(ConfigError, match="parts=1 of the text have all been seen"):
+        next(task.batches(3, order))
+
+
+def test_parts_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(ConfigError, match="parts=0"):
+        NextByteOnce(corpus(), 8, parts=0)
+    with pytest.raises(ConfigError, match="exceed one of 4 parts of the 100 bytes"):
+        NextByteOnce(corpus(), 8, parts=4).steps_per_epoch(3)
 
 
 def test_scores_are_means_over_all_full_windows() -> None:

@@ -106,6 +106,18 @@ def test_rows_are_remade_with_as_many_seeds_as_each_has() -> None:
     assert cards.remake(RESULTS) == "`make toys --seeds 3 --row dense --row early`, `make toys --seeds 2 --row late`"
 
 
+def test_rows_are_compared_with_the_first_row_and_losses_in_percent_too() -> None:
+    pair = [result(row, seed, value, order=order, higher_is_better=False)
+            for order, row, *values in ((1, "dense", 1.25, 2.25), (0, "fst", 1.0, 2.0))
+            for seed, value in enumerate(values)]  # fmt: skip
+    assert cards.first_row(pair) == "fst" and [row.slug for row in cards.summaries(pair)] == ["fst", "dense"]
+    assert cards.table(pair).splitlines()[0].endswith("| difference to row fst |")
+    assert "| +0.2500 ± 0.0000 (+18.75%) |" in cards.table(pair)  # 25 % and 12.5 %
+    alone = cards.table(pair[:2])
+    assert alone.splitlines()[0].endswith("| difference to the first row |") and "%" not in alone
+    assert "%" not in cards.table(RESULTS)
+
+
 def test_another_baseline_comes_first() -> None:
     rows = cards.summaries(RESULTS, baseline="late")
     assert rows[0].slug == "late" and rows[1].slug == "dense" and rows[1].differences == [1.0, 0.5]

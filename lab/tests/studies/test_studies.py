@@ -20,8 +20,14 @@ from semisparse_lab.train.config import TrainConfig
 ROWS = {
     "vit-fashion-mnist": ["dense", "sparse-070", "greedy"],
     "gpt-stdlib": ["dense", "fst", "step"],
+    "gpt-mvue": ["fst", "fst-mvue", "dense"],
     "dino-fashion-mnist": ["dense", "sparse-070", "sparse-100"],
 }
+
+
+TEXT = ("gpt-stdlib", "gpt-mvue")
+OTHER_SETTING = {"gpt-mvue": ("--training-bytes", "26000")}
+"""What makes other runs of an experiment; --epochs 2 of those that are not named."""
 
 
 def run(name: str, *options: str) -> subprocess.CompletedProcess:
@@ -53,7 +59,7 @@ def test_every_experiment_is_tried() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ROWS)
 def test_an_experiment_runs_skips_what_is_there_and_makes_its_card(name, images, library, tmp_path) -> None:
-    data = library if name == "gpt-stdlib" else images
+    data = library if name in TEXT else images
     rows = [word for row in ROWS[name] for word in ("--row", row)]
     options = ["--data-dir", str(data), "--out", str(tmp_path), "--seeds", "1", *rows]
     done = run(name, *options)
@@ -74,7 +80,7 @@ def test_an_experiment_runs_skips_what_is_there_and_makes_its_card(name, images,
     again = run(name, *options)
     assert again.returncode == 0 and again.stdout.count("skipped") == len(rows) // 2
     assert files == {path: path.read_bytes() for path in tmp_path.glob("*.seed0.json")}
-    other = run(name, *options, "--epochs", "2")
+    other = run(name, *options, *OTHER_SETTING.get(name, ("--epochs", "2")))
     assert other.returncode == 2 and "was made with" in other.stderr
 
 
@@ -98,7 +104,7 @@ def test_an_experiment_whose_run_diverges_says_so_at_its_end(images: Path, tmp_p
 def test_wrong_data_and_rows_are_named(name: str, images: Path, library: Path, tmp_path: Path) -> None:
     missing = run(name, "--data-dir", str(tmp_path / "nothing"), "--out", str(tmp_path / "out"))
     assert missing.returncode == 2 and "--data-dir=" in missing.stderr and "Traceback" not in missing.stderr
-    data = library if name == "gpt-stdlib" else images
+    data = library if name in TEXT else images
     unknown = run(name, "--data-dir", str(data), "--out", str(tmp_path / "out"), "--row", "third")
     assert unknown.returncode == 2 and "--row='third'" in unknown.stderr
     assert not (tmp_path / "out").exists()

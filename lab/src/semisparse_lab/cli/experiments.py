@@ -66,6 +66,26 @@ def gpt_stdlib(
         _run(experiment(data_dir, device.value, small=small, epochs=epochs), row, seeds, out, kept)
 
 
+def gpt_mvue(
+    context: typer.Context,
+    data_dir: Annotated[Path | None, typer.Option(help="A folder of Python source (default: torch's parent).")] = None,
+    out: OutOption = Path("results-mvue"),
+    seeds: SeedsOption = 3,
+    row: RowOption = None,
+    training_bytes: Annotated[
+        int | None, typer.Option(min=1, help="Bytes that a run trains on, at most (default: 60 million).")
+    ] = None,
+    small: SmallOption = False,
+    device: DeviceOption = Device.AUTO,
+) -> None:
+    """A sampled weight gradient beside a dense one, on text seen once. Half a minute of GPU per run."""
+    kept: list[Path] = []
+    with typed_errors(context, kept):
+        from semisparse_lab.studies.gpt_mvue import experiment
+
+        _run(experiment(data_dir, device.value, small=small, training_bytes=training_bytes), row, seeds, out, kept)
+
+
 def dino_fashion_mnist(
     context: typer.Context,
     data_dir: ImagesOption = FASHION_MNIST,
@@ -90,6 +110,7 @@ def build_group() -> typer.Typer:
     for name, command in (
         ("vit-fashion-mnist", vit_fashion_mnist),
         ("gpt-stdlib", gpt_stdlib),
+        ("gpt-mvue", gpt_mvue),
         ("dino-fashion-mnist", dino_fashion_mnist),
     ):
         group.command(name)(command)

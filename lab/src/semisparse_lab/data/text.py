@@ -1,6 +1,7 @@
-"""Text to learn from that every Python brings along: the source of its standard library."""
+"""Text to learn from that every Python brings along: the source of its standard library, or of its packages."""
 
 import hashlib
+import os
 import sysconfig
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -51,27 +52,58 @@ def standard_library(folder: Path | None = None, device: torch.device | str = "c
         DataError: folder has no source, or so little that a set is empty.
     """
     root = Path(sysconfig.get_path("stdlib")) if folder is None else folder
-    parts: dict[str, list[bytes]] = {"train": [], "validation": [], "test": []}
-    digest = hashlib.sha256()
+    return _read(root, device, "the folder of a whole standard library")
+
+
+def packages(folder: Path | None = None, device: torch.device | str = "cpu", *, most: int) -> Corpus:
+    """The .py files of the packages installed beside torch, or of folder, without their tests and without copies.
+
+    Sets are made as by standard_library. Of files with equal contents, links to another file for instance, only the
+    first is read. Links to folders are not followed. Other versions of packages have other files; Corpus.sha256 tells.
+
+    Args:
+        folder: Any folder with Python source, None for the one that torch is installed in.
+        device: Where the bytes go.
+        most: The training set ends after this many bytes. No file is read after it has them and each of the others has
+            a fiftieth of them.
+
+    Raises:
+        DataError: As standard_library.
+    """
+    root = Path(torch.__file__).parents[1] if folder is None else folder
+    return _read(root, device, "a folder of installed packages", copies=False, most=most)
+
+
+def _read(
+    root: Path, device: torch.device | str, wanted: str, *, copies: bool = True, most: int | None = None
+) -> Corpus:
+    """The files below root. wanted: what a message asks for; copies: files with equal contents are all read."""
+    parts = {"train": bytearray(), "validation": bytearray(), "test": bytearray()}
+    digest, seen, files = hashlib.sha256(), set[bytes](), 0
     try:
         paths = sorted(
             path for path in root.rglob("*.py") if path.is_file() and not _LEFT_OUT & set(path.relative_to(root).parts)
         )
         for path in paths:
-            name, content = path.relative_to(root).as_posix(), path.read_bytes() + b"\0"
-            digest.update(name.encode() + b"\0" + content)
-            twentieth = hashlib.sha256(name.encode()).digest()[0] % 20
-            parts[{0: "validation", 1: "test"}.get(twentieth, "train")].append(content)
+            if most is not None and all(len(text) >= most // (1 if p == "train" else 50) for p, text in parts.items()):
+                break
+            # A name is bytes for the system, and need not be text.
+            name, content = os.fsencode(path.relative_to(root).as_posix()), path.read_bytes() + b"\0"
+            checksum = hashlib.sha256(content).digest()
+            if checksum in seen and not copies:
+                continue
+            seen.add(checksum)
+            digest.update(name + b"\0" + content)
+            twentieth = hashlib.sha256(name).digest()[0] % 20
+            parts[{0: "validation", 1: "test"}.get(twentieth, "train")] += content
+            files += 1
     except OSError as error:
         raise DataError(f"data_dir={str(root)!r} cannot be read: {error.strerror or error}") from error
-    for part, contents in parts.items():
-        if not contents:
-            raise DataError(f"data_dir={str(root)!r} has {len(paths)} .py files, none of them for {part}; "
-                            "pass the folder of a whole standard library")  # fmt: skip
-    # A bytearray, because torch warns of memory that it may not write to.
-    joined = {
-        part: torch.frombuffer(bytearray(b"".join(contents)), dtype=torch.uint8) for part, contents in parts.items()
-    }
+    for part, text in parts.items():
+        if not text:
+            raise DataError(f"data_dir={str(root)!r} has {files} .py files, none of them for {part}; pass {wanted}")
+    joined = {part: torch.frombuffer(text, dtype=torch.uint8) for part, text in parts.items()}
+    joined["train"] = joined["train"][:most]
     return Corpus(
-        **{part: tensor.to(device) for part, tensor in joined.items()}, files=len(paths), sha256=digest.hexdigest()
+        **{part: tensor.to(device) for part, tensor in joined.items()}, files=files, sha256=digest.hexdigest()
     )

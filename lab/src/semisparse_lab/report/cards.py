@@ -25,6 +25,7 @@ class RowSummary:
         values: The metric by seed.
         diverged: Seeds whose metric is not a number.
         differences: Differences of the metric to the baseline's, one per seed that both have.
+        shares: The same as shares of the baseline's metric.
         sparse_products: Products on sparse tensor cores, the mean over the runs.
         seconds: Median seconds per step by kind of phase; empty if results of several GPUs are mixed.
     """
@@ -34,6 +35,7 @@ class RowSummary:
     values: dict[int, float]
     diverged: list[int]
     differences: list[float]
+    shares: list[float]
     sparse_products: int
     seconds: dict[str, float]
 
@@ -46,17 +48,30 @@ def by_experiment(results: Iterable[Result]) -> dict[str, list[Result]]:
     return groups
 
 
-def summaries(results: Sequence[Result], baseline: str = "dense") -> list[RowSummary]:
-    """One summary per row, in the order of the experiment's rows; the baseline comes first if there is one."""
+def first_row(results: Iterable[Result]) -> str | None:
+    """The slug of the experiment's first row; None if it has no result."""
+    return next((result["row"] for result in results if result["order"] == 0), None)
+
+
+def summaries(results: Sequence[Result], baseline: str | None = None) -> list[RowSummary]:
+    """One summary per row, in the order of the experiment's rows; the baseline comes first if there is one.
+
+    Args:
+        results: Of one experiment.
+        baseline: The slug of the row that the others are compared with; None for the experiment's first row.
+    """
+    baseline = baseline or first_row(results)
     rows: dict[str, dict[int, Result]] = {}
     for result in sorted(results, key=lambda result: (result["row"] != baseline, result["order"], result["seed"])):
         rows.setdefault(result["row"], {})[result["seed"]] = result
-    base = {seed: result["value"] for seed, result in rows.get(baseline, {}).items() if result["value"] is not None}
+    first = rows.get(baseline, {}) if baseline else {}
+    base = {seed: result["value"] for seed, result in first.items() if result["value"] is not None}
     one_machine = len({result["gpu"] for result in results}) == 1
     found = []
     for slug, runs in rows.items():
         values = {seed: result["value"] for seed, result in runs.items() if result["value"] is not None}
-        shared = [value - base[seed] for seed, value in values.items() if seed in base and slug != baseline]
+        shared = [(value - base[seed], base[seed]) for seed, value in values.items() if seed in base]
+        shared = [] if slug == baseline else shared
         phases = [phase for result in runs.values() for phase in result["run"]["phases"]]
         seconds: dict[str, list[float]] = {}
         for phase in phases:
@@ -68,7 +83,8 @@ def summaries(results: Sequence[Result], baseline: str = "dense") -> list[RowSum
                 title=next(iter(runs.values()))["row_title"],
                 values=values,
                 diverged=sorted(runs.keys() - values.keys()),
-                differences=shared,
+                differences=[difference for difference, _ in shared],
+                shares=[difference / value for difference, value in shared if value],
                 sparse_products=sum(phase["sparse_products"] for phase in phases) // len(runs),
                 seconds={kind: statistics.median(times) for kind, times in seconds.items()},
             )
@@ -84,11 +100,18 @@ def spread(values: Sequence[float], digits: int, sign: str = "") -> str:
     return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
 
 
-def table(results: Sequence[Result], baseline: str = "dense") -> str:
-    """The metric of each row of one experiment, and its difference to the baseline, as a Markdown table."""
-    digits = 2 if results[0]["higher_is_better"] else 4
-    rows = summaries(results, baseline)
-    base = next((row.title for row in rows if row.slug == baseline), baseline)
+def table(results: Sequence[Result], baseline: str | None = None) -> str:
+    """The metric of each row of one experiment, and its difference to the baseline, as a Markdown table.
+
+    Differences of losses are also given in percent of the baseline, the mean over the seeds.
+
+    Args:
+        results: Of one experiment.
+        baseline: As in summaries.
+    """
+    digits = _digits(results)
+    rows, baseline = summaries(results, baseline), baseline or first_row(results)
+    base = next((row.title for row in rows if row.slug == baseline), "the first row")
     against = base if len(base) < 20 else "the first row"  # a whole title would make the heading too wide
     lines = [
         f"| configuration | seeds | {results[0]['metric']} | difference to {against} |",
@@ -97,14 +120,26 @@ def table(results: Sequence[Result], baseline: str = "dense") -> str:
     for row in rows:
         seeds = ", ".join([*map(str, row.values), *(f"{seed} diverged" for seed in row.diverged)])
         cells = [row.title, seeds, spread(list(row.values.values()), digits), spread(row.differences, digits, "+")]
+        if row.shares and not results[0]["higher_is_better"]:
+            cells[-1] += f" ({statistics.fmean(row.shares):+.2%})"
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def step_times(results: Sequence[Result], baseline: str = "dense") -> str:
+def _digits(results: Sequence[Result]) -> int:
+    """Decimals of the metric: 2 of an accuracy in percent, 4 of a loss."""
+    return 2 if results[0]["higher_is_better"] else 4
+
+
+def _dense_seconds(results: Sequence[Result], rows: Sequence[RowSummary]) -> float | None:
+    """Median seconds of a dense step of the experiment's first row; None if it was not timed."""
+    return next((row.seconds.get("dense") for row in rows if row.slug == first_row(results)), None)
+
+
+def step_times(results: Sequence[Result]) -> str:
     """What each row multiplied sparse and how long its steps took, as a Markdown table."""
-    rows = summaries(results, baseline)
-    dense = next((row.seconds.get("dense") for row in rows if row.slug == baseline), None)
+    rows = summaries(results)
+    dense = _dense_seconds(results, rows)
     lines = [
         "| configuration | sparse products per run | ms per sparse step | / dense step | ms per step, dense phase |",
         "|---|--:|--:|--:|--:|",
@@ -116,10 +151,10 @@ def step_times(results: Sequence[Result], baseline: str = "dense") -> str:
     return "\n".join(lines)
 
 
-def gain(results: Sequence[Result], baseline: str = "dense") -> str:
+def gain(results: Sequence[Result]) -> str:
     """Whether the model gains speed from 2:4, as a sentence; empty where the times of the rows cannot be compared."""
-    rows = summaries(results, baseline)
-    dense = next((row.seconds.get("dense") for row in rows if row.slug == baseline), None)
+    rows = summaries(results)
+    dense = _dense_seconds(results, rows)
     factors = [row.seconds["sparse"] / dense for row in rows if dense and "sparse" in row.seconds]
     if not factors:
         return ""
@@ -144,7 +179,8 @@ def further_figures(results: Sequence[Result]) -> str:
         runs = [result["more"] for result in results if result["row"] == row.slug]
         figures = [
             spread(
-                [run[name] for run in runs if is_number(run.get(name))], 0 if isinstance(runs[0].get(name), int) else 2
+                [run[name] for run in runs if is_number(run.get(name))],
+                0 if isinstance(runs[0].get(name), int) else _digits(results),
             )
             for name in names
         ]

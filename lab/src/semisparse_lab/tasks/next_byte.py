@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from semisparse.errors import ConfigError
+from semisparse_lab.checks import check_counts
 from semisparse_lab.data.text import Corpus
 from semisparse_lab.tasks.task import Batch, Forward
 from semisparse_lab.train.results import Scores
@@ -73,6 +74,56 @@ class NextByte:
             loss += F.cross_entropy(logits, y.long().flatten(), reduction="sum")
             correct += (logits.argmax(dim=1) == y.flatten()).sum()
         return Scores(loss.item() / inputs.numel(), correct.item() / inputs.numel())
+
+
+class NextByteOnce(NextByte):
+    """Task: as NextByte, but a run sees no byte twice, so that its training loss is a loss on text that is new to it.
+
+    Windows of context + 1 bytes lie side by side, and a run takes them once, in random order. An epoch is one of
+    `parts` equal parts of this pass, for that many points of the curves. What does not fill the last batch of each part
+    is never seen. An object serves one run of so many epochs.
+    """
+
+    def __init__(self, corpus: Corpus, context: int, parts: int) -> None:
+        super().__init__(corpus, context)
+        self.parts = parts
+        check_counts(self, ("parts",))
+        self._unseen: Tensor | None = None
+
+    def steps_per_epoch(self, batch_size: int) -> int:
+        """Whole batches in a part of the pass.
+
+        Args:
+            batch_size: Windows per batch.
+
+        Raises:
+            ConfigError: A part has fewer windows.
+        """
+        steps = len(self.corpus.train) // ((self.context + 1) * batch_size * self.parts)
+        if steps == 0:
+            raise ConfigError(
+                f"batch_size={batch_size} windows of {self.context + 1} bytes exceed one of {self.parts} parts of the "
+                f"{len(self.corpus.train)} bytes for training"
+            )
+        return steps
+
+    def batches(self, batch_size: int, generator: torch.Generator) -> Iterator[Batch]:
+        """The next part of the pass, as NextByte.batches. The order of all parts is drawn with the first one.
+
+        Raises:
+            ConfigError: All parts have been seen.
+        """
+        steps, data = self.steps_per_epoch(batch_size), self.corpus.train
+        if self._unseen is None:
+            order = torch.randperm(len(data) // (self.context + 1), generator=generator)
+            self._unseen = order[: self.parts * steps * batch_size]
+        if not len(self._unseen):
+            raise ConfigError(f"parts={self.parts} of the text have all been seen; make a new task for each run")
+        starts, self._unseen = self._unseen.tensor_split((steps * batch_size,))
+        places = (starts * (self.context + 1)).view(steps, batch_size).to(data.device)
+        for step in range(steps):
+            windows = data[places[step, :, None] + self._window].long()
+            yield windows[:, :-1], windows[:, 1:]
 
 
 def bits_per_byte(nats: float) -> float:

@@ -33,7 +33,7 @@ class TrainConfig:
         betas: Adam's.
         clip: Largest norm of all gradients together, 0 for any.
         layers: Which linear layers a recipe makes sparse, as sparsify's select.
-        seed: Of initial weights, data order and augmentation, at most LARGEST_SEED.
+        seed: Of initial weights, data order, augmentation and sampled gradients, at most LARGEST_SEED.
         device: "auto", "cpu", "cuda" or "cuda:<i>".
         precision: "fp32", or autocast to "bf16" or "fp16" (the latter with gradient scaling) over fp32 weights.
 
