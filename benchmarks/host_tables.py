@@ -78,4 +78,6 @@ def _bold(found: dict[str, float]) -> str:
 
 
 def _range(found: dict[str, float], digits: int) -> str:
-    return f"{found['p20']:.{digits}f} to {found['p80']:.{digits}f}"
+    """20th to 80th percentile with that many decimals; fewer where the figure has more than 4 digits otherwise."""
+    shown = [f"{value:.{max(0, min(digits, 4 - len(str(int(value)))))}f}" for value in (found["p20"], found["p80"])]
+    return " to ".join(shown)
