@@ -23,9 +23,12 @@ SETTINGS = {
 }
 
 
+# The fast way to walk a stack ends at code without frame pointers, as in libtorch_cpu.
 FOR_LEAKS = {
     "PYTHONMALLOC": "malloc",
-    "ASAN_OPTIONS": SETTINGS["ASAN_OPTIONS"].replace("detect_leaks=0", "detect_leaks=1:malloc_context_size=5"),
+    "ASAN_OPTIONS": SETTINGS["ASAN_OPTIONS"].replace(
+        "detect_leaks=0", "detect_leaks=1:malloc_context_size=5:fast_unwind_on_malloc=0"
+    ),
     "LSAN_OPTIONS": "exitcode=0",
 }
 
