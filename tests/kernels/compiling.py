@@ -69,7 +69,7 @@ def launch(kernel, types, constants):
     return {"found": found if isinstance(found, str) else found.parameters, "wanted": [*wanted, (-1, 0), (-1, 0)]}
 
 
-def pack(arch, source, target, mask, even, wide=False, given_codes=False, aligned=False):
+def pack(arch, source, target, mask, even, wide=False, given_codes=False, aligned=False, transpose_only=False):
     pointers = {"matrix": "*i64", "codes": "*i16", "scale": "*fp32", "packed": "*u8", "packed_t": "*u8"}
     sizes = ("rows", "rows_padded", "columns", "stride", "row_blocks", "blocks", "row_blocks_t", "blocks_t")
     block = HOPPER_BLOCK if arch == 90 and source is tl.bfloat16 else DEFAULT_BLOCK
@@ -81,6 +81,7 @@ def pack(arch, source, target, mask, even, wide=False, given_codes=False, aligne
         "NATIVE": True,
     }  # fmt: skip
     absent = {"codes": not given_codes, "scale": not mask.needs_scale, "packed_t": not mask.both_ways}
+    absent["packed"] = transpose_only
     constants |= {name: None for name, missing in absent.items() if missing}
     divisible = [
         name
@@ -154,7 +155,16 @@ def main(arch):
                 found[f"pack many {name} {source} {'even' if even else 'edges'}"] = many(
                     arch, source, target, mask, even, given
                 )
+                for aligned in (False, True) if mask.both_ways else ():
+                    variant = f"{'aligned ' * aligned}{name} {source} {'even' if even else 'edges'}"
+                    found[f"pack transpose {variant}"] = pack(
+                        arch, source, target, mask, even, False, given, aligned, transpose_only=True
+                    )
         found[f"pack {name} wide"] = pack(arch, tl.bfloat16, tl.bfloat16, mask, False, True, given)
+        if mask.both_ways:
+            found[f"pack transpose {name} wide"] = pack(
+                arch, tl.bfloat16, tl.bfloat16, mask, False, True, given, transpose_only=True
+            )
     for dtype in (tl.bfloat16, tl.float16):
         for even in (True, False):
             found[f"sample {dtype} {'even' if even else 'edges'}"] = sample(arch, dtype, even)

@@ -57,6 +57,40 @@ def test_transposable_is_the_reference_byte_for_byte(source, shape):
         expect(packed_t, matrix.mT, mask.mT, dtype)
 
 
+def pack_transpose(matrix, dtype, layout=SM90_16BIT, rows_padded=None, **kwargs):
+    packed_t = buffers(rows_padded or matrix.shape[0], matrix.shape[1])[1]
+    prune_pack.launch(matrix, None, packed_t, dtype=dtype, layout=layout, rows_padded=rows_padded, **kwargs)
+    return packed_t
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (48, 80)], ids=str)
+@pytest.mark.parametrize("source", DTYPES, ids=str)
+def test_the_transpose_alone_has_the_bytes_of_packing_both(source, shape):
+    matrix = torch.randn(shape, device=DEVICE).to(source)
+    codes = masks.to_codes(masks.transposable(torch.randn(shape, device=DEVICE))).to(torch.int16)
+    for dtype in HALVES:
+        for given in ({}, {"codes": codes}):
+            assert torch.equal(pack_transpose(matrix, dtype, **given), pack(matrix, dtype, **given)[1])
+
+
+@pytest.mark.parametrize("block", [Block(32, 8, 4), Block(16, 16, 8)], ids=str)
+def test_the_transpose_alone_of_padded_rows_and_with_any_block(block):
+    x = torch.randn(33, 80, device=DEVICE).to(torch.bfloat16)
+    padded = torch.nn.functional.pad(x, (0, 0, 0, 15))
+    packed_t = pack_transpose(x, torch.bfloat16, rows_padded=48, block=block)
+    expect(packed_t, padded.mT, masks.transposable(padded).mT, torch.bfloat16)
+
+
+def test_the_transpose_alone_needs_whole_metadata_blocks_of_the_transpose_only():
+    layout = MetadataLayout((0, 1, 32, 33, 34, 35, 36))  # blocks of 4 rows x 32 groups
+    matrix = torch.randn(256, 64, device=DEVICE)
+    block = Block(tile_rows=32, pairs=8)
+    packed_t = pack_transpose(matrix, torch.float16, layout, block=block)
+    expect(packed_t, matrix.mT, masks.transposable(matrix).mT, torch.float16, layout)
+    with pytest.raises(ConfigError, match="whole metadata blocks"):
+        pack(matrix, torch.float16, layout=layout, block=block)
+
+
 @pytest.mark.parametrize("block", [Block(32, 8, 4), Block(16, 16, 8)], ids=str)
 @pytest.mark.parametrize("source", DTYPES, ids=str)
 def test_every_block_size_writes_the_same(source, block):
@@ -185,3 +219,7 @@ def test_bad_arguments_are_named():
         )
     with pytest.raises(ConfigError, match="whole metadata blocks"):
         pack(matrix, torch.bfloat16, layout=MetadataLayout((*range(8), 32, 33)))
+    with pytest.raises(ConfigError, match="packed and packed_t are both None"):
+        prune_pack.launch(matrix, None, None, dtype=torch.bfloat16, layout=SM90_16BIT)
+    with pytest.raises(ShapeError, match="packed_t has 16 bytes"):
+        prune_pack.launch(matrix, None, buffers(32, 32)[1][:16], dtype=torch.bfloat16, layout=SM90_16BIT)

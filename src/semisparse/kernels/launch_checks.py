@@ -30,7 +30,7 @@ def check_sizes(
         columns: Of the matrix.
         types: Dtype of the matrix and of the packed values.
         mask: What is chosen.
-        transposed: Whether the transpose is written, too.
+        transposed: Whether the transpose is written.
 
     Raises:
         ShapeError: A size does not fit.
@@ -89,9 +89,12 @@ def check_held(codes: Tensor | None, scale: Tensor | None, rows: int, columns: i
         raise TensorError(f"scale is {scale.dtype} {tuple(scale.shape)}; it must be one float32 element")
 
 
-def check_buffers(packed: Tensor, packed_t: Tensor | None, rows: int, columns: int, layout: MetadataLayout) -> None:
-    """check_buffer for a rows x columns matrix and, if packed_t is given, for its transpose."""
-    check_buffer("packed", packed, rows, columns, layout)
+def check_buffers(
+    packed: Tensor | None, packed_t: Tensor | None, rows: int, columns: int, layout: MetadataLayout
+) -> None:
+    """check_buffer for what is given: the buffer of a rows x columns matrix and that of its transpose."""
+    if packed is not None:
+        check_buffer("packed", packed, rows, columns, layout)
     if packed_t is not None:
         check_buffer("packed_t", packed_t, columns, rows, layout)
 

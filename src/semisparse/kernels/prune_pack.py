@@ -1,4 +1,4 @@
-"""One pass over a matrix: choose what each 4x4 tile keeps, write the packed matrix and the packed transpose.
+"""One pass over a matrix: choose what each 4x4 tile keeps, write the packed matrix, the packed transpose, or both.
 
 A program handles a block of tiles that covers whole metadata blocks in both directions, so it alone writes all of
 their bytes, padding included. A thread holds tile *pairs* (4 rows x 8 columns, 16 bytes per row of 16-bit values). This
@@ -86,6 +86,8 @@ def pack_block(
 ):  # fmt: skip
     """prune_pack for one block of a matrix, that in row `down` and column `right` of blocks.
 
+    Where packed is None, the transpose alone is written.
+
     TABLED: packed and packed_t are both the entry of a table (prune_pack_many.py) that says where the buffers lie. The
     entry is read where they are written, so that their addresses hold no registers until then.
     """
@@ -131,15 +133,16 @@ def pack_block(
 
     nibbles = tile_masks.metadata_nibbles(choice)
     selectors = packed_values.byte_selectors(nibbles)
-    out = (
-        _buffer(packed, PACKED_AT, TABLED, NATIVE).to(tl.pointer_type(tl.int32))
-        + first_row * row_words
-        + right * (2 * PAIRS)
-    )
-    kept = packed_values.kept_in_rows(kept_words, selectors, NATIVE)
-    for i in tl.static_range(4):
-        at = out + (4 * local_row + i) * row_words + local_column
-        tl.store(at, kept[i], mask=inside)
+    if packed is not None:
+        out = (
+            _buffer(packed, PACKED_AT, TABLED, NATIVE).to(tl.pointer_type(tl.int32))
+            + first_row * row_words
+            + right * (2 * PAIRS)
+        )
+        kept = packed_values.kept_in_rows(kept_words, selectors, NATIVE)
+        for i in tl.static_range(4):
+            at = out + (4 * local_row + i) * row_words + local_column
+            tl.store(at, kept[i], mask=inside)
     if TRANSPOSED:
         out = _buffer(packed_t, PACKED_T_AT, TABLED, NATIVE).to(tl.pointer_type(tl.int32))
         out += (right * 8 * PAIRS).to(tl.int64) * row_words_t
@@ -151,10 +154,11 @@ def pack_block(
         nibbles = tl.where(inside, nibbles, PADDING)
     even, odd = tl.split(nibbles)
     values_bytes = rows_padded.to(tl.int64) * columns
-    line, group = down * 4 * TILE_ROWS, right * 2 * PAIRS
-    word = (even & 0xFFFF) | (odd << 16)
-    to = _buffer(packed, PACKED_AT, TABLED, NATIVE)
-    store_metadata(to, values_bytes, word, line, group, row_blocks, blocks, BITS, False, TILE_ROWS, PAIRS)
+    if packed is not None:
+        line, group = down * 4 * TILE_ROWS, right * 2 * PAIRS
+        word = (even & 0xFFFF) | (odd << 16)
+        to = _buffer(packed, PACKED_AT, TABLED, NATIVE)
+        store_metadata(to, values_bytes, word, line, group, row_blocks, blocks, BITS, False, TILE_ROWS, PAIRS)
     if TRANSPOSED:
         word = ((even >> 16) & 0xFFFF) | (odd & -0x10000)
         line, group = right * 8 * PAIRS, down * TILE_ROWS
@@ -185,7 +189,7 @@ def prune_pack(
 
 def launch(
     matrix: Tensor,
-    packed: Tensor,
+    packed: Tensor | None,
     packed_t: Tensor | None,
     *,
     dtype: torch.dtype,
@@ -196,13 +200,16 @@ def launch(
     scale: Tensor | None = None,
     block: Block | None = None,
 ) -> Launcher:
-    """Prune a matrix and write it, and its transpose, in packed form. Asynchronous, on the device's current stream.
+    """Prune a matrix and write it, its transpose, or both, in packed form.
+
+    Asynchronous, on the device's current stream.
 
     Args:
         matrix: R x C, fp32, fp16 or bf16, C a multiple of 16. Rows are read in 16-byte pieces; a matrix whose rows are
             not contiguous and aligned for that is copied first.
-        packed: Contiguous uint8, long enough for the values and whole metadata blocks.
-        packed_t: The same for the transpose; None for masks that are 2:4 along the columns only.
+        packed: Contiguous uint8, long enough for the values and whole metadata blocks; None to write the transpose
+            alone.
+        packed_t: The same for the transpose; None to leave it out, as for masks that are 2:4 along the columns only.
         dtype: Of the packed values, fp16 or bf16. Values are rounded to it once, after the choice.
         layout: Where the metadata goes.
         mask: One of masks.MASKS that is chosen while packing, bit for bit as its choose. "soft" then shrinks the two
@@ -219,8 +226,8 @@ def launch(
     Raises:
         ShapeError: A size or a buffer does not fit.
         TensorError: A dtype or a memory layout does not fit.
-        ConfigError: The mask is unknown or not chosen by this kernel, or mask or block cannot be used with the other
-            arguments.
+        ConfigError: The mask is unknown or not chosen by this kernel, mask or block cannot be used with the other
+            arguments, or packed and packed_t are both None.
     """
     rows, columns = matrix.shape
     if matrix.stride(1) != 1 or matrix.stride(0) * matrix.itemsize % ALIGNMENT or matrix.data_ptr() % ALIGNMENT:
@@ -230,11 +237,11 @@ def launch(
     if any(given):
         check_held(codes, scale, rows_padded, columns)
     words_apart = matrix.stride(0) * matrix.itemsize // 8
-    types, both, index = (matrix.dtype, dtype), packed_t is not None, matrix.get_device()
+    types, written, index = (matrix.dtype, dtype), (packed is not None, packed_t is not None), matrix.get_device()
     block = block or best_block(matrix.dtype, index)
     sizes = rows, rows_padded, columns, words_apart
-    start, needed = _prepare(sizes, types, mask, given, both, layout, block, native=index >= 0)
-    if packed.numel() < needed[0] or (packed_t is not None and packed_t.numel() < needed[1]):
+    start, needed = _prepare(sizes, types, mask, given, written, layout, block, native=index >= 0)
+    if (packed is not None and packed.numel() < needed[0]) or (packed_t is not None and packed_t.numel() < needed[1]):
         check_buffers(packed, packed_t, rows_padded, columns, layout)
     start(index, matrix.view(torch.int64), codes, scale, packed, packed_t)
     return start
@@ -261,7 +268,7 @@ def _prepare(
     types: tuple[torch.dtype, torch.dtype],
     mask: str,
     given: tuple[bool, bool],
-    transposed: bool,
+    written: tuple[bool, bool],
     layout: MetadataLayout,
     block: Block,
     native: bool,
@@ -273,16 +280,18 @@ def _prepare(
         types: Dtypes read and written.
         mask: The name of the mask.
         given: Whether tile codes are given, and a scale.
-        transposed: Whether the transpose is written, too.
+        written: Whether the matrix is written, and its transpose.
         layout: Where the metadata goes.
         block: What one program covers.
         native: Whether PTX may be used; the interpreter knows none.
     """
     rows, rows_padded, columns, stride = sizes
     chosen = masks.get(mask)
+    if not any(written):
+        raise ConfigError("packed and packed_t are both None: pass the buffer that is to be written")
     check_choice(chosen, *given)
-    check_sizes(rows, rows_padded, columns, types, chosen, transposed)
-    check_block(block, layout)
+    check_sizes(rows, rows_padded, columns, types, chosen, written[1])
+    check_block(block, layout, transpose_only=not written[0])
     row_blocks, blocks = layout.blocks(rows_padded, columns)
     row_blocks_t, blocks_t = layout.blocks(columns, rows_padded)
     height, width = 4 * block.tile_rows, 8 * block.pairs
@@ -295,7 +304,7 @@ def _prepare(
         prune_pack,
         grid,
         (*sizes, row_blocks, blocks, row_blocks_t, blocks_t),
-        constants_of(types, chosen, given[0], transposed, layout, block, even, wide, native),
+        constants_of(types, chosen, given[0], written[1], layout, block, even, wide, native),
         num_warps=block.warps,
         maxnreg=None if wide else block.registers,
     )
