@@ -3,8 +3,9 @@
 
 #include "register.h"
 
-// Raised whenever a structure or a signature below changes, so that Python never uses a library of another version.
-#define SEMISPARSE_INTERFACE 5
+// Raised whenever a structure, a signature below or the list of ops (register.h) changes, so that Python never uses a
+// library of another version.
+#define SEMISPARSE_INTERFACE 6
 
 #define SEMISPARSE_EXPORT extern "C" __attribute__((visibility("default")))
 

@@ -9,7 +9,9 @@
 namespace semisparse {
 
 enum class ProductKind : int64_t { weight = 0, tokens = 1, grad_weight = 2, sampled = 3 };
-enum class LaunchKind : int64_t { pack = 0, pack_tokens = 1, unpack = 2, add_bias = 3, sample = 4, sum_rows = 5 };
+enum class LaunchKind : int64_t {
+  pack = 0, pack_tokens = 1, unpack = 2, add_bias = 3, sample = 4, sum_rows = 5, pack_transpose = 6
+};
 
 // A short name as a number.
 inline int64_t named(std::string_view name) {

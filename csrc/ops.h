@@ -81,6 +81,7 @@ auto attempted(Attempt attempt) -> std::invoke_result_t<Attempt, Current&> {
 
 using TwoBuffers = std::optional<std::tuple<Tensor, Tensor>>;
 
+// A buffer that the launch does not write has no bytes.
 template <class Device>
 TwoBuffers start_pack(Current& current, LaunchKind kind, const Tensor& matrix, ScalarType dtype, std::string_view mask,
                       const Optional& codes, const Optional& scale) {
@@ -116,6 +117,15 @@ std::tuple<Tensor, Tensor> pack(const Tensor& matrix, ScalarType dtype, const Te
     return start_pack<Device>(current, LaunchKind::pack, matrix, dtype, mask, codes, scale);
   });
   return packed ? std::move(*packed) : two_from_python<Device>("pack", matrix, dtype, mask, codes, scale);
+}
+
+template <class Device>
+Tensor pack_transpose(const Tensor& matrix, ScalarType dtype, const Text& mask, Optional codes, Optional scale) {
+  auto packed = attempted<Device>([&](Current& current) {
+    return start_pack<Device>(current, LaunchKind::pack_transpose, matrix, dtype, mask, codes, scale);
+  });
+  return packed ? std::move(std::get<1>(*packed))
+                : one_from_python<Device>("pack_transpose", matrix, dtype, mask, codes, scale);
 }
 
 template <class Device>

@@ -14,6 +14,7 @@ void register_ops() {
   static StableLibrary& library =
       *new StableLibrary(StableLibrary::Kind::IMPL, Device::library, Device::dispatch_key, __FILE__, __LINE__);
   library.impl("pack", TORCH_BOX(&pack<Device>));
+  library.impl("pack_transpose", TORCH_BOX(&pack_transpose<Device>));
   library.impl("pack_tokens", TORCH_BOX(&pack_tokens<Device>));
   library.impl("unpack", TORCH_BOX(&unpack<Device>));
   library.impl("packed_matmul", TORCH_BOX(&packed_matmul<Device>));

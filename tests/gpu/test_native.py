@@ -34,6 +34,7 @@ BACKEND = "cusparselt"  # "auto" may find masked dense faster
 TOKENS = (1, 7, 8, 13, 64, 200)
 PYTHON = {
     "pack": packing._cuda_pack,
+    "pack_transpose": packing._cuda_pack_transpose,
     "pack_tokens": packing._cuda_pack_tokens,
     "unpack": packing._cuda_unpack,
     "packed_matmul": products._cuda_packed_matmul,
@@ -72,7 +73,7 @@ def natively(asked: list[str], name: str, *given: Any) -> Any:
     sparse, dense = native.started(), native.started_dense()
     result = call(*given)
     assert asked == []
-    multiplies, by_torch = name not in ("pack", "pack_tokens", "unpack"), "dense" in given
+    multiplies, by_torch = name not in ("pack", "pack_transpose", "pack_tokens", "unpack"), "dense" in given
     assert native.started() - sparse == (multiplies and not by_torch)
     assert native.started_dense() - dense == (multiplies and by_torch)
     return result
@@ -105,6 +106,7 @@ def test_pack_and_unpack(asked: list[str], mask: str, stored: torch.dtype, dtype
         assert_same_buffer(packed, expected, N, K, dtype)
         if expected_t.numel():
             assert_same_buffer(packed_t, expected_t, K, N, dtype)
+            assert_same_buffer(natively(asked, "pack_transpose", *given), expected_t, K, N, dtype)
         else:
             assert packed_t.numel() == 0
         unpacked = natively(asked, "unpack", packed, N, K, dtype)

@@ -77,15 +77,15 @@ class Kernel:
         given = dict(zip(self.pointers, words, strict=False))
         assert words[len(self.pointers) :] == [*self.sizes, 0, 0]
         rows, columns, stride = self.sizes
-        if self.kind in (LaunchKind.PACK, LaunchKind.PACK_TOKENS):
+        if self.kind in (LaunchKind.PACK, LaunchKind.PACK_TOKENS, LaunchKind.PACK_TRANSPOSE):
             memory = read(given[0], ((rows - 1) * stride + columns,), self.read)
             matrix = memory.as_strided((rows, columns), (stride, 1))
             codes = read(given[1], (rows // 4, columns // 4), torch.int16) if 1 in given else None
             scale = read(given[2], (), torch.float32) if 2 in given else None
-            packs = self.kind is LaunchKind.PACK
+            tokens = self.kind is LaunchKind.PACK_TOKENS
             made = (
-                ops.pack(matrix, self.written, self.mask, codes, scale) if packs
-                else ops.pack_tokens(matrix, self.written)
+                ops.pack_tokens(matrix, self.written) if tokens
+                else ops.pack(matrix, self.written, self.mask, codes, scale)
             )  # fmt: skip
             for place, buffer in zip((3, 4), made, strict=True):
                 if place in given:

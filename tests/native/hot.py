@@ -24,6 +24,7 @@ BUILT = "SEMISPARSE_TEST_LIBRARY"
 
 FAKES = {
     "pack": packing._fake_pack,
+    "pack_transpose": packing._fake_pack_transpose,
     "pack_tokens": packing._fake_pack_tokens,
     "unpack": packing._fake_unpack,
     "packed_matmul": products._fake_packed_matmul,
@@ -35,6 +36,7 @@ FAKES = {
 # In the tests that use products.*, the simulated engine stands behind them (conftest.py).
 PYTHON: dict[str, Callable[..., Any]] = {
     "pack": ops.pack,
+    "pack_transpose": ops.pack_transpose,
     "pack_tokens": ops.pack_tokens,
     "unpack": ops.unpack,
     "packed_matmul": products._cuda_packed_matmul,
@@ -122,9 +124,10 @@ class Hot:
     ) -> LaunchFacts:
         """Hand a kernel over, as ops/prepare.py does on CUDA. change: other facts than the right ones."""
         rows, columns, _ = sizes
-        packs = kind in (LaunchKind.PACK, LaunchKind.PACK_TOKENS)
+        packs = kind in (LaunchKind.PACK, LaunchKind.PACK_TOKENS, LaunchKind.PACK_TRANSPOSE)
         both = packs and (kind is LaunchKind.PACK_TOKENS or masks.get(mask).both_ways)
-        pointers = [0, *(n for n in (1, 2) if given[n - 1]), 3, *([4] if both else [])] if packs else [0, 1]
+        buffers = [3] * (kind is not LaunchKind.PACK_TRANSPOSE) + [4] * both
+        pointers = [0, *(n for n in (1, 2) if given[n - 1]), *buffers] if packs else [0, 1]
         if kind is LaunchKind.SAMPLE:
             pointers = [0, *([1] if given[0] else []), 2, *([3] if given[1] else [])]
         read, written = dtypes
@@ -134,7 +137,7 @@ class Hot:
         facts.grid[:] = 2, 3, 1
         if packs:
             padded = -(-rows // 16) * 16
-            facts.bytes[:] = packed_bytes(padded, columns), packed_bytes(columns, padded) if both else 0
+            facts.bytes[:] = packed_bytes(padded, columns) * (3 in buffers), packed_bytes(columns, padded) * both
         elif kind is LaunchKind.SAMPLE:
             facts.bytes[:] = packed_bytes(columns, -(-rows // 16) * 16), SUM_ROWS * columns * 4 if given[1] else 0
         elif kind is LaunchKind.UNPACK:

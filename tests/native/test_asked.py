@@ -84,6 +84,7 @@ def test_an_eager_call_raises_the_very_exception_of_python(bench: Bench, name: s
     packed = ops.pack(integers(N, K), DTYPE, "transposable")[0]
     given = {
         "pack": (integers(N, K), DTYPE, "transposable"),
+        "pack_transpose": (integers(N, K), DTYPE, "transposable"),
         "pack_tokens": (integers(N, K), DTYPE),
         "unpack": (packed, N, K, DTYPE),
     }.get(name) or tuple(operands(name).values())

@@ -40,7 +40,7 @@ def handed(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> list[tuple[LaunchKi
     by_kernel = PackedFormat("kernel", SM90_16BIT, "simulated")
     for module in (packing, products):
         monkeypatch.setattr(module, "packed_format", lambda *_: by_kernel)
-    for name in ("pack", "pack_tokens", "unpack"):
+    for name in ("pack", "pack_transpose", "pack_tokens", "unpack"):
         bench.hot.python[name] = getattr(packing, f"_cuda_{name}")
     monkeypatch.setattr(products, "_cuda_pack", packing._cuda_pack)
     return found
@@ -56,6 +56,16 @@ def test_pack_finds_what_pythons_pack_handed_over(bench: Bench, handed: list[Any
             assert ours.numel() == python.numel()
         assert handed.pop()[0] is LaunchKind.PACK
     assert handed == []
+
+
+@needs_interpreter
+@pytest.mark.parametrize("mask", ["transposable", "codes"])
+def test_pack_transpose_finds_what_pythons_handed_over(bench: Bench, handed: list[Any], mask: str) -> None:
+    run = partial(bench.hot.ops.pack_transpose, torch.randn(32, 48), BF16, *arguments(mask))
+    before = bench.hot.by_python(run)
+    assert bench.hot.natively(run).numel() == before.numel()
+    ((kind, what),) = handed
+    assert kind is LaunchKind.PACK_TRANSPOSE and what["pointers"] == [True, mask == "codes", False, False, True]
 
 
 @needs_interpreter

@@ -1,4 +1,4 @@
-"""pack, pack_tokens and unpack in C++: what they start, with which addresses, and when they ask Python."""
+"""The packing ops in C++: what they start, with which addresses, and when they ask Python."""
 
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -25,11 +25,11 @@ def arguments(mask: str) -> tuple[str, Tensor | None, Tensor | None]:
     return mask, None, torch.tensor(1.1875) if mask == "soft" else None
 
 
-def prepare_pack(bench: Bench, mask: str, stride: int = 48, dtype: torch.dtype = SINGLE, **change: object) -> None:
+def prepare_pack(
+    bench: Bench, mask: str, stride: int = 48, dtype: torch.dtype = SINGLE, kind: LaunchKind = LaunchKind.PACK
+) -> None:
     name = "transposable" if mask == "codes" else mask
-    bench.hot.launch(
-        LaunchKind.PACK, (dtype, BF16), (32, 48, stride), name, (mask == "codes", mask == "soft"), **change
-    )
+    bench.hot.launch(kind, (dtype, BF16), (32, 48, stride), name, (mask == "codes", mask == "soft"))
 
 
 def assert_buffers(found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> None:
@@ -46,6 +46,22 @@ def test_pack_is_python_until_its_kernel_is_prepared_and_then_cpp(bench: Bench, 
     assert_buffers(bench.hot.natively(lambda: bench.hot.ops.pack(matrix, BF16, *given)), expected)
     assert (bench.hot.foreign.launched, bench.hot.foreign.streams) == ([LaunchKind.PACK], [STREAM])
     assert bench.hot.foreign.guards > 0
+
+
+@pytest.mark.parametrize("mask", ["transposable", "codes"])
+def test_the_transpose_alone_is_a_kernel_of_its_own(bench: Bench, mask: str) -> None:
+    matrix, given = torch.randn(32, 48), arguments(mask)
+    expected = ops.pack(matrix, BF16, *given)[1]
+    call = partial(bench.hot.ops.pack_transpose, matrix, BF16, *given)
+    prepare_pack(bench, mask)
+    assert_bit_equal(bench.hot.by_python(call), expected)  # the kernel that writes both is not it
+    prepare_pack(bench, mask, kind=LaunchKind.PACK_TRANSPOSE)
+    assert_bit_equal(bench.hot.natively(call), expected)
+    assert bench.hot.foreign.launched == [LaunchKind.PACK_TRANSPOSE]
+    for other in (matrix.to(HALF), torch.randn(32, 64)[:, :48], shifted(matrix)):
+        call = partial(bench.hot.ops.pack_transpose, other, BF16, *given)
+        assert_bit_equal(bench.hot.by_python(call), ops.pack_transpose(other, BF16, *given))
+    assert bench.hot.foreign.launched == [LaunchKind.PACK_TRANSPOSE]
 
 
 @pytest.mark.parametrize("tokens", range(1, 18))
@@ -185,6 +201,8 @@ def test_empty_matrices_are_pythons(bench: Bench) -> None:
     for rows, columns in ((0, 48), (32, 0)):
         given = torch.randn(rows, columns), BF16, "transposable"
         assert_buffers(bench.hot.by_python(partial(bench.hot.ops.pack, *given)), ops.pack(*given))
+        transposed = bench.hot.by_python(partial(bench.hot.ops.pack_transpose, *given))
+        assert_bit_equal(transposed, ops.pack_transpose(*given))
     x = torch.randn(0, 48)
     assert_buffers(bench.hot.by_python(lambda: bench.hot.ops.pack_tokens(x, BF16)), ops.pack_tokens(x, BF16))
 
@@ -212,8 +230,10 @@ def test_a_kernel_can_have_as_many_parameters_as_python_hands_over(bench: Bench)
 
 
 def test_wrong_matrices_raise_the_typed_error_of_python(bench: Bench) -> None:
-    prepare_pack(bench, "transposable")
-    pack = bench.hot.ops.pack
+    for kind in (LaunchKind.PACK, LaunchKind.PACK_TRANSPOSE):
+        prepare_pack(bench, "transposable", kind=kind)
+    with pytest.raises(errors.ConfigError, match="mask='row' is 2:4 along the columns only"):
+        bench.hot.ops.pack_transpose(torch.randn(32, 48), BF16, "row")
     for matrix, dtype, mask, error in (
         (torch.randn(30, 48), BF16, "transposable", errors.ShapeError),
         (torch.randn(2, 32, 48), BF16, "transposable", errors.ShapeError),
@@ -222,6 +242,7 @@ def test_wrong_matrices_raise_the_typed_error_of_python(bench: Bench) -> None:
         (torch.randn(32, 48), BF16, "no such mask", errors.ConfigError),
         (torch.randn(32, 48), BF16, "soft", errors.ConfigError),
     ):
-        with pytest.raises(error):
-            pack(matrix, dtype, mask)
+        for pack in (bench.hot.ops.pack, bench.hot.ops.pack_transpose):
+            with pytest.raises(error):
+                pack(matrix, dtype, mask)
         assert bench.hot.foreign.launched == []

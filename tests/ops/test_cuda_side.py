@@ -6,12 +6,13 @@ import pytest
 import torch
 
 from semisparse import masks, ops
+from semisparse.errors import ConfigError
 from semisparse.formats.layout import SM90_16BIT
 from semisparse.formats.packed import PackedFormat
 from semisparse.kernels import prune_pack, tile_codes
 from semisparse.ops import packing as ops_packing
 from semisparse.ops.masks import _cuda_prune, _cuda_tile_codes
-from semisparse.ops.packing import _cuda_pack
+from semisparse.ops.packing import _cuda_pack, _cuda_pack_transpose
 from semisparse.reference import packing
 from semisparse.testing import assert_bit_equal
 from tests.support import MaskArguments
@@ -109,3 +110,24 @@ def test_packing_gives_the_cpus_values_and_greedy_tiles_never_reach_the_pack_ker
                 assert_bit_equal(*(ops.unpack(buffer, *shape, dtype) for buffer in (found, wanted)))
     if compressed is not None:
         assert len(compressed) == (6 if setting in GREEDY else 0)
+
+
+@pytest.mark.parametrize("setting", ["transposable", "codes", *GREEDY])
+def test_the_transpose_alone_is_packed_by_what_packs_both(launches, compressed, setting):
+    given, dtype = arguments_for(setting), torch.bfloat16
+    for matrix in (torch.randn(32, 48), torch.randint(-3, 4, (32, 48)).half(), torch.randn(48, 32).mT):
+        both = _cuda_pack(matrix, dtype, *given)[1]
+        ways = launches[:], len(compressed or ())
+        launches.clear()
+        if compressed is not None:
+            compressed.clear()
+        alone = _cuda_pack_transpose(matrix, dtype, *given)
+        assert_bit_equal(*(ops.unpack(buffer, 48, 32, dtype) for buffer in (alone, both)))
+        assert alone.numel() == both.numel()
+        assert (launches, 2 * len(compressed or ())) == ways
+        launches.clear()
+        if compressed is not None:
+            compressed.clear()
+    for mask in ("row", "soft"):
+        with pytest.raises(ConfigError, match="2:4 along the columns only"):
+            _cuda_pack_transpose(matrix, dtype, *arguments_for(mask))

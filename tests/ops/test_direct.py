@@ -74,6 +74,7 @@ def test_keywords_go_through_the_dispatcher(direct_calls):
     "name",
     [
         "pack",
+        "pack_transpose",
         "pack_tokens",
         "unpack",
         "packed_matmul",

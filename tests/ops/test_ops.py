@@ -156,5 +156,6 @@ def test_products_by_themselves_have_no_gradient() -> None:
     (torch.ones(8, 16), torch.bfloat16, ShapeError),
 ])  # fmt: skip
 def test_what_a_gpu_cannot_pack_is_not_packed_on_the_cpu(matrix: Tensor, dtype: torch.dtype, error: type) -> None:
-    with pytest.raises(error):
-        ops.pack(matrix, dtype, "transposable")
+    for pack in (ops.pack, ops.pack_transpose):
+        with pytest.raises(error):
+            pack(matrix, dtype, "transposable")

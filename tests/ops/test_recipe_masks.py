@@ -19,7 +19,10 @@ pytestmark = pytest.mark.usefixtures("poison")
 
 CHOSEN = ["transposable", "row", "greedy", "signed_greedy"]
 ALL = [*CHOSEN, "codes", "soft"]  # "codes": a transposable mask that is given as codes
-TILE_CODES, PRUNE, PACK = (getattr(torch.ops.semisparse, name).default for name in ("tile_codes", "prune", "pack"))
+BOTH_WAYS = ["transposable", "greedy", "signed_greedy", "codes"]
+TILE_CODES, PRUNE, PACK, PACK_TRANSPOSE = (
+    getattr(torch.ops.semisparse, name).default for name in ("tile_codes", "prune", "pack", "pack_transpose")
+)
 SCALE = 1.1875  # exact in fp32, and most products with it must be rounded
 
 
@@ -48,8 +51,8 @@ def calls(op: torch._ops.OpOverload, matrix: Tensor) -> dict[str, tuple[object, 
     """Arguments of op for each mask it takes."""
     if op is TILE_CODES:
         return {mask: (matrix, mask) for mask in CHOSEN}
-    dtype = torch.bfloat16
-    return {mask: (matrix, dtype, *arguments_for(matrix, mask)) for mask in ALL}
+    dtype, known = torch.bfloat16, BOTH_WAYS if op is PACK_TRANSPOSE else ALL
+    return {mask: (matrix, dtype, *arguments_for(matrix, mask)) for mask in known}
 
 
 MATRICES = {
@@ -60,7 +63,7 @@ MATRICES = {
 }
 CASES = [
     (op, name, mask)
-    for op, known in ((TILE_CODES, CHOSEN), (PRUNE, ALL), (PACK, ALL))
+    for op, known in ((TILE_CODES, CHOSEN), (PRUNE, ALL), (PACK, ALL), (PACK_TRANSPOSE, BOTH_WAYS))
     for name in MATRICES
     for mask in known
 ]
@@ -145,11 +148,14 @@ def test_unpacking_what_was_packed_is_pruning(mask: str, dtype: torch.dtype, sou
         pruned = ops.prune(matrix, dtype, *given)
         packed, packed_t = ops.pack(matrix, dtype, *given)
         assert_bit_equal(ops.unpack(packed, 32, 48, dtype), pruned)
-        if mask in ("row", "soft"):
-            assert packed_t.numel() == 0
-        else:
+        if mask in BOTH_WAYS:
             assert packed_t.numel() == packed_bytes(48, 32)
             assert_bit_equal(ops.unpack(packed_t, 48, 32, dtype), pruned.mT.contiguous())
+            assert_bit_equal(ops.pack_transpose(matrix, dtype, *given), packed_t)
+        else:
+            assert packed_t.numel() == 0
+            with pytest.raises(ConfigError, match=f"mask='{mask}' is 2:4 along the columns only"):
+                ops.pack_transpose(matrix, dtype, *given)
 
 
 @pytest.mark.parametrize("mask", ALL)
@@ -160,6 +166,8 @@ def test_results_never_alias_an_input_and_leave_what_is_held_alone(mask: str) ->
     ops.prune(matrix, torch.float32, *given).fill_(1)
     for buffer in ops.pack(matrix, torch.bfloat16, *given):
         buffer.fill_(1)
+    if mask in BOTH_WAYS:
+        ops.pack_transpose(matrix, torch.bfloat16, *given).fill_(1)
     assert not matrix.any()
     for name, tensor in given.held.items():
         assert tensor is None or torch.equal(tensor, before[name])
@@ -189,8 +197,9 @@ def test_what_is_held_is_checked(case: str) -> None:
     error, message, make = BAD_HELD[case]
     with pytest.raises(error, match=message):
         ops.prune(torch.ones(16, 16), torch.float32, *make())
-    with pytest.raises(error, match=message):
-        ops.pack(torch.ones(16, 16), torch.bfloat16, *make())
+    for pack in (ops.pack, ops.pack_transpose):
+        with pytest.raises(error, match=message):
+            pack(torch.ones(16, 16), torch.bfloat16, *make())
 
 
 @pytest.mark.parametrize("mask", ["codes", "soft"])
@@ -237,6 +246,7 @@ def test_an_unknown_mask_is_named_with_those_there_are(mask: str) -> None:
     for call in (
         lambda: ops.prune(matrix, torch.float32, mask),
         lambda: ops.pack(matrix, torch.bfloat16, mask),
+        lambda: ops.pack_transpose(matrix, torch.bfloat16, mask),
         lambda: ops.tile_codes(matrix, mask),
     ):
         with pytest.raises(ConfigError, match=expected):

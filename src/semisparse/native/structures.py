@@ -5,7 +5,7 @@ from enum import IntEnum
 
 import torch
 
-INTERFACE = 5
+INTERFACE = 6
 """csrc/interface.h's number: a library of another one is never used."""
 
 MOST_PARAMETERS = 32
@@ -33,6 +33,7 @@ class LaunchKind(IntEnum):
     ADD_BIAS = 3
     SAMPLE = 4
     SUM_ROWS = 5
+    PACK_TRANSPOSE = 6
 
 
 class Functions(ctypes.Structure):

@@ -4,7 +4,7 @@ On plain CUDA tensors some of them skip the dispatcher (register.py says when).
 """
 
 from semisparse.ops.masks import prune, prune_tokens, tile_codes
-from semisparse.ops.packing import pack, pack_tokens, unpack
+from semisparse.ops.packing import pack, pack_tokens, pack_transpose, unpack
 from semisparse.ops.packing_many import pack_many
 from semisparse.ops.products import (
     pack_linear,
@@ -23,6 +23,7 @@ __all__ = [
     "pack_many",
     "pack_sample",
     "pack_tokens",
+    "pack_transpose",
     "packed_linear",
     "packed_matmul",
     "packed_tokens_grad_weight",

@@ -1,6 +1,7 @@
 """Ops that pack and unpack. A packed buffer is uint8, in the engine's format (formats/); on the CPU in sm90's.
 
-On CUDA the Triton kernel packs both directions in one pass; formats/ says on which devices it takes more.
+On CUDA the Triton kernel writes what is asked for, a matrix, its transpose or both, in one pass; formats/ says on which
+devices it takes more.
 """
 
 from functools import lru_cache
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from semisparse import calls, masks
-from semisparse.errors import ShapeError, TensorError
+from semisparse.errors import ConfigError, ShapeError, TensorError
 from semisparse.formats.layout import PACKED_DTYPES, SM90_16BIT, SPARSE_MULTIPLE, packed_bytes, round_up
 from semisparse.formats.packed import PackedFormat, packed_format
 from semisparse.gemm.engine import engine
@@ -90,6 +91,60 @@ def pack(
         matrix = prune_anywhere(matrix, dtype, mask, codes, scale)
     packed = encoded(matrix, kept, dtype)
     return packed, encoded(matrix.mT, kept.mT, dtype) if found.both_ways else packed.new_empty(0)
+
+
+def _both_ways(mask: masks.Mask) -> masks.Mask:
+    """mask, whose packed transpose exists."""
+    if not mask.both_ways:
+        known = ", ".join(repr(other.name) for other in masks.MASKS.values() if other.both_ways)
+        raise ConfigError(f"mask={mask.name!r} is 2:4 along the columns only: its transpose is packed for {known} only")
+    return mask
+
+
+def _fake_pack_transpose(
+    matrix: Tensor, dtype: torch.dtype, mask: str, codes: Tensor | None = None, scale: Tensor | None = None
+) -> Tensor:
+    _both_ways(masks.get(mask))
+    return _fake_buffers(matrix, matrix.shape[0], matrix.shape[1], True)[1]
+
+
+def _cuda_pack_transpose(
+    matrix: Tensor, dtype: torch.dtype, mask: str, codes: Tensor | None = None, scale: Tensor | None = None
+) -> Tensor:
+    found = _both_ways(checked(matrix, mask, codes, scale))
+    return _pack_rows(LaunchKind.PACK_TRANSPOSE, matrix, matrix.shape[0], dtype, found, codes, scale)[1]
+
+
+@register(
+    "pack_transpose(Tensor matrix, ScalarType dtype, str mask, Tensor? codes=None, Tensor? scale=None) -> Tensor",
+    fake=_fake_pack_transpose,
+    cuda=_cuda_pack_transpose,
+    hot=True,
+    note=calls.note,
+)
+def pack_transpose(
+    matrix: Tensor, dtype: torch.dtype, mask: str, codes: Tensor | None = None, scale: Tensor | None = None
+) -> Tensor:
+    """The second buffer of pack alone: a matrix pruned, and its transpose packed.
+
+    Args:
+        matrix: As pack's.
+        dtype: As pack's.
+        mask: As pack's, but 2:4 along both axes.
+        codes: As pack's.
+        scale: As pack's.
+
+    Returns:
+        The buffer of the transpose of the pruned matrix, with the bytes of pack's.
+
+    Raises:
+        ConfigError: As pack, or the mask is 2:4 along the columns only.
+        ShapeError, TensorError, EngineError: As pack.
+    """
+    found = _both_ways(checked(matrix, mask, codes, scale))
+    _check_packable(matrix, dtype)
+    kept = found.choose(matrix) if codes is None else reference_masks.from_codes(codes)
+    return encoded(matrix.mT, kept.mT, dtype)
 
 
 def _fake_pack_tokens(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -174,21 +229,22 @@ def _pack_rows(
     codes: Tensor | None,
     scale: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """pack on CUDA, with rows of zeros added up to rows."""
+    """pack on CUDA, with rows of zeros added up to rows. What kind does not want is empty."""
     written, columns = packed_format(matrix.get_device(), dtype, engine()), matrix.shape[1]
+    wanted = kind is not LaunchKind.PACK_TRANSPOSE, mask.both_ways
     if rows == 0:
         return matrix.new_empty(0, dtype=torch.uint8), matrix.new_empty(0, dtype=torch.uint8)
     if written.packer != "kernel" or written.layout is None or not mask.chosen_while_packing:
         padded = torch.nn.functional.pad(matrix, (0, 0, 0, rows - matrix.shape[0]))
-        return _pack_in_steps(_cuda_prune(padded, dtype, mask.name, codes, scale), written, mask)
+        return _pack_in_steps(_cuda_prune(padded, dtype, mask.name, codes, scale), written, mask, wanted)
     from semisparse.kernels import prune_pack as kernel
 
-    packed = matrix.new_empty(_packed_bytes(rows, columns), dtype=torch.uint8)
-    packed_t = matrix.new_empty(_packed_bytes(columns, rows) if mask.both_ways else 0, dtype=torch.uint8)
+    packed = matrix.new_empty(_packed_bytes(rows, columns) if wanted[0] else 0, dtype=torch.uint8)
+    packed_t = matrix.new_empty(_packed_bytes(columns, rows) if wanted[1] else 0, dtype=torch.uint8)
+    into = packed if wanted[0] else None, packed_t if wanted[1] else None
     launcher = kernel.launch(
         matrix,
-        packed,
-        packed_t if mask.both_ways else None,
+        *into,
         dtype=dtype,
         layout=written.layout,
         mask=mask.name,
@@ -200,23 +256,26 @@ def _pack_rows(
         prepare.launch(
             kind,
             launcher,
-            (matrix, codes, scale, packed, packed_t if mask.both_ways else None),
+            (matrix, codes, scale, *into),
             dtypes=(matrix.dtype, dtype),
             sizes=(matrix.shape[0], columns, matrix.stride(0)),
-            mask=mask.name if kind is LaunchKind.PACK else "",
+            mask="" if kind is LaunchKind.PACK_TOKENS else mask.name,
             given=(codes is not None, scale is not None),
             sizes_in_bytes=(packed.numel(), packed_t.numel()),
         )
     return packed, packed_t
 
 
-def _pack_in_steps(pruned: Tensor, written: PackedFormat, mask: masks.Mask) -> tuple[Tensor, Tensor]:
+def _pack_in_steps(
+    pruned: Tensor, written: PackedFormat, mask: masks.Mask, wanted: tuple[bool, bool]
+) -> tuple[Tensor, Tensor]:
     """A pruned matrix packed without the kernel: by NVIDIA's compressor or by the reference."""
     if written.packer == "kernel" and engine().available(pruned.get_device()).ok:
         # A mask that the kernel does not choose. The compressor does not synchronise; the reference does.
         written = PackedFormat("compressor", written.layout, f"mask={mask.name!r}")
-    packed = pack_pruned(pruned, written)
-    return packed, pack_pruned(pruned.mT.contiguous(), written) if mask.both_ways else packed.new_empty(0)
+    empty = pruned.new_empty(0, dtype=torch.uint8)
+    packed = pack_pruned(pruned, written) if wanted[0] else empty
+    return packed, pack_pruned(pruned.mT.contiguous(), written) if wanted[1] else empty
 
 
 def pack_pruned(pruned: Tensor, written: PackedFormat) -> Tensor:
