@@ -118,7 +118,7 @@ def _saved_linear(ctx: Any) -> tuple[Any, Any, Any]:
     """x, the packing for dx, which is made now where the weight was saved in its place, and the seed."""
     x, kept, seed, *held = ctx.saved_tensors
     if held and kept is not None:
-        kept = ops.pack(kept.detach(), ctx.dtype, ctx.mask, *held)[1]
+        kept = ops.pack_transpose(kept.detach(), ctx.dtype, ctx.mask, *held)
     return x, kept, seed
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from semisparse import SemiSparseLinear, SparseConfig, ops
 from semisparse.errors import ConfigError, TensorError
@@ -164,7 +165,7 @@ def test_a_compiled_step_sees_what_was_refreshed_in_place_without_compiling_agai
     fresh_compiler: None, setting: str
 ) -> None:
     layer, x = layer_of(setting), small_integers((7, K), seed=3)
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(layer, fullgraph=True, backend=counter)
     outputs = []
     for seed in range(3):

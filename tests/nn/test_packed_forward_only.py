@@ -6,12 +6,14 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from semisparse import PackedWeights, Phase, SemiSparseLinear, SparseSchedule, ops, reuse_packed
 from semisparse.errors import ConfigError
 from semisparse.masks import MaskName
 from semisparse.recipes import RecipeSchedule, dinov2
 from semisparse.testing import assert_bit_equal
+from tests.functional.counting import CountOps
 from tests.nn.packing import BF16, X, expect_fresh, in_place, model_of, packed, results
 
 pytestmark = pytest.mark.usefixtures("packed_on_cpu")
@@ -54,6 +56,17 @@ def test_the_backward_uses_the_weight_of_its_forward_or_raises() -> None:
         y.sum().backward()
 
 
+@pytest.mark.parametrize("mask", ["transposable", "row"])
+def test_the_backward_packs_the_transpose_alone_and_only_where_there_is_one(mask: MaskName) -> None:
+    model = model_of(3, mask=mask)
+    packed(model, "forward")
+    y = model(X.clone().requires_grad_()).float().square().sum()
+    with CountOps() as counter:
+        y.backward()
+    packs = {name: count for name, count in counter.counts.items() if name.startswith("pack") and "matmul" not in name}
+    assert packs == ({"pack_transpose": 3} if mask == "transposable" else {})
+
+
 def test_nothing_packed_is_saved_and_the_weight_only_where_dx_is_asked_for() -> None:
     model = model_of(1)
     packed(model, "forward")
@@ -75,7 +88,7 @@ def test_compiled_and_in_transforms() -> None:
     torch._dynamo.reset()
     model = model_of()
     weights = packed(model, "forward")
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, backend=counter, fullgraph=True)
     for _ in range(3):
         expect_fresh(model, X, compiled)
