@@ -17,7 +17,7 @@ TALL = (1_048_560, 1_048_576, 4_194_240, 4_194_304, 4_194_368, 67_108_864, LARGE
 
 def pack(rows, columns, block=DEFAULT_BLOCK):
     types, sizes = (BF16, BF16), (rows, rows, columns, columns // 4)
-    return prune_pack._prepare(sizes, types, "transposable", (False, False), True, SM90_16BIT, block, False)[0]
+    return prune_pack._prepare(sizes, types, "transposable", (False, False), (True, True), SM90_16BIT, block, False)[0]
 
 
 PREPARED = {
@@ -92,7 +92,9 @@ def test_an_empty_matrix_needs_no_program():
 )
 def test_64_bits_are_taken_where_a_program_needs_them_and_nowhere_else(sizes, wide):
     types = (BF16, BF16)
-    launcher = prune_pack._prepare(sizes, types, "row", (False, False), False, SM90_16BIT, DEFAULT_BLOCK, False)[0]
+    launcher = prune_pack._prepare(
+        sizes, types, "row", (False, False), (True, False), SM90_16BIT, DEFAULT_BLOCK, False
+    )[0]
     names = prune_pack.prune_pack.arg_names
     assert launcher._constants[names.index("WIDE") - len(names)] is wide
     assert launcher._options["maxnreg"] == (None if wide else DEFAULT_BLOCK.registers)
