@@ -111,7 +111,7 @@ def _keep(
     needs = ctx.needs_input_grad
     ctx.mask, ctx.backend, ctx.weight_dtype, ctx.weight_shape = mask, backend, weight.dtype, weight.shape
     ctx.sampled = grad_output is not None
-    ctx.save_for_backward(x if needs[1] else None, kept if needs[0] else None, seed)
+    ctx.save_for_backward(x if needs[1] else None, kept if needs[0] else None, seed if needs[1] else None)
 
 
 def _saved_linear(ctx: Any) -> tuple[Any, Any, Any]:
@@ -186,7 +186,7 @@ class ForwardPackedLinear(torch.autograd.Function):
         ctx.weight_dtype, ctx.weight_shape, ctx.dtype = weight.dtype, weight.shape, x.dtype
         needs_x, needs_weight = ctx.needs_input_grad[:2]
         kept = (weight, codes, scale) if needs_x else (None, None, None)
-        ctx.save_for_backward(x if needs_weight else None, kept[0], seed, *kept[1:])
+        ctx.save_for_backward(x if needs_weight else None, kept[0], seed if needs_weight else None, *kept[1:])
         output: Tensor = ops.packed_matmul(x, packed, bias, weight.shape[0], ctx.backend)
         return output
 
@@ -254,7 +254,7 @@ class TransformedPackedTokensLinear(torch.autograd.Function):
 
 def _save_sampled_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     (x, weight, _, seed), needs = inputs, ctx.needs_input_grad
-    ctx.save_for_backward(x if needs[1] else None, weight if needs[0] else None, seed)
+    ctx.save_for_backward(x if needs[1] else None, weight if needs[0] else None, seed if needs[1] else None)
 
 
 @_first_order

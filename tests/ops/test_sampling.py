@@ -92,6 +92,18 @@ def test_a_seed_that_is_none_is_refused(seed: Tensor) -> None:
         ops.sample(torch.zeros(4, 6), None)
 
 
+def test_a_seed_without_data_is_refused_instead_of_read() -> None:
+    seed = torch.zeros((), dtype=torch.int64, device="meta")
+    for call in (
+        lambda: ops.sample(torch.zeros(4, 4), seed),
+        lambda: ops.pack_sample(torch.zeros(16, 16, dtype=DTYPE), seed, True),
+        lambda: ops.sampled_grad_weight(torch.zeros(4, 4), torch.zeros(4, 4), seed, True, "auto"),
+        lambda: ops.sampled_grad_weight(torch.zeros(4, 4), torch.zeros(4, 4, device="meta"), None, True, "auto"),
+    ):
+        with pytest.raises(TensorError, match="meta"):
+            call()
+
+
 # ---- the CUDA side
 
 

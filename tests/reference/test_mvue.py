@@ -209,3 +209,17 @@ def test_a_layers_seed_depends_on_all_that_it_is_made_of() -> None:
     for step in range(1, 5):
         advanced += ADVANCE
         assert int(advanced) == layer_seed(1, "a.b", 0, step)
+
+
+def test_what_is_not_finite_is_kept_for_every_uniform_beside_numbers_of_any_size() -> None:
+    group = torch.tensor([0.2451171875, torch.nan, 6.07222318649292e-07, 0.0]).bfloat16().float()
+    wide = torch.randn(20_000, 4, generator=torch.Generator().manual_seed(0)).mul(30).exp2().bfloat16().float()
+    places = torch.arange(20_000) % 4
+    wide[torch.arange(20_000), places] = torch.inf
+    for k in (0, 1, 2**22, 8388586, 2**23 - 2, 2**23 - 1):
+        uniform = torch.full((1, 20_000), (2 * k + 1) * 2.0**-24)
+        first, second, _ = mvue.choose(group.view(1, 4, 1), uniform[:, :1])
+        assert 1 in (first.item(), second.item())
+        first, second, scaled = mvue.choose(wide.mT[None].contiguous(), uniform)
+        assert ((first[0] == places) | (second[0] == places)).all()
+        assert scaled[0].mT[torch.arange(20_000), places].isinf().all()

@@ -144,3 +144,36 @@ def test_a_layer_that_was_moved_gets_its_key_anew() -> None:
     model[0].held_seed = model[0].held_seed.to("meta")  # as if the layer were on another device than its key
     schedule._seeds.advance(1)
     assert keys_of(model) == wanted(5, 1)
+
+
+def test_loading_writes_the_keys_where_a_captured_graph_reads_them() -> None:
+    model, optimizer, schedule = started()
+    tensors, state = [model[0].held_seed, model[2].held_seed], schedule.state_dict()
+    train(model, optimizer)
+    schedule.step()
+    schedule.load_state_dict(state | {"seed": 8})
+    assert keys_of(model) == wanted(8, 0)
+    assert [id(layer.held_seed) for layer in (model[0], model[2])] == [id(tensor) for tensor in tensors]
+
+
+def test_layers_on_the_meta_device_get_their_keys_once_they_have_data() -> None:
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16))
+        sparsify(model, SAMPLED)
+        schedule = SparseSchedule(model, PHASES, seed=5)
+    assert model[0].held_seed is None
+    model.to_empty(device="cpu")
+    for parameter in model.parameters():
+        nn.init.normal_(parameter)
+    x = torch.randn(8, 16)
+    model(x).sum().backward()
+    assert model[2].weight.grad.isfinite().all()
+    schedule._seeds.advance(1)
+    assert keys_of(model) == wanted(5, 1)
+
+
+def test_a_schedule_that_starts_without_autograd_can_train() -> None:
+    model = net()
+    with torch.inference_mode():
+        SparseSchedule(model, PHASES)
+    model(torch.randn(8, 16)).sum().backward()

@@ -88,7 +88,7 @@ def sample_group(low, high, uniform, DTYPE: tl.constexpr, NATIVE: tl.constexpr):
     upper, other_upper = tl.maximum(a, b), tl.maximum(c, d)
     rest = (tl.minimum(a, b) + tl.minimum(c, d)) + tl.minimum(upper, other_upper)
     largest = tl.maximum(upper, other_upper)
-    limit = tl.where(rest > 0.0, rest, largest)
+    limit = tl.where((rest > 0.0) & (largest < float("inf")), rest, largest)
     step = tl.minimum(limit * 0.5 + largest * 0.5, limit)
     first_sum = tl.minimum(a, limit)
     second_sum = first_sum + tl.minimum(b, limit)

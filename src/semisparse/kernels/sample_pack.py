@@ -143,7 +143,7 @@ def launch(
     """Write the packed sample of a gradient's transpose. Asynchronous, on the device's current stream.
 
     Args:
-        grad_output: dy, M x N, fp16 or bf16, N a multiple of 16. Rows are read in 8-byte pieces; a matrix whose rows
+        grad_output: dy, M x N, fp16 or bf16, N a multiple of 16. Rows are read in 16-byte pieces; a matrix whose rows
             are not contiguous and aligned for that is copied first.
         seed: Key of the random numbers, one int64 element on the device; None for the key 0.
         packed: Contiguous uint8, long enough for N x rows_padded values at 2:4 and whole metadata blocks.

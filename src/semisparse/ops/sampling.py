@@ -38,11 +38,14 @@ def _checked(seed: Tensor | None, grad_output: Tensor) -> Tensor | int:
 def _check_fit(grad_output: Tensor, x: Tensor) -> None:
     if x.dim() != 2 or x.shape[0] != grad_output.shape[0]:
         raise ShapeError(f"x has shape {tuple(x.shape)}; grad_output is {tuple(grad_output.shape)}, of the same tokens")
-    if x.dtype != grad_output.dtype:
-        raise TensorError(f"x is {x.dtype}, grad_output {grad_output.dtype}; convert one of them")
+    if x.dtype != grad_output.dtype or x.device != grad_output.device:
+        raise TensorError(
+            f"x is {x.dtype} on {x.device}, grad_output {grad_output.dtype} on {grad_output.device}: convert one"
+        )
 
 
 def _fake_sample(grad_output: Tensor, seed: Tensor | None) -> Tensor:
+    _checked(seed, grad_output)  # a seed on the meta device comes by here with a real gradient
     return torch.empty(grad_output.shape, dtype=grad_output.dtype, device=grad_output.device)
 
 
@@ -69,6 +72,7 @@ def sample(grad_output: Tensor, seed: Tensor | None) -> Tensor:
 
 
 def _fake_pack_sample(grad_output: Tensor, seed: Tensor | None, with_bias: bool) -> tuple[Tensor, Tensor]:
+    _checked(seed, grad_output)
     tokens, out_features = grad_output.shape
     size = packed_bytes(out_features, round_up(tokens, SPARSE_MULTIPLE))
     return grad_output.new_empty(size, dtype=torch.uint8), grad_output.new_empty(out_features if with_bias else 0)
@@ -141,6 +145,8 @@ def pack_sample(grad_output: Tensor, seed: Tensor | None, with_bias: bool) -> tu
 def _fake_sampled_grad_weight(
     grad_output: Tensor, x: Tensor, seed: Tensor | None, with_bias: bool, backend: Backend
 ) -> tuple[Tensor, Tensor]:
+    _check_fit(grad_output, x)
+    _checked(seed, grad_output)
     out_features = grad_output.shape[1]
     return x.new_empty(out_features, x.shape[1]), x.new_empty(out_features if with_bias else 0)
 

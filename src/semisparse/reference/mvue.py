@@ -12,7 +12,8 @@ Both are one rule: with sizes cut down to R and h = min(S / 2, R), p_i = min(m_i
 +-max(m_i, h). Exactly two are kept by systematic sampling: with one uniform u, the entries whose intervals of the
 running sum hold the points u h and u h + h. There is no division, so kernels can repeat all of this bit for bit. Sums
 and products are fp32 (fp64 for fp64), in the order written here; the result is rounded once to the gradient's dtype.
-Probabilities are right to 2^-23, the resolution of u.
+Probabilities are right to 4 x 2^-23, a few units of u's resolution (2^-17 for subnormal bf16 numbers, by search).
+Within that, rounding can let a point fall behind its interval, on an entry that is zero, too.
 """
 
 from typing import NamedTuple
@@ -44,10 +45,9 @@ class Sample(NamedTuple):
 def sample(grad_output: Tensor, seed: Tensor | int) -> Sample:
     """S(dy): two of each four tokens kept at random, and scaled so that the mean is dy.
 
-    A group with fewer than two entries that are not zero keeps them as they are. NaN or Inf alone in its group is kept
-    as it is; of a group with more of them the first and the last entry are kept and become infinite, or stay NaN. The
-    weight gradient is then not finite either. So it is where three sizes add up to more than fp32 holds. Rows of zeros
-    complete the last group.
+    A group with fewer than two entries that are not zero keeps them as they are. Of a group with NaN or Inf the first
+    of these is always kept as it is, and one other entry with it: the weight gradient is then not finite either. So it
+    is where three sizes add up to more than fp32 holds. Rows of zeros complete the last group.
 
     Args:
         grad_output: dy, M x N, N a multiple of 4, fp64, fp32, fp16 or bf16.
@@ -81,7 +81,8 @@ def choose(values: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     a, b, c, d = torch.where(values.isnan(), torch.inf, values.abs()).unbind(1)
     rest = (torch.minimum(a, b) + torch.minimum(c, d)) + torch.minimum(torch.maximum(a, b), torch.maximum(c, d))
     largest = torch.maximum(torch.maximum(a, b), torch.maximum(c, d))
-    limit = torch.where(rest > 0, rest, largest)  # so that an entry that is alone has an interval
+    # An entry that is alone needs an interval, and one that is not finite must be kept.
+    limit = torch.where((rest > 0) & (largest < torch.inf), rest, largest)
     step = torch.minimum(0.5 * limit + 0.5 * largest, limit)
     first_sum = torch.minimum(a, limit)
     second_sum = first_sum + torch.minimum(b, limit)

@@ -41,25 +41,34 @@ class Seeds:
             for name, layer in layers.items()
             if isinstance(layer, SemiSparseLinear) and layer.sparse_config.grad_output is not None
         }
-        self._keys: list[Tensor] = []
+        self._keys: dict[tuple[object, ...], Tensor] = {}
 
     def place(self, applied_steps: int) -> None:
         """Set the keys for the next step, on the devices where the layers are now.
+
+        Keys that are there already are written in place, because a CUDA graph may read them. Layers on the meta device
+        have none until they are materialised and a step was applied.
 
         Args:
             applied_steps: Steps counted so far.
         """
         by_device: dict[torch.device, list[str]] = {}
         for name, layer in self._sampling().items():
-            by_device.setdefault(layer.weight.device, []).append(name)
-        self._keys = []
-        for device, names in by_device.items():
-            keys = [layer_seed(self.seed, name, self._rank, applied_steps) for name in names]
-            # 16 bytes apart: kernels are compiled for such addresses.
-            placed = torch.tensor([keys, keys]).mT.contiguous().to(device)
-            for name, key in zip(names, placed[:, 0].unbind(), strict=True):
-                self._layers[name].held_seed = key
-            self._keys.append(placed)
+            if layer.weight.device.type != "meta":
+                by_device.setdefault(layer.weight.device, []).append(name)
+        before, self._keys = self._keys, {}
+        with torch.inference_mode(False), torch.no_grad():
+            for device, names in by_device.items():
+                keys = [layer_seed(self.seed, name, self._rank, applied_steps) for name in names]
+                # 16 bytes apart: kernels are compiled for such addresses.
+                wanted = torch.tensor([keys, keys], device="cpu").mT.contiguous()
+                held = before.get((device, *names))
+                placed = wanted.to(device) if held is None else held.copy_(wanted)
+                for name, key in zip(names, placed[:, 0].unbind(), strict=True):
+                    layer = self._layers[name]
+                    if held is None or layer.held_seed is None or layer.held_seed.device != device:
+                        layer.held_seed = key
+                self._keys[device, *names] = placed
 
     @torch.no_grad()
     def advance(self, applied_steps: int) -> None:
@@ -70,7 +79,7 @@ class Seeds:
         """
         layers = self._sampling().values()
         if all(layer.held_seed is not None and layer.held_seed.device == layer.weight.device for layer in layers):
-            for keys in self._keys:
+            for keys in self._keys.values():
                 keys.add_(ADVANCE)
         else:
             self.place(applied_steps)
