@@ -261,10 +261,10 @@ def _save_sampled_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> N
 def _sampled_linear_backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
     """dx = dy W~; dW = S(dy)^T x; db = the sum of dy."""
     (grad_output,), (x, weight, seed), needs = grad_outputs, ctx.saved_tensors, ctx.needs_input_grad
+    tokens = as_tokens(grad_output)
     grad_x = grad_output @ weight if needs[0] else None
-    tokens = as_tokens(grad_output) if needs[1] or needs[2] else None
-    grad_weight = ops.sample(tokens, seed).mT @ as_tokens(x) if needs[1] and tokens is not None else None
-    return grad_x, grad_weight, tokens.sum(0) if needs[2] and tokens is not None else None, None
+    grad_weight = ops.sample(tokens, seed).mT @ as_tokens(x) if needs[1] else None
+    return grad_x, grad_weight, tokens.sum(0) if needs[2] else None, None
 
 
 class TransformedSampledLinear(torch.autograd.Function):

@@ -15,7 +15,7 @@ from semisparse.ops import prepare
 from semisparse.ops.products import dispatch
 from semisparse.testing import assert_bit_equal
 from tests.native.conftest import Bench
-from tests.native.test_products import DTYPE, PRODUCTS, K, N, call, operands, prepare_kernels
+from tests.native.test_products import DENSE_OPERANDS, DTYPE, PRODUCTS, K, N, call, operands, prepare_kernels
 
 BACKENDS = ("auto", "dense")
 
@@ -95,11 +95,7 @@ def test_tokens_in_more_dimensions_share_what_was_prepared(bench: Bench, shape: 
 
 
 @pytest.mark.parametrize("tokens", [13, 16])
-@pytest.mark.parametrize(
-    ("name", "operand"),
-    [("packed_matmul", "x"), ("pack_linear", "x"), ("packed_tokens_matmul", "weight"),
-     ("packed_tokens_grad_weight", "grad_output"), ("sampled_grad_weight", "x")],
-)  # fmt: skip
+@pytest.mark.parametrize(("name", "operand"), DENSE_OPERANDS)
 def test_dense_operands_may_have_any_strides(bench: Bench, name: str, operand: str, tokens: int) -> None:
     given = given_to(name, tokens)
     expected = prepared(bench, name, given, tokens)

@@ -18,6 +18,11 @@ from tests.native.hot import SUM_ROWS, shifted
 DTYPE = torch.bfloat16
 K, N = 48, 32
 PRODUCTS = ("packed_matmul", "pack_linear", "packed_tokens_matmul", "packed_tokens_grad_weight", "sampled_grad_weight")
+DENSE_OPERANDS = [
+    ("packed_matmul", "x"), ("pack_linear", "x"), ("packed_tokens_matmul", "weight"),
+    ("packed_tokens_grad_weight", "grad_output"), ("sampled_grad_weight", "x"),
+]  # fmt: skip
+"""The dense operand of each product."""
 
 
 def integers(*shape: int, dtype: torch.dtype = DTYPE) -> Tensor:
@@ -122,11 +127,7 @@ def test_tokens_in_more_dimensions_share_what_was_prepared(bench: Bench, shape: 
 
 
 @pytest.mark.parametrize("tokens", [13, 16])
-@pytest.mark.parametrize(
-    ("name", "operand"),
-    [("packed_matmul", "x"), ("pack_linear", "x"), ("packed_tokens_matmul", "weight"),
-     ("packed_tokens_grad_weight", "grad_output"), ("sampled_grad_weight", "x")],
-)  # fmt: skip
+@pytest.mark.parametrize(("name", "operand"), DENSE_OPERANDS)
 def test_dense_operands_may_have_any_strides(bench: Bench, name: str, operand: str, tokens: int) -> None:
     given = operands(name, tokens)
     prepared(bench, name, given)

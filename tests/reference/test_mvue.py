@@ -94,7 +94,9 @@ def test_a_kept_entry_is_the_entry_over_its_probability() -> None:
     gradient = torch.randn(400, 64, generator=torch.Generator().manual_seed(3))
     drawn = mvue.sample(gradient, 5)
     expected = gradient.double() / mvue.probabilities(gradient)
-    torch.testing.assert_close(drawn.matrix[drawn.kept].double(), expected[drawn.kept], rtol=1e-6, atol=0.0)
+    roundings = 4  # of sums of magnitudes, which cannot cancel
+    error = (drawn.matrix[drawn.kept].double() - expected[drawn.kept]).abs() / expected[drawn.kept].abs()
+    assert error.max() <= roundings * torch.finfo(torch.float32).eps / 2
 
 
 @EACH_DTYPE
@@ -146,11 +148,11 @@ def test_a_sum_beyond_the_largest_number_counts_as_infinite() -> None:
 
 @EACH_DTYPE
 def test_the_smallest_numbers_are_sampled_as_all_others(dtype: torch.dtype) -> None:
-    smallest = torch.zeros(1, dtype=dtype).nextafter(torch.ones(1, dtype=dtype)) if dtype.itemsize > 2 else None
-    smallest = torch.ones(1, dtype=torch.int16).view(dtype) if smallest is None else smallest
+    whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
+    smallest = torch.ones(1, dtype=whole).view(dtype)
     gradient = smallest.repeat(4000)[:, None].repeat(1, 4)
     drawn = mvue.sample(gradient, 2)
-    assert (drawn.matrix == 2 * smallest).sum() == drawn.kept.sum() == 2 * 4000 if dtype.itemsize == 2 else True
+    assert (drawn.matrix == 2 * smallest).sum() == drawn.kept.sum() == 2 * 4000
     assert (drawn.kept.view(-1, 4, 4).sum(1) == 2).all()
 
 
