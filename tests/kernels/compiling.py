@@ -116,15 +116,13 @@ def sample(arch, dtype, even, wide=False, seeded=True, summed=True):
     block = sample_pack.BLOCK
     constants = {
         "TYPE": dtype, "BITS": BITS, "PADDING": repeated(0b1110), "TILE_ROWS": block.tile_rows, "PAIRS": block.pairs,
-        "STEPS": sample_pack.MOST_STEPS, "EVEN": even, "WIDE": wide, "NATIVE": True,
+        "EVEN": even, "WIDE": wide, "NATIVE": True,
     }  # fmt: skip
     constants |= {name: None for name, given in (("seed", seeded), ("sums", summed)) if not given}
     divisible = [
         name for name in ("gradient", "seed", "packed", "sums", "rows_padded", "columns") if name not in constants
     ]
-    options = {"num_warps": block.warps} | ({} if wide else {"maxnreg": block.registers})
-    taken = compiled(sample_pack.sample_pack, types, constants, arch, divisible, **options)
-    return taken if wide else taken | {"most registers": block.registers}
+    return compiled(sample_pack.sample_pack, types, constants, arch, divisible, num_warps=block.warps)
 
 
 def codes(arch, source, mask, turned):

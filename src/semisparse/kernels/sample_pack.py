@@ -22,11 +22,8 @@ from semisparse.kernels.launcher import Launcher
 from semisparse.kernels.packed_metadata import repeated, store_metadata
 from semisparse.kernels.prune_pack import Block, check_block
 
-BLOCK = Block(tile_rows=16, pairs=8, registers=128)
-"""The fewest registers with which no variant spills on sm80, sm90 or sm100. Not timed yet."""
-
-MOST_STEPS, ENOUGH_PROGRAMS = 4, 2048
-"""Blocks of a program, and the programs from which on it does so many: a few times what any GPU runs at a time."""
+BLOCK = Block(tile_rows=16, pairs=8, warps=2, registers=None)
+"""The fastest of 44 on one H100, at each of five shapes, with sums and without (2026-11-26; no result file is kept)."""
 
 _TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
@@ -72,11 +69,9 @@ def _store_sums(sums, of_tiles, columns, TILE_ROWS: tl.constexpr, PAIRS: tl.cons
 def sample_pack(
     gradient, seed, packed, sums, rows, rows_padded, columns, stride, row_blocks, blocks,
     TYPE: tl.constexpr, BITS: tl.constexpr, PADDING: tl.constexpr, TILE_ROWS: tl.constexpr, PAIRS: tl.constexpr,
-    STEPS: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr, NATIVE: tl.constexpr,
+    EVEN: tl.constexpr, WIDE: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
     """The kernel; see launch for the arguments, and prune_pack for the way a program goes through a block.
-
-    A program does STEPS blocks below each other, so that the sums of its columns are added up once.
 
     stride: int64 words from row to row. seed and sums may be None.
     """
@@ -93,41 +88,33 @@ def sample_pack(
     key = tl.zeros((1, 1, 1, 1), tl.int64)
     if seed is not None:
         key += tl.load(seed)
-    sum_0 = tl.zeros((4, 8, REST, 2), tl.float32)
-    sum_1, sum_2, sum_3 = sum_0, sum_0, sum_0
-    for step in range(STEPS):
-        first = (down * STEPS + step) * TILE_ROWS  # row of tiles
-        tile_row = first + local_row
-        inside = (tile_row < row_words_t) & (tile_column < row_words)
-        if EVEN:
-            inside = tl.full((4, 8, REST, 2), 1, tl.int1)
-        start = gradient + (4 * first).to(tl.int64) * stride + right * (2 * PAIRS)
-        words = ()
-        for i in tl.static_range(4):
-            present = inside
-            if not EVEN:
-                present = inside & (4 * tile_row + i < rows)
-            at = start + (4 * local_row + i) * stride + local_column
-            words = words + packed_values.load_line(at, present, TYPE, TYPE, NATIVE, False)[2]
-        if sums is not None:
-            left, right_half = _column_sums(words, 0, TYPE), _column_sums(words, 1, TYPE)
-            sum_0 += left[0]
-            sum_1 += left[1]
-            sum_2 += right_half[0]
-            sum_3 += right_half[1]
-        kept, nibbles = _draw(words, tile_row, tile_column, key, TYPE, NATIVE)
-        out = packed.to(tl.pointer_type(tl.int32)) + (right * 8 * PAIRS).to(tl.int64) * row_words_t + first
-        packed_values.store_columns(out, kept, inside, local_pair, local_row, row_words_t, REST)
+    first = down * TILE_ROWS  # row of tiles
+    tile_row = first + local_row
+    inside = (tile_row < row_words_t) & (tile_column < row_words)
+    if EVEN:
+        inside = tl.full((4, 8, REST, 2), 1, tl.int1)
+    start = gradient + (4 * first).to(tl.int64) * stride + right * (2 * PAIRS)
+    words = ()
+    for i in tl.static_range(4):
+        present = inside
         if not EVEN:
-            nibbles = tl.where(inside, nibbles, PADDING & 0xFFFF)
-        even, odd = tl.split(nibbles)
-        store_metadata(
-            packed, rows_padded.to(tl.int64) * columns, even | (odd << 16), right * 8 * PAIRS, first,
-            row_blocks, blocks, BITS, True, TILE_ROWS, PAIRS,
-        )  # fmt: skip
+            present = inside & (4 * tile_row + i < rows)
+        at = start + (4 * local_row + i) * stride + local_column
+        words = words + packed_values.load_line(at, present, TYPE, TYPE, NATIVE, False)[2]
     if sums is not None:
         to = sums + down.to(tl.int64) * columns + right * (8 * PAIRS)
-        _store_sums(to, (sum_0, sum_1, sum_2, sum_3), columns - right * (8 * PAIRS), TILE_ROWS, PAIRS)
+        of_tiles = _column_sums(words, 0, TYPE) + _column_sums(words, 1, TYPE)
+        _store_sums(to, of_tiles, columns - right * (8 * PAIRS), TILE_ROWS, PAIRS)
+    kept, nibbles = _draw(words, tile_row, tile_column, key, TYPE, NATIVE)
+    out = packed.to(tl.pointer_type(tl.int32)) + (right * 8 * PAIRS).to(tl.int64) * row_words_t + first
+    packed_values.store_columns(out, kept, inside, local_pair, local_row, row_words_t, REST)
+    if not EVEN:
+        nibbles = tl.where(inside, nibbles, PADDING & 0xFFFF)
+    even, odd = tl.split(nibbles)
+    store_metadata(
+        packed, rows_padded.to(tl.int64) * columns, even | (odd << 16), right * 8 * PAIRS, first,
+        row_blocks, blocks, BITS, True, TILE_ROWS, PAIRS,
+    )  # fmt: skip
 
 
 def launch(
@@ -147,7 +134,7 @@ def launch(
             are not contiguous and aligned for that is copied first.
         seed: Key of the random numbers, one int64 element on the device; None for the key 0.
         packed: Contiguous uint8, long enough for N x rows_padded values at 2:4 and whole metadata blocks.
-        sums: fp32, sum_rows(M', N) x N, for the sums of dy over the rows of each program; None to leave them out.
+        sums: fp32, sum_rows(M') x N, for the sums of dy over the rows of each program; None to leave them out.
         layout: Where the metadata goes.
         rows_padded: M', M rounded up to a multiple of 16: rows of zeros follow.
         block: What one program covers.
@@ -170,23 +157,16 @@ def launch(
     start = _prepare(sizes, grad_output.dtype, layout, block, native=index >= 0)
     check_buffer("packed", packed, columns, rows_padded, layout)
     if sums is not None and (
-        sums.shape != (wanted := (sum_rows(rows_padded, columns, block), columns)) or not sums.is_contiguous()
+        sums.shape != (wanted := (sum_rows(rows_padded, block), columns)) or not sums.is_contiguous()
     ):
         raise ShapeError(f"sums has shape {tuple(sums.shape)}; it must be contiguous and {wanted}")
     start(index, grad_output.view(torch.int64), seed, packed, sums)
     return start
 
 
-def sum_rows(rows_padded: int, columns: int, block: Block = BLOCK) -> int:
+def sum_rows(rows_padded: int, block: Block = BLOCK) -> int:
     """Rows of sums for a gradient: one for each row of programs."""
-    height = 4 * block.tile_rows * _steps(rows_padded, columns, block)
-    return -(-rows_padded // height)
-
-
-def _steps(rows_padded: int, columns: int, block: Block) -> int:
-    """Blocks of one program: several, where programs would be many more than a GPU runs at a time."""
-    programs = rows_padded * columns // (4 * block.tile_rows * 8 * block.pairs)
-    return MOST_STEPS if programs >= MOST_STEPS * ENOUGH_PROGRAMS else 1
+    return -(-rows_padded // (4 * block.tile_rows))
 
 
 @lru_cache(4096)
@@ -203,15 +183,14 @@ def _prepare(
             f"{SPARSE_MULTIPLE}"
         )
     check_block(block, layout, transpose_only=True)
-    steps = _steps(rows_padded, columns, block)
-    height, width = 4 * block.tile_rows * steps, 8 * block.pairs
+    height, width = 4 * block.tile_rows, 8 * block.pairs
     even = rows == rows_padded and not (columns % width or rows % height)
     grid, wide = grid_of(rows_padded, columns, height, width, flat=height * stride >= INT32_END)
     return Launcher(
         sample_pack,
         grid,
         (*sizes, *layout.blocks(columns, rows_padded)),
-        (_TYPES[dtype], layout.bits, repeated(layout.padding), block.tile_rows, block.pairs, steps, even, wide, native),
+        (_TYPES[dtype], layout.bits, repeated(layout.padding), block.tile_rows, block.pairs, even, wide, native),
         num_warps=block.warps,
         maxnreg=None if wide else block.registers,
     )

@@ -92,7 +92,7 @@ def _cuda_pack_sample(grad_output: Tensor, seed: Tensor | None, with_bias: bool)
     from semisparse.kernels import sample_pack as kernel
 
     packed = grad_output.new_empty(packed_bytes(out_features, rows), dtype=torch.uint8)
-    shape = kernel.sum_rows(rows, out_features), out_features
+    shape = kernel.sum_rows(rows), out_features
     sums = grad_output.new_empty(shape, dtype=torch.float32) if with_bias else None
     sampler = kernel.launch(grad_output, seed, packed, sums, layout=written.layout, rows_padded=rows)
     bias = grad_output.new_empty(out_features if with_bias else 0)
