@@ -90,6 +90,19 @@ def test_every_block_writes_the_same(block):
     assert torch.equal(sums.isnan().any(0), gradient.isnan().any(0) | (gradient.isinf().sum(0) > 9))
 
 
+def test_launches_with_and_without_a_seed_or_sums_of_one_size_are_prepared_apart():
+    gradient = gradient_of(48, 80, torch.bfloat16)
+    prepared = set()
+    for key in (None, torch.tensor(3, device=DEVICE)):
+        for sums in (None, torch.empty(sample_pack.sum_rows(48), 80, device=DEVICE)):
+            packed = torch.full((packed_bytes(80, 48),), 77, dtype=torch.uint8, device=DEVICE)
+            prepared.add(sample_pack.launch(gradient, key, packed, sums, layout=SM90_16BIT, rows_padded=48))
+            written = packed[: SM90_16BIT.buffer_bytes(80, 48)]
+            again = run(gradient, 0 if key is None else 3)[0]
+            assert torch.equal(without_payloads(written, gradient), without_payloads(again, gradient))
+    assert len(prepared) == 4
+
+
 @EACH_DTYPE
 def test_the_sums_are_those_of_the_columns(dtype):
     whole = small_integers((200, 80), seed=1, dtype=dtype).to(DEVICE)

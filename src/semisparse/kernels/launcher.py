@@ -31,7 +31,17 @@ class Launcher:
         ShapeError: CUDA cannot start such a grid.
     """
 
-    __slots__ = ("_compiled", "_constants", "_described", "_grid", "_kernel", "_options", "_sizes", "_started")
+    __slots__ = (
+        "_compiled",
+        "_constants",
+        "_described",
+        "_given",
+        "_grid",
+        "_kernel",
+        "_options",
+        "_sizes",
+        "_started",
+    )
 
     def __init__(
         self,
@@ -44,6 +54,7 @@ class Launcher:
         check_grid(grid)
         self._kernel, self._grid, self._sizes, self._constants = kernel, grid, sizes, constants
         self._options = options
+        self._given: tuple[bool, ...] | None = None
         self._started: dict[int, Callable[..., None]] = {}
         self._compiled: dict[int, Any] = {}
         self._described: dict[int, CompiledLaunch | str] = {}
@@ -96,4 +107,8 @@ class Launcher:
             self._started[index] = compiled[self._grid]
 
     def _launch(self, *pointers: Tensor | None) -> Any:
+        given = tuple(pointer is not None for pointer in pointers)
+        if self._given not in (None, given):  # seen by every launch of the interpreter, and so by tests on a CPU
+            raise AssertionError(f"pointers given were {self._given} and are {given}: prepare one launcher for each")
+        self._given = given
         return self._kernel[self._grid](*pointers, *self._sizes, *self._constants, **self._options)

@@ -154,7 +154,8 @@ def launch(
         raise TensorError(f"seed is {seed.dtype} {tuple(seed.shape)}; it must be one int64 element")
     index = grad_output.get_device()
     sizes = rows, rows_padded, columns, grad_output.stride(0) // 4
-    start = _prepare(sizes, grad_output.dtype, layout, block, native=index >= 0)
+    given = seed is not None, sums is not None
+    start = _prepare(sizes, grad_output.dtype, layout, block, given, native=index >= 0)
     check_buffer("packed", packed, columns, rows_padded, layout)
     if sums is not None and (
         sums.shape != (wanted := (sum_rows(rows_padded, block), columns)) or not sums.is_contiguous()
@@ -171,9 +172,23 @@ def sum_rows(rows_padded: int, block: Block = BLOCK) -> int:
 
 @lru_cache(4096)
 def _prepare(
-    sizes: tuple[int, int, int, int], dtype: torch.dtype, layout: MetadataLayout, block: Block, native: bool
+    sizes: tuple[int, int, int, int],
+    dtype: torch.dtype,
+    layout: MetadataLayout,
+    block: Block,
+    given: tuple[bool, bool],
+    native: bool,
 ) -> Launcher:
-    """All of a launch that does not change while shapes repeat; sizes: rows, rows with padding, columns, stride."""
+    """All of a launch that does not change while shapes repeat.
+
+    Args:
+        sizes: Rows, rows with padding, columns, stride.
+        dtype: Of the gradient.
+        layout: As launch's.
+        block: As launch's.
+        given: Whether seed and sums are. Only a key: the kernel is compiled for it.
+        native: Whether the kernel runs on a GPU.
+    """
     rows, rows_padded, columns, stride = sizes
     if dtype not in PACKED_DTYPES:
         raise TensorError(f"grad_output is {dtype}; use fp16 or bf16")
