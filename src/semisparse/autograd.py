@@ -114,25 +114,14 @@ def _keep(
     ctx.save_for_backward(x if needs[1] else None, kept if needs[0] else None, seed if needs[1] else None)
 
 
-def _saved_linear(ctx: Any) -> tuple[Any, Any, Any]:
-    """x, the packing for dx, which is made now where the weight was saved in its place, and the seed."""
-    x, kept, seed, *held = ctx.saved_tensors
-    if held and kept is not None:
-        kept = ops.pack_transpose(kept.detach(), ctx.dtype, ctx.mask, *held)
-    return x, kept, seed
-
-
 @_first_order
 def _linear_backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
-    """dx = dy W~, as a masked dense product where W~^T has no packed form; dW = dy^T x, or with dy sampled; db."""
-    (grad_output,), (x, packed, seed), needs = grad_outputs, _saved_linear(ctx), ctx.needs_input_grad
+    """dx = dy W~, as a masked dense product where W~^T has no packed form; dW = dy^T x, or with dy sampled; db.
+
+    dW comes first, so that the memory of the sample is free again before dx takes some.
+    """
+    (grad_output,), (x, kept, seed, *held), needs = grad_outputs, ctx.saved_tensors, ctx.needs_input_grad
     grad_x = grad_weight = grad_bias = None
-    if needs[0]:
-        rows, columns = ctx.weight_shape
-        if masks.get(ctx.mask).both_ways:
-            grad_x = ops.packed_matmul(grad_output, packed, None, columns, ctx.backend)
-        else:
-            grad_x = grad_output @ ops.unpack(packed, rows, columns, grad_output.dtype)
     if needs[1] or needs[2]:
         tokens = as_tokens(grad_output)
         if needs[1] and ctx.sampled:
@@ -144,6 +133,14 @@ def _linear_backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
             grad_weight = grad_weight.to(ctx.weight_dtype)
         if needs[2] and grad_bias is None:
             grad_bias = tokens.sum(0)
+    if needs[0]:
+        rows, columns = ctx.weight_shape
+        # What is held is the weight itself where its transpose is packed for the backward alone.
+        packed = ops.pack_transpose(kept.detach(), ctx.dtype, ctx.mask, *held) if held else kept
+        if masks.get(ctx.mask).both_ways:
+            grad_x = ops.packed_matmul(grad_output, packed, None, columns, ctx.backend)
+        else:
+            grad_x = grad_output @ ops.unpack(packed, rows, columns, grad_output.dtype)
     return grad_x, grad_weight, grad_bias, None, None, None, None, None, None
 
 

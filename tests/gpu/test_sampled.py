@@ -144,8 +144,8 @@ def test_a_replayed_step_reads_the_seed_as_it_is_then() -> None:
         x.normal_()
         graph.replay()
         assert_bit_equal(captured, step(nets[1], optimizers[1]).detach())
-        for schedule in schedules:
-            schedule.step()
+        schedules[0].resume_at(schedules[0].applied_steps + 1)  # step() doesn't see an optimizer step that is replayed
+        schedules[1].step()
     for ours, expected in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
         assert_bit_equal(ours.detach(), expected.detach())
     assert_bit_equal(nets[0][0].held_seed, nets[1][0].held_seed)
