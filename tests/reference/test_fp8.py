@@ -30,8 +30,8 @@ def nearest(values: Tensor) -> Tensor:
     lower = (upper - 1).clamp(min=0)
     up, down = POSITIVE[upper] - magnitude, magnitude - POSITIVE[lower]
     code = torch.where((up < down) | ((up == down) & (upper % 2 == 0)), upper, lower)
-    code = torch.where(values.isnan(), 0x7F, code)
-    return (code + 128 * torch.signbit(values)).to(torch.uint8)
+    code = code + 128 * torch.signbit(values)
+    return torch.where(values.isnan(), 0x7F, code).to(torch.uint8)
 
 
 def test_every_code_is_read_as_the_format_says() -> None:

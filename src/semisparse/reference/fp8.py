@@ -14,7 +14,7 @@ LARGEST = 448.0
 """The largest e4m3 number. The format (torch's float8_e4m3fn) has NaN and no Inf."""
 
 NAN = 0x7F
-"""The code of NaN; with the sign bit it is NaN, too."""
+"""The code of NaN. With the sign bit it is NaN, too, but never written: devices differ in the sign of a NaN product."""
 
 LARGEST_EXPONENT = 126
 """Multipliers are 2^-126 to 2^126, so that they and their inverses are normal fp32 numbers."""
@@ -95,8 +95,8 @@ def encode(values: Tensor) -> Tensor:
     # The sum rounds to a multiple of 2^-9, to nearest and ties to even.
     small = (magnitude + _SUBNORMAL).view(torch.int32) - _bits_of(_SUBNORMAL)
     code = torch.where(magnitude < _SMALLEST_NORMAL, small, normal)
-    code = torch.where(values.isnan(), NAN, code)
-    return (code | bits >> 24 & 0x80).to(torch.uint8)
+    code = code | bits >> 24 & 0x80
+    return torch.where(values.isnan(), NAN, code).to(torch.uint8)
 
 
 def decode(codes: Tensor) -> Tensor:
