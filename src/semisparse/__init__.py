@@ -5,6 +5,7 @@ Importing this package does nothing but define names: no CUDA call, no environme
 
 from semisparse import recipes, tuning
 from semisparse._check import CheckReport, check
+from semisparse.checkpoint import CheckpointReport, check_checkpoint
 from semisparse.config import SparseConfig
 from semisparse.errors import SemiSparseError, TokenMixingWarning
 from semisparse.flops import register_flop_formulas
@@ -22,6 +23,7 @@ from semisparse.versions import __version__ as __version__
 
 __all__ = [
     "CheckReport",
+    "CheckpointReport",
     "MaskMetrics",
     "PackedWeights",
     "Phase",
@@ -33,6 +35,7 @@ __all__ = [
     "SwapReport",
     "TokenMixingWarning",
     "check",
+    "check_checkpoint",
     "conv1d_to_linear",
     "densify",
     "linear_to_conv1d",

@@ -36,6 +36,10 @@ class ExportError(SemiSparseError, RuntimeError):
     """An exporter cannot represent a sparse layer: torch.jit.script, ONNX, or torch.fx without a name for the layer."""
 
 
+class CheckpointError(SemiSparseError, ValueError):
+    """A checkpoint file is not there, cannot be read, or has nothing to look at."""
+
+
 class RankMismatchError(SemiSparseError, RuntimeError):
     """The ranks of a data-parallel group hold different layers, settings or held masks."""
 

@@ -13,7 +13,7 @@ LEVELS = {
     3: {"calls", "tracing", "ops", "flops", "operands", "routes", "autograd", "functional"},
     4: {"nn", "surgery"},
     # "" is the package itself, which collects the public names of the levels up to 5.
-    5: {"schedule", "recipes", "metrics", "tuning", "_check", "unchanged", "environment", ""},
+    5: {"schedule", "recipes", "metrics", "tuning", "_check", "checkpoint", "unchanged", "environment", ""},
     6: {"cli"},
 }
 LEVEL_OF = {name: level for level, names in LEVELS.items() for name in names}

@@ -12,6 +12,7 @@ from tests.arch.source import ROOT
 
 PUBLIC = {
     "CheckReport",
+    "CheckpointReport",
     "MaskMetrics",
     "PackedWeights",
     "Phase",
@@ -23,6 +24,7 @@ PUBLIC = {
     "SwapReport",
     "TokenMixingWarning",
     "check",
+    "check_checkpoint",
     "conv1d_to_linear",
     "densify",
     "linear_to_conv1d",
@@ -38,6 +40,7 @@ PUBLIC = {
     "tuning",
 }
 ERRORS = {
+    "CheckpointError",
     "ConfigError",
     "EngineError",
     "ExportError",

@@ -16,11 +16,13 @@ def build_app() -> "typer.Typer":
     import rich  # noqa: F401  (imported here so that a missing package is reported before a command runs)
 
     import semisparse
+    from semisparse.cli.check import check
     from semisparse.cli.common import application
     from semisparse.cli.env import env
 
     app = application("semisparse", semisparse.__version__, "2:4 sparse training in PyTorch: what this machine can do.")
     app.command()(env)
+    app.command()(check)
     return app
 
 
@@ -35,7 +37,7 @@ def run() -> None:
         print("interrupted: nothing was written, no file was changed", file=sys.stderr)
         raise SystemExit(130) from None
     except ImportError as error:
-        if error.name not in ("typer", "rich"):
+        if error.name not in ("typer", "rich", "safetensors"):
             raise
         print(f"error: the semisparse command needs {error.name}: pip install 'semisparse[cli]'", file=sys.stderr)
         raise SystemExit(2) from None
