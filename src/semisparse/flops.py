@@ -1,4 +1,4 @@
-"""FLOPs of the packed products for torch.utils.flop_counter.FlopCounterMode, which counts 0 for unknown ops.
+"""FLOPs of the products that ops compute, for torch.utils.flop_counter.FlopCounterMode, which counts 0 for unknown ops.
 
 A packed product counts as the dense product that it replaces, 2 M N K, so that utilisation and training cost can be
 compared with those of the dense model. The sparse tensor cores do half of these multiplications; a dense product that
@@ -39,6 +39,10 @@ def _sampled_grad_weight(grad_output: Shape, x: Shape, *_: Any, **__: Any) -> in
     return 2 * grad_output[0] * grad_output[1] * x[1]
 
 
+def _fp8_dense_product(a8: Shape, b8: Shape, *_: Any, **__: Any) -> int:
+    return 2 * a8[0] * a8[1] * b8[0]
+
+
 def flop_formulas() -> dict[Any, Callable[..., int]]:
     """Op -> formula over the shapes of its arguments, in the form of FlopCounterMode's custom_mapping."""
     registered = torch.ops.semisparse
@@ -51,6 +55,7 @@ def flop_formulas() -> dict[Any, Callable[..., int]]:
         registered.packed_tokens_grad_weight: _packed_tokens_grad_weight,
         registered.sampled_linear: _linear,
         registered.sampled_grad_weight: _sampled_grad_weight,
+        registered.fp8_dense_product: _fp8_dense_product,
     }
 
 

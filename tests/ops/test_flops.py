@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from semisparse import SemiSparseActivationLinear, SemiSparseLinear, ops, routes
 from semisparse.flops import flop_formulas, register_flop_formulas
+from semisparse.ops.fp8 import CODES
 
 M, K, N = 24, 48, 80
 LAYERS = [SemiSparseLinear, SemiSparseActivationLinear]
@@ -46,6 +47,7 @@ def test_each_product_counts_as_the_dense_one(bias):
         lambda: ops.packed_tokens_grad_weight(tokens_t, x.new_zeros(M, N), K, "auto"),
         lambda: ops.sampled_linear(x, weight, bias, None),
         lambda: ops.sampled_grad_weight(x.new_zeros(M, N), x, None, bias is not None, "auto"),
+        lambda: ops.fp8_dense_product(x.to(CODES), weight.to(CODES), torch.bfloat16),
     ):
         with FlopCounterMode(display=False) as counter:
             product()
@@ -103,7 +105,7 @@ def test_registering_again_changes_nothing_and_a_formula_that_was_registered_bef
     monkeypatch.setattr(flop_counter, "flop_registry", dict(mine))
     register_flop_formulas()
     assert flop_counter.flop_registry[torch.ops.semisparse.packed_linear] is next(iter(mine.values()))
-    assert len(flop_counter.flop_registry) == 8
+    assert len(flop_counter.flop_registry) == 9
 
 
 def test_importing_registers_nothing_and_does_not_import_the_counter():

@@ -3,6 +3,7 @@
 On plain CUDA tensors some of them skip the dispatcher (register.py says when).
 """
 
+from semisparse.ops.fp8 import fp8_dense_product, quantise, quantise_formula, rescale, rescale_formula
 from semisparse.ops.masks import prune, prune_tokens, tile_codes
 from semisparse.ops.packing import pack, pack_tokens, pack_transpose, unpack
 from semisparse.ops.packing_many import pack_many
@@ -18,6 +19,7 @@ from semisparse.ops.products import (
 from semisparse.ops.sampling import pack_sample, sample, sampled_grad_weight, sampled_linear
 
 __all__ = [
+    "fp8_dense_product",
     "pack",
     "pack_linear",
     "pack_many",
@@ -31,6 +33,10 @@ __all__ = [
     "packed_tokens_matmul",
     "prune",
     "prune_tokens",
+    "quantise",
+    "quantise_formula",
+    "rescale",
+    "rescale_formula",
     "sac_save_ops",
     "sample",
     "sampled_grad_weight",

@@ -1,0 +1,206 @@
+"""Ops of fp8: a tensor as e4m3 in both orders with its scale, dense products of such, and the scale of a product.
+
+reference/fp8.py specifies the rounding. Where the code around them is compiled, quantise_formula and rescale_formula
+are the same in plain PyTorch, so that inductor fuses them with their neighbours.
+"""
+
+import torch
+from torch import Tensor
+
+from semisparse.errors import ShapeError, TensorError
+from semisparse.formats.layout import round_up
+from semisparse.ops.register import register
+from semisparse.reference import fp8 as reference
+
+CODES = torch.float8_e4m3fn
+"""The dtype of quantised tensors."""
+
+MULTIPLE = 16
+"""Rows of a quantised matrix are padded to a multiple of this, which products want, and its columns must be one."""
+
+_INFINITE = 255 << 23  # bits of an fp32 number
+
+
+def _check_matrix(x: Tensor) -> None:
+    if x.dim() != 2 or x.shape[1] % MULTIPLE:
+        raise ShapeError(f"x has shape {tuple(x.shape)}; it must be M x K with K a multiple of {MULTIPLE}")
+    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise TensorError(f"x is {x.dtype}; fp8 takes float32, float16 or bfloat16")
+
+
+def _fake_quantise(x: Tensor, rows: bool, columns: bool) -> tuple[Tensor, Tensor, Tensor]:
+    _check_matrix(x)
+    tokens, features = round_up(x.shape[0], MULTIPLE), x.shape[1]
+    x8 = x.new_empty((tokens, features) if rows else (0,), dtype=CODES)
+    x8t = x.new_empty((features, tokens) if columns else (0,), dtype=CODES)
+    return x8, x8t, x.new_empty((), dtype=torch.float32)
+
+
+@register("quantise(Tensor x, bool rows, bool columns) -> (Tensor, Tensor, Tensor)", fake=_fake_quantise)
+def quantise(x: Tensor, rows: bool, columns: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """x as e4m3 with one scale: x is about x8 * scale. Bit for bit as reference/fp8.py.
+
+    Args:
+        x: M x K, fp32, fp16 or bf16, any strides, K a multiple of MULTIPLE.
+        rows: Whether x8 is wanted.
+        columns: Whether x8t is wanted.
+
+    Returns:
+        x8 (M' x K) and x8t (K x M', its transpose), e4m3 and contiguous, M' being M rounded up to MULTIPLE with zeros
+        in the padding; what is not wanted is empty, of shape (0,). Then scale, fp32 without dimensions: a power of two,
+        NaN if x is not finite.
+
+    Raises:
+        ShapeError, TensorError: x is not such a matrix.
+    """
+    _check_matrix(x)
+    multiplier = reference.multiplier_for(reference.largest_magnitude(x))
+    # As bytes: not every op of every version of torch knows the dtype.
+    codes = reference.quantise(x, multiplier).view(torch.uint8)
+    codes = torch.nn.functional.pad(codes, (0, 0, 0, -x.shape[0] % MULTIPLE))
+    x8 = codes.view(CODES) if rows else x.new_empty(0, dtype=CODES)
+    x8t = codes.mT.clone(memory_format=torch.contiguous_format).view(CODES) if columns else x.new_empty(0, dtype=CODES)
+    return x8, x8t, multiplier.reciprocal()
+
+
+def quantise_formula(x: Tensor, rows: bool, columns: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """quantise, bit for bit, as plain operations of PyTorch, which inductor fuses with what is before and behind them.
+
+    Args:
+        x: As quantise's.
+        rows: As quantise's.
+        columns: As quantise's.
+
+    Raises:
+        ShapeError, TensorError: As quantise.
+    """
+    _check_matrix(x)
+    largest = x.abs().amax().float() if x.numel() else x.new_zeros((), dtype=torch.float32)
+    # The bits of 448 / largest, rounded down to a power of two: 448 is 1.75 * 2^8, and a mantissa above 1.75 carries.
+    bits = (largest.view(torch.int32) & 0x7FFFFFFF).clamp(max=_INFINITE)  # a NaN may have come out with a sign
+    exponent = (127 + 8 + 127 - (bits + 0x1FFFFF >> 23)).clamp(max=127 + reference.LARGEST_EXPONENT)
+    exponent = torch.where(bits == 0, 127, exponent)
+    finite = bits < _INFINITE
+    multiplier = torch.where(finite, (exponent << 23).view(torch.float32), torch.nan)
+    scale = torch.where(finite, (2 * 127 - exponent << 23).view(torch.float32), torch.nan)
+    scaled = torch.nn.functional.pad(x.float() * multiplier, (0, 0, 0, -x.shape[0] % MULTIPLE))
+    clamped = scaled.clamp(-reference.LARGEST, reference.LARGEST)  # NaN stays
+    codes = torch.where(clamped.isnan(), torch.nan, clamped).to(CODES)  # without the sign of a NaN
+    x8 = codes if rows else x.new_empty(0, dtype=CODES)
+    x8t = codes.mT.clone(memory_format=torch.contiguous_format) if columns else x.new_empty(0, dtype=CODES)
+    return x8, x8t, scale
+
+
+def _check_product(a8: Tensor, b8: Tensor) -> None:
+    for name, matrix in (("a8", a8), ("b8", b8)):
+        if matrix.dtype != CODES or matrix.dim() != 2 or not matrix.is_contiguous():
+            raise TensorError(f"{name} is {matrix.dtype} {tuple(matrix.shape)}; it must be a contiguous {CODES} matrix")
+    if a8.shape[1] != b8.shape[1]:
+        raise ShapeError(f"a8 has shape {tuple(a8.shape)}, b8 {tuple(b8.shape)}; both must have as many columns")
+
+
+def _fake_dense_product(
+    a8: Tensor, b8: Tensor, out_dtype: torch.dtype, scale_a: Tensor | None = None, scale_b: Tensor | None = None
+) -> Tensor:
+    _check_product(a8, b8)
+    return a8.new_empty(a8.shape[0], b8.shape[0], dtype=out_dtype)
+
+
+def _cuda_dense_product(
+    a8: Tensor, b8: Tensor, out_dtype: torch.dtype, scale_a: Tensor | None = None, scale_b: Tensor | None = None
+) -> Tensor:
+    """By cuBLASLt, which refuses sizes of 0."""
+    _check_product(a8, b8)
+    if not (a8.numel() and b8.numel()):
+        return a8.new_zeros(a8.shape[0], b8.shape[0], dtype=out_dtype)
+    if scale_a is None or scale_b is None:
+        one = a8.new_ones((), dtype=torch.float32)
+        scale_a, scale_b = one if scale_a is None else scale_a, one if scale_b is None else scale_b
+    # Fast accumulation would sum with fewer bits than fp32 has.
+    return torch._scaled_mm(a8, b8.mT, scale_a, scale_b, out_dtype=out_dtype, use_fast_accum=False)
+
+
+@register(
+    "fp8_dense_product(Tensor a8, Tensor b8, ScalarType out_dtype, Tensor? scale_a=None, Tensor? scale_b=None)"
+    " -> Tensor",
+    fake=_fake_dense_product,
+    cuda=_cuda_dense_product,
+)
+def fp8_dense_product(
+    a8: Tensor, b8: Tensor, out_dtype: torch.dtype, scale_a: Tensor | None = None, scale_b: Tensor | None = None
+) -> Tensor:
+    """a8 b8^T of e4m3 matrices, summed in fp32 and rounded once.
+
+    Args:
+        a8: R x C, contiguous; R, C and S multiples of MULTIPLE on CUDA.
+        b8: S x C, contiguous.
+        out_dtype: fp32, fp16 or bf16.
+        scale_a: Multiplies the product before it is rounded: one fp32 number on the device; None for 1.
+        scale_b: The same again.
+
+    Returns:
+        R x S.
+
+    Raises:
+        ShapeError, TensorError: a8 and b8 are not such matrices.
+    """
+    _check_product(a8, b8)
+    a, b = (reference.decode(codes.view(torch.uint8)) for codes in (a8, b8))
+    product = a @ b.mT
+    for scale in (scale_a, scale_b):
+        product = product if scale is None else product * scale
+    return product.to(out_dtype)
+
+
+def _check_rescaled(y: Tensor, bias: Tensor | None, rows: int) -> None:
+    if y.dim() != 2 or y.shape[0] < rows or (bias is not None and bias.shape != y.shape[1:]):
+        shape = None if bias is None else tuple(bias.shape)
+        raise ShapeError(f"y has shape {tuple(y.shape)}, bias {shape}; they must be (at least {rows}, N) and (N,)")
+
+
+def _fake_rescale(
+    y: Tensor, scale_a: Tensor, scale_b: Tensor, bias: Tensor | None, rows: int, dtype: torch.dtype
+) -> Tensor:
+    return y.new_empty(rows, y.shape[1], dtype=dtype)
+
+
+def rescale_formula(
+    y: Tensor, scale_a: Tensor, scale_b: Tensor, bias: Tensor | None, rows: int, dtype: torch.dtype
+) -> Tensor:
+    """rescale as plain operations of PyTorch, which inductor fuses with what is before and behind them.
+
+    Args:
+        y: As rescale's.
+        scale_a: As rescale's.
+        scale_b: As rescale's.
+        bias: As rescale's.
+        rows: As rescale's.
+        dtype: As rescale's.
+    """
+    scaled = y[:rows].float() * (scale_a * scale_b)
+    return (scaled if bias is None else scaled + bias.float()).to(dtype)
+
+
+@register(
+    "rescale(Tensor y, Tensor scale_a, Tensor scale_b, Tensor? bias, SymInt rows, ScalarType dtype) -> Tensor",
+    fake=_fake_rescale,
+)
+def rescale(y: Tensor, scale_a: Tensor, scale_b: Tensor, bias: Tensor | None, rows: int, dtype: torch.dtype) -> Tensor:
+    """y * (scale_a * scale_b) + bias in fp32, rounded once: the product of two tensors from that of their codes.
+
+    Args:
+        y: M' x N, contiguous, fp32, fp16 or bf16.
+        scale_a: fp32 without dimensions.
+        scale_b: fp32 without dimensions.
+        bias: (N,), fp32, fp16 or bf16, or None.
+        rows: How many rows of y are wanted.
+        dtype: Of the result: fp32, fp16 or bf16.
+
+    Returns:
+        rows x N, contiguous.
+
+    Raises:
+        ShapeError: y has fewer rows, or bias another size.
+    """
+    _check_rescaled(y, bias, rows)
+    return rescale_formula(y, scale_a, scale_b, bias, rows, dtype)
