@@ -9,7 +9,7 @@ estimator): with W~ the pruned weight and x~ the pruned input,
 Under autocast the operand is pruned from its stored dtype (an fp32 master weight, say) and rounded to the autocast
 dtype in the same pass; gradients come back in the parameter's dtype.
 
-There are two routes with the same masks. *Masked dense* prunes and calls F.linear: any device, dtype and size, and
+There are two routes with the same masks, and for precision="fp8" a third one (functional_fp8.py). *Masked dense* prunes and calls F.linear: any device, dtype and size, and
 every torch.func transform. *Packed* is for fp16 and bf16 on CUDA with N and K multiples of 16: the operand is packed
 once for both directions and multiplied by the packed ops, whose engine may still choose a dense product inside.
 """
@@ -33,11 +33,12 @@ from semisparse.autograd import (
     TransformedSampledLinear,
     apply,
 )
-from semisparse.config import Backend, GradOutput, check_grad_output
+from semisparse.config import Backend, GradOutput, Precision, check_grad_output, check_precision
 from semisparse.errors import ConfigError
 from semisparse.formats.packed import PackedMatrix
 from semisparse.masks import MaskName
-from semisparse.operands import as_tokens, check_operands, compute_dtype, in_dtype, in_rows
+from semisparse.functional_fp8 import fp8_linear
+from semisparse.operands import as_tokens, check_operands, compute_dtype, distinct, in_dtype, in_rows
 from semisparse.tracing import recording
 
 
@@ -46,11 +47,12 @@ def semi_sparse_linear(
     weight: Tensor,
     bias: Tensor | None = None,
     *,
-    mask: MaskName = "transposable",
+    mask: MaskName | None = "transposable",
     codes: Tensor | None = None,
     scale: Tensor | None = None,
     grad_output: GradOutput | None = None,
     seed: Tensor | None = None,
+    precision: Precision | None = None,
     backend: Backend = "auto",
     packed: PackedMatrix | None = None,
 ) -> Tensor:
@@ -62,33 +64,44 @@ def semi_sparse_linear(
         input: (..., K), or a jagged nested tensor of such rows.
         weight: (N, K), N and K multiples of 4.
         bias: (N,) or None. Operands have any strides and one dtype, fp64, fp32, fp16 or bf16; with autocast, several.
-        mask: As SparseConfig's weight.
+        mask: As SparseConfig's weight; None, with precision="fp8" alone, computes with the whole weight.
         codes: Tile codes of a fixed transposable mask to use instead of choosing one (int16, N/4 x K/4; that they are
             transposable is not checked).
         scale: What mask "soft" multiplies by (one fp32 number), required by it.
         grad_output: As SparseConfig's.
         seed: Key of grad_output's random numbers (one int64 number), read in the backward; None for the key 0.
+        precision: As SparseConfig's, with the same exclusions.
         backend: As SparseConfig's.
-        packed: ops.pack's result for these arguments, to use it again. The backward packs a transpose that is empty.
+        packed: What ops.pack, in fp8 ops.pack_fp8, gave for these arguments, to use it again. The backward packs a
+            transpose that is empty, except in fp8.
 
     Returns:
         (..., N), in the compute dtype.
 
     Raises:
         ShapeError, TensorError: The operands do not fit together.
-        ConfigError: codes or scale do not fit mask, or grad_output is unknown or used in a compiled transform.
+        ConfigError: Two arguments exclude each other, or grad_output is unknown or used in a compiled transform.
         EngineError: backend="cusparselt" cannot run here.
     """
     if input.is_nested:
         held = partial(semi_sparse_linear, mask=mask, codes=codes, scale=scale, grad_output=grad_output, seed=seed)
-        return in_rows(input, lambda rows: held(rows, weight, bias, backend=backend, packed=packed))
+        how = partial(held, precision=precision, backend=backend, packed=packed)
+        return in_rows(input, lambda rows: how(rows, weight, bias))
     check_grad_output(grad_output)
     check_operands(input, weight, bias)
     dtype = compute_dtype(input, weight)
-    if (transform := routes.transform_at_work(backend)) == "other" or not routes.packs(weight, dtype, backend):
+    transform = routes.transform_at_work(backend)
+    if precision is not None or mask is None:
+        _check_fp8(mask, codes, scale, grad_output, precision)
+        if transform != "other" and routes.takes_fp8(weight, dtype, mask, backend):
+            return fp8_linear(input, weight, bias, dtype, mask, codes, backend, packed, transform)
+        if mask is None:
+            return F.linear(input, weight, bias)
+        packed = None
+    if transform == "other" or not routes.packs(weight, dtype, backend):
         pruned = _pruned_weight(weight, dtype, mask, codes, scale, transform)
         return F.linear(input, pruned, bias) if grad_output is None else _sampled(input, pruned, bias, seed, transform)
-    x, bias, recorded = _distinct(in_dtype(dtype, input)), None if bias is None else in_dtype(dtype, bias), recording()
+    x, bias, recorded = distinct(in_dtype(dtype, input)), None if bias is None else in_dtype(dtype, bias), recording()
     if packed is None and not (recorded or transform):
         if not torch.is_grad_enabled():
             return ops.pack_linear(x, weight, bias, mask, codes, scale, backend)[0]
@@ -135,13 +148,27 @@ def semi_sparse_activation_linear(
     weight, bias = in_dtype(dtype, weight), None if bias is None else in_dtype(dtype, bias)
     # The engine adds no bias along these rows, so the op passes over y again. A compiler fuses that into what follows.
     compiling = torch.compiler.is_compiling()
-    operands = _distinct(tokens), weight, None if compiling else bias, *buffers, backend
+    operands = distinct(tokens), weight, None if compiling else bias, *buffers, backend
     if recording():
         y = ops.packed_tokens_linear(*operands)
     else:
         y = (TransformedPackedTokensLinear if transform else PackedTokensLinear).apply(*operands)
     y = y + bias if compiling and bias is not None else y
     return y if input.dim() == 2 else y.view(*input.shape[:-1], weight.shape[0])
+
+
+def _check_fp8(
+    mask: str | None, codes: Tensor | None, scale: Tensor | None, grad_output: str | None, precision: str | None
+) -> None:
+    """Raise ConfigError where precision is unknown or excludes what else is given."""
+    check_precision(precision)
+    if precision is None:
+        raise ConfigError("mask=None prunes nothing: name a mask, call F.linear, or set precision='fp8'")
+    if grad_output is not None or scale is not None:
+        name = "scale" if grad_output is None else "grad_output"
+        raise ConfigError(f"precision={precision!r} does not work together with {name}: leave {name} out")
+    if mask is None and codes is not None:
+        raise ConfigError("mask=None takes no codes: leave codes out, or set mask='transposable'")
 
 
 def _pruned_weight(
@@ -169,15 +196,6 @@ def _pruned_tokens(tokens: Tensor, dtype: torch.dtype, transform: str) -> Tensor
         return _through(tokens, ops.prune_tokens(tokens.detach(), dtype))
     prune = TransformedPruneTokens.apply if transform else ops.prune_tokens
     return prune(tokens, dtype)
-
-
-def _distinct(tokens: Tensor) -> Tensor:
-    """tokens, in compiled code as a tensor of its own, for the case that it is the weight, too.
-
-    torch.compile of torch 2.11 gives a tensor that an autograd.Function takes twice the gradient of one place only
-    (relative error 0.66 on an H100). As a view it is another tensor, and the compiler drops the view again.
-    """
-    return tokens.view_as(tokens) if torch.compiler.is_compiling() else tokens
 
 
 def _through(matrix: Tensor, pruned: Tensor) -> Tensor:

@@ -80,6 +80,15 @@ def as_tokens(x: Tensor) -> Tensor:
     return x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
 
 
+def distinct(tokens: Tensor) -> Tensor:
+    """tokens, in compiled code as a tensor of its own, for the case that it is the weight, too.
+
+    torch.compile of torch 2.11 gives a tensor that an autograd.Function takes twice the gradient of one place only
+    (relative error 0.66 on an H100). As a view it is another tensor, and the compiler drops the view again.
+    """
+    return tokens.view_as(tokens) if torch.compiler.is_compiling() else tokens
+
+
 def in_dtype(dtype: torch.dtype, tensor: Tensor) -> Tensor:
     """tensor itself where it has dtype already, else converted."""
     return tensor if tensor.dtype is dtype else tensor.to(dtype)

@@ -1,5 +1,6 @@
-"""Which route a call takes, and why: the packed one or masked dense, and how either is differentiated."""
+"""Which route a call takes, and why: in fp8, packed or masked dense, and how each is differentiated."""
 
+from functools import cache
 from typing import Literal
 
 import torch
@@ -8,9 +9,13 @@ from torch import Tensor
 from semisparse.config import BACKENDS, Backend
 from semisparse.errors import ConfigError, EngineError
 from semisparse.formats.layout import PACKED_DTYPES, SPARSE_MULTIPLE
-from semisparse.tracing import transforming
+from semisparse.ops.fp8_packed import FP8_MULTIPLE
+from semisparse.tracing import constant, transforming
 
 Transform = Literal["", "grad", "other"]
+
+FP8_CAPABILITY = (8, 9)
+"""The lowest CUDA capability whose tensor cores multiply e4m3."""
 
 
 def packs(weight: Tensor, dtype: torch.dtype, backend: Backend) -> bool:
@@ -35,6 +40,54 @@ def packs(weight: Tensor, dtype: torch.dtype, backend: Backend) -> bool:
             f"it is {tuple(weight.shape)} on {weight.device}, computed in {dtype}: use backend='auto' or torch.autocast"
         )
     return possible and backend != "dense"
+
+
+def takes_fp8(weight: Tensor, dtype: torch.dtype, mask: str | None, backend: Backend) -> bool:
+    """Whether a layer with precision="fp8" computes in it; a fact of device, dtype and sizes alone.
+
+    On the CPU it does, in plain PyTorch: the same numbers, slowly.
+
+    Args:
+        weight: (N, K).
+        dtype: Of the call.
+        mask: What prunes the weight; None in a dense phase, or if nothing does.
+        backend: As SparseConfig's.
+
+    Raises:
+        ConfigError: There is no such backend.
+        EngineError: backend="cusparselt" asks for a sparse product that is not there.
+    """
+    if mask is not None and (backend not in BACKENDS or (backend == "cusparselt" and not weight.is_cuda)):
+        packs(weight, dtype, backend)  # raises
+    rows, columns = weight.shape
+    return (
+        dtype is not torch.float64
+        and not (rows % FP8_MULTIPLE or columns % FP8_MULTIPLE)
+        and (weight.device.type in ("cpu", "meta") or (weight.is_cuda and _capability(weight.get_device()) >= FP8_CAPABILITY))
+    )
+
+
+def why_not_fp8(weight: Tensor, dtype: torch.dtype) -> str:
+    """Why takes_fp8() says no, in words; empty where it says yes."""
+    if dtype is torch.float64:
+        return "computed in torch.float64, and fp8 needs float32, float16 or bfloat16"
+    if weight.shape[0] % FP8_MULTIPLE or weight.shape[1] % FP8_MULTIPLE:
+        return f"N x K = {' x '.join(map(str, weight.shape))}, and fp8 needs multiples of {FP8_MULTIPLE}"
+    if weight.device.type not in ("cpu", "meta", "cuda"):
+        return f"the weight is on {weight.device}, and fp8 needs CUDA"
+    if weight.is_cuda and _capability(weight.get_device()) < FP8_CAPABILITY:
+        found, needed = (".".join(map(str, pair)) for pair in (_capability(weight.get_device()), FP8_CAPABILITY))
+        return f"the GPU has capability {found}, and fp8 needs {needed}"
+    return ""
+
+
+@constant
+def _capability(index: int) -> tuple[int, int]:
+    """The capability of a CUDA device."""
+    return _read_capability(index)
+
+
+_read_capability = cache(torch.cuda.get_device_capability)
 
 
 def why_masked_dense(weight: Tensor, dtype: torch.dtype, backend: Backend) -> str:

@@ -5,16 +5,20 @@ from typing import TypeVar
 
 import torch
 
-Question = TypeVar("Question", bound=Callable[..., bool])
+Question = TypeVar("Question", bound=Callable[..., object])
 
 
-def _constant(question: Question) -> Question:
-    """The same as torch.compiler.assume_constant_result, without importing the compiler."""
+def constant(question: Question) -> Question:
+    """The same as torch.compiler.assume_constant_result, without importing the compiler.
+
+    Args:
+        question: A function whose answer compiled code may take for constant, as long as its arguments are the same.
+    """
     question._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return question
 
 
-@_constant
+@constant
 def recording() -> bool:
     """Whether torch.export or torch.jit.trace records a graph that may outlive this process.
 
@@ -24,7 +28,7 @@ def recording() -> bool:
     return torch.compiler._is_exporting_flag or torch._C._get_tracing_state() is not None
 
 
-@_constant
+@constant
 def transforming() -> bool:
     """Whether a torch.func transform is active. (torch.compile cannot trace the query itself.)"""
     return torch._C._functorch.maybe_current_level() is not None
@@ -33,7 +37,7 @@ def transforming() -> bool:
 _noted: list[torch.dtype] = []
 
 
-@_constant
+@constant
 def note_compute_dtype(dtype: torch.dtype) -> bool:
     """Note that traced code computes in dtype, for weights that are packed for it later; returns True."""
     _noted.append(dtype)

@@ -10,11 +10,13 @@ from torch.fx import Proxy
 from semisparse.config import Operand, SparseConfig
 from semisparse.errors import ConfigError, LayerRefusedError, ShapeError
 from semisparse.flops import register_flop_formulas
+from semisparse.functional import semi_sparse_linear
 from semisparse.nn.copies import TRANSIENT, CopyableLinear
 from semisparse.nn.exporters import fx_call, refuse_onnx, refuse_script
 from semisparse.nn.refusals import bound_sparse, refusal
 from semisparse.nn.registry import swapped_class
 from semisparse.pattern import GROUP
+from semisparse.routes import why_not_fp8
 from semisparse.tracing import recording
 
 HELD = ("held_codes", "held_scale", "held_seed")
@@ -38,7 +40,8 @@ class SemiSparseBase(CopyableLinear):
     Attributes:
         operand: The operand that the class prunes.
         sparse_config: The settings; read-only by convention.
-        sparse_enabled: False while a schedule is in a dense phase; the layer then computes exactly what nn.Linear does.
+        sparse_enabled: False while a schedule is in a dense phase; the layer then computes exactly what nn.Linear does,
+            or with precision="fp8" the same in fp8.
             train() and eval() never change it.
 
     Raises:
@@ -73,7 +76,7 @@ class SemiSparseBase(CopyableLinear):
         self._announce()
 
     def forward(self, input: Tensor) -> Tensor:
-        """The linear layer with one operand pruned; plain F.linear while sparse_enabled is False.
+        """The linear layer with one operand pruned; dense while sparse_enabled is False.
 
         torch.export records ops that have gradient formulas, torch.fx one call of the layer.
 
@@ -92,14 +95,19 @@ class SemiSparseBase(CopyableLinear):
             if isinstance(input, Proxy):
                 return fx_call(self, input)
             (self._stands_for or self).__dict__["_called"] = True
-        if not self.sparse_enabled:
+        if not self.sparse_enabled and self.sparse_config.precision is None:
             return F.linear(input, self.weight, self.bias)
         if recording():
             refuse_onnx()
-        return self._sparse_forward(input)
+        return self._sparse_forward(input) if self.sparse_enabled else self._dense_forward(input)
 
     def _sparse_forward(self, input: Tensor) -> Tensor:
         raise NotImplementedError
+
+    def _dense_forward(self, input: Tensor) -> Tensor:
+        """The forward of a dense phase with a precision of its own."""
+        weight, bias, precision = self.weight, self.bias, self.sparse_config.precision
+        return semi_sparse_linear(input, weight, bias, mask=None, precision=precision)
 
     @classmethod
     def from_dense(cls, linear: nn.Linear, config: SparseConfig | None = None) -> Self:
@@ -164,9 +172,11 @@ class SemiSparseBase(CopyableLinear):
         raise NotImplementedError
 
     def extra_repr(self) -> str:
-        """The dense class's fields, then the mask and whether it is applied."""
+        """The dense class's fields, then the settings, whether the mask is applied, and why not fp8 where it is asked."""
         state = "on" if self.sparse_enabled else "off (dense phase)"
-        return f"{super().extra_repr()}, {self.sparse_config}, sparse={state}"
+        weight, asked = self._parameters.get("weight"), self.sparse_config.precision is not None
+        reason = why_not_fp8(weight, weight.dtype) if asked and weight is not None else ""
+        return f"{super().extra_repr()}, {self.sparse_config}, sparse={state}{reason and f', not in fp8: {reason}'}"
 
     def __prepare_scriptable__(self) -> NoReturn:
         refuse_script(self)

@@ -1,4 +1,4 @@
-"""The layer with a 2:4 weight."""
+"""The layer with a 2:4 weight, or with a dense one in fp8."""
 
 from typing import ClassVar
 
@@ -6,7 +6,7 @@ from torch import Tensor
 
 from semisparse import functional, ops
 from semisparse.config import Operand, SparseConfig
-from semisparse.errors import TensorError
+from semisparse.errors import ConfigError, TensorError
 from semisparse.masks import MaskName
 from semisparse.nn.base import SemiSparseBase
 from semisparse.nn.packed_weight import PackedWeight, held_changed, usable
@@ -22,6 +22,9 @@ class SemiSparseLinear(SemiSparseBase):
     The gradient of the input passes through the pruned weight; the gradient of the weight passes straight through to
     the dense weight. Every forward sees the current weight. Straight-through 2:4 training: arXiv 2102.04010; masks:
     arXiv 2102.08124.
+
+    With precision="fp8" the products are computed in fp8, in dense phases too; with weight=None the weight is never
+    pruned. Where fp8 cannot run, repr and reports say why.
 
     Args and Raises are those of SemiSparseBase.
 
@@ -43,9 +46,15 @@ class SemiSparseLinear(SemiSparseBase):
 
     @property
     def _mask(self) -> MaskName:
-        """The mask that sparse_config names."""
-        assert self.sparse_config.weight is not None  # checked when the config was set
+        """The mask that sparse_config names; only for layers that have one."""
+        if self.sparse_config.weight is None:
+            raise ConfigError("the weight of this layer is not pruned (SparseConfig(weight=None)): it has no mask")
         return self.sparse_config.weight
+
+    @property
+    def has_mask(self) -> bool:
+        """Whether the weight is pruned; False for a dense layer in fp8."""
+        return self.sparse_config.weight is not None
 
     @property
     def holds(self) -> bool:
@@ -72,29 +81,38 @@ class SemiSparseLinear(SemiSparseBase):
             held_changed(self)
 
     def _sparse_forward(self, input: Tensor) -> Tensor:
-        weight = self.weight
+        weight, config = self.weight, self.sparse_config
         return functional.semi_sparse_linear(
             input,
             weight,
             self.bias,
-            mask=self._mask,
+            mask=config.weight,
             codes=self.held_codes,
             scale=self.held_scale,
-            grad_output=self.sparse_config.grad_output,
+            grad_output=config.grad_output,
             seed=self.held_seed,
-            backend=self.sparse_config.backend,
+            precision=config.precision,
+            backend=config.backend,
             packed=None if self._packed is None else usable(self, weight, input),
         )
 
     def pruned_weight(self) -> Tensor:
         """The weight as the sparse forward uses it: N x K, detached, in the parameter's dtype.
 
+        With precision="fp8" the sparse forward rounds these values.
+
         Raises:
             ConfigError: The mask is "soft" and no recipe has set a scale.
         """
         weight = self.weight.detach()
+        if self.sparse_config.weight is None:
+            return weight
         return ops.prune(weight, weight.dtype, self._mask, self.held_codes, self.held_scale)
 
     def chosen_mask(self) -> Tensor:
-        """The mask (N x K, bool) that follows from the current weight, even if a recipe holds another one."""
+        """The mask (N x K, bool) that follows from the current weight, even if a recipe holds another one.
+
+        Raises:
+            ConfigError: The weight is not pruned.
+        """
         return from_codes(ops.tile_codes(self.weight.detach(), self._mask))

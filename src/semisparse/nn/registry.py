@@ -13,6 +13,7 @@ OWN_ATTRIBUTES = (
     "operand",
     "sparse_config",
     "sparse_enabled",
+    "has_mask",
     "hold",
     "holds",
     "held_codes",
@@ -21,6 +22,7 @@ OWN_ATTRIBUTES = (
     "_mask",
     "_packed",
     "_called",
+    "_dense_forward",
     "_sparse_forward",
 )
 """Names that a semi-sparse layer uses besides those of nn.Linear."""

@@ -4,6 +4,7 @@ On plain CUDA tensors some of them skip the dispatcher (register.py says when).
 """
 
 from semisparse.ops.fp8 import fp8_dense_product, quantise, quantise_formula, rescale, rescale_formula
+from semisparse.ops.fp8_packed import fp8_linear, fp8_product, pack_fp8, unpack_fp8
 from semisparse.ops.masks import prune, prune_tokens, tile_codes
 from semisparse.ops.packing import pack, pack_tokens, pack_transpose, unpack
 from semisparse.ops.packing_many import pack_many
@@ -20,7 +21,10 @@ from semisparse.ops.sampling import pack_sample, sample, sampled_grad_weight, sa
 
 __all__ = [
     "fp8_dense_product",
+    "fp8_linear",
+    "fp8_product",
     "pack",
+    "pack_fp8",
     "pack_linear",
     "pack_many",
     "pack_sample",
@@ -43,4 +47,5 @@ __all__ = [
     "sampled_linear",
     "tile_codes",
     "unpack",
+    "unpack_fp8",
 ]

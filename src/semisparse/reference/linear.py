@@ -1,14 +1,16 @@
-"""Forward and gradients of a linear layer with one pruned operand, written out as equations.
+"""Forward and gradients of a linear layer with one pruned operand, written out as equations; the last ones in fp8.
 
 x: (M, K), weight: (N, K), bias: (N,) or None, grad_output: (M, N). Masks are bool, True = kept. Any float dtype; all
 operands of one call have the same dtype. Kernels and layers are tested against these functions.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from semisparse.pattern import GROUP
-from semisparse.reference import masks
+from semisparse.reference import fp8, masks
 
 
 def prune(matrix: Tensor, mask: Tensor) -> Tensor:
@@ -97,3 +99,55 @@ def grad_weight(grad_output: Tensor, x: Tensor) -> Tensor:
 def grad_bias(grad_output: Tensor) -> Tensor:
     """db: the sum of dy over the tokens, shape (N,)."""
     return grad_output.sum(0)
+
+
+class Quantised(NamedTuple):
+    """A matrix in fp8: matrix is about values * scale.
+
+    Attributes:
+        values: What the e4m3 codes stand for, exact in fp64.
+        scale: One fp32 number, a power of two; NaN if the matrix is not finite.
+    """
+
+    values: Tensor
+    scale: Tensor
+
+
+def quantised(matrix: Tensor, mask: Tensor | None = None) -> Quantised:
+    """matrix in fp8, scaled by its largest magnitude; with a mask, pruned afterwards."""
+    multiplier = fp8.multiplier_for(fp8.largest_magnitude(matrix))
+    codes = fp8.quantise(matrix if mask is None else prune(matrix, mask), multiplier).view(torch.uint8)
+    return Quantised(fp8.decode(codes).double(), 1 / multiplier)
+
+
+def fp8_product(a: Quantised, b: Quantised, bias: Tensor | None, dtype: torch.dtype, result: torch.dtype) -> Tensor:
+    """a b^T with its scale, plus bias.
+
+    Args:
+        a: R x C.
+        b: S x C.
+        bias: (S,) or None.
+        dtype: Of the call. Sums without scale are rounded to bf16 if it is bf16, else to fp32.
+        result: Of the result, rounded once after scale and bias.
+    """
+    sums = (a.values @ b.values.mT).to(torch.bfloat16 if dtype is torch.bfloat16 else torch.float32)
+    y = sums.float() * (a.scale * b.scale)
+    return (y if bias is None else y + bias.float()).to(result)
+
+
+def fp8_forward(x: Tensor, weight: Tensor, mask: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """y = x8 W8~^T * (sx * sw) + b, shape (M, N), in dtype. The scale of W is that of all of it; mask None prunes none."""
+    return fp8_product(quantised(x), quantised(weight, mask), bias, dtype, dtype)
+
+
+def fp8_grad_input(grad_output: Tensor, weight: Tensor, mask: Tensor | None, result: torch.dtype) -> Tensor:
+    """dx = dy8 W8~ * (sdy * sw), shape (M, K), in the dtype result. The call's dtype is dy's."""
+    w = quantised(weight, mask)
+    return fp8_product(quantised(grad_output), Quantised(w.values.mT, w.scale), None, grad_output.dtype, result)
+
+
+def fp8_grad_weight(grad_output: Tensor, x: Tensor, result: torch.dtype) -> Tensor:
+    """dW = dy8^T x8 * (sdy * sx), shape (N, K), straight through to the dense weight; as fp8_grad_input."""
+    dy, tokens = quantised(grad_output), quantised(x)
+    turned = Quantised(dy.values.mT, dy.scale), Quantised(tokens.values.mT, tokens.scale)
+    return fp8_product(*turned, None, grad_output.dtype, result)

@@ -16,7 +16,8 @@ def semi_sparse_layers(model: nn.Module) -> dict[str, SemiSparseBase]:
 
 def layers_with_masks(model: nn.Module) -> dict[str, SemiSparseLinear]:
     """The semi-sparse layers of model whose weight is pruned, named as in semi_sparse_layers; may be empty."""
-    return {name: layer for name, layer in semi_sparse_layers(model).items() if isinstance(layer, SemiSparseLinear)}
+    layers = semi_sparse_layers(model)
+    return {name: layer for name, layer in layers.items() if isinstance(layer, SemiSparseLinear) and layer.has_mask}
 
 
 def changed_since(model: nn.Module, layers: Mapping[str, nn.Module]) -> tuple[str, str] | None:

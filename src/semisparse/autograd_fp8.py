@@ -1,0 +1,82 @@
+"""The gradient formulas of the fp8 linear layer, in the forms that autograd.py describes.
+
+y = x8 W8~^T, dx = dy8 W8~, dW = dy8^T x8, each times the scales of its operands; db is the sum of dy before rounding.
+The operands of the functions are those of ops.fp8_linear, which functional_fp8.py makes.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from semisparse import masks, ops
+from semisparse.autograd import _first_order
+from semisparse.ops.fp8_packed import fp8_forward, rescaled, sums_dtype
+from semisparse.ops.register import LIBRARY
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    """x8^T for dW, and for dx W8~^T, or W8~ where the mask is 2:4 along K only."""
+    x, weight, bias, _, x8t, scale_x, w8, w8t, scale_w, ctx.mask, ctx.backend, ctx.dtype = inputs
+    ctx.x_dtype, ctx.weight_dtype, ctx.weight_shape = x.dtype, weight.dtype, weight.shape
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    for_x, for_weight = ctx.needs_input_grad[:2]
+    transposed = ctx.mask is None or masks.get(ctx.mask).both_ways
+    kept = (w8t if transposed else w8, scale_w) if for_x else (None, None)
+    ctx.save_for_backward(*((x8t, scale_x) if for_weight else (None, None)), *kept)
+
+
+@_first_order
+def _backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
+    """dy is rounded once, for both products. dW comes first, as in autograd.py."""
+    (grad_output,), (x8t, scale_x, w8, scale_w), needs = grad_outputs, ctx.saved_tensors, ctx.needs_input_grad
+    grad_x = grad_weight = grad_bias = None
+    (rows, columns), wide = ctx.weight_shape, sums_dtype(ctx.dtype)
+    if needs[0] or needs[1]:
+        dy8, dy8t, scale_dy = ops.quantise(grad_output.detach(), needs[0], needs[1])
+    if needs[1]:
+        sums = ops.fp8_dense_product(dy8t, x8t, wide)
+        grad_weight = rescaled(sums, scale_dy, scale_x, None, rows, ctx.weight_dtype)
+        del sums, dy8t
+    if needs[0]:
+        if ctx.mask is None:
+            sums = ops.fp8_dense_product(dy8, w8, wide)
+        elif masks.get(ctx.mask).both_ways:
+            sums = ops.fp8_product(dy8, w8, columns, ctx.backend, wide)
+        else:
+            sums = ops.fp8_dense_product(dy8, ops.unpack_fp8(w8, rows, columns).mT.contiguous(), wide)
+        grad_x = rescaled(sums, scale_dy, scale_w, None, grad_output.shape[0], ctx.x_dtype)
+    if needs[2]:
+        grad_bias = grad_output.sum(0, dtype=ctx.bias_dtype)
+    return grad_x, grad_weight, grad_bias, *(None,) * 9
+
+
+def _forward(inputs: tuple[Any, ...]) -> Tensor:
+    x, weight, bias, x8, _, scale_x, w8, _, scale_w, mask, backend, dtype = inputs
+    return fp8_forward(x.shape[0], weight.shape[0], bias, x8, scale_x, w8, scale_w, mask, backend, dtype)
+
+
+class Fp8Linear(torch.autograd.Function):
+    """The linear layer in fp8; the operands of ops.fp8_linear. A double backward raises."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        output = _forward(inputs)
+        _save(ctx, inputs, output)
+        return output
+
+    backward = staticmethod(_backward)
+
+
+class TransformedFp8Linear(torch.autograd.Function):
+    """Fp8Linear inside torch.func.grad."""
+
+    @staticmethod
+    def forward(*inputs: Any) -> Tensor:
+        return _forward(inputs)
+
+    setup_context = staticmethod(_save)
+    backward = staticmethod(_backward)
+
+
+torch.library.register_autograd("semisparse::fp8_linear", _backward, setup_context=_save, lib=LIBRARY)

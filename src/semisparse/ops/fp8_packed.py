@@ -1,0 +1,205 @@
+"""Ops of weights that are pruned and packed in e4m3, and the forward of the fp8 linear layer.
+
+e4m3 values travel as torch.float8_e4m3fn, packed buffers as uint8 in the 8-bit format of formats/layout.py. Scales are
+fp32 numbers on the device; results without their scale are called sums. reference/linear.py has the equations.
+"""
+
+import torch
+from torch import Tensor
+
+from semisparse import calls, masks
+from semisparse.config import Backend
+from semisparse.errors import ShapeError
+from semisparse.formats.layout import SM90_8BIT
+from semisparse.ops.fp8 import fp8_dense_product, rescale
+from semisparse.ops.masks import checked
+from semisparse.ops.register import register
+from semisparse.reference import fp8 as reference
+from semisparse.reference import masks as reference_masks
+from semisparse.reference import packing as reference_packing
+
+FP8_MULTIPLE = 32
+"""N and K of a layer in fp8 are multiples of this."""
+
+
+def _fake_pack_fp8(weight: Tensor, mask: str, codes: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    rows, columns = weight.shape
+    sizes = _packed_bytes(rows, columns), _packed_bytes(columns, rows) if masks.get(mask).both_ways else 0
+    packed, packed_t = (weight.new_empty(size, dtype=torch.uint8) for size in sizes)
+    return packed, packed_t, weight.new_empty((), dtype=torch.float32)
+
+
+def _packed_bytes(rows: int, columns: int) -> int:
+    return rows * columns // 2 + SM90_8BIT.metadata_bytes(rows, columns)
+
+
+def _encoded(codes: Tensor, kept: Tensor) -> Tensor:
+    return SM90_8BIT.encode(reference_packing.pack(codes, kept, torch.uint8))
+
+
+@register(
+    "pack_fp8(Tensor weight, str mask, Tensor? codes) -> (Tensor, Tensor, Tensor)",
+    fake=_fake_pack_fp8,
+    every_device=True,
+    note=calls.note,
+)
+def pack_fp8(weight: Tensor, mask: str, codes: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """A weight pruned, rounded to e4m3 and packed, and its transpose.
+
+    Args:
+        weight: N x K, multiples of 32, fp32, fp16 or bf16, any strides.
+        mask: As SparseConfig's weight, but not "soft"; chosen before rounding.
+        codes: As pack's.
+
+    Returns:
+        The buffers of W~ and of its transpose, which is empty for masks along K only, and the scale of both: the
+        inverse of 448 over the largest magnitude of the whole weight, rounded to a power of two as reference/fp8.py says.
+
+    Raises:
+        ShapeError, TensorError, ConfigError: As pack.
+    """
+    found = checked(weight, mask, codes, None)
+    if any(size % FP8_MULTIPLE for size in weight.shape):
+        raise ShapeError(f"weight is {tuple(weight.shape)}; packing in fp8 needs multiples of {FP8_MULTIPLE}: pad it")
+    kept = found.choose(weight) if codes is None else reference_masks.from_codes(codes)
+    multiplier = reference.multiplier_for(reference.largest_magnitude(weight))
+    rounded = reference.quantise(weight, multiplier).view(torch.uint8)
+    packed = _encoded(rounded, kept)
+    packed_t = _encoded(rounded.mT, kept.mT) if found.both_ways else packed.new_empty(0)
+    return packed, packed_t, 1 / multiplier
+
+
+def _fake_unpack_fp8(packed: Tensor, rows: int, columns: int) -> Tensor:
+    return packed.new_empty(rows, columns, dtype=torch.float8_e4m3fn)
+
+
+@register(
+    "unpack_fp8(Tensor packed, SymInt rows, SymInt columns) -> Tensor", fake=_fake_unpack_fp8, every_device=True
+)
+def unpack_fp8(packed: Tensor, rows: int, columns: int) -> Tensor:
+    """The pruned matrix (rows x columns of e4m3, contiguous) that a buffer of pack_fp8 holds; exact."""
+    codes = reference_packing.unpack(SM90_8BIT.decode(packed, rows, columns, torch.uint8))
+    return codes.view(torch.float8_e4m3fn)
+
+
+def _fake_fp8_product(
+    x8: Tensor, packed: Tensor, out_features: int, backend: Backend, out_dtype: torch.dtype
+) -> Tensor:
+    return x8.new_empty(x8.shape[0], out_features, dtype=out_dtype)
+
+
+@register(
+    "fp8_product(Tensor x8, Tensor packed, SymInt out_features, str backend, ScalarType out_dtype) -> Tensor",
+    fake=_fake_fp8_product,
+    every_device=True,
+)
+def fp8_product(x8: Tensor, packed: Tensor, out_features: int, backend: Backend, out_dtype: torch.dtype) -> Tensor:
+    """The sums x8 A^T with A packed, without scale.
+
+    Args:
+        x8: M' x K, e4m3, contiguous, M' a multiple of 16.
+        packed: A (out_features x K), as pack_fp8 gives it.
+        out_features: Rows of A.
+        backend: As SparseConfig's.
+        out_dtype: bf16 or fp32; fp16 would overflow.
+
+    Returns:
+        M' x out_features; sums of fp32, rounded once.
+
+    Raises:
+        EngineError: On CUDA with backend "cusparselt", when no sparse algorithm is right for the problem.
+    """
+    return fp8_dense_product(x8, unpack_fp8(packed, out_features, x8.shape[1]), out_dtype)
+
+
+def sums_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What the sums of a call in dtype are rounded to: bf16 for bf16, else fp32, since fp16 would overflow."""
+    return torch.bfloat16 if dtype is torch.bfloat16 else torch.float32
+
+
+def rescaled(
+    sums: Tensor, scale_a: Tensor, scale_b: Tensor, bias: Tensor | None, rows: int, dtype: torch.dtype
+) -> Tensor:
+    """rescale; in compiled code as arithmetic that the compiler fuses into what follows."""
+    if not torch.compiler.is_compiling():
+        return rescale(sums, scale_a, scale_b, bias, rows, dtype)
+    scaled = sums[:rows].float() * (scale_a * scale_b)
+    return (scaled if bias is None else scaled + bias.float()).to(dtype)
+
+
+def fp8_forward(
+    tokens: int,
+    out_features: int,
+    bias: Tensor | None,
+    x8: Tensor,
+    scale_x: Tensor,
+    w8: Tensor,
+    scale_w: Tensor,
+    mask: str | None,
+    backend: Backend,
+    dtype: torch.dtype,
+) -> Tensor:
+    """y = x8 W8^T * (scale_x * scale_w) + bias, (tokens, out_features) in dtype; operands as fp8_linear's."""
+    wide = sums_dtype(dtype)
+    if mask is None:
+        sums = fp8_dense_product(x8, w8, wide)
+    else:
+        sums = fp8_product(x8, w8, out_features, backend, wide)
+    return rescaled(sums, scale_x, scale_w, bias, tokens, dtype)
+
+
+def _fake_fp8_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    x8: Tensor,
+    x8t: Tensor,
+    scale_x: Tensor,
+    w8: Tensor,
+    w8t: Tensor,
+    scale_w: Tensor,
+    mask: str | None,
+    backend: Backend,
+    dtype: torch.dtype,
+) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0], dtype=dtype)
+
+
+@register(
+    "fp8_linear(Tensor x, Tensor weight, Tensor? bias, Tensor x8, Tensor x8t, Tensor scale_x, Tensor w8, Tensor w8t,"
+    " Tensor scale_w, str? mask, str backend, ScalarType dtype) -> Tensor",
+    fake=_fake_fp8_linear,
+    every_device=True,
+    differentiable=True,
+)
+def fp8_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    x8: Tensor,
+    x8t: Tensor,
+    scale_x: Tensor,
+    w8: Tensor,
+    w8t: Tensor,
+    scale_w: Tensor,
+    mask: str | None,
+    backend: Backend,
+    dtype: torch.dtype,
+) -> Tensor:
+    """fp8_forward with a gradient formula, for exported graphs.
+
+    Args:
+        x: M x K. Only its number of tokens is read; it receives the gradient.
+        weight: N x K. Its values are not read; it receives the gradient.
+        bias: (N,) or None, fp32, fp16 or bf16.
+        x8: x in e4m3, as quantise gives it with rows.
+        x8t: The same with columns, for dW.
+        scale_x: Scale of both.
+        w8: The weight: packed by pack_fp8, or without a mask as quantise gives it with rows.
+        w8t: Its transpose, for dx: the second buffer of pack_fp8, or as quantise gives it with columns.
+        scale_w: Scale of both.
+        mask: What the weight was pruned with; None if it was not.
+        backend: As SparseConfig's.
+        dtype: Of the call, and of y.
+    """
+    return fp8_forward(x.shape[0], weight.shape[0], bias, x8, scale_x, w8, scale_w, mask, backend, dtype)
