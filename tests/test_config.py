@@ -20,6 +20,8 @@ def test_defaults_are_the_transposable_weight_recipe() -> None:
     assert (config.grad_output, config.precision) == (None, None)
     assert config.operand == "weight"
     assert SparseConfig(**ACTIVATION).operand == "activation"
+    dense = SparseConfig(weight=None, precision="fp8")
+    assert (dense.operand, dense.prunes, config.prunes) == ("weight", False, True)
 
 
 def test_the_names_of_masks_are_the_tables() -> None:
@@ -40,7 +42,7 @@ MASK_CHOICES = "None, 'transposable', 'row', 'soft', 'greedy', 'signed_greedy'"
         ("weight", ["row"], MASK_CHOICES),
         ("activation", "row", "None, 'transposable'"),
         ("grad_output", "transposable", "None, 'mvue'"),
-        ("precision", "fp16", "None and, not available yet, 'fp8'"),
+        ("precision", "fp16", "None, 'fp8'"),
         ("backend", "engine", "'auto', 'cusparselt', 'dense'"),
         ("backend", None, "'auto', 'cusparselt', 'dense'"),
     ],
@@ -51,10 +53,18 @@ def test_a_value_outside_its_choices_is_named_with_the_choices(field: str, value
     assert str(caught.value) == f"{field}={value!r} is not one of {choices}"
 
 
-@pytest.mark.parametrize(("field", "value"), [("precision", "fp8")])
-def test_what_is_planned_says_that_it_is_not_available_yet(field: str, value: str) -> None:
-    with pytest.raises(ConfigError, match=f"{field}='{value}' is not available yet; leave it at None"):
-        SparseConfig(**{field: value})  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        (ACTIVATION, r"precision='fp8' and activation='transposable': tokens are not packed .*set precision=None"),
+        ({"grad_output": "mvue"}, r"precision='fp8' and grad_output='mvue' do not work together yet"),
+        ({"weight": "soft"}, r"precision='fp8' and weight='soft': its values are scaled beyond .*or precision=None"),
+        ({"weight": None, "backend": "cusparselt"}, r"backend='cusparselt' has no sparse product .*: use 'auto'"),
+    ],
+)
+def test_what_fp8_cannot_compute_is_refused_with_the_reason(settings: dict, reason: str) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        SparseConfig(**settings, precision="fp8")
 
 
 def test_settings_that_exclude_each_other_are_refused() -> None:
@@ -79,6 +89,10 @@ def test_settings_that_exclude_each_other_are_refused() -> None:
         ({"grad_output": "mvue", "backend": "dense"}, ("masked dense", "masked dense", "masked dense")),
         ({"backend": "cusparselt"}, ("sparse", "sparse", "dense")),
         ({"backend": "dense"}, ("masked dense", "masked dense", "dense")),
+        ({"precision": "fp8"}, ("sparse fp8", "sparse fp8", "dense fp8")),
+        ({"precision": "fp8", "weight": "row"}, ("sparse fp8", "dense fp8", "dense fp8")),
+        ({"precision": "fp8", "weight": None}, ("dense fp8", "dense fp8", "dense fp8")),
+        ({"precision": "fp8", "backend": "dense"}, ("masked dense fp8", "masked dense fp8", "dense fp8")),
     ],
 )
 def test_the_products_follow_from_the_settings(settings: dict, products: tuple[str, ...]) -> None:

@@ -16,7 +16,7 @@ from semisparse.gemm.dispatch import observed
 from semisparse.gemm.problem import Problem
 from semisparse.nn import SemiSparseBase
 from semisparse.operands import compute_dtype
-from semisparse.routes import why_masked_dense
+from semisparse.routes import why_masked_dense, why_not_fp8
 from semisparse.surgery.layers import semi_sparse_layers
 from semisparse.unchanged import unchanged
 
@@ -209,10 +209,19 @@ class _Probe:
 
 def _route(layer: SemiSparseBase, operand: Any) -> str:
     """How the layer computes if no product of an engine was recorded."""
-    if not layer.sparse_enabled:
-        return "dense (dense phase)"
+    config, dense = layer.sparse_config, not layer.sparse_enabled or not layer.sparse_config.prunes
+    phase = "dense (dense phase)" if config.prunes else "dense"
+    if dense and config.precision is None:
+        return phase
     if not isinstance(operand, Tensor):
         return "unknown"
     dtype = compute_dtype(operand, layer.weight)
-    reason = why_masked_dense(layer.weight, dtype, layer.sparse_config.backend)
-    return f"masked dense: {reason}" if reason else "packed"
+    obstacle = "" if config.precision is None else why_not_fp8(layer.weight, dtype)
+    if config.precision is not None and not obstacle:
+        how = phase.replace("dense", "dense fp8", 1) if dense else "packed fp8"
+        return how if layer.weight.is_cuda else f"{how}, emulated: the weight is on {layer.weight.device}"
+    not_fp8 = obstacle and f"; not in fp8: {obstacle}"
+    if dense:
+        return phase + not_fp8
+    reason = why_masked_dense(layer.weight, dtype, config.backend)
+    return (f"masked dense: {reason}" if reason else "packed") + not_fp8

@@ -47,11 +47,11 @@ class SparseConfig:
             each four tokens are kept, with probabilities that make the variance smallest (arXiv 2203.10991), and scaled
             up. dx and the bias gradient are those of dy itself. Needs a pruned weight. A schedule gives each layer and
             rank random numbers of its own; without one they follow from the gradient's values alone.
-        precision: None, the dtype of the call. "fp8" computes all three products in e4m3: x, W~ and dy are multiplied by
-            a power of two each (one per tensor, from its largest magnitude at this call) and rounded; products are
-            accumulated wider and scaled back. The mask is chosen before rounding. Dense phases stay in fp8. Where fp8
-            cannot run (N or K no multiple of 32, fp64, CUDA capability below 8.9) the layer computes as without it.
-            Takes no activation, no grad_output and not the mask "soft".
+        precision: None, the dtype of the call. "fp8" computes all three products in e4m3: x, W~ and dy are each
+            multiplied by a power of two (one per tensor, from its largest magnitude at this call) and rounded; products
+            are accumulated in a wider type and scaled back. The mask is chosen before rounding. Dense phases stay in
+            fp8. Where fp8 cannot run (N or K not a multiple of 32, fp64, CUDA capability below 8.9) the layer computes
+            as without it. Takes no activation, no grad_output and not the mask "soft".
         backend: "auto": sparse tensor cores where they can run and the product alone measured faster than the masked
             dense one; masked dense everywhere else, with the same mask. Packing is on neither side of that comparison:
             the operand is packed either way, and where dense wins a step packs it once and unpacks it for each product.
@@ -86,8 +86,8 @@ class SparseConfig:
             )
         if self.weight is None and self.activation is None and self.precision is None:
             raise ConfigError(
-                "weight=None and activation=None prune nothing in y: name a mask for one of them, keep the layer dense, "
-                "or set precision='fp8' for dense products in fp8"
+                "weight=None and activation=None prune nothing in y: name a mask for one of them, or keep it dense; "
+                "precision='fp8' alone makes its dense products fp8"
             )
         if self.activation is not None and self.grad_output is not None:
             raise ConfigError(
@@ -119,6 +119,11 @@ class SparseConfig:
     def operand(self) -> Operand:
         """The operand of the forward product that may be pruned; "weight" for a dense layer in fp8."""
         return "weight" if self.activation is None else "activation"
+
+    @property
+    def prunes(self) -> bool:
+        """Whether an operand of the forward product is pruned; False for a dense layer in fp8."""
+        return self.weight is not None or self.activation is not None
 
     @property
     def products(self) -> dict[str, Product]:

@@ -2,7 +2,7 @@
 
 A packed product counts as the dense product that it replaces, 2 M N K, so that utilisation and training cost can be
 compared with those of the dense model. The sparse tensor cores do half of these multiplications; a dense product that
-the engine chose inside the op does all of them.
+the engine chose inside the op does all of them. Products in fp8 count their tokens as padded to a multiple of 16.
 
 Choosing masks, pruning and packing have no formula, as elementwise operations have none in torch: they take time, but
 they are not FLOPs of the model.
@@ -39,8 +39,12 @@ def _sampled_grad_weight(grad_output: Shape, x: Shape, *_: Any, **__: Any) -> in
     return 2 * grad_output[0] * grad_output[1] * x[1]
 
 
+def _fp8_product(x8: Shape, packed: Shape, out_features: int, *_: Any, **__: Any) -> int:
+    return 2 * prod(x8) * out_features
+
+
 def _fp8_dense_product(a8: Shape, b8: Shape, *_: Any, **__: Any) -> int:
-    return 2 * a8[0] * a8[1] * b8[0]
+    return 2 * prod(a8) * b8[0]
 
 
 def flop_formulas() -> dict[Any, Callable[..., int]]:
@@ -53,9 +57,11 @@ def flop_formulas() -> dict[Any, Callable[..., int]]:
         registered.packed_tokens_matmul: _packed_tokens_matmul,
         registered.packed_tokens_linear: _linear,
         registered.packed_tokens_grad_weight: _packed_tokens_grad_weight,
+        registered.fp8_product: _fp8_product,
+        registered.fp8_dense_product: _fp8_dense_product,
+        registered.fp8_linear: _linear,
         registered.sampled_linear: _linear,
         registered.sampled_grad_weight: _sampled_grad_weight,
-        registered.fp8_dense_product: _fp8_dense_product,
     }
 
 

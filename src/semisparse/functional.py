@@ -9,9 +9,10 @@ estimator): with W~ the pruned weight and x~ the pruned input,
 Under autocast the operand is pruned from its stored dtype (an fp32 master weight, say) and rounded to the autocast
 dtype in the same pass; gradients come back in the parameter's dtype.
 
-There are two routes with the same masks, and for precision="fp8" a third one (functional_fp8.py). *Masked dense* prunes and calls F.linear: any device, dtype and size, and
+There are two routes with the same masks. *Masked dense* prunes and calls F.linear: any device, dtype and size, and
 every torch.func transform. *Packed* is for fp16 and bf16 on CUDA with N and K multiples of 16: the operand is packed
 once for both directions and multiplied by the packed ops, whose engine may still choose a dense product inside.
+precision="fp8" has a route of its own (functional_fp8.py), and takes one of these where it cannot run.
 """
 
 from functools import partial
@@ -36,8 +37,8 @@ from semisparse.autograd import (
 from semisparse.config import Backend, GradOutput, Precision, check_grad_output, check_precision
 from semisparse.errors import ConfigError
 from semisparse.formats.packed import PackedMatrix
-from semisparse.masks import MaskName
 from semisparse.functional_fp8 import fp8_linear
+from semisparse.masks import MaskName
 from semisparse.operands import as_tokens, check_operands, compute_dtype, distinct, in_dtype, in_rows
 from semisparse.tracing import recording
 
@@ -97,11 +98,30 @@ def semi_sparse_linear(
             return fp8_linear(input, weight, bias, dtype, mask, codes, backend, packed, transform)
         if mask is None:
             return F.linear(input, weight, bias)
-        packed = None
+        packed = None if packed is None or packed.scale is not None else packed
     if transform == "other" or not routes.packs(weight, dtype, backend):
         pruned = _pruned_weight(weight, dtype, mask, codes, scale, transform)
         return F.linear(input, pruned, bias) if grad_output is None else _sampled(input, pruned, bias, seed, transform)
-    x, bias, recorded = distinct(in_dtype(dtype, input)), None if bias is None else in_dtype(dtype, bias), recording()
+    how = mask, codes, scale, grad_output, seed, backend
+    return _packed_linear(distinct(in_dtype(dtype, input)), weight, bias, dtype, *how, packed, transform)
+
+
+def _packed_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    mask: MaskName,
+    codes: Tensor | None,
+    scale: Tensor | None,
+    grad_output: GradOutput | None,
+    seed: Tensor | None,
+    backend: Backend,
+    packed: PackedMatrix | None,
+    transform: str,
+) -> Tensor:
+    """semi_sparse_linear on the packed route, x in the compute dtype."""
+    bias, recorded = None if bias is None else in_dtype(dtype, bias), recording()
     if packed is None and not (recorded or transform):
         if not torch.is_grad_enabled():
             return ops.pack_linear(x, weight, bias, mask, codes, scale, backend)[0]

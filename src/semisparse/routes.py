@@ -63,7 +63,10 @@ def takes_fp8(weight: Tensor, dtype: torch.dtype, mask: str | None, backend: Bac
     return (
         dtype is not torch.float64
         and not (rows % FP8_MULTIPLE or columns % FP8_MULTIPLE)
-        and (weight.device.type in ("cpu", "meta") or (weight.is_cuda and _capability(weight.get_device()) >= FP8_CAPABILITY))
+        and (
+            weight.device.type in ("cpu", "meta")
+            or (weight.is_cuda and _capability(weight.get_device()) >= FP8_CAPABILITY)
+        )
     )
 
 

@@ -172,11 +172,14 @@ class SemiSparseBase(CopyableLinear):
         raise NotImplementedError
 
     def extra_repr(self) -> str:
-        """The dense class's fields, then the settings, whether the mask is applied, and why not fp8 where it is asked."""
-        state = "on" if self.sparse_enabled else "off (dense phase)"
-        weight, asked = self._parameters.get("weight"), self.sparse_config.precision is not None
-        reason = why_not_fp8(weight, weight.dtype) if asked and weight is not None else ""
-        return f"{super().extra_repr()}, {self.sparse_config}, sparse={state}{reason and f', not in fp8: {reason}'}"
+        """The dense class's fields, then the settings, whether the mask is applied, and why not fp8 where asked."""
+        config, weight = self.sparse_config, self._parameters.get("weight")
+        said = [super().extra_repr(), str(config)]
+        if config.prunes:
+            said.append("sparse=on" if self.sparse_enabled else "sparse=off (dense phase)")
+        if config.precision is not None and weight is not None and (reason := why_not_fp8(weight, weight.dtype)):
+            said.append(f"not in fp8: {reason}")
+        return ", ".join(said)
 
     def __prepare_scriptable__(self) -> NoReturn:
         refuse_script(self)

@@ -54,8 +54,8 @@ class PackedWeights:
     inside torch.autocast or a forward ran in it. A forward in another dtype packs for itself, with a warning. Frozen
     weights are packed once, until they change. Layers in a dense phase hold nothing.
 
-    A sharded (FSDP), offloaded, computed (parametrised) or inference weight cannot be packed between forwards. Such
-    layers pack at each forward; that is logged once, and `fallbacks` has the reasons.
+    A sharded (FSDP), offloaded, computed (parametrised) or inference weight cannot be packed between forwards, and a
+    weight in fp8 is not yet. Such layers pack at each forward; that is logged once, and `fallbacks` has the reasons.
 
     Packed weights are never part of a state_dict. A copy of this object belongs to the copied model and has packed
     nothing.
@@ -193,7 +193,7 @@ class PackedWeights:
 
     def _member(self, layer: PackingLayer, record: PackedWeight) -> Member | None:
         """A layer that has a record; None where it was made dense since, or its own weight cannot be packed now."""
-        if not isinstance(layer, SemiSparseLinear) or not layer.sparse_enabled or why_not_whole(layer):
+        if not isinstance(layer, SemiSparseLinear) or not layer.sparse_enabled or _why_at_each_forward(layer):
             return None
         member = Member(layer, record, layer.weight, self._dtype(layer.weight))
         return member if member.weight is record.weight and member.dtype in PACKED_DTYPES else None
@@ -203,9 +203,9 @@ class PackedWeights:
         members, self.fallbacks = [], {}
         sharded = managed_by_fsdp(self._model)
         for name, layer in self._model.named_modules():
-            if not isinstance(layer, SemiSparseLinear) or not layer.sparse_enabled:
+            if not isinstance(layer, SemiSparseLinear) or not layer.sparse_enabled or not layer.has_mask:
                 continue
-            if reason := "FSDP gathers its weight in the forward" if sharded else why_not_whole(layer):
+            if reason := "FSDP gathers its weight in the forward" if sharded else _why_at_each_forward(layer):
                 self.fallbacks[name] = reason
                 continue
             weight = layer.weight
@@ -284,6 +284,15 @@ def _takes_packed_route(layer: PackingLayer, weight: Tensor, dtype: torch.dtype)
         return routes.packs(weight, dtype if dtype in PACKED_DTYPES else torch.bfloat16, layer.sparse_config.backend)
     except EngineError:
         return False  # the forward raises it
+
+
+def _why_at_each_forward(layer: SemiSparseLinear) -> str:
+    """Why the weight of layer is not packed between forwards, in words; empty where it is."""
+    if reason := why_not_whole(layer):
+        return reason
+    if layer.sparse_config.precision is not None and not routes.why_not_fp8(layer.weight, layer.weight.dtype):
+        return "its weight is packed in fp8, which is done at each forward"
+    return ""
 
 
 def _close(records: dict[PackingLayer, PackedWeight], layers: Iterable[PackingLayer] | None = None) -> None:

@@ -92,7 +92,7 @@ def reuse_packed(model: nn.Module, *, keep: Keep = "both") -> Iterator[int]:
     """
     block = _Block(model, keep=keep)
     for layer in model.modules():
-        if isinstance(layer, SemiSparseLinear) and layer.sparse_enabled:
+        if isinstance(layer, SemiSparseLinear) and layer.sparse_enabled and layer.sparse_config.precision is None:
             routes.packs(layer.weight, compute_dtype(layer.weight, layer.weight), layer.sparse_config.backend)
     try:
         yield block.pack(everything=True)

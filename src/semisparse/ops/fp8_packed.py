@@ -52,8 +52,8 @@ def pack_fp8(weight: Tensor, mask: str, codes: Tensor | None) -> tuple[Tensor, T
         codes: As pack's.
 
     Returns:
-        The buffers of W~ and of its transpose, which is empty for masks along K only, and the scale of both: the
-        inverse of 448 over the largest magnitude of the whole weight, rounded to a power of two as reference/fp8.py says.
+        The buffers of W~ and of its transpose, which is empty for masks along K only, and the scale of both, a power of
+        two that follows from the largest magnitude of the whole weight (reference/fp8.py).
 
     Raises:
         ShapeError, TensorError, ConfigError: As pack.
@@ -73,9 +73,7 @@ def _fake_unpack_fp8(packed: Tensor, rows: int, columns: int) -> Tensor:
     return packed.new_empty(rows, columns, dtype=torch.float8_e4m3fn)
 
 
-@register(
-    "unpack_fp8(Tensor packed, SymInt rows, SymInt columns) -> Tensor", fake=_fake_unpack_fp8, every_device=True
-)
+@register("unpack_fp8(Tensor packed, SymInt rows, SymInt columns) -> Tensor", fake=_fake_unpack_fp8, every_device=True)
 def unpack_fp8(packed: Tensor, rows: int, columns: int) -> Tensor:
     """The pruned matrix (rows x columns of e4m3, contiguous) that a buffer of pack_fp8 holds; exact."""
     codes = reference_packing.unpack(SM90_8BIT.decode(packed, rows, columns, torch.uint8))
@@ -141,10 +139,7 @@ def fp8_forward(
 ) -> Tensor:
     """y = x8 W8^T * (scale_x * scale_w) + bias, (tokens, out_features) in dtype; operands as fp8_linear's."""
     wide = sums_dtype(dtype)
-    if mask is None:
-        sums = fp8_dense_product(x8, w8, wide)
-    else:
-        sums = fp8_product(x8, w8, out_features, backend, wide)
+    sums = fp8_dense_product(x8, w8, wide) if mask is None else fp8_product(x8, w8, out_features, backend, wide)
     return rescaled(sums, scale_x, scale_w, bias, tokens, dtype)
 
 

@@ -1,13 +1,13 @@
 """What a recipe consists of once it starts with a model and an optimizer, and whether it can."""
 
 import logging
-from dataclasses import replace
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 
+from semisparse.config import SparseConfig
 from semisparse.errors import ConfigError, ScheduleError
 from semisparse.nn import SemiSparseLinear
 from semisparse.recipes.auto_switch import AutoSwitch
@@ -64,7 +64,7 @@ def _check(
     check_optimizer(optimizer, layers)
     other = []
     for name, layer in layers_with_masks(model).items():
-        if replace(layer.sparse_config, grad_output=recipe.config.grad_output) != recipe.config:
+        if _pruning(layer.sparse_config) != _pruning(recipe.config):
             raise ConfigError(
                 f"{name} was swapped with {layer.sparse_config!r}, but the recipe {recipe.name} has {recipe.config!r}: "
                 "sparsify with recipe.config"
@@ -73,8 +73,9 @@ def _check(
             other.append(name)
     if other:
         logger.warning(
-            "%d layers (%s, ...) were swapped with another grad_output than the recipe %s has (%r): they keep theirs",
-            len(other), other[0], recipe.name, recipe.config.grad_output,
+            "%d layers (%s, ...) were swapped with another grad_output or precision than the recipe %s has (%r, %r): they "
+            "keep theirs",
+            len(other), other[0], recipe.name, recipe.config.grad_output, recipe.config.precision,
         )  # fmt: skip
     if recipe.dense_range is not None and not isinstance(optimizer, StepAdamW):
         raise ConfigError(
@@ -90,6 +91,11 @@ def _check(
         )
     if hooks or recipe.refresh_every > 1 or recipe.needs_scale:
         check_whole(layers)
+
+
+def _pruning(config: SparseConfig) -> tuple[object, ...]:
+    """What the layers of a recipe have in common with it."""
+    return config.weight, config.activation, config.backend
 
 
 def _held(recipe: Recipe, model: nn.Module, phases: tuple[Phase, ...]) -> Held | None:

@@ -7,12 +7,12 @@ draws an approximation with a larger variance.
 
 from collections.abc import Callable
 
-from semisparse.config import Backend, GradOutput, SparseConfig
+from semisparse.config import Backend, GradOutput, Precision, SparseConfig
 from semisparse.masks import MaskName
 from semisparse.recipes.recipe import Recipe
 
 
-def dinov2(*, sparse_fraction: float = 0.7, backend: Backend = "auto") -> Recipe:
+def dinov2(*, sparse_fraction: float = 0.7, precision: Precision | None = None, backend: Backend = "auto") -> Recipe:
     """Exact transposable masks chosen at every forward, straight-through gradients; sparse first, then dense.
 
     torchao's authors trained a DINOv2 ViT-L in this way, with sparse MLP layers (select="mlp") for 70 % of the steps:
@@ -20,13 +20,20 @@ def dinov2(*, sparse_fraction: float = 0.7, backend: Backend = "auto") -> Recipe
 
     Args:
         sparse_fraction: As in Recipe.
+        precision: As in SparseConfig.
         backend: As in SparseConfig.
     """
-    return Recipe(name="dinov2", config=SparseConfig(backend=backend), sparse_fraction=sparse_fraction)
+    config = SparseConfig(precision=precision, backend=backend)
+    return Recipe(name="dinov2", config=config, sparse_fraction=sparse_fraction)
 
 
 def sr_ste(
-    *, decay: float = 2e-4, sparse_fraction: float = 1.0, weight: MaskName = "transposable", backend: Backend = "auto"
+    *,
+    decay: float = 2e-4,
+    sparse_fraction: float = 1.0,
+    weight: MaskName = "transposable",
+    precision: Precision | None = None,
+    backend: Backend = "auto",
 ) -> Recipe:
     """Masks chosen at every forward; pruned weights decay: gradient + decay * (1 - M) * W. arXiv 2102.04010.
 
@@ -36,9 +43,10 @@ def sr_ste(
         decay: Default: the paper's value, chosen for SGD. Adam divides the term by its own scale.
         sparse_fraction: As in Recipe.
         weight: Mask of the weights. "row" is the paper's; with the default the input gradient is also a sparse product.
+        precision: As in SparseConfig.
         backend: As in SparseConfig.
     """
-    config = SparseConfig(weight=weight, backend=backend)
+    config = SparseConfig(weight=weight, precision=precision, backend=backend)
     return Recipe(name="sr_ste", config=config, sparse_fraction=sparse_fraction, decay=decay)
 
 
@@ -48,6 +56,7 @@ def fst(
     refresh_every: int = 40,
     sparse_fraction: float = 5 / 6,
     grad_output: GradOutput | None = "mvue",
+    precision: Precision | None = None,
     backend: Backend = "auto",
 ) -> Recipe:
     """Transposable masks held for refresh_every applied steps, decay of pruned weights, dense for the last sixth.
@@ -60,9 +69,10 @@ def fst(
         refresh_every: Applied steps for which masks are held.
         sparse_fraction: As in Recipe.
         grad_output: As in SparseConfig; None for a dense weight gradient.
+        precision: As in SparseConfig; "fp8" needs grad_output=None.
         backend: As in SparseConfig.
     """
-    config = SparseConfig(grad_output=grad_output, backend=backend)
+    config = SparseConfig(grad_output=grad_output, precision=precision, backend=backend)
     return Recipe(name="fst", config=config, sparse_fraction=sparse_fraction, decay=decay, refresh_every=refresh_every)
 
 
@@ -72,7 +82,7 @@ def s_ste(
     """Continuous pruning: the two largest of each 4 along K, shrunk by the third, times a scale fixed at the start.
 
     arXiv 2409.09099. The scale of each weight, <W, S> / <S, S>, is computed when the recipe starts. The paper
-    multiplies in fp8; here products are in your dtype.
+    multiplies in fp8; here products are in your dtype, because "soft" has no form in fp8 yet.
 
     Args:
         sparse_fraction: As in Recipe. With less than 1, the dense phase replaces the shrunk weight by W itself, which
@@ -85,7 +95,11 @@ def s_ste(
 
 
 def step(
-    *, dense_range: tuple[float, float] = (0.1, 0.5), weight: MaskName = "row", backend: Backend = "auto"
+    *,
+    dense_range: tuple[float, float] = (0.1, 0.5),
+    weight: MaskName = "row",
+    precision: Precision | None = None,
+    backend: Backend = "auto",
 ) -> Recipe:
     """Dense until Adam's second moment has settled, then sparse with that moment frozen. arXiv 2302.01172.
 
@@ -97,9 +111,10 @@ def step(
         dense_range: Shares of all steps before and after which the switch does not come. Default: as the paper
             recommends.
         weight: Mask of the weights, as in SparseConfig; the paper's is "row".
+        precision: As in SparseConfig.
         backend: As in SparseConfig.
     """
-    config = SparseConfig(weight=weight, backend=backend)
+    config = SparseConfig(weight=weight, precision=precision, backend=backend)
     return Recipe(name="step", config=config, dense_range=dense_range)
 
 

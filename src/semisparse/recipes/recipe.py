@@ -56,7 +56,7 @@ class Recipe:
 
     def _check_parts(self) -> None:
         if self.config.weight is None:
-            raise ConfigError("config.weight=None: recipes prune weights; use a SparseSchedule for activations")
+            raise ConfigError("config.weight=None: recipes prune weights; use a SparseSchedule for other layers")
         name = f"config.weight={self.config.weight!r}"
         if self.refresh_every > 1 and not masks.get(self.config.weight).from_codes:
             raise ConfigError(

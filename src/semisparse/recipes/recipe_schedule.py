@@ -34,7 +34,7 @@ class RecipeSchedule(SparseSchedule):
     Args:
         recipe: The settings.
         model: Layers swapped with recipe.config, on its final device, with its weights loaded. Layers with another
-            grad_output keep theirs; a warning is logged. Layers that prune their input instead of the weight follow the
+            grad_output or precision keep theirs; a warning is logged. Layers that do not prune the weight follow the
             phases, and nothing else of the recipe.
         optimizer: Any torch optimizer that holds the sparse weights that train, or a wrapper of one; StepAdamW if
             recipe.dense_range is given.

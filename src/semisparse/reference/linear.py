@@ -136,7 +136,7 @@ def fp8_product(a: Quantised, b: Quantised, bias: Tensor | None, dtype: torch.dt
 
 
 def fp8_forward(x: Tensor, weight: Tensor, mask: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """y = x8 W8~^T * (sx * sw) + b, shape (M, N), in dtype. The scale of W is that of all of it; mask None prunes none."""
+    """y = x8 W8~^T * (sx * sw) + b, shape (M, N), in dtype. sw is that of all of W; with mask None W8~ is W8."""
     return fp8_product(quantised(x), quantised(weight, mask), bias, dtype, dtype)
 
 

@@ -25,7 +25,7 @@ class MaskedWeights:
     """
 
     def __init__(self, model: nn.Module, layers: list[FoundLayer]) -> None:
-        pruned = {id(f.layer): f for f in layers if isinstance(f.layer, SemiSparseLinear)}
+        pruned = {id(f.layer): f for f in layers if isinstance(f.layer, SemiSparseLinear) and f.layer.has_mask}
         all_holders = Holders(model)
         self._values: dict[int, tuple[Tensor, Tensor]] = {}
         for found in pruned.values():
@@ -52,6 +52,8 @@ class MaskedWeights:
     @staticmethod
     def note(layer: SemiSparseBase) -> str:
         """What was done with the layer's weight, for the report."""
+        if isinstance(layer, SemiSparseLinear) and not layer.has_mask:
+            return "no weight was pruned, dense weight kept"
         if isinstance(layer, SemiSparseLinear) and not layer.sparse_enabled:
             return "pruned weight written, although the layer computed with the dense one (dense phase)"
         if isinstance(layer, SemiSparseLinear):

@@ -11,10 +11,12 @@ torch.nn.MultiheadAttention, xFormers' SwiGLU, and timm's attention blocks that 
 from torch import nn
 
 from semisparse.arguments import check_module
+from semisparse.config import SparseConfig
 from semisparse.errors import NoLayerMatchedError
 from semisparse.formats.layout import SPARSE_MULTIPLE
 from semisparse.nn import SemiSparseBase
 from semisparse.nn.refusals import refusal
+from semisparse.routes import why_not_fp8
 from semisparse.surgery.coverage import share_outside_linear
 from semisparse.surgery.selection import FoundLayer, linear_layers
 from semisparse.surgery.source import Uses, reading_of
@@ -53,12 +55,15 @@ class Candidates:
         """Why the layer cannot be swapped, or None."""
         return self._refusals.get(id(found.layer))
 
-    def note(self, found: FoundLayer) -> str:
-        """What to know about a layer that is swapped all the same; mostly nothing."""
+    def note(self, found: FoundLayer, config: SparseConfig) -> str:
+        """What to know about a layer that is swapped with config all the same; mostly nothing."""
         layer, notes = found.layer, []
         if id(layer) in self._verify:
             notes.append(self._verify[id(layer)])
-        if layer.in_features % SPARSE_MULTIPLE or layer.out_features % SPARSE_MULTIPLE:
+        if config.precision is not None and (reason := why_not_fp8(layer.weight, layer.weight.dtype)):
+            notes.append(f"not in fp8: {reason}")
+        whole = not (layer.in_features % SPARSE_MULTIPLE or layer.out_features % SPARSE_MULTIPLE)
+        if config.prunes and not whole:
             notes.append(f"always masked dense: sparse products need N and K in multiples of {SPARSE_MULTIPLE}")
         return "; ".join(notes)
 

@@ -165,5 +165,5 @@ def _swap(candidates: Candidates, decide: Callable[[FoundLayer], Decision], rema
             rows.append(LayerRow(found.name, *size, SKIPPED, f"the same layer as {first.name}, swapped there"))
         else:
             LAYER_CLASSES[config.operand].from_dense(found.layer, config)
-            rows.append(LayerRow(found.name, *size, SWAPPED, candidates.note(found), config))
+            rows.append(LayerRow(found.name, *size, SWAPPED, candidates.note(found, config), config))
     return SwapReport(tuple(rows), remarks)
