@@ -22,7 +22,7 @@ LEVELS = {
         "autograd_fp8",
         "functional_fp8",
         "shared_tokens",
-    },  # fmt: skip
+    },
     4: {"nn", "surgery"},
     # "" is the package itself, which collects the public names of the levels up to 5.
     5: {"schedule", "recipes", "metrics", "tuning", "_check", "checkpoint", "unchanged", "environment", ""},

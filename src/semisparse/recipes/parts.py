@@ -73,8 +73,8 @@ def _check(
             other.append(name)
     if other:
         logger.warning(
-            "%d layers (%s, ...) were swapped with another grad_output or precision than the recipe %s has (%r, %r): they "
-            "keep theirs",
+            "%d layers (%s, ...) were swapped with another grad_output or precision than the recipe %s has (%r, %r): "
+            "they keep theirs",
             len(other), other[0], recipe.name, recipe.config.grad_output, recipe.config.precision,
         )  # fmt: skip
     if recipe.dense_range is not None and not isinstance(optimizer, StepAdamW):
