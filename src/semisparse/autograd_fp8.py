@@ -31,24 +31,26 @@ def _backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
     """dy is rounded once, for both products. dW comes first, as in autograd.py."""
     (grad_output,), (x8t, scale_x, w8, scale_w), needs = grad_outputs, ctx.saved_tensors, ctx.needs_input_grad
     grad_x = grad_weight = grad_bias = None
-    (rows, columns), wide = ctx.weight_shape, sums_dtype(ctx.dtype)
+    rows, columns = ctx.weight_shape
     if needs[0] or needs[1]:
         dy8, dy8t, scale_dy = ops.quantise(grad_output.detach(), needs[0], needs[1])
     if needs[1]:
-        sums = ops.fp8_dense_product(dy8t, x8t, wide)
-        grad_weight = rescaled(sums, scale_dy, scale_x, None, rows, ctx.weight_dtype)
-        del sums, dy8t
-    if needs[0]:
-        if ctx.mask is None:
-            sums = ops.fp8_dense_product(dy8, w8, wide)
-        elif masks.get(ctx.mask).both_ways:
-            sums = ops.fp8_product(dy8, w8, columns, ctx.backend, wide)
-        else:
-            sums = ops.fp8_dense_product(dy8, ops.unpack_fp8(w8, rows, columns).mT.contiguous(), wide)
+        grad_weight = ops.fp8_dense_product(dy8t, x8t, ctx.weight_dtype, scale_dy, scale_x)
+        del dy8t
+    if needs[0] and ctx.mask is not None and masks.get(ctx.mask).both_ways:
+        sums = ops.fp8_product(dy8, w8, columns, ctx.backend, sums_dtype(ctx.dtype))
         grad_x = rescaled(sums, scale_dy, scale_w, None, grad_output.shape[0], ctx.x_dtype)
+    elif needs[0]:
+        turned = w8 if ctx.mask is None else _turned(ops.unpack_fp8(w8, rows, columns))
+        grad_x = ops.fp8_dense_product(dy8, turned, ctx.x_dtype, scale_dy, scale_w)[: grad_output.shape[0]]
     if needs[2]:
         grad_bias = grad_output.sum(0, dtype=ctx.bias_dtype)
     return grad_x, grad_weight, grad_bias, *(None,) * 9
+
+
+def _turned(matrix: Tensor) -> Tensor:
+    """The transpose of an e4m3 matrix, contiguous; as bytes, because not every version of torch copies the dtype."""
+    return matrix.view(torch.uint8).mT.contiguous().view(matrix.dtype)
 
 
 def _forward(inputs: tuple[Any, ...]) -> Tensor:

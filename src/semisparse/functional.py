@@ -102,8 +102,8 @@ def semi_sparse_linear(
     if transform == "other" or not routes.packs(weight, dtype, backend):
         pruned = _pruned_weight(weight, dtype, mask, codes, scale, transform)
         return F.linear(input, pruned, bias) if grad_output is None else _sampled(input, pruned, bias, seed, transform)
-    how = mask, codes, scale, grad_output, seed, backend
-    return _packed_linear(distinct(in_dtype(dtype, input)), weight, bias, dtype, *how, packed, transform)
+    x = distinct(in_dtype(dtype, input))
+    return _packed_linear(x, weight, bias, dtype, mask, codes, scale, grad_output, seed, backend, packed, transform)
 
 
 def _packed_linear(

@@ -36,9 +36,10 @@ class _Last:
         self.state = state
         self.tokens: _Tokens | None = tokens
         self.users: set[int] = set()
-        self.input: ReferenceType[Tensor] = ref(input, self._forget)
+        self.input: ReferenceType[Tensor] = ref(input, self.forget)
 
-    def _forget(self, _: object) -> None:
+    def forget(self, _: object = None) -> None:
+        """Free the memory of the tokens."""
         self.tokens = None
 
     def found(self, input: Tensor, state: _State, user: int, columns: bool) -> _Tokens | None:
@@ -67,7 +68,8 @@ def quantised(input: Tensor, weight: Tensor, *, columns: bool) -> _Tokens:
     last: _Last | None = getattr(_here, "last", None)
     found = None if last is None else last.found(input, state, id(weight), columns)
     if last is None or found is None:
-        _here.last = None  # its memory is free before more is taken
+        if last is not None:
+            last.forget()  # before more memory is taken
         found = ops.quantise(as_tokens(input).detach(), True, columns)
         last = _here.last = _Last(input, state, found)
     last.users.add(id(weight))

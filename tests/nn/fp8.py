@@ -14,7 +14,7 @@ from semisparse.testing import assert_bit_equal, small_integers
 K, N = 64, 96
 MASKS = ["transposable", "row", "greedy", None]
 LIMIT = 300
-"""Whole numbers up to here are rounded by e4m3, and sums of 64 products of what they are rounded to are exact in fp32."""
+"""Whole numbers up to here are rounded by e4m3, and sums of 64 products of the rounded ones are exact in fp32."""
 
 
 class Fp8Result(NamedTuple):
@@ -62,7 +62,8 @@ def by_equations(layer: SemiSparseLinear, x: Tensor, gradient: Tensor, *, dense:
         mask = layer.chosen_mask() if layer.held_codes is None else from_codes(layer.held_codes)
     tokens, dy = x.reshape(-1, K), gradient.reshape(-1, N)
     y = reference.fp8_forward(tokens, weight, mask, bias, dy.dtype)
-    dx = reference.fp8_grad_input(dy, weight, mask, x.dtype)
+    both_ways = mask is not None and layer.sparse_config.products["grad_input"] == "sparse fp8"
+    dx = reference.fp8_grad_input(dy, weight, mask, x.dtype, sparse=both_ways)
     dw = reference.fp8_grad_weight(dy, tokens, weight.dtype)
     db = None if bias is None else dy.double().sum(0).to(bias.dtype)
     return Fp8Result(y.view(gradient.shape), dx.view(x.shape), dw, db)

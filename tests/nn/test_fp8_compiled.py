@@ -1,11 +1,14 @@
 """Compiled fp8 layers: one graph, with the bits of eager layers."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._functorch.aot_autograd import make_boxed_func
+from torch._functorch.partitioners import min_cut_rematerialization_partition
 
 from semisparse import Phase, SparseConfig, SparseSchedule, sparsify
 from semisparse.testing import assert_bit_equal
@@ -56,17 +59,16 @@ class Shared(nn.Module):
         return self.layers[0](x) + self.layers[1](x) - self.layers[2](x)
 
 
-def test_layers_that_read_the_same_input_round_it_once() -> None:
+def test_layers_that_read_the_same_input_round_it_once_with_inductors_partitioner() -> None:
     names: list[list[str]] = []
 
-    def note(graph: torch.fx.GraphModule, inputs: object) -> torch.fx.GraphModule:
+    def note(graph: torch.fx.GraphModule, inputs: object) -> Callable[..., object]:
         names.append([str(node.target) for node in graph.graph.nodes])
-        return graph
-
-    from torch._dynamo.backends.common import aot_autograd
+        return make_boxed_func(graph)
 
     model, (x, dy) = Shared(), fp8_inputs(16)
-    compiled = torch.compile(model, fullgraph=True, backend=aot_autograd(fw_compiler=note, bw_compiler=note))
+    backend = aot_autograd(fw_compiler=note, bw_compiler=note, partition_fn=min_cut_rematerialization_partition)
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
     compiled(x.clone().requires_grad_()).backward(dy)
     forward, backward = ([name for name in each if "quantise" in name] for each in names)
     assert len(forward) == 1

@@ -7,6 +7,7 @@ are the same in plain PyTorch, so that inductor fuses them with their neighbours
 import torch
 from torch import Tensor
 
+from semisparse import calls
 from semisparse.errors import ShapeError, TensorError
 from semisparse.formats.layout import round_up
 from semisparse.ops.register import register
@@ -36,7 +37,9 @@ def _fake_quantise(x: Tensor, rows: bool, columns: bool) -> tuple[Tensor, Tensor
     return x8, x8t, x.new_empty((), dtype=torch.float32)
 
 
-@register("quantise(Tensor x, bool rows, bool columns) -> (Tensor, Tensor, Tensor)", fake=_fake_quantise)
+@register(
+    "quantise(Tensor x, bool rows, bool columns) -> (Tensor, Tensor, Tensor)", fake=_fake_quantise, note=calls.note
+)
 def quantise(x: Tensor, rows: bool, columns: bool) -> tuple[Tensor, Tensor, Tensor]:
     """x as e4m3 with one scale: x is about x8 * scale. Bit for bit as reference/fp8.py.
 

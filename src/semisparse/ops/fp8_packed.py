@@ -11,7 +11,7 @@ from semisparse import calls, masks
 from semisparse.config import Backend
 from semisparse.errors import ShapeError
 from semisparse.formats.layout import SM90_8BIT
-from semisparse.ops.fp8 import fp8_dense_product, rescale
+from semisparse.ops.fp8 import CODES, fp8_dense_product, rescale, rescale_formula
 from semisparse.ops.masks import checked
 from semisparse.ops.register import register
 from semisparse.reference import fp8 as reference
@@ -70,14 +70,13 @@ def pack_fp8(weight: Tensor, mask: str, codes: Tensor | None) -> tuple[Tensor, T
 
 
 def _fake_unpack_fp8(packed: Tensor, rows: int, columns: int) -> Tensor:
-    return packed.new_empty(rows, columns, dtype=torch.float8_e4m3fn)
+    return packed.new_empty(rows, columns, dtype=CODES)
 
 
 @register("unpack_fp8(Tensor packed, SymInt rows, SymInt columns) -> Tensor", fake=_fake_unpack_fp8, every_device=True)
 def unpack_fp8(packed: Tensor, rows: int, columns: int) -> Tensor:
     """The pruned matrix (rows x columns of e4m3, contiguous) that a buffer of pack_fp8 holds; exact."""
-    codes = reference_packing.unpack(SM90_8BIT.decode(packed, rows, columns, torch.uint8))
-    return codes.view(torch.float8_e4m3fn)
+    return reference_packing.unpack(SM90_8BIT.decode(packed, rows, columns, torch.uint8)).view(CODES)
 
 
 def _fake_fp8_product(
@@ -119,10 +118,7 @@ def rescaled(
     sums: Tensor, scale_a: Tensor, scale_b: Tensor, bias: Tensor | None, rows: int, dtype: torch.dtype
 ) -> Tensor:
     """rescale; in compiled code as arithmetic that the compiler fuses into what follows."""
-    if not torch.compiler.is_compiling():
-        return rescale(sums, scale_a, scale_b, bias, rows, dtype)
-    scaled = sums[:rows].float() * (scale_a * scale_b)
-    return (scaled if bias is None else scaled + bias.float()).to(dtype)
+    return (rescale_formula if torch.compiler.is_compiling() else rescale)(sums, scale_a, scale_b, bias, rows, dtype)
 
 
 def fp8_forward(
@@ -138,6 +134,8 @@ def fp8_forward(
     dtype: torch.dtype,
 ) -> Tensor:
     """y = x8 W8^T * (scale_x * scale_w) + bias, (tokens, out_features) in dtype; operands as fp8_linear's."""
+    if mask is None and bias is None:
+        return fp8_dense_product(x8, w8, dtype, scale_x, scale_w)[:tokens]
     wide = sums_dtype(dtype)
     sums = fp8_dense_product(x8, w8, wide) if mask is None else fp8_product(x8, w8, out_features, backend, wide)
     return rescaled(sums, scale_x, scale_w, bias, tokens, dtype)

@@ -120,34 +120,52 @@ def quantised(matrix: Tensor, mask: Tensor | None = None) -> Quantised:
     return Quantised(fp8.decode(codes).double(), 1 / multiplier)
 
 
-def fp8_product(a: Quantised, b: Quantised, bias: Tensor | None, dtype: torch.dtype, result: torch.dtype) -> Tensor:
+def fp8_product(a: Quantised, b: Quantised, bias: Tensor | None, sums: torch.dtype, result: torch.dtype) -> Tensor:
     """a b^T with its scale, plus bias.
 
     Args:
         a: R x C.
         b: S x C.
         bias: (S,) or None.
-        dtype: Of the call. Sums without scale are rounded to bf16 if it is bf16, else to fp32.
-        result: Of the result, rounded once after scale and bias.
+        sums: What the product is rounded to before it is scaled.
+        result: What it is rounded to after scale and bias, which are computed in fp32.
     """
-    sums = (a.values @ b.values.mT).to(torch.bfloat16 if dtype is torch.bfloat16 else torch.float32)
-    y = sums.float() * (a.scale * b.scale)
+    y = (a.values @ b.values.mT).to(sums).float() * (a.scale * b.scale)
     return (y if bias is None else y + bias.float()).to(result)
+
+
+def fp8_sums(dtype: torch.dtype) -> torch.dtype:
+    """What products are rounded to before they are scaled in a second pass, for calls in dtype; never fp16.
+
+    A dense product without bias is scaled where it is computed, in fp32, and rounded once.
+    """
+    return torch.bfloat16 if dtype is torch.bfloat16 else torch.float32
 
 
 def fp8_forward(x: Tensor, weight: Tensor, mask: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """y = x8 W8~^T * (sx * sw) + b, shape (M, N), in dtype. sw is that of all of W; with mask None W8~ is W8."""
-    return fp8_product(quantised(x), quantised(weight, mask), bias, dtype, dtype)
+    once = mask is None and bias is None
+    return fp8_product(quantised(x), quantised(weight, mask), bias, torch.float32 if once else fp8_sums(dtype), dtype)
 
 
-def fp8_grad_input(grad_output: Tensor, weight: Tensor, mask: Tensor | None, result: torch.dtype) -> Tensor:
-    """dx = dy8 W8~ * (sdy * sw), shape (M, K), in the dtype result. The call's dtype is dy's."""
-    w = quantised(weight, mask)
-    return fp8_product(quantised(grad_output), Quantised(w.values.mT, w.scale), None, grad_output.dtype, result)
+def fp8_grad_input(
+    grad_output: Tensor, weight: Tensor, mask: Tensor | None, result: torch.dtype, *, sparse: bool
+) -> Tensor:
+    """dx = dy8 W8~ * (sdy * sw), shape (M, K), in the dtype result. The call's dtype is dy's.
+
+    Args:
+        grad_output: dy.
+        weight: W.
+        mask: What is kept of it; None for all.
+        result: dtype of x.
+        sparse: Whether W~^T is packed, too, so that the product is scaled in a second pass.
+    """
+    w, sums = quantised(weight, mask), fp8_sums(grad_output.dtype) if sparse else torch.float32
+    return fp8_product(quantised(grad_output), Quantised(w.values.mT, w.scale), None, sums, result)
 
 
 def fp8_grad_weight(grad_output: Tensor, x: Tensor, result: torch.dtype) -> Tensor:
-    """dW = dy8^T x8 * (sdy * sx), shape (N, K), straight through to the dense weight; as fp8_grad_input."""
+    """dW = dy8^T x8 * (sdy * sx), shape (N, K), straight through to the dense weight, in its dtype result."""
     dy, tokens = quantised(grad_output), quantised(x)
     turned = Quantised(dy.values.mT, dy.scale), Quantised(tokens.values.mT, tokens.scale)
-    return fp8_product(*turned, None, grad_output.dtype, result)
+    return fp8_product(*turned, None, torch.float32, result)
