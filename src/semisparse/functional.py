@@ -57,9 +57,7 @@ def semi_sparse_linear(
     backend: Backend = "auto",
     packed: PackedMatrix | None = None,
 ) -> Tensor:
-    """y = x W~^T + b with W~ the weight pruned to 2:4 by magnitude at this call.
-
-    The mask is exact; products err as PyTorch's own in the compute dtype do.
+    """y = x W~^T + b with W~ the weight pruned to 2:4 by magnitude at this call. The mask is exact.
 
     Args:
         input: (..., K), or a jagged nested tensor of such rows.
@@ -73,11 +71,11 @@ def semi_sparse_linear(
         seed: Key of grad_output's random numbers (one int64 number), read in the backward; None for the key 0.
         precision: As SparseConfig's, with the same exclusions.
         backend: As SparseConfig's.
-        packed: What ops.pack, in fp8 ops.pack_fp8, gave for these arguments, to use it again. The backward packs a
-            transpose that is empty, except in fp8.
+        packed: ops.pack's result for these arguments, to use it again (in fp8 ops.pack_fp8's, which is whole); without
+            its transpose, the backward packs that.
 
     Returns:
-        (..., N), in the compute dtype.
+        (..., N), in the compute dtype; products err as PyTorch's own in that dtype do, in fp8 as e4m3 does.
 
     Raises:
         ShapeError, TensorError: The operands do not fit together.

@@ -318,7 +318,8 @@ def sac_save_ops() -> list[torch._ops.OpOverload]:
     pack_linear is both: with its product the packed weight is saved, 9/16 of the weight's 16-bit bytes.
     """
     ops = torch.ops.semisparse
-    return [ops.packed_matmul.default, ops.pack_linear.default, ops.packed_tokens_matmul.default]
+    products = ops.packed_matmul, ops.pack_linear, ops.packed_tokens_matmul, ops.fp8_product, ops.fp8_dense_product
+    return [product.default for product in products]
 
 
 def multiply(
