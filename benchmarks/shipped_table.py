@@ -17,7 +17,8 @@ ROOT = Path(__file__).resolve().parent.parent
 TARGET = ROOT / "src" / "semisparse" / "gemm" / "autotune" / "shipped.json"
 MOST_UNREACHED = 10
 CONDITIONS = (
-    "gpu", "cusparselt", "dtype", "b_order", "d_order", "token_axis", "bias", "rows", "reduction", "columns",
+    "gpu", "cusparselt", "dtype", "out_dtype", "b_order", "d_order", "token_axis", "bias", "rows", "reduction",
+    "columns",
 )  # fmt: skip
 
 
@@ -32,7 +33,7 @@ def text() -> str:
     choices: dict[str, str] = {}
     for path in sorted((ROOT / "benchmarks" / "results").glob("*.json")):
         for entry in json.loads(path.read_text()).get("tuning", {}).get("choices", []):
-            key = {name: entry["key"][name] for name in CONDITIONS}
+            key = {name: entry["key"][name] for name in CONDITIONS if name in entry["key"]}
             choice = {name: entry["choice"][name] for name in ("algorithm", "sparse_algorithm")}
             if is_complete(entry["choice"]):
                 choices.setdefault(json.dumps(key), json.dumps({"key": key, "choice": choice}))

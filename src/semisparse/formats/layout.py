@@ -21,11 +21,17 @@ from semisparse.pattern import GROUP, KEPT, Packed
 SPARSE_MULTIPLE = 16
 """Rows and columns of a packed matrix must be multiples of this (16-bit types; measured on cuSPARSELt 0.8.0)."""
 
+SPARSE_MULTIPLE_8BIT = 32
+"""The same for 8-bit types."""
+
 ALIGNMENT = 16
 """Bytes. cuSPARSELt needs every device address to be a multiple of this, and the kernels load rows in such pieces."""
 
 PACKED_DTYPES = (torch.float16, torch.bfloat16)
-"""Dtypes of packed values."""
+"""Dtypes of packed 16-bit values."""
+
+FP8 = torch.float8_e4m3fn
+"""Dtype of packed 8-bit values. They come with a scale (reference/fp8.py), so most code takes 16-bit dtypes only."""
 
 GROUP_BIT = 32
 """Added to the number of a group bit in MetadataLayout.bits, to tell it from a row bit."""
@@ -68,9 +74,9 @@ class MetadataLayout(NamedTuple):
         down, across = self.blocks(rows, columns)
         return (down * across << len(self.bits)) // 2
 
-    def buffer_bytes(self, rows: int, columns: int) -> int:
-        """Bytes of a packed rows x columns matrix of 16-bit values: values and whole metadata blocks."""
-        return rows * columns + self.metadata_bytes(rows, columns)
+    def buffer_bytes(self, rows: int, columns: int, itemsize: int = 2) -> int:
+        """Bytes of a packed rows x columns matrix: values of itemsize bytes, then whole metadata blocks."""
+        return rows * columns * itemsize // (GROUP // KEPT) + self.metadata_bytes(rows, columns)
 
     def nibble_address(self, rows: Tensor, groups: Tensor, columns: int) -> Tensor:
         """Addresses of nibbles.
@@ -120,19 +126,39 @@ SM90_16BIT = MetadataLayout((3, 34, 32, 33, 0, 1, 2, 4, 5))
 SM90_8BIT = MetadataLayout((32, 3, 35, 33, 34, 0, 1, 2, 4, 5))
 """8-bit types on sm90: blocks of 64 rows x 64 columns (measured as above)."""
 
-_ROWS, _COLUMNS = SM90_16BIT.block_rows, SM90_16BIT.block_groups * GROUP
+
+# Rows and columns of a block, by bytes of a value.
+_BLOCKS = {size: (made.block_rows, made.block_groups * GROUP) for size, made in ((1, SM90_8BIT), (2, SM90_16BIT))}
 
 
-def packed_bytes(rows: int, columns: int) -> int:
-    """Bytes of the buffer of a packed rows x columns matrix of 16-bit values; SymInts are accepted.
+def sparse_multiple(dtype: torch.dtype) -> int:
+    """What rows and columns of a packed matrix of a dtype must be multiples of."""
+    return SPARSE_MULTIPLE_8BIT if dtype.itemsize == 1 else SPARSE_MULTIPLE
 
-    This is what the compressor asks for (measured on one H200 at 16 sizes): room for whole metadata blocks, whichever
-    way the blocks are turned.
+
+def sm90_layout(dtype: torch.dtype) -> MetadataLayout:
+    """The layout on sm90, which is also written where there is no engine, and on the CPU."""
+    return SM90_8BIT if dtype.itemsize == 1 else SM90_16BIT
+
+
+def packed_bytes(rows: int, columns: int, itemsize: int = 2) -> int:
+    """Bytes of the buffer of a packed rows x columns matrix; SymInts are accepted.
+
+    This is what the compressor asks for: room for whole metadata blocks, whichever way the blocks are turned (measured
+    on one H200 at 16 sizes for 16-bit types and at 12 for 8-bit types, whose blocks are square).
+
+    Args:
+        rows: Of the matrix.
+        columns: Of the matrix.
+        itemsize: Bytes of a value, 1 or 2.
     """
-    upright = round_up(rows, _ROWS) * round_up(columns, _COLUMNS)
-    turned = round_up(rows, _COLUMNS) * round_up(columns, _ROWS)
-    larger = max(upright, turned) if type(upright) is int and type(turned) is int else torch.sym_max(upright, turned)
-    return rows * columns + larger // 8
+    height, width = _BLOCKS[itemsize]
+    larger = round_up(rows, height) * round_up(columns, width)
+    if height != width:
+        turned = round_up(rows, width) * round_up(columns, height)
+        known = type(larger) is int and type(turned) is int
+        larger = max(larger, turned) if known else torch.sym_max(larger, turned)
+    return rows * columns * itemsize // (GROUP // KEPT) + larger // (2 * GROUP)
 
 
 def round_up(size: int, multiple: int) -> int:

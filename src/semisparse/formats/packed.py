@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from semisparse.errors import EngineError
-from semisparse.formats.layout import LARGEST_BLOCK, SM90_16BIT, MetadataLayout
+from semisparse.formats.layout import LARGEST_BLOCK, MetadataLayout, sm90_layout
 from semisparse.formats.probe import NotAPermutation, discover
 
 logger = logging.getLogger(__name__)
@@ -86,7 +86,7 @@ def packed_format(index: int, dtype: torch.dtype, engine: Compressor) -> PackedF
 
     Args:
         index: Of a CUDA device.
-        dtype: Of the packed values, fp16 or bf16.
+        dtype: Of the packed values, fp16, bf16 or float8_e4m3fn.
         engine: The process's engine, which the first call asks.
 
     Returns:
@@ -113,7 +113,7 @@ def packed_format(index: int, dtype: torch.dtype, engine: Compressor) -> PackedF
 
 def _find(index: int, dtype: torch.dtype, engine: Compressor) -> PackedFormat:
     verdict = engine.available(index)
-    layout = discover(engine.compress, dtype, device=torch.device("cuda", index)) if verdict.ok else SM90_16BIT
+    layout = _discover(index, dtype, engine) if verdict.ok else sm90_layout(dtype)
     reason = "layout verified against NVIDIA's compressor" if verdict.ok else f"no sparse engine: {verdict.reason}"
     obstacle = _obstacle(layout)
     if obstacle is None and isinstance(layout, MetadataLayout):
@@ -129,6 +129,14 @@ def _find(index: int, dtype: torch.dtype, engine: Compressor) -> PackedFormat:
         stacklevel=3,
     )
     return found
+
+
+def _discover(index: int, dtype: torch.dtype, engine: Compressor) -> MetadataLayout | NotAPermutation:
+    """8-bit matrices are probed as bytes: PyTorch has few functions for such dtypes, and a compressor moves bytes."""
+    device = torch.device("cuda", index)
+    if dtype.itemsize == 1:
+        return discover(lambda matrix: engine.compress(matrix.view(dtype)), torch.uint8, device=device)
+    return discover(engine.compress, dtype, device=device)
 
 
 def _obstacle(layout: MetadataLayout | NotAPermutation) -> str | None:

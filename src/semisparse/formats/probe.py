@@ -12,8 +12,14 @@ from semisparse.reference.packing import pack as reference_pack
 
 PROBE_ROWS, PROBE_GROUPS = 256, 64
 
+# By bytes of a value, sizes that the compressor takes: whole blocks or not, one row of blocks or more.
+_VERIFIED_SIZES = {
+    1: ((192, 160), (160, 96), (32, 32), (96, 352)),
+    2: ((192, 160), (48, 80), (16, 16), (80, 336)),
+}
+
 Compress = Callable[[Tensor], Tensor]
-"""A 2:4 matrix (contiguous, 16-bit) -> its packed buffer (uint8)."""
+"""A 2:4 matrix (contiguous, of the dtype that discover was given) -> its packed buffer (uint8)."""
 
 
 class NotAPermutation(NamedTuple):
@@ -30,7 +36,7 @@ def discover(compress: Compress, dtype: torch.dtype, *, device: torch.device) ->
 
     Args:
         compress: The compressor.
-        dtype: Of the matrices it is given; fp16 or bf16.
+        dtype: Of the matrices it is given: fp16 or bf16, or uint8 for the bytes of 8-bit values.
         device: Of these matrices.
 
     Returns:
@@ -101,7 +107,7 @@ def _verified(
     """The layout, once its bytes equal the compressor's, padding included, on random matrices of uneven sizes."""
     layout = MetadataLayout(bits)
     generator = torch.Generator().manual_seed(0)
-    for rows, columns in ((192, 160), (48, 80), (16, 16), (80, 336)):
+    for rows, columns in _VERIFIED_SIZES[dtype.itemsize]:
         scores = torch.rand(rows, columns // GROUP, GROUP, generator=generator)
         mask = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, scores.topk(KEPT, -1).indices, True)
         mask = mask.view(rows, columns).to(device)

@@ -36,7 +36,7 @@ _INSTALL = "pip install 'nvmath-python>=1.0'"
 
 # Values from the C headers: cudaDataType, cusparseOrder_t, cusparseOperation_t, cusparseComputeType, then
 # cusparseLtSparsity_t, cusparseLtMatmulAlg_t, cusparseLtMatmulAlgAttribute_t and cusparseLtMatmulDescAttribute_t.
-_DATA_TYPES = {torch.float16: 2, torch.bfloat16: 14}
+_DATA_TYPES = {torch.float32: 0, torch.float16: 2, torch.bfloat16: 14, torch.float8_e4m3fn: 28, torch.float8_e5m2: 29}
 _ORDERS = {"column": 1, "row": 2}
 _NO_TRANSPOSE, _COMPUTE_32F, _HALF_SPARSE, _DEFAULT = 0, 2, 0, 0
 _CONFIG_ID, _CONFIG_MAX_ID, _BIAS_POINTER = 0, 1, 8
@@ -257,7 +257,7 @@ class Handle:
         lib, handle = self._lib, self.handle
         a = self._structured(problem.rows, problem.reduction, problem.dtype, owned)
         b = self._dense(problem.reduction, problem.columns, problem.dtype, problem.b_order, owned)
-        d = self._dense(problem.rows, problem.columns, problem.dtype, problem.d_order, owned)
+        d = self._dense(problem.rows, problem.columns, problem.out_dtype, problem.d_order, owned)
         matmul = lib.matmul_descriptor_init(handle, _NO_TRANSPOSE, _NO_TRANSPOSE, a, b, d, d, _COMPUTE_32F)
         owned.callback(lib.matmul_descriptor_destroy, matmul)
         if bias:

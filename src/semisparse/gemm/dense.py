@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from semisparse.errors import ShapeError
+from semisparse.formats.layout import FP8
 from semisparse.gemm.operands import Operands
 from semisparse.gemm.problem import Problem
 
@@ -12,7 +13,8 @@ def product(problem: Problem, a: Tensor, operands: Operands) -> None:
     """D = A B (+ bias) with PyTorch's own matmul, in place of the sparse engine. Not recorded by autograd.
 
     Args:
-        problem: The product; any sizes, any device. Rounding is that of torch.addmm in problem.dtype.
+        problem: The product; any sizes, any device. Rounding is that of torch.addmm in problem.dtype, for float8_e4m3fn
+            that of fp8_product.
         a: The pruned operand as a full matrix (rows x reduction, zeros where pruned), any strides.
         operands: b, out and bias as the engine takes them; packed is not read.
 
@@ -30,6 +32,10 @@ def product(problem: Problem, a: Tensor, operands: Operands) -> None:
         if tensor is not None and tuple(tensor.shape) != shape:
             raise ShapeError(f"{name} has shape {tuple(tensor.shape)}; {problem} needs {shape}")
     with torch.no_grad():
+        if problem.dtype is FP8:
+            turned = b if problem.b_order == "column" else b.mT
+            fp8_product(*((a, turned) if problem.d_order == "row" else (turned, a)), out)
+            return
         if problem.d_order == "row":
             left, right, added = a, b if problem.b_order == "row" else b.mT, None if bias is None else bias[:, None]
         else:
@@ -39,3 +45,25 @@ def product(problem: Problem, a: Tensor, operands: Operands) -> None:
             torch.mm(left, right, out=out)
         else:
             torch.addmm(added, left, right, out=out)
+
+
+def fp8_product(left: Tensor, right: Tensor, out: Tensor) -> None:
+    """left right^T of float8_e4m3fn matrices, without scale: what the codes stand for is multiplied.
+
+    On CUDA by torch._scaled_mm, whose sums are kept in fp32; elsewhere by an fp32 matmul. Rounded to out's dtype once.
+
+    Args:
+        left: R x C, any strides; on CUDA, C must be a multiple of 16.
+        right: S x C, likewise; on CUDA, S must be a multiple of 16, too.
+        out: R x S, contiguous, bf16 or fp32, written.
+    """
+    if left.device.type != "cuda":
+        out.copy_(left.float() @ right.float().mT)
+        return
+    # Made anew in each call: a tensor kept from a CUDA graph's capture would live in the memory of that graph.
+    one = torch.ones((), device=left.device)
+    # use_fast_accum=True would keep partial sums in fewer bits than fp32 over the whole reduction: the sums of small
+    # integers would no longer be exact, and tuning would choose between products of different accuracy.
+    torch._scaled_mm(
+        left.contiguous(), right.contiguous().mT, one, one, out_dtype=out.dtype, use_fast_accum=False, out=out
+    )

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from semisparse import native
 from semisparse.errors import EngineError, ShapeError, TensorError
-from semisparse.formats.layout import ALIGNMENT, PACKED_DTYPES, SPARSE_MULTIPLE
+from semisparse.formats.layout import ALIGNMENT, FP8, PACKED_DTYPES, sparse_multiple
 from semisparse.gemm import cusparselt
 from semisparse.gemm.cusparselt import Availability, Handle, Plan
 from semisparse.gemm.operands import Operands, misfit
@@ -124,7 +124,7 @@ class Engine:
             and out.shape == plan.d_shape
             and packed.dtype is torch.uint8
             and b.dtype is dtype
-            and out.dtype is dtype
+            and out.dtype is problem.out_dtype
             and packed.get_device() == index
             and b.get_device() == index
             and packed.is_contiguous()
@@ -204,8 +204,8 @@ class Engine:
         """Pack a 2:4 matrix with NVIDIA's compressor.
 
         Args:
-            dense: rows x columns, contiguous, float16 or bfloat16, at most two nonzeros per group of four along the
-                columns.
+            dense: rows x columns, contiguous, float16, bfloat16 or float8_e4m3fn, at most two nonzeros per group of
+                four along the columns.
             check: Verify that first, which waits for the device; unchecked, another matrix gives garbage.
 
         Returns:
@@ -287,10 +287,13 @@ def _close(runtime: CudaRuntime, index: int, process: int, *owned: Any) -> None:
 
 def _check_matrix(dense: Tensor, kind: str) -> tuple[int, int]:
     """Rows and columns of a matrix that can be compressed. Raises ShapeError, TensorError."""
-    if dense.device.type != kind or dense.dtype not in PACKED_DTYPES:
-        raise TensorError(f"dense is {dense.dtype} on {dense.device}; use float16 or bfloat16 on a CUDA device")
-    if dense.dim() != 2 or any(size == 0 or size % SPARSE_MULTIPLE for size in dense.shape):
-        raise ShapeError(f"dense has shape {tuple(dense.shape)}; it needs two multiples of {SPARSE_MULTIPLE}: pad it")
+    if dense.device.type != kind or dense.dtype not in (*PACKED_DTYPES, FP8):
+        raise TensorError(
+            f"dense is {dense.dtype} on {dense.device}; use float16, bfloat16 or float8_e4m3fn on a CUDA device"
+        )
+    multiple = sparse_multiple(dense.dtype)
+    if dense.dim() != 2 or any(size == 0 or size % multiple for size in dense.shape):
+        raise ShapeError(f"dense has shape {tuple(dense.shape)}; it needs two multiples of {multiple}: pad it")
     if not dense.is_contiguous() or dense.data_ptr() % ALIGNMENT:
         raise TensorError(f"dense must be contiguous and {ALIGNMENT}-byte aligned; pass a contiguous copy")
     return dense.shape[0], dense.shape[1]

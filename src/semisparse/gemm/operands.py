@@ -18,7 +18,7 @@ class Operands(NamedTuple):
     Attributes:
         packed: A in the engine's format, uint8; bytes behind those that the product needs are not read.
         b: B, of problem.b_shape and problem.dtype. A column-major matrix is passed as its transpose.
-        out: D, of problem.d_shape and problem.dtype, written; it must not overlap b.
+        out: D, of problem.d_shape and problem.out_dtype, written; it must not overlap b.
         bias: (rows,) of problem.dtype, exactly when problem.bias.
     """
 
@@ -42,7 +42,7 @@ def misfit(problem: Problem, packed_bytes: int, operands: Operands) -> TensorErr
     expected: list[tuple[str, Tensor, tuple[int, ...], torch.dtype]] = [
         ("packed", packed, (packed_bytes,), torch.uint8),
         ("b", b, problem.b_shape, problem.dtype),
-        ("out", out, problem.d_shape, problem.dtype),
+        ("out", out, problem.d_shape, problem.out_dtype),
     ]
     if bias is not None:
         expected.append(("bias", bias, (problem.rows,), problem.dtype))

@@ -15,6 +15,9 @@ sampled gradient):
     sampled_weight       dW = S(dy)^T x          S(dy)^T (N, M)  x  (M, K)         dW   (N, K)
 
 The bias is one value per row of D, so only `forward` can add it in the engine's epilogue.
+
+`fp8_forward` and `fp8_grad_input` are the first two with float8_e4m3fn operands. Such products are without scale: what
+the codes stand for is multiplied, the sums go into bf16 or fp32, and scales and bias follow in a pass of their own.
 """
 
 from dataclasses import dataclass, field, replace
@@ -24,13 +27,19 @@ from typing import Literal
 import torch
 
 from semisparse.errors import ConfigError, ShapeError, TensorError
-from semisparse.formats.layout import PACKED_DTYPES, SPARSE_MULTIPLE, round_up
+from semisparse.formats.layout import FP8, PACKED_DTYPES, SPARSE_MULTIPLE, round_up, sparse_multiple
 
 Order = Literal["row", "column"]
 Axis = Literal["rows", "reduction", "columns"]
 
 DENSE_MULTIPLE = 8
 """Columns of the dense operand must be a multiple of this (16-bit types; measured on cuSPARSELt 0.8.0)."""
+
+DENSE_MULTIPLE_8BIT = 16
+"""The same for 8-bit types."""
+
+FP8_OUT_DTYPES = (torch.bfloat16, torch.float32)
+"""Dtypes of D for float8_e4m3fn operands. Sums without scale may be beyond fp16's range."""
 
 BUCKET_BITS = 3
 """Significant bits of a token count that a bucket keeps: neighbouring buckets differ by at most a quarter."""
@@ -44,16 +53,17 @@ class Problem:
         rows: Of A and D.
         reduction: Columns of A, rows of B.
         columns: Of B and D.
-        dtype: Of A, B, D and bias; float16 or bfloat16. Sums are kept in fp32 and rounded once.
+        dtype: Of A, B and bias; float16, bfloat16 or float8_e4m3fn. Sums are kept in fp32 and rounded once.
         b_order: Storage order of B, "row" or "column".
         d_order: Storage order of D.
         bias: Whether one value per row of D is added before rounding.
         token_axis: Which of the three sizes counts tokens, and so changes from step to step.
+        out_dtype: Of D. Default: dtype, the only one for 16-bit operands; one of FP8_OUT_DTYPES for float8_e4m3fn.
 
     Raises:
         ShapeError: A size is below 1.
-        TensorError: The dtype is another one.
-        ConfigError: An order or the axis is another one.
+        TensorError: A dtype is another one.
+        ConfigError: An order or the axis is another one, or a bias is asked of float8_e4m3fn operands.
     """
 
     rows: int
@@ -64,6 +74,7 @@ class Problem:
     d_order: Order = "column"
     bias: bool = False
     token_axis: Axis = "columns"
+    out_dtype: torch.dtype = None  # type: ignore[assignment]  # __post_init__ replaces None
     _hash: int = field(init=False, repr=False, compare=False, default=0)
 
     def __post_init__(self) -> None:
@@ -71,24 +82,32 @@ class Problem:
             size = getattr(self, name)
             if type(size) is not int or size < 1:
                 raise ShapeError(f"{name}={size!r} must be an int of at least 1; return early for an empty product")
-        if self.dtype not in PACKED_DTYPES:
-            raise TensorError(f"dtype={self.dtype} has no 2:4 product here; use float16 or bfloat16")
+        if self.dtype not in (*PACKED_DTYPES, FP8):
+            raise TensorError(f"dtype={self.dtype} has no 2:4 product here; use float16, bfloat16 or float8_e4m3fn")
+        if self.out_dtype is None:
+            object.__setattr__(self, "out_dtype", self.dtype)
+        possible = FP8_OUT_DTYPES if self.dtype is FP8 else (self.dtype,)
+        if self.out_dtype not in possible:
+            names = " or ".join(str(dtype) for dtype in possible)
+            raise TensorError(f"out_dtype={self.out_dtype} is no result of {self.dtype} operands; use {names}")
+        if self.bias and self.dtype is FP8:
+            raise ConfigError(f"bias=True, but products of {FP8} are without scale; add it after scaling")
         for name in ("b_order", "d_order"):
             if getattr(self, name) not in ("row", "column"):
                 raise ConfigError(f"{name}={getattr(self, name)!r} is not one of 'row', 'column'")
         if self.token_axis not in ("rows", "reduction", "columns"):
             raise ConfigError(f"token_axis={self.token_axis!r} is not one of 'rows', 'reduction', 'columns'")
         fields = (self.rows, self.reduction, self.columns, self.dtype, self.b_order, self.d_order, self.bias)
-        object.__setattr__(self, "_hash", hash((*fields, self.token_axis)))
+        object.__setattr__(self, "_hash", hash((*fields, self.token_axis, self.out_dtype)))
 
     def __hash__(self) -> int:
-        # Look-ups happen on every call; hashing eight fields each time would cost more than the look-up.
+        # Look-ups happen on every call; hashing nine fields each time would cost more than the look-up.
         return self._hash
 
     def __reduce__(self) -> tuple[type["Problem"], tuple[object, ...]]:
         # Rebuilt rather than copied: the stored hash holds only in the process that computed it.
         orders = (self.b_order, self.d_order, self.bias, self.token_axis)
-        return Problem, (self.rows, self.reduction, self.columns, self.dtype, *orders)
+        return Problem, (self.rows, self.reduction, self.columns, self.dtype, *orders, self.out_dtype)
 
     @property
     def b_shape(self) -> tuple[int, int]:
@@ -115,22 +134,34 @@ class Problem:
         return replace(self, rows=size["rows"], reduction=size["reduction"], columns=size["columns"])
 
     def refusal(self) -> str | None:
-        """Why the sparse engine cannot take these sizes, or None where it can; masked dense takes all of them."""
-        limits = {"rows": SPARSE_MULTIPLE, "reduction": SPARSE_MULTIPLE, "columns": DENSE_MULTIPLE}
+        """Why the sparse engine cannot take sizes or storage, or None where it can.
+
+        Masked dense takes all of them, except that its float8_e4m3fn products need multiples of 16 on CUDA.
+        """
+        sparse = sparse_multiple(self.dtype)
+        limits = {"rows": sparse, "reduction": sparse, "columns": dense_multiple(self.dtype)}
         wrong = [
             f"{name}={getattr(self, name)} is not a multiple of {limit}"
             for name, limit in limits.items()
             if getattr(self, name) % limit
         ]
+        if self.dtype is FP8 and self.b_order != "column":
+            wrong.append(f"b_order={self.b_order!r} is not 'column', as 8-bit types need it")
         return ", ".join(wrong) or None
 
     def __str__(self) -> str:
         bias = " + bias" if self.bias else ""
         dtype = str(self.dtype).removeprefix("torch.")
+        out = "" if self.out_dtype is self.dtype else f" -> {str(self.out_dtype).removeprefix('torch.')}"
         return (
             f"{self.rows}x{self.reduction} (2:4) times {self.reduction}x{self.columns} ({self.b_order}-major) "
-            f"into {self.d_order}-major{bias}, {dtype}"
+            f"into {self.d_order}-major{bias}, {dtype}{out}"
         )
+
+
+def dense_multiple(dtype: torch.dtype) -> int:
+    """What the columns of a dense operand of a dtype must be a multiple of."""
+    return DENSE_MULTIPLE_8BIT if dtype.itemsize == 1 else DENSE_MULTIPLE
 
 
 def bucket_of(tokens: int) -> int:
@@ -139,7 +170,7 @@ def bucket_of(tokens: int) -> int:
 
 
 # The constructors are cached, so that a repeated call returns the identical object: look-ups then compare no fields.
-# The bound covers 1,000 token counts of four products; past it objects are only built again.
+# The bound covers 1,000 token counts of each product; past it objects are only built again.
 _CACHED = 4096
 
 
@@ -213,3 +244,31 @@ def sampled_weight(tokens: int, out_features: int, in_features: int, dtype: torc
     """
     reduction = round_up(tokens, SPARSE_MULTIPLE)
     return Problem(out_features, reduction, in_features, dtype, "row", "row", token_axis="reduction")
+
+
+@lru_cache(_CACHED)
+def fp8_forward(tokens: int, out_features: int, in_features: int, out_dtype: torch.dtype) -> Problem:
+    """y = x8 W8~^T without scale, with A = W8~ (N x K), of float8_e4m3fn.
+
+    Args:
+        tokens: M. The problem has M rounded up to a multiple of 16 as columns; the caller pads x8 and y.
+        out_features: N.
+        in_features: K.
+        out_dtype: Of y, one of FP8_OUT_DTYPES.
+    """
+    columns = round_up(tokens, DENSE_MULTIPLE_8BIT)
+    return Problem(out_features, in_features, columns, FP8, out_dtype=out_dtype)
+
+
+@lru_cache(_CACHED)
+def fp8_grad_input(tokens: int, out_features: int, in_features: int, out_dtype: torch.dtype) -> Problem:
+    """dx = dy8 W8~ without scale, with A = W8~^T (K x N), of float8_e4m3fn.
+
+    Args:
+        tokens: M. The problem has M rounded up to a multiple of 16 as columns; the caller pads dy8 and dx.
+        out_features: N.
+        in_features: K.
+        out_dtype: Of dx, one of FP8_OUT_DTYPES.
+    """
+    columns = round_up(tokens, DENSE_MULTIPLE_8BIT)
+    return Problem(in_features, out_features, columns, FP8, out_dtype=out_dtype)

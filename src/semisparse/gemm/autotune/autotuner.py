@@ -23,6 +23,7 @@ import torch
 
 from semisparse import native
 from semisparse.errors import ConfigError, EngineError
+from semisparse.formats.layout import FP8
 from semisparse.gemm.autotune.algorithm import Choice, clipped, one_line
 from semisparse.gemm.autotune.candidates import Candidates
 from semisparse.gemm.autotune.selection import SECONDS, Selection
@@ -45,7 +46,11 @@ logger = logging.getLogger(__name__)
 VARIABLE = "SEMISPARSE_TUNE"
 DEFAULT = Choice(0, 0, None, None, "default")
 
-_LIKELY = {torch.bfloat16: (17, 20, 12, 0, 15, 14, 1), torch.float16: (6, 5, 27, 1, 28, 7, 13)}
+_LIKELY = {
+    torch.bfloat16: (17, 20, 12, 0, 15, 14, 1),
+    torch.float16: (6, 5, 27, 1, 28, 7, 13),
+    FP8: (8, 16, 17, 19, 21, 6, 18),
+}
 """Algorithms tried first: the fastest on one H200. The first use of an fp16 kernel takes 0.15 to 0.25 s there, so that
 few are reached in time; for bf16 all are, except at the largest problems."""
 
@@ -121,10 +126,13 @@ class Autotuner:
     def key(self, problem: Problem, index: int) -> Key:
         """All that a choice depends on, as JSON values: device, driver, versions, dtype, orders and shape bucket."""
         bucket = problem.bucket
+        # Named only where it is not the operands', so that keys of earlier versions stay what they are.
+        out = {} if problem.out_dtype is problem.dtype else {"out_dtype": _dtype_name(problem.out_dtype)}
         return {
             **self._engine.runtime.identity(index),
             "cusparselt": self._engine.available(index).version,
-            "dtype": str(problem.dtype).removeprefix("torch."),
+            "dtype": _dtype_name(problem.dtype),
+            **out,
             "b_order": problem.b_order,
             "d_order": problem.d_order,
             "bias": problem.bias,
@@ -249,6 +257,10 @@ class Autotuner:
             candidates.close(None if choice is None else choice.sparse_algorithm)
         logger.info("tuned %s in %.2f s: %s", problem, self._clock() - begin, choice)
         return choice
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _remember(table: dict[tuple[Problem, int], Choice], problem: Problem, index: int, choice: Choice) -> Choice:

@@ -16,10 +16,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from semisparse.formats.layout import SPARSE_MULTIPLE
+from semisparse.formats.layout import FP8, SPARSE_MULTIPLE, sparse_multiple
 from semisparse.gemm.engine import Engine
 from semisparse.gemm.operands import Operands
-from semisparse.gemm.problem import DENSE_MULTIPLE, Problem
+from semisparse.gemm.problem import Problem, dense_multiple
 from semisparse.pattern import GROUP, ROW_BITS
 
 MEMORY = 256 * 2**20
@@ -27,8 +27,7 @@ MEMORY = 256 * 2**20
 
 _ROWS = 256  # rows of D that are compared: at least one in every 128-row tile up to 32,768 rows
 _REPEATS = 3
-# Bytes per entry of the compared rows of D (fp32 sums, two 16-bit results and a copy) and of A (16 bits and fp32).
-_D_ENTRY, _A_ENTRY = 10, 6
+_A_ENTRY = 6  # bytes per entry of the compared rows of A: 16 bits and fp32
 
 
 class Sample(NamedTuple):
@@ -80,7 +79,8 @@ class Candidates:
         first: Tensor | None = None
         for repeat in range(_REPEATS):
             self._engine.matmul(self._problem, algorithm, self._operands)
-            bits = _rows_of(self._problem, self._operands.out, rows).view(torch.int16)
+            bits = _rows_of(self._problem, self._operands.out, rows)
+            bits = bits.view(torch.int16 if bits.dtype.itemsize == 2 else torch.int32)
             if first is not None and not torch.equal(first, bits):
                 return f"wrong: other bits in run {repeat + 1}"
             first = bits
@@ -108,16 +108,23 @@ def within(problem: Problem, memory: int) -> Problem:
     """The problem, or the largest with fewer rows and columns whose check fits into memory bytes.
 
     Of 16 parts, 10 hold A while it is compressed (16-bit dense + 9/16 of that packed). Later A packed has 4, B 6, the
-    compared rows of D 3 and of A 2, and what is converted at a time 1.
+    compared rows of D 3 and of A 2, and what is converted at a time 1. 8-bit operands are bounded in the same way: they
+    are made from 16-bit ones, so A takes 3 bytes an entry at most, and B, too, for which A packed leaves room then.
     """
+    sparse, dense = sparse_multiple(problem.dtype), dense_multiple(problem.dtype)
     part = memory // 16
     rows = 10 * part // (2 * problem.reduction * 25 // 16)
-    columns = min(6 * part // (2 * problem.reduction), 3 * part // (SPARSE_MULTIPLE * _D_ENTRY))
+    columns = min(6 * part // (2 * problem.reduction), 3 * part // (SPARSE_MULTIPLE * _d_entry(problem)))
     return replace(
         problem,
-        rows=min(problem.rows, max(SPARSE_MULTIPLE, rows // SPARSE_MULTIPLE * SPARSE_MULTIPLE)),
-        columns=min(problem.columns, max(DENSE_MULTIPLE, columns // DENSE_MULTIPLE * DENSE_MULTIPLE)),
+        rows=min(problem.rows, max(sparse, rows // sparse * sparse)),
+        columns=min(problem.columns, max(dense, columns // dense * dense)),
     )
+
+
+def _d_entry(problem: Problem) -> int:
+    """Bytes per entry of the compared rows of D: fp32 sums, two results and a copy."""
+    return 4 + 3 * problem.out_dtype.itemsize
 
 
 def _roomy_sample(engine: Engine, problem: Problem, out: Tensor, memory: int) -> Sample:
@@ -146,7 +153,7 @@ def make_sample(engine: Engine, problem: Problem, out: Tensor, memory: int) -> S
         a = integers((problem.rows, problem.reduction), problem.dtype, device, generator)
         keep_two_of_four(a, generator, part // 16)
         packed = engine.compress(a, check=False)
-        affordable = min(3 * part // (problem.columns * _D_ENTRY), 2 * part // (problem.reduction * _A_ENTRY))
+        affordable = min(3 * part // (problem.columns * _d_entry(problem)), 2 * part // (problem.reduction * _A_ENTRY))
         rows = _spread(problem.rows, min(_ROWS, max(SPARSE_MULTIPLE, affordable)), device)
         compared = a[rows].float()
         del a
@@ -163,7 +170,7 @@ def make_sample(engine: Engine, problem: Problem, out: Tensor, memory: int) -> S
             biases = tuple(integers((problem.rows,), problem.dtype, device, generator) for _ in range(2))
         expected = []
         for bias in biases:
-            exact = (sums if bias is None else sums + bias[rows].float()[:, None]).to(problem.dtype)
+            exact = (sums if bias is None else sums + bias[rows].float()[:, None]).to(problem.out_dtype)
             expected.append(exact if problem.d_order == "row" else exact.mT.contiguous())
     front = out.view(-1)[: problem.rows * problem.columns].view(problem.d_shape)
     return Sample(problem, packed, b, front, biases, rows, tuple(expected))
@@ -171,13 +178,17 @@ def make_sample(engine: Engine, problem: Problem, out: Tensor, memory: int) -> S
 
 def integers(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> Tensor:
     """Random integers from -2 to 2: products and sums over up to four million of them are exact in fp32."""
-    return torch.empty(shape, dtype=dtype, device=device).random_(-2, 3, generator=generator)
+    # PyTorch draws no 8-bit floating-point numbers; these integers are exact in each dtype.
+    drawn = torch.empty(shape, dtype=torch.float16 if dtype is FP8 else dtype, device=device)
+    return drawn.random_(-2, 3, generator=generator).to(dtype)
 
 
 def keep_two_of_four(matrix: Tensor, generator: torch.Generator, at_once: int) -> None:
     """Zero two random entries in each group of four along the columns, in place; all six patterns occur."""
     patterns = [[not bits >> j & 1 for j in range(GROUP)] for bits in ROW_BITS]
     pruned = torch.tensor(patterns, dtype=torch.bool, device=matrix.device)
+    if matrix.dtype is FP8:  # which PyTorch does not mask; its zero is the byte 0
+        matrix = matrix.view(torch.uint8)
     for groups in matrix.view(-1, GROUP).split(max(1, at_once // GROUP)):
         pattern = torch.randint(len(ROW_BITS), (len(groups),), device=matrix.device, generator=generator)
         groups.masked_fill_(pruned[pattern], 0)
