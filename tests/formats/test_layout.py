@@ -3,7 +3,16 @@
 import pytest
 import torch
 
-from semisparse.formats.layout import LARGEST_BLOCK, SM90_8BIT, SM90_16BIT, packed_bytes, round_up
+from semisparse.formats.layout import (
+    FP8,
+    LARGEST_BLOCK,
+    SM90_8BIT,
+    SM90_16BIT,
+    packed_bytes,
+    round_up,
+    sm90_layout,
+    sparse_multiple,
+)
 from semisparse.reference import masks, packing
 
 
@@ -20,6 +29,32 @@ def test_decode_inverts_encode_and_the_buffer_is_large_enough(layout, shape):
         assert buffer.numel() <= packed_bytes(*shape)
 
 
+@pytest.mark.parametrize("shape", [(32, 32), (96, 352), (192, 160), (128, 256)], ids=str)
+def test_decode_inverts_encode_for_the_bytes_of_8_bit_values(shape):
+    scores = torch.randn(shape)
+    packed = packing.pack(torch.randint(0, 256, shape).to(torch.uint8), masks.row(scores))
+    buffer = SM90_8BIT.encode(packed)
+    again = SM90_8BIT.decode(buffer, *shape, torch.uint8)
+    assert torch.equal(again.values, packed.values) and torch.equal(again.nibbles, packed.nibbles)
+    assert buffer.numel() == SM90_8BIT.buffer_bytes(*shape, 1) == packed_bytes(*shape, 1)
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "size"),
+    [
+        (32, 32, 1024), (96, 352, 23040), (192, 160, 19968), (4096, 32, 98304), (11008, 4096, 28180480),
+    ],
+)  # fmt: skip
+def test_8_bit_buffers_are_as_long_as_the_library_asks(rows, columns, size):
+    """Measured on one H200 with cuSPARSELt 0.8.0."""
+    assert packed_bytes(rows, columns, 1) == size
+
+
+def test_facts_follow_the_bytes_of_a_value():
+    assert (sparse_multiple(torch.bfloat16), sparse_multiple(FP8)) == (16, 32)
+    assert (sm90_layout(torch.float16), sm90_layout(FP8)) == (SM90_16BIT, SM90_8BIT)
+
+
 @pytest.mark.parametrize(
     ("size", "multiple", "expected"), [(0, 16, 0), (1, 16, 16), (16, 16, 16), (13008, 4096, 16384)]
 )
@@ -27,6 +62,7 @@ def test_sizes_are_rounded_up(size, multiple, expected):
     assert round_up(size, multiple) == expected
 
 
-def test_the_kernel_can_write_the_blocks_of_sm90():
+@pytest.mark.parametrize("layout", [SM90_16BIT, SM90_8BIT], ids=["16bit", "8bit"])
+def test_the_kernel_can_write_the_blocks_of_sm90(layout):
     rows, groups = LARGEST_BLOCK
-    assert (rows % SM90_16BIT.block_rows, groups % SM90_16BIT.block_groups) == (0, 0)
+    assert (rows % layout.block_rows, groups % layout.block_groups) == (0, 0)

@@ -9,7 +9,7 @@ import torch
 
 from semisparse.errors import EngineError
 from semisparse.formats import packed as formats
-from semisparse.formats.layout import SM90_16BIT, MetadataLayout
+from semisparse.formats.layout import FP8, SM90_8BIT, SM90_16BIT, MetadataLayout
 from semisparse.formats.packed import packed_format
 from semisparse.formats.probe import NotAPermutation
 
@@ -22,14 +22,14 @@ def machine(monkeypatch):
     made = SimpleNamespace(ok=True, layout=SM90_16BIT, triton=True, capturing=False, probed=[])
 
     def discover(compress, dtype, *, device):
-        assert compress == "compress" and device == torch.device("cuda", 2)
-        made.probed.append(dtype)
+        assert device == torch.device("cuda", 2)
+        made.probed.append((dtype, compress(torch.zeros(1, dtype=dtype))))
         return made.layout
 
     runtime = SimpleNamespace(capturing=lambda: made.capturing)
     engine = SimpleNamespace(
         available=lambda index: SimpleNamespace(ok=made.ok, reason="the driver is too old"),
-        compress="compress",
+        compress=lambda matrix: matrix.dtype,
         runtime=runtime,
     )
     monkeypatch.setattr(formats, "discover", discover)
@@ -59,7 +59,15 @@ def test_what_was_found_is_logged(machine, caplog):
 def test_each_dtype_is_probed_once(machine):
     assert packed_format(2, BF16, machine.engine) is packed_format(2, BF16, machine.engine)
     packed_format(2, torch.float16, machine.engine)
-    assert machine.probed == [BF16, torch.float16]
+    assert machine.probed == [(BF16, BF16), (torch.float16, torch.float16)]
+
+
+def test_e4m3_is_probed_as_bytes_that_the_engine_takes_for_e4m3(machine):
+    machine.layout = SM90_8BIT
+    found = packed_format(2, FP8, machine.engine)
+    assert (found.packer, found.layout) == ("kernel", SM90_8BIT)
+    assert machine.probed == [(torch.uint8, FP8)]
+    assert packed_format(2, FP8, machine.engine) is found
 
 
 @pytest.mark.parametrize(
@@ -91,10 +99,11 @@ def test_without_triton_it_is_said_who_packs(machine, ok, packer):
         assert packed_format(2, BF16, machine.engine).packer == packer
 
 
-def test_without_an_engine_the_kernel_writes_the_layout_of_sm90_and_nothing_is_probed(machine):
+@pytest.mark.parametrize(("dtype", "layout"), [(BF16, SM90_16BIT), (FP8, SM90_8BIT)], ids=str)
+def test_without_an_engine_the_kernel_writes_the_layout_of_sm90_and_nothing_is_probed(machine, dtype, layout):
     machine.ok = False
-    found = packed_format(2, BF16, machine.engine)
-    assert (found.packer, found.layout, machine.probed) == ("kernel", SM90_16BIT, [])
+    found = packed_format(2, dtype, machine.engine)
+    assert (found.packer, found.layout, machine.probed) == ("kernel", layout, [])
     assert found.reason == "no sparse engine: the driver is too old"
 
 

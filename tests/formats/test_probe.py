@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from semisparse.formats.layout import SM90_8BIT, SM90_16BIT, MetadataLayout
+from semisparse.formats.layout import SM90_8BIT, SM90_16BIT, SPARSE_MULTIPLE_8BIT, MetadataLayout, sm90_layout
 from semisparse.formats.probe import NotAPermutation, discover
 from semisparse.reference import masks, packing
 
@@ -24,6 +24,15 @@ def compressor(layout, change=lambda buffer, matrix: buffer):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_the_two_measured_layouts_are_found(layout, dtype):
     assert discover(compressor(layout), dtype, device=CPU) == layout
+
+
+@pytest.mark.parametrize("layout", [SM90_8BIT, MetadataLayout((32, 0, 33, 1, 34, 35))], ids=["8bit", "other"])
+def test_the_layout_of_8_bit_values_is_found_from_bytes_at_sizes_that_they_have(layout):
+    def compress(matrix):
+        assert matrix.dtype == torch.uint8 and not any(size % SPARSE_MULTIPLE_8BIT for size in matrix.shape)
+        return compressor(layout)(matrix)
+
+    assert discover(compress, torch.uint8, device=CPU) == layout
 
 
 @pytest.mark.parametrize("bits", [(32, 33, 34), (0, 32, 1, 33), (5, 4, 3, 2, 1, 0, 32, 33, 34, 35)], ids=str)
@@ -87,17 +96,24 @@ def test_what_is_no_permutation_is_refused_with_the_reason(change, reason):
     assert reason in found.reason
 
 
-@pytest.mark.parametrize("shape", [(192, 160), (48, 80), (16, 16), (80, 336)], ids=str)
-def test_a_layout_that_does_not_hold_at_every_size_is_refused(shape):
+@pytest.mark.parametrize(
+    ("dtype", "shape"),
+    [
+        *((torch.float16, shape) for shape in ((192, 160), (48, 80), (16, 16), (80, 336))),
+        *((torch.uint8, shape) for shape in ((192, 160), (160, 96), (32, 32), (96, 352))),
+    ],
+    ids=str,
+)
+def test_a_layout_that_does_not_hold_at_every_size_is_refused(dtype, shape):
     """Whole blocks or not, more rows of blocks than one or not."""
 
     def change(buffer, matrix):
         if matrix.shape != shape:
             return buffer
         flipped = buffer.clone()
-        flipped[matrix.numel()] ^= 1
+        flipped[matrix.nbytes // 2] ^= 1
         return flipped
 
-    found = discover(compressor(SM90_16BIT, change), torch.float16, device=CPU)
+    found = discover(compressor(sm90_layout(dtype), change), dtype, device=CPU)
     assert isinstance(found, NotAPermutation)
     assert "does not hold" in found.reason

@@ -1,5 +1,7 @@
 """The products of training on a real GPU: operands, and the result that they must have."""
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -15,6 +17,11 @@ PRODUCTS = {
     "activation_weight": problems.activation_weight,
     "sampled_weight": problems.sampled_weight,
 }
+FP8_PRODUCTS = {
+    f"{kind.__name__} into {str(dtype).removeprefix('torch.')}": partial(kind, out_dtype=dtype)
+    for kind in (problems.fp8_forward, problems.fp8_grad_input)
+    for dtype in (torch.bfloat16, torch.float32)
+}
 FORWARD = problems.forward(1000, 1024, 512, torch.bfloat16, bias=True)
 
 
@@ -26,7 +33,7 @@ def whole(problem: Problem, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tens
     keep_two_of_four(a, generator, 2**22)
     b = integers(problem.b_shape, problem.dtype, device, generator)
     bias = integers((problem.rows,), problem.dtype, device, generator) if problem.bias else None
-    return a, b, torch.full(problem.d_shape, float("nan"), dtype=problem.dtype, device=device), bias
+    return a, b, torch.full(problem.d_shape, float("nan"), dtype=problem.out_dtype, device=device), bias
 
 
 def real(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:

@@ -18,7 +18,7 @@ from semisparse.gemm.problem import Problem
 from semisparse.gemm.runtime import CudaRuntime
 from semisparse.reference import packing
 
-DTYPES = {2: torch.float16, 14: torch.bfloat16}
+DTYPES = {0: torch.float32, 2: torch.float16, 14: torch.bfloat16, 28: torch.float8_e4m3fn}
 ALGORITHMS = 6
 
 
@@ -35,22 +35,28 @@ def tensor_at(address: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tenso
     return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
-def packed_size(rows: int, columns: int) -> int:
-    return rows * columns + rows * columns // 8
+def packed_size(rows: int, columns: int, itemsize: int = 2) -> int:
+    return rows * columns * itemsize // 2 + rows * columns // 8
 
 
 def pack(dense: Tensor) -> Tensor:
-    """Values, then two nibbles a byte, both row by row; 16-bit dtypes."""
-    values, nibbles = packing.pack(dense, dense != 0)
+    """Values, then two nibbles a byte, both row by row."""
+    values, nibbles = packing.pack(bits(dense), dense != 0)
     pairs = nibbles.view(-1, 2)
     return torch.cat([values.view(torch.uint8).flatten(), pairs[:, 0] | pairs[:, 1] << 4])
 
 
 def unpack(packed: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-    values = packed[: rows * columns].view(dtype).view(rows, columns // 2)
-    pairs = packed[rows * columns :]
+    size = rows * columns * dtype.itemsize // 2
+    values = bits(packed[:size].view(dtype)).view(rows, columns // 2)
+    pairs = packed[size:]
     nibbles = torch.stack([pairs & 15, pairs >> 4], dim=-1).view(rows, columns // 4)
-    return packing.unpack(packing.Packed(values, nibbles))
+    return packing.unpack(packing.Packed(values, nibbles)).view(dtype)
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """tensor, or its bytes for an 8-bit dtype, for which PyTorch has few functions."""
+    return tensor.view(torch.uint8) if tensor.itemsize == 1 else tensor
 
 
 class SimulatedLibrary:
@@ -110,7 +116,8 @@ class SimulatedLibrary:
     ) -> int:
         self._get("handle", handle)
         assert (ld, align, order, sparsity) == (columns, 16, 2, 0)
-        if rows % 16 or columns % 16:
+        multiple = 32 // DTYPES[kind].itemsize
+        if rows % multiple or columns % multiple:
             raise cuSPARSELtError(10)
         return self._make("matrix", (rows, columns, ld, kind, order))
 
@@ -119,7 +126,8 @@ class SimulatedLibrary:
     ) -> int:
         self._get("handle", handle)
         assert align == 16
-        if rows % 8 or columns % 8:
+        multiple = 8 if DTYPES[kind].itemsize > 1 else 16
+        if rows % multiple or columns % multiple:
             raise cuSPARSELtError(10)
         return self._make("matrix", (rows, columns, ld, kind, order))
 
@@ -131,8 +139,10 @@ class SimulatedLibrary:
     ) -> int:
         self._get("handle", handle)
         assert (op_a, op_b, compute, c) == (0, 0, 2, d)
-        for matrix in (a, b, d):
-            self._get("matrix", matrix)
+        (*_, of_a, _), (*_, of_b, order_b), (*_, of_d, _) = (self._get("matrix", matrix) for matrix in (a, b, d))
+        results = {28: (0, 2, 14)}.get(of_a, (of_a,))
+        if of_b != of_a or of_d not in results or (of_a == 28 and order_b != 1):
+            raise cuSPARSELtError(10)
         return self._make("matmul", {"matrices": (a, b, d), "bias": 0})
 
     def matmul_desc_set_attribute(self, handle: int, matmul: int, attribute: int, data: int, size: int) -> None:
@@ -183,8 +193,8 @@ class SimulatedLibrary:
 
     def sp_mma_compressed_size2(self, handle: int, matrix: int) -> tuple[int, int]:
         self._get("handle", handle)
-        rows, columns, *_ = self._get("matrix", matrix)
-        return packed_size(rows, columns), 64
+        rows, columns, _, kind, _ = self._get("matrix", matrix)
+        return packed_size(rows, columns, DTYPES[kind].itemsize), 64
 
     def sp_mma_prune_check2(
         self, handle: int, matrix: int, is_a: int, op: int, dense: int, invalid: int, stream: int
@@ -198,7 +208,7 @@ class SimulatedLibrary:
     ) -> None:
         rows, columns, _, kind, _ = self._get("matrix", matrix)
         tensor_at(scratch, (64,), torch.uint8).fill_(0)
-        out = tensor_at(packed, (packed_size(rows, columns),), torch.uint8)
+        out = tensor_at(packed, (packed_size(rows, columns, DTYPES[kind].itemsize),), torch.uint8)
         out.copy_(pack(tensor_at(dense, (rows, columns), DTYPES[kind])))
 
     def matmul(
@@ -214,7 +224,7 @@ class SimulatedLibrary:
         algorithm = self._get("selection", content["selection"])["algorithm"]
         self.products.append(algorithm)
         rows, reduction, *_, kind, _ = self._get("matrix", matmul["matrices"][0])
-        packed = tensor_at(a, (packed_size(rows, reduction),), torch.uint8)
+        packed = tensor_at(a, (packed_size(rows, reduction, DTYPES[kind].itemsize),), torch.uint8)
         left = unpack(packed, rows, reduction, DTYPES[kind]).float()
         sums = left @ self._dense(matmul["matrices"][1], b).float()
         bias = matmul["bias"] if self.follows_bias else content["bias"]
@@ -299,7 +309,7 @@ def operands(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     a = two_of_four(problem.rows, problem.reduction, problem.dtype)
     b = torch.randint(-3, 4, problem.b_shape).to(problem.dtype)
     bias = torch.randint(-3, 4, (problem.rows,)).to(problem.dtype) if problem.bias else None
-    return a, b, torch.full(problem.d_shape, float("nan"), dtype=problem.dtype), bias
+    return a, b, torch.full(problem.d_shape, float("nan"), dtype=problem.out_dtype), bias
 
 
 def exact(problem: Problem, a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
@@ -307,7 +317,7 @@ def exact(problem: Problem, a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor
     product = a.double() @ (b if problem.b_order == "row" else b.mT).double()
     if bias is not None:
         product += bias.double()[:, None]
-    return (product if problem.d_order == "row" else product.mT).to(problem.dtype)
+    return (product if problem.d_order == "row" else product.mT).to(problem.out_dtype)
 
 
 PRODUCTS = {
@@ -317,6 +327,8 @@ PRODUCTS = {
     "activation_forward": problems.activation_forward(24, 32, 48, torch.bfloat16),
     "activation_weight": problems.activation_weight(24, 32, 48, torch.float16),
     "sampled_weight": problems.sampled_weight(24, 32, 48, torch.bfloat16),
+    "fp8_forward": problems.fp8_forward(24, 32, 96, torch.bfloat16),
+    "fp8_grad_input": problems.fp8_grad_input(24, 32, 96, torch.float32),
 }
 FORWARD = PRODUCTS["forward"]
 

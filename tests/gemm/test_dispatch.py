@@ -20,6 +20,9 @@ PRODUCTS = [
     problems.activation_weight(24, 32, 48, torch.float16),
     problems.sampled_weight(24, 32, 48, BF16),
     Problem(32, 48, 24, BF16, "row", "row", bias=True),
+    problems.fp8_forward(24, 32, 96, BF16),
+    problems.fp8_grad_input(24, 32, 96, torch.float32),
+    Problem(32, 96, 32, torch.float8_e4m3fn, "column", "row", out_dtype=BF16),
 ]
 
 
@@ -110,6 +113,13 @@ def test_the_dense_product_writes_the_same_storage(problem, strided):
         problem, a.mT.contiguous().mT if strided else a, Operands(a.mT.contiguous().mT if strided else a, b, out, bias)
     )
     assert torch.equal(out, exact(problem, a, b, bias))
+
+
+def test_the_dense_product_of_e4m3_takes_a_row_major_operand():
+    problem = Problem(32, 96, 32, torch.float8_e4m3fn, "row", "column", out_dtype=BF16)
+    a, b, out, _ = operands(problem)
+    dense.product(problem, a, Operands(a, b, out))
+    assert torch.equal(out, exact(problem, a, b, None))
 
 
 def test_the_dense_product_takes_sizes_that_the_engine_does_not():

@@ -164,6 +164,30 @@ def test_sizes_the_library_cannot_take_are_refused_before_it_is_asked():
     assert not any(kind == "matmul" for kind, _ in library.live.values())
 
 
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("b", BF16), ("out", torch.float32), ("out", torch.float8_e4m3fn)], ids=str
+)
+def test_an_fp8_product_takes_e4m3_and_writes_what_the_problem_says(name, dtype):
+    engine, library, _ = make_engine()
+    problem = PRODUCTS["fp8_forward"]
+    a, b, out, _ = operands(problem)
+    given = {"packed": engine.compress(a), "b": b, "out": out}
+    given[name] = given[name].to(dtype)
+    with pytest.raises(TensorError, match=rf"^{name} has dtype {dtype}; .* needs "):
+        engine.matmul(problem, 0, Operands(**given))
+    assert library.products == []
+
+
+def test_an_fp8_product_with_a_row_major_operand_is_refused_before_the_library_is_asked():
+    engine, library, _ = make_engine()
+    problem = replace(PRODUCTS["fp8_forward"], b_order="row")
+    a, b, out, _ = operands(problem)
+    packed, made = engine.compress(a), library.made
+    with pytest.raises(EngineError, match="b_order='row' is not 'column', as 8-bit types need it; use the masked"):
+        engine.matmul(problem, 0, Operands(packed, b, out))
+    assert library.made == made
+
+
 # ---- errors of the library
 
 
@@ -237,6 +261,9 @@ def test_bytes_that_the_compressor_leaves_out_are_zero():
         (torch.zeros(2, 16, 16, dtype=BF16), ShapeError),
         (torch.zeros(16, 32, dtype=BF16)[:, ::2], TensorError),
         (torch.zeros(16 * 16 + 1, dtype=BF16)[1:].view(16, 16), TensorError),
+        (torch.zeros(32, 48, dtype=torch.float8_e4m3fn), ShapeError),
+        (torch.zeros(32, 32, dtype=torch.float8_e5m2), TensorError),
+        (torch.zeros(32, 32, dtype=torch.uint8), TensorError),
     ],
 )
 def test_compress_refuses_what_the_library_would_misread(dense, error):
@@ -255,6 +282,8 @@ def test_algorithms_that_would_end_the_process_are_not_offered(monkeypatch):
 def test_packed_bytes_and_algorithms_leave_nothing_behind():
     engine, library, _ = make_engine()
     assert engine.packed_bytes(32, 48, BF16, -1) == engine.compress(two_of_four(32, 48, BF16)).numel()
+    e4m3 = two_of_four(32, 96, torch.float8_e4m3fn)
+    assert engine.packed_bytes(32, 96, e4m3.dtype, -1) == engine.compress(e4m3).numel() == 32 * 96 * 5 // 8
     assert engine.algorithms(FORWARD, -1) == range(6)
     assert {kind for kind, _ in library.live.values()} == {"handle"}
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from semisparse.errors import ConfigError, ShapeError, TensorError
+from semisparse.formats.layout import FP8
 from semisparse.gemm import problem as problems
 from semisparse.gemm.problem import Problem, bucket_of
 
@@ -19,19 +20,24 @@ CONSTRUCTORS = [
 ]
 
 
+FP8_CONSTRUCTORS = [problems.fp8_forward, problems.fp8_grad_input]
+
+
 def operands(kind, tokens: int, n: int, k: int):
     """x, weight and grad_output of a layer as the products see them: (A, tensor of B, tensor of D) in fp64."""
     x, weight, grad = (torch.randn(*shape, dtype=torch.float64) for shape in ((tokens, k), (n, k), (tokens, n)))
     return {
         problems.forward: (weight, x, x @ weight.mT),
         problems.grad_input: (weight.mT, grad, grad @ weight),
+        problems.fp8_forward: (weight, x, x @ weight.mT),
+        problems.fp8_grad_input: (weight.mT, grad, grad @ weight),
         problems.activation_forward: (x, weight, x @ weight.mT),
         problems.activation_weight: (x.mT, grad, grad.mT @ x),
         problems.sampled_weight: (grad.mT, x, grad.mT @ x),
     }[kind]
 
 
-@pytest.mark.parametrize("kind", CONSTRUCTORS)
+@pytest.mark.parametrize("kind", CONSTRUCTORS + FP8_CONSTRUCTORS)
 def test_a_constructor_describes_the_product_it_names(kind):
     a, b, d = operands(kind, 48, 32, 80)
     made = kind(48, 32, 80, BF16)
@@ -57,6 +63,22 @@ def test_only_the_forward_product_has_a_bias():
     assert not any(kind(8, 16, 32, BF16).bias for kind in CONSTRUCTORS)
 
 
+@pytest.mark.parametrize("out_dtype", [BF16, torch.float32], ids=str)
+@pytest.mark.parametrize("kind", FP8_CONSTRUCTORS)
+def test_fp8_products_have_tokens_padded_to_16_and_say_what_they_write(kind, out_dtype):
+    for tokens in range(1, 70):
+        made = kind(tokens, 32, 96, out_dtype)
+        assert made.refusal() is None
+        assert made.tokens == -(-tokens // 16) * 16
+        assert (made.dtype, made.out_dtype, made.bias) == (FP8, out_dtype, False)
+        assert made.bucket.out_dtype is out_dtype and made.bucket.refusal() is None
+
+
+def test_sixteen_bit_products_write_their_own_dtype():
+    assert all(kind(8, 16, 32, BF16).out_dtype is BF16 for kind in CONSTRUCTORS)
+    assert Problem(16, 32, 8, BF16, out_dtype=BF16) == Problem(16, 32, 8, BF16)
+
+
 @pytest.mark.parametrize("kind", CONSTRUCTORS)
 def test_equal_arguments_give_the_identical_object(kind):
     assert kind(24, 32, 48, BF16) is kind(24, 32, 48, BF16)
@@ -71,16 +93,20 @@ def test_equality_and_hash_follow_every_field():
     assert hash(same) == hash(Problem(**base))
     for name, value in other.items():
         assert Problem(**base | {name: value}) != same, name
+    assert problems.fp8_forward(16, 32, 32, BF16) != problems.fp8_forward(16, 32, 32, torch.float32)
 
 
-def test_a_pickled_problem_is_found_in_another_process():
-    made = problems.forward(24, 32, 48, BF16, bias=True)
+@pytest.mark.parametrize(
+    "call", ["forward(24, 32, 48, torch.bfloat16, True)", "fp8_forward(24, 32, 96, torch.float32)"]
+)
+def test_a_pickled_problem_is_found_in_another_process(call):
+    made = eval(f"problems.{call}")
     assert pickle.loads(pickle.dumps(made)) == made
     code = (
         "import pickle, sys, torch\n"
-        "from semisparse.gemm.problem import forward\n"
+        "from semisparse.gemm import problem as problems\n"
         "sent = pickle.loads(sys.stdin.buffer.read())\n"
-        "assert {forward(24, 32, 48, torch.bfloat16, True): 1}[sent] == 1\n"
+        f"assert {{problems.{call}: 1}}[sent] == 1\n"
     )
     subprocess.run([sys.executable, "-c", code], input=pickle.dumps(made), check=True)
 
@@ -100,6 +126,22 @@ def test_sizes_the_engine_cannot_take_are_named(change, refused):
 
 
 @pytest.mark.parametrize(
+    ("change", "refused"),
+    [
+        ({"rows": 48}, "rows=48 is not a multiple of 32"),
+        ({"reduction": 16}, "reduction=16 is not a multiple of 32"),
+        ({"columns": 24}, "columns=24 is not a multiple of 16"),
+        ({"b_order": "row"}, "b_order='row' is not 'column', as 8-bit types need it"),
+    ],
+)
+def test_fp8_products_the_engine_cannot_take_are_named(change, refused):
+    fields = {"rows": 32, "reduction": 64, "columns": 16, "dtype": FP8, "out_dtype": BF16}
+    assert Problem(**fields).refusal() is None
+    assert Problem(**fields | {"d_order": "row"}).refusal() is None
+    assert Problem(**fields | change).refusal() == refused
+
+
+@pytest.mark.parametrize(
     ("change", "error", "named"),
     [
         ({"rows": 0}, ShapeError, "rows=0"),
@@ -110,11 +152,21 @@ def test_sizes_the_engine_cannot_take_are_named(change, refused):
         ({"b_order": "col"}, ConfigError, "b_order='col'"),
         ({"d_order": None}, ConfigError, "d_order=None"),
         ({"token_axis": "tokens"}, ConfigError, "token_axis='tokens'"),
+        ({"out_dtype": torch.float32}, TensorError, "out_dtype=torch.float32 is no result of torch.bfloat16"),
+        ({"dtype": FP8}, TensorError, "out_dtype=torch.float8_e4m3fn .* use torch.bfloat16 or torch.float32"),
+        ({"dtype": FP8, "out_dtype": torch.float16}, TensorError, "out_dtype=torch.float16"),
+        ({"dtype": FP8, "out_dtype": BF16, "bias": True}, ConfigError, "bias=True.*add it after scaling"),
+        ({"dtype": torch.float8_e5m2}, TensorError, "float8_e5m2"),
     ],
 )
 def test_bad_fields_are_refused_by_name(change, error, named):
     with pytest.raises(error, match=named):
         Problem(**{"rows": 16, "reduction": 16, "columns": 8, "dtype": BF16} | change)
+
+
+def test_the_text_of_a_problem_names_what_it_writes_where_that_differs():
+    assert str(problems.forward(8, 16, 32, BF16)).endswith("into column-major, bfloat16")
+    assert str(problems.fp8_forward(8, 32, 32, BF16)).endswith("into column-major, float8_e4m3fn -> bfloat16")
 
 
 def test_an_empty_product_is_refused_with_the_way_out():

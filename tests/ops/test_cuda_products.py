@@ -3,16 +3,17 @@
 import pytest
 import torch
 
-from semisparse.formats.layout import SM90_16BIT, packed_bytes
+from semisparse.formats.layout import FP8, SM90_8BIT, SM90_16BIT, packed_bytes
 from semisparse.formats.packed import PackedFormat
-from semisparse.gemm import dispatch
+from semisparse.gemm import dispatch, problem
 from semisparse.gemm.autotune.autotuner import Autotuner
 from semisparse.ops import packing, products
-from semisparse.ops.packing import _cuda_pack, _cuda_pack_tokens, _cuda_unpack
+from semisparse.ops.packing import _cuda_pack, _cuda_pack_tokens, _cuda_unpack, pack_pruned
 from semisparse.ops.products import (
     _cuda_packed_matmul,
     _cuda_packed_tokens_grad_weight,
     _cuda_packed_tokens_matmul,
+    multiply,
 )
 from semisparse.reference import masks
 from semisparse.testing import assert_bit_equal, small_integers
@@ -97,6 +98,35 @@ def test_what_only_the_engine_can_read_is_unpacked_by_it():
     packed, packed_t = _cuda_pack(weight, DTYPE, "transposable")
     assert_bit_equal(_cuda_unpack(packed, 32, 48, DTYPE) + 0.0, pruned(weight) + 0.0)
     assert_bit_equal(_cuda_unpack(packed_t, 48, 32, DTYPE) + 0.0, pruned(weight).mT.contiguous() + 0.0)
+
+
+def two_of_four_e4m3(rows, columns):
+    matrix = small_integers((rows, columns), seed=rows, dtype=torch.float32)
+    return torch.where(masks.row(matrix), matrix, 0).to(FP8)
+
+
+@pytest.mark.parametrize("out_dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("backend", ["cusparselt", "dense"])
+def test_a_packed_e4m3_weight_multiplies_tokens_padded_to_16(library, backend, out_dtype):
+    weight, x = two_of_four_e4m3(32, 96), integers(48, 96).to(FP8)
+    packed = pack_pruned(weight, PackedFormat("compressor", None, "simulated"))
+    assert packed.numel() == packed_bytes(32, 96, 1)
+    out = torch.empty(48, 32, dtype=out_dtype)
+    multiply(problem.fp8_forward(48, 32, 96, out_dtype), packed, x, out, None, backend)
+    assert_bit_equal(out + 0.0, (x.double() @ weight.double().mT).to(out_dtype) + 0.0)
+    assert library.products
+
+
+@pytest.mark.parametrize(("packer", "layout"), [("compressor", None), ("reference", SM90_8BIT)])
+def test_e4m3_packed_without_the_kernel_comes_back_exactly(monkeypatch, packer, layout):
+    written = PackedFormat(packer, layout, "simulated")
+    monkeypatch.setattr(packing, "packed_format", lambda *_: written)
+    weight = two_of_four_e4m3(96, 160)
+    packed = pack_pruned(weight, written)
+    assert packed.numel() == packed_bytes(96, 160, 1)
+    unpacked = _cuda_unpack(packed, 96, 160, FP8)
+    assert unpacked.dtype is FP8
+    assert_bit_equal(unpacked.float() + 0.0, weight.float() + 0.0)
 
 
 @pytest.mark.parametrize("layout", [SM90_16BIT, None])

@@ -11,7 +11,15 @@ from torch import Tensor
 
 from semisparse import calls, masks
 from semisparse.errors import ConfigError, ShapeError, TensorError
-from semisparse.formats.layout import PACKED_DTYPES, SM90_16BIT, SPARSE_MULTIPLE, packed_bytes, round_up
+from semisparse.formats.layout import (
+    FP8,
+    PACKED_DTYPES,
+    SM90_16BIT,
+    SPARSE_MULTIPLE,
+    packed_bytes,
+    round_up,
+    sm90_layout,
+)
 from semisparse.formats.packed import PackedFormat, packed_format
 from semisparse.gemm.engine import engine
 from semisparse.gemm.operands import Operands
@@ -186,27 +194,34 @@ def _fake_unpack(packed: Tensor, rows: int, columns: int, dtype: torch.dtype) ->
 
 
 def _cuda_unpack(packed: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-    """By the kernel or, where only the engine can read the buffer, as the buffer's product with the identity."""
+    """By the kernel or, where only the engine can read the buffer, as the buffer's product with the identity.
+
+    dtype may be float8_e4m3fn, which the native library does not take.
+    """
     written = packed_format(packed.get_device(), dtype, engine())
     if written.packer == "kernel" and written.layout is not None:
         from semisparse.kernels import unpack as kernel
 
         out = packed.new_empty(rows, columns, dtype=dtype)
-        prepare.launch(
-            LaunchKind.UNPACK,
-            kernel.launch(packed, out, layout=written.layout),
-            (packed, out),
-            dtypes=(None, dtype),
-            sizes=(rows, columns, 0),
-            sizes_in_bytes=(written.layout.buffer_bytes(rows, columns), 0),
-        )
+        launched = kernel.launch(packed, out, layout=written.layout)
+        if dtype is not FP8:
+            prepare.launch(
+                LaunchKind.UNPACK,
+                launched,
+                (packed, out),
+                dtypes=(None, dtype),
+                sizes=(rows, columns, 0),
+                sizes_in_bytes=(written.layout.buffer_bytes(rows, columns), 0),
+            )
         return out
     if written.layout is not None:
-        return reference_packing.unpack(written.layout.decode(packed, rows, columns, dtype))
-    identity = torch.eye(columns, dtype=dtype, device=packed.device)
-    out = packed.new_empty(columns, rows, dtype=dtype)
-    engine().matmul(Problem(rows, columns, columns, dtype), 0, Operands(packed, identity, out))
-    return out.mT.contiguous()
+        held = torch.uint8 if dtype is FP8 else dtype  # not every op of PyTorch takes 8-bit floating-point numbers
+        return reference_packing.unpack(written.layout.decode(packed, rows, columns, held)).view(dtype)
+    exact = torch.bfloat16 if dtype is FP8 else dtype
+    identity = torch.eye(columns, dtype=exact, device=packed.device).to(dtype)
+    out = packed.new_empty(columns, rows, dtype=exact)
+    engine().matmul(Problem(rows, columns, columns, dtype, out_dtype=exact), 0, Operands(packed, identity, out))
+    return out.mT.contiguous().to(dtype)
 
 
 @register(
@@ -279,9 +294,12 @@ def _pack_in_steps(
 
 
 def pack_pruned(pruned: Tensor, written: PackedFormat) -> Tensor:
-    """The buffer of a 2:4 matrix (R x C, contiguous, 16-bit), written without the kernel."""
+    """The buffer of a 2:4 matrix (R x C, contiguous, 16-bit or float8_e4m3fn), written without the kernel."""
     if written.packer == "compressor":
         packed = engine().compress(pruned, check=False)
     else:
-        packed = (written.layout or SM90_16BIT).encode(reference_packing.pack(pruned, pruned != 0))
-    return torch.nn.functional.pad(packed, (0, packed_bytes(*pruned.shape) - packed.numel()))
+        held = pruned.view(torch.uint8) if pruned.dtype is FP8 else pruned
+        kept = held & 0x7F != 0 if pruned.dtype is FP8 else held != 0  # -0 is a zero
+        packed = (written.layout or sm90_layout(pruned.dtype)).encode(reference_packing.pack(held, kept))
+    size = packed_bytes(pruned.shape[0], pruned.shape[1], pruned.itemsize)
+    return torch.nn.functional.pad(packed, (0, size - packed.numel()))

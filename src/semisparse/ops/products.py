@@ -328,7 +328,7 @@ def multiply(
     """D = A B (+ bias) by the engine or, where backend or tuning say so, masked dense; out is written.
 
     Args:
-        asked: The product.
+        asked: The product, of 16-bit or float8_e4m3fn operands.
         packed: A, as a packing op gives it.
         b: B, of the problem's shape.
         out: D.

@@ -77,6 +77,31 @@ def test_token_counts_of_one_bucket_share_a_result_and_n_and_k_do_not(make_tuner
     assert timed.made == 3
 
 
+def test_fp8_products_are_tuned_apart_by_what_they_write_and_shared_through_the_disk(make_tuner, timed):
+    bf16, fp32 = (problems.fp8_forward(24, 32, 96, dtype) for dtype in (BF16, torch.float32))
+    tuner = make_tuner()[0]
+    for problem in (bf16, fp32):
+        assert call(tuner, problem).sparse_algorithm == 4
+    assert timed.made == 2
+    for problem in (bf16, fp32):
+        assert call(make_tuner()[0], problem).source == "disk"
+    assert timed.made == 2
+    keys = [tuner.key(problem, -1) for problem in (bf16, fp32)]
+    assert [(key["dtype"], key["out_dtype"]) for key in keys] == [
+        ("float8_e4m3fn", "bfloat16"),
+        ("float8_e4m3fn", "float32"),
+    ]
+
+
+def test_the_keys_of_16_bit_products_are_those_of_earlier_versions(make_tuner):
+    """Stored choices are found by them."""
+    tuner, _, runtime = make_tuner()
+    assert tuner.key(FORWARD, -1) == {
+        **runtime.identity(-1), "cusparselt": 800, "dtype": "bfloat16", "b_order": "column", "d_order": "column",
+        "bias": False, "token_axis": "columns", "rows": 32, "reduction": 48, "columns": 24,
+    }  # fmt: skip
+
+
 def test_plans_of_losers_are_freed(make_tuner):
     tuner, _, _ = make_tuner()
     call(tuner)
@@ -216,10 +241,16 @@ def test_the_default_tuner_touches_nothing_until_used(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "first"), [(BF16, [17, 20, 12, 0, 15, 14, 1]), (torch.float16, [6, 5, 27, 1, 28, 7, 13])]
+    ("problem", "first"),
+    [
+        (problems.grad_input(24, 32, 48, BF16), [17, 20, 12, 0, 15, 14, 1]),
+        (problems.grad_input(24, 32, 48, torch.float16), [6, 5, 27, 1, 28, 7, 13]),
+        (problems.fp8_grad_input(24, 32, 96, BF16), [8, 16, 17, 19, 21, 6, 18]),
+    ],
+    ids=str,
 )
 def test_the_likely_algorithms_are_tried_first_since_not_all_may_be_reached(
-    make_tuner, timed, monkeypatch, dtype, first
+    make_tuner, timed, monkeypatch, problem, first
 ):
     monkeypatch.setattr(simulated, "ALGORITHMS", 30)
     order = []
@@ -229,7 +260,7 @@ def test_the_likely_algorithms_are_tried_first_since_not_all_may_be_reached(
             order.append(algorithm)
             return super().time(algorithm, repeats)
 
-    call(make_tuner(stored=False, make_candidates=Noting)[0], problems.grad_input(24, 32, 48, dtype))
+    call(make_tuner(stored=False, make_candidates=Noting)[0], problem)
     tried = list(dict.fromkeys(number for number in order if number is not None))
     assert tried[:7] == first
     assert tried[7:] == [number for number in range(30) if number not in first]

@@ -21,6 +21,8 @@ PRODUCTS = [
     problems.activation_forward(72, 64, 48, BF16),
     problems.activation_weight(72, 64, 48, torch.float16),
     problems.sampled_weight(72, 64, 48, BF16),
+    problems.fp8_forward(72, 64, 96, BF16),
+    problems.fp8_grad_input(72, 64, 96, torch.float32),
 ]
 
 
@@ -167,10 +169,10 @@ def test_autocast_and_a_low_default_dtype_do_not_spoil_the_exact_sums():
 @pytest.mark.parametrize("problem", PRODUCTS, ids=str)
 def test_the_sample_is_what_it_says(problem):
     engine, _, _ = make_engine()
-    sample = make_sample(engine, problem, torch.empty(problem.d_shape, dtype=problem.dtype), module.MEMORY)
+    sample = make_sample(engine, problem, torch.empty(problem.d_shape, dtype=problem.out_dtype), module.MEMORY)
     a = unpack(sample.packed, problem.rows, problem.reduction, problem.dtype)
     assert ((a.view(-1, 4) != 0).sum(-1) <= 2).all()
-    assert set(sample.b.unique().tolist()) == {-2.0, -1.0, 0.0, 1.0, 2.0}
+    assert set(sample.b.float().unique().tolist()) == {-2.0, -1.0, 0.0, 1.0, 2.0}
     assert sample.rows[0] == 0 and sample.rows[-1] == problem.rows - 1
     for bias, expected in zip(sample.biases, sample.expected, strict=True):
         right = exact(problem, a, sample.b, bias)
@@ -178,17 +180,21 @@ def test_the_sample_is_what_it_says(problem):
     assert len(sample.biases) == (2 if problem.bias else 1)
 
 
-def test_all_six_patterns_occur():
-    matrix = torch.ones(64, 64)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float8_e4m3fn], ids=str)
+def test_all_six_patterns_occur(dtype):
+    matrix = torch.ones(64, 64).to(dtype)
     keep_two_of_four(matrix, torch.Generator().manual_seed(0), at_once=128)
+    matrix = matrix.float()
     patterns = {tuple(group.tolist()) for group in matrix.view(-1, 4)}
     assert len(patterns) == 6
     assert {sum(pattern) for pattern in patterns} == {2.0}
 
 
-def test_integers_stay_exact_in_every_dtype():
-    made = integers((64, 64), torch.float16, torch.device("cpu"), torch.Generator().manual_seed(0))
-    assert set(made.unique().tolist()) == {-2.0, -1.0, 0.0, 1.0, 2.0}
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float8_e4m3fn], ids=str)
+def test_integers_stay_exact_in_every_dtype(dtype):
+    made = integers((64, 64), dtype, torch.device("cpu"), torch.Generator().manual_seed(0))
+    assert made.dtype is dtype
+    assert set(made.float().unique().tolist()) == {-2.0, -1.0, 0.0, 1.0, 2.0}
 
 
 @pytest.mark.parametrize(
@@ -200,6 +206,8 @@ def test_integers_stay_exact_in_every_dtype():
         problems.activation_weight(44160, 14336, 4096, BF16),
         problems.activation_weight(2**20, 28672, 8192, BF16),
         problems.forward(2**22, 16, 16, BF16),
+        problems.fp8_forward(16384, 11008, 4096, BF16),
+        problems.fp8_grad_input(2**20, 28672, 8192, torch.float32),
     ],
     ids=str,
 )
@@ -207,7 +215,7 @@ def test_a_problem_that_is_too_large_is_checked_on_a_part_of_it(problem):
     for memory in (module.MEMORY, module.MEMORY // 4):
         part = within(problem, memory)
         assert part.refusal() is None
-        assert (part.reduction, part.dtype, part.bias) == (problem.reduction, problem.dtype, problem.bias)
+        assert part == replace(problem, rows=part.rows, columns=part.columns)
         assert part.rows <= problem.rows and part.columns <= problem.columns
         dense_and_packed = part.rows * part.reduction * 2 * 25 // 16
         assert dense_and_packed <= memory
@@ -221,6 +229,8 @@ def test_a_problem_that_is_too_large_is_checked_on_a_part_of_it(problem):
         problems.forward(4096, 1024, 512, BF16, bias=True),
         problems.activation_forward(4096, 1024, 512, BF16),
         problems.activation_weight(8192, 512, 256, BF16),
+        problems.fp8_forward(8192, 2048, 512, BF16),
+        problems.fp8_grad_input(8192, 512, 2048, torch.float32),
     ],
     ids=str,
 )
@@ -230,7 +240,7 @@ def test_the_memory_bound_holds_while_a_sample_is_made(problem):
     assert part != problem
     engine, _, _ = make_engine()
     engine.compress = lambda dense, check: torch.zeros(dense.numel() * 9 // 8, dtype=torch.uint8)
-    out = torch.empty(problem.d_shape, dtype=BF16)
+    out = torch.empty(problem.d_shape, dtype=problem.out_dtype)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as recorded:
         sample = make_sample(engine, part, out, memory)
     events = recorded.profiler.kineto_results.events()

@@ -8,9 +8,11 @@ import warnings
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from semisparse.gemm import problem as problems
 from semisparse.gemm.autotune.algorithm import Choice, from_record
 from semisparse.gemm.autotune.store import (
     Store,
@@ -258,7 +260,8 @@ def test_many_processes_write_at_once(store):
 def test_what_ships_can_be_read_and_names_its_conditions():
     assert shipped()
     for conditions, choice in shipped():
-        assert conditions.keys() == shipped_entry()[0].keys()
+        named = {"out_dtype"} if conditions["dtype"] == "float8_e4m3fn" else set()
+        assert conditions.keys() == shipped_entry()[0].keys() | named
         assert (choice.source, choice.sparse_algorithm is None) == ("shipped", False)
 
 
@@ -271,6 +274,13 @@ def test_the_first_choice_whose_conditions_hold_is_taken(make_tuner):
         other = 1 - value if isinstance(value, bool) else 3 * value if isinstance(value, int) else "another"
         if name != "token_axis":
             assert find_shipped([shipped_entry(**{name: other})], key) is None, name
+
+
+@pytest.mark.parametrize("out_dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_a_shipped_choice_for_e4m3_applies_to_what_it_writes(make_tuner, out_dtype):
+    key = make_tuner()[0].key(problems.fp8_forward(24, 32, 96, out_dtype), -1)
+    entry = shipped_entry(dtype="float8_e4m3fn", out_dtype="bfloat16", reduction=96, columns=32)
+    assert (find_shipped([entry], key) is not None) == (out_dtype is torch.bfloat16)
 
 
 @pytest.mark.parametrize(("tokens", "applies"), [(11, False), (12, True), (24, True), (49, True), (50, False)])
