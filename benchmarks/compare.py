@@ -1,4 +1,4 @@
-"""Dense bf16, torchao float8, 2:4 and 2:4 with a sampled gradient beside each other: single linears and whole steps.
+"""Dense bf16, torchao float8 and the modes of 2:4 and fp8 beside each other: single linears and whole steps.
 
 All rows run in one process, interleaved and sustained. A single linear is eager, torchao's compiled (eager, its casts
 are kernels of their own), and each call is also replayed from a CUDA graph, which removes the host's time. Models are
@@ -46,6 +46,8 @@ ROWS = {
     "float8": Row("torchao float8", None),
     "2:4": Row("2:4", SparseConfig()),
     "mvue": Row("2:4 + mvue", SparseConfig(grad_output="mvue")),
+    "fp8": Row("dense fp8", SparseConfig(weight=None, precision="fp8")),
+    "fp8-2:4": Row("fp8 + 2:4", SparseConfig(precision="fp8")),
     "2:4-per-step": Row("2:4, per step", SparseConfig(), True),
     "mvue-per-step": Row("2:4 + mvue, per step", SparseConfig(grad_output="mvue"), True),
 }
