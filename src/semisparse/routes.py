@@ -8,8 +8,7 @@ from torch import Tensor
 
 from semisparse.config import BACKENDS, Backend
 from semisparse.errors import ConfigError, EngineError
-from semisparse.formats.layout import PACKED_DTYPES, SPARSE_MULTIPLE
-from semisparse.ops.fp8_packed import FP8_MULTIPLE
+from semisparse.formats.layout import PACKED_DTYPES, SPARSE_MULTIPLE, SPARSE_MULTIPLE_8BIT
 from semisparse.tracing import constant, transforming
 
 Transform = Literal["", "grad", "other"]
@@ -62,7 +61,7 @@ def takes_fp8(weight: Tensor, dtype: torch.dtype, mask: str | None, backend: Bac
     rows, columns = weight.shape
     return (
         dtype is not torch.float64
-        and not (rows % FP8_MULTIPLE or columns % FP8_MULTIPLE)
+        and not (rows % SPARSE_MULTIPLE_8BIT or columns % SPARSE_MULTIPLE_8BIT)
         and (
             weight.device.type in ("cpu", "meta")
             or (weight.is_cuda and _capability(weight.get_device()) >= FP8_CAPABILITY)
@@ -74,8 +73,8 @@ def why_not_fp8(weight: Tensor, dtype: torch.dtype) -> str:
     """Why takes_fp8() says no, in words; empty where it says yes."""
     if dtype is torch.float64:
         return "computed in torch.float64, and fp8 needs float32, float16 or bfloat16"
-    if weight.shape[0] % FP8_MULTIPLE or weight.shape[1] % FP8_MULTIPLE:
-        return f"N x K = {' x '.join(map(str, weight.shape))}, and fp8 needs multiples of {FP8_MULTIPLE}"
+    if weight.shape[0] % SPARSE_MULTIPLE_8BIT or weight.shape[1] % SPARSE_MULTIPLE_8BIT:
+        return f"N x K = {' x '.join(map(str, weight.shape))}, and fp8 needs multiples of {SPARSE_MULTIPLE_8BIT}"
     if weight.device.type not in ("cpu", "meta", "cuda"):
         return f"the weight is on {weight.device}, and fp8 needs CUDA"
     if weight.is_cuda and _capability(weight.get_device()) < FP8_CAPABILITY:

@@ -25,6 +25,7 @@ pytestmark = [
 
 BF16 = torch.bfloat16
 PACKED_MASKS = [mask for mask in MASKS if mask is not None]
+KERNEL_MASKS = ["transposable", "row"]
 
 
 def compare(layer: SemiSparseLinear, x: Tensor, dy: Tensor, call: Callable[..., Any] | None = None, **how: Any) -> None:
@@ -40,11 +41,14 @@ def compare(layer: SemiSparseLinear, x: Tensor, dy: Tensor, call: Callable[..., 
 @pytest.mark.parametrize("shape", [(32, 32), (96, 352), (192, 160), (1024, 4096)], ids=str)
 def test_buffers_are_those_of_the_cpu(shape: tuple[int, int], mask: str, dtype: torch.dtype) -> None:
     weight = torch.randn(shape, dtype=dtype)
-    for ours, expected in zip(ops.pack_fp8(weight.cuda(), mask, None), ops.pack_fp8(weight, mask, None), strict=True):
-        assert_bit_equal(ours.cpu(), expected)
-    packed = ops.pack_fp8(weight, mask, None)[0]
-    unpacked = ops.unpack_fp8(packed.cuda(), *shape)
-    assert_bit_equal(unpacked.view(torch.uint8).cpu(), ops.unpack_fp8(packed, *shape).view(torch.uint8))
+    ours, expected = ops.pack_fp8(weight.cuda(), mask, None), ops.pack_fp8(weight, mask, None)
+    assert_bit_equal(ours[2].cpu(), expected[2])
+    for found, wanted, sizes in zip(ours[:2], expected[:2], (shape, shape[::-1]), strict=True):
+        if mask in KERNEL_MASKS:  # the compressor goes by values, and may find other zeros than those of the mask
+            assert_bit_equal(found.cpu(), wanted)
+        if wanted.numel():
+            values = ops.unpack_fp8(found, *sizes).float().cpu()
+            assert_bit_equal(values + 0.0, ops.unpack_fp8(wanted, *sizes).float() + 0.0)
 
 
 @pytest.mark.parametrize("backend", ["auto", "cusparselt", "dense"])

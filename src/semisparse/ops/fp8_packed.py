@@ -10,27 +10,43 @@ from torch import Tensor
 from semisparse import calls, masks
 from semisparse.config import Backend
 from semisparse.errors import ShapeError
-from semisparse.formats.layout import SM90_8BIT
-from semisparse.ops.fp8 import CODES, fp8_dense_product, rescale, rescale_formula
-from semisparse.ops.masks import checked
+from semisparse.formats.layout import FP8, SM90_8BIT, SPARSE_MULTIPLE_8BIT, packed_bytes
+from semisparse.formats.packed import packed_format
+from semisparse.gemm import problem
+from semisparse.gemm.engine import engine
+from semisparse.ops.fp8 import fp8_dense_product, quantise, rescale, rescale_formula
+from semisparse.ops.masks import _cuda_prune, checked
+from semisparse.ops.packing import _cuda_unpack, _pack_in_steps
+from semisparse.ops.products import multiply, padded
 from semisparse.ops.register import register
 from semisparse.reference import fp8 as reference
 from semisparse.reference import masks as reference_masks
 from semisparse.reference import packing as reference_packing
 
-FP8_MULTIPLE = 32
-"""N and K of a layer in fp8 are multiples of this."""
-
 
 def _fake_pack_fp8(weight: Tensor, mask: str, codes: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     rows, columns = weight.shape
-    sizes = _packed_bytes(rows, columns), _packed_bytes(columns, rows) if masks.get(mask).both_ways else 0
+    sizes = packed_bytes(rows, columns, 1), packed_bytes(columns, rows, 1) if masks.get(mask).both_ways else 0
     packed, packed_t = (weight.new_empty(size, dtype=torch.uint8) for size in sizes)
     return packed, packed_t, weight.new_empty((), dtype=torch.float32)
 
 
-def _packed_bytes(rows: int, columns: int) -> int:
-    return rows * columns // 2 + SM90_8BIT.metadata_bytes(rows, columns)
+def _checked(weight: Tensor, mask: str, codes: Tensor | None) -> masks.Mask:
+    found = checked(weight, mask, codes, None)
+    if any(size % SPARSE_MULTIPLE_8BIT for size in weight.shape):
+        raise ShapeError(
+            f"weight is {tuple(weight.shape)}; packing in fp8 needs multiples of {SPARSE_MULTIPLE_8BIT}: pad it"
+        )
+    return found
+
+
+def _cuda_pack_fp8(weight: Tensor, mask: str, codes: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Pruned and rounded in PyTorch, then packed."""
+    found, weight = _checked(weight, mask, codes), weight.detach()
+    written = packed_format(weight.get_device(), FP8, engine())
+    _, _, scale = quantise(weight, False, False)
+    rounded = reference.quantise(_cuda_prune(weight, weight.dtype, mask, codes), 1 / scale)
+    return *_pack_in_steps(rounded, written, found, (True, found.both_ways)), scale
 
 
 def _encoded(codes: Tensor, kept: Tensor) -> Tensor:
@@ -40,7 +56,7 @@ def _encoded(codes: Tensor, kept: Tensor) -> Tensor:
 @register(
     "pack_fp8(Tensor weight, str mask, Tensor? codes) -> (Tensor, Tensor, Tensor)",
     fake=_fake_pack_fp8,
-    every_device=True,
+    cuda=_cuda_pack_fp8,
     note=calls.note,
 )
 def pack_fp8(weight: Tensor, mask: str, codes: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -58,9 +74,7 @@ def pack_fp8(weight: Tensor, mask: str, codes: Tensor | None) -> tuple[Tensor, T
     Raises:
         ShapeError, TensorError, ConfigError: As pack.
     """
-    found = checked(weight, mask, codes, None)
-    if any(size % FP8_MULTIPLE for size in weight.shape):
-        raise ShapeError(f"weight is {tuple(weight.shape)}; packing in fp8 needs multiples of {FP8_MULTIPLE}: pad it")
+    found = _checked(weight, mask, codes)
     kept = found.choose(weight) if codes is None else reference_masks.from_codes(codes)
     multiplier = reference.multiplier_for(reference.largest_magnitude(weight))
     rounded = reference.quantise(weight, multiplier).view(torch.uint8)
@@ -70,13 +84,19 @@ def pack_fp8(weight: Tensor, mask: str, codes: Tensor | None) -> tuple[Tensor, T
 
 
 def _fake_unpack_fp8(packed: Tensor, rows: int, columns: int) -> Tensor:
-    return packed.new_empty(rows, columns, dtype=CODES)
+    return packed.new_empty(rows, columns, dtype=FP8)
 
 
-@register("unpack_fp8(Tensor packed, SymInt rows, SymInt columns) -> Tensor", fake=_fake_unpack_fp8, every_device=True)
+def _cuda_unpack_fp8(packed: Tensor, rows: int, columns: int) -> Tensor:
+    return _cuda_unpack(packed, rows, columns, FP8)
+
+
+@register(
+    "unpack_fp8(Tensor packed, SymInt rows, SymInt columns) -> Tensor", fake=_fake_unpack_fp8, cuda=_cuda_unpack_fp8
+)
 def unpack_fp8(packed: Tensor, rows: int, columns: int) -> Tensor:
     """The pruned matrix (rows x columns of e4m3, contiguous) that a buffer of pack_fp8 holds; exact."""
-    return reference_packing.unpack(SM90_8BIT.decode(packed, rows, columns, torch.uint8)).view(CODES)
+    return reference_packing.unpack(SM90_8BIT.decode(packed, rows, columns, torch.uint8)).view(FP8)
 
 
 def _fake_fp8_product(
@@ -85,10 +105,21 @@ def _fake_fp8_product(
     return x8.new_empty(x8.shape[0], out_features, dtype=out_dtype)
 
 
+def _cuda_fp8_product(
+    x8: Tensor, packed: Tensor, out_features: int, backend: Backend, out_dtype: torch.dtype
+) -> Tensor:
+    tokens, in_features = x8.shape
+    out = x8.new_empty(tokens, out_features, dtype=out_dtype)
+    if tokens:
+        asked = problem.fp8_forward(tokens, out_features, in_features, out_dtype)
+        multiply(asked, packed, padded(x8, tokens), out, None, backend)
+    return out
+
+
 @register(
     "fp8_product(Tensor x8, Tensor packed, SymInt out_features, str backend, ScalarType out_dtype) -> Tensor",
     fake=_fake_fp8_product,
-    every_device=True,
+    cuda=_cuda_fp8_product,
 )
 def fp8_product(x8: Tensor, packed: Tensor, out_features: int, backend: Backend, out_dtype: torch.dtype) -> Tensor:
     """The sums x8 A^T with A packed, without scale.
