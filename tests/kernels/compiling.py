@@ -21,7 +21,18 @@ from triton.compiler import ASTSource
 
 from semisparse import masks
 from semisparse.formats.layout import SM90_16BIT
-from semisparse.kernels import bias, prune_pack, prune_pack_many, sample_pack, tile_codes, unpack
+from semisparse.kernels import (
+    amax,
+    amax_many,
+    bias,
+    prune_pack,
+    prune_pack_many,
+    quantise,
+    rescale,
+    sample_pack,
+    tile_codes,
+    unpack,
+)
 from semisparse.kernels.compiled import compiled_launch, parameter_count
 from semisparse.kernels.packed_metadata import repeated
 from semisparse.kernels.prune_pack import DEFAULT_BLOCK, HOPPER_BLOCK
@@ -134,8 +145,67 @@ def codes(arch, source, mask, turned):
     return compiled(tile_codes.tile_codes, types, constants, arch, ["matrix", "codes"], num_warps=4)
 
 
-def main(arch):
+def largest(arch, dtype):
+    """For one matrix, one of a single block, and many."""
+    constants = {"TYPE": dtype, "ROWS": amax.ROWS, "COLUMNS": amax.COLUMNS}
+    types = {"matrix": "*i32", "partials": "*i32"} | dict.fromkeys(("rows", "columns", "stride", "blocks"), "i32")
+    given, options = ["matrix", "partials"], {"num_warps": amax.WARPS}
+    one = compiled(amax.amax, types, constants, arch, given, **options)
+    ones = dict.fromkeys(("rows", "columns", "stride", "blocks"), 1)
+    small = compiled(amax.amax, types, constants | ones, arch, given, **options)
+    types = {"table": "*i64", "member_of": "*i32", "partials": "*i32"}
+    constants |= {"ENTRY": amax_many.ENTRY}
+    many = compiled(amax_many.amax_many, types, constants, arch, list(types), **options)
+    return {f"amax {dtype}": one, f"amax {dtype}, one block": small, f"amax many {dtype}": many}
+
+
+def round_to_e4m3(arch, dtype, even, rows=True, columns=True, wide=False):
+    types = {"x": f"*{dtype}", "partials": "*i32", "x8": "*u8", "x8t": "*i32", "scale": "*fp32"}
+    types |= dict.fromkeys(("rows", "rows_padded", "columns", "stride", "count"), "i32")
+    block = quantise.BLOCK
+    constants = {
+        "PIECE": 128 // dtype.primitive_bitwidth, "FOURS": block.fours, "COLUMNS": block.columns,
+        "WORDS": amax.MOST_PROGRAMS, "EVEN": even, "WIDE": wide, "NATIVE": arch >= 89,
+    }  # fmt: skip
+    constants |= {name: None for name, given in (("x8", rows), ("x8t", columns)) if not given}
+    if wide:  # 16 columns or tokens: Triton makes sizes of 1 constants
+        constants |= {"columns" if columns else "rows_padded": 1}
+    divisible = [name for name in types if types[name].startswith("*") and name not in constants]
+    return compiled(quantise.quantise, types, constants, arch, divisible, num_warps=block.warps)
+
+
+def fp8(arch):
+    """All kernels of fp8."""
     found = {}
+    for dtype in (tl.bfloat16, tl.float16, tl.float32):
+        found |= largest(arch, dtype)
+        for even in (True, False):
+            found[f"quantise {dtype} {'even' if even else 'edges'}"] = round_to_e4m3(arch, dtype, even)
+        found[f"quantise {dtype} rows"] = round_to_e4m3(arch, dtype, True, columns=False)
+        found[f"quantise {dtype} columns"] = round_to_e4m3(arch, dtype, True, rows=False)
+    found["quantise wide"] = round_to_e4m3(arch, tl.bfloat16, False, wide=True)
+    found["quantise wide rows"] = round_to_e4m3(arch, tl.bfloat16, False, columns=False, wide=True)
+    types = {"partials": "*i32", "starts": "*i32", "scales": "*fp32", "count": "i32"}
+    for name, constants in (("one", {"starts": None}), ("many", {})):
+        constants |= {"WORDS": amax.MOST_PROGRAMS}
+        divisible = [name for name in ("partials", "starts", "scales") if name not in constants]
+        found[f"scale of {name}"] = compiled(amax.scale_of, types, constants, arch, divisible, num_warps=1)
+    for given, written in ((tl.bfloat16, tl.bfloat16), (tl.float32, tl.float16), (tl.float32, tl.float32)):
+        for flat in (False, True):
+            types = {"y": f"*{given}", "scale_a": "*fp32", "scale_b": "*fp32", "bias": f"*{written}"}
+            types |= {"out": f"*{written}", "rows": "i32", "columns": "i32"}
+            constants = {"TYPE": written, "ROWS": rescale.ROWS, "COLUMNS": rescale.COLUMNS, "FLAT": flat}
+            constants |= {"NATIVE": True} | ({"bias": None, "columns": 1} if flat else {})
+            divisible = [name for name in ("y", "bias", "out") if name not in constants]
+            options = {"num_warps": rescale.WARPS, "enable_fp_fusion": False}
+            found[f"rescale {given} {written}{' flat' * flat}"] = compiled(
+                rescale.rescale, types, constants, arch, divisible, **options
+            )
+    return found
+
+
+def main(arch):
+    found = fp8(arch)
     for name, mask in masks.MASKS.items():
         for source, turned in ((tl.bfloat16, False), (tl.float16, False), (tl.float32, False), (tl.float32, True)):
             found[f"tile_codes {name} {source}{' turned' * turned}"] = codes(arch, source, mask, turned)

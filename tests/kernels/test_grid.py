@@ -5,7 +5,7 @@ import torch
 
 from semisparse.errors import ShapeError
 from semisparse.formats.layout import SM90_16BIT
-from semisparse.kernels import bias, prune_pack, tile_codes, unpack
+from semisparse.kernels import bias, prune_pack, quantise, rescale, tile_codes, unpack
 from semisparse.kernels.grid import LARGEST_SIZE, check_grid, grid_of
 from semisparse.kernels.launcher import Launcher
 from semisparse.kernels.prune_pack import DEFAULT_BLOCK, HOPPER_BLOCK
@@ -20,14 +20,22 @@ def pack(rows, columns, block=DEFAULT_BLOCK):
     return prune_pack._prepare(sizes, types, "transposable", (False, False), (True, True), SM90_16BIT, block, False)[0]
 
 
+def round_to_e4m3(rows, columns):
+    sizes = rows, rows, columns, columns // 8, 512
+    return quantise._prepare(sizes, BF16, (True, True), quantise.BLOCK, False)
+
+
 PREPARED = {
     "add_bias": lambda rows, columns: bias._prepare(rows, columns, BF16),
+    "rescale": lambda rows, columns: rescale._prepare(rows, columns, (BF16, BF16, None), False),
+    "quantise": round_to_e4m3,
     "unpack": lambda rows, columns: unpack._prepare(rows, columns, SM90_16BIT),
     "prune_pack": pack,
     "prune_pack on Hopper": lambda rows, columns: pack(rows, columns, HOPPER_BLOCK),
     "tile_codes": lambda rows, columns: tile_codes._prepare(rows // 4, columns // 4, columns, 1, 2, BF16),
 }
-BLOCK = {"add_bias": (16, 512), "unpack": (16, 256), "prune_pack": (64, 64), "prune_pack on Hopper": (64, 128)}
+BLOCK = {"quantise": (4 * quantise.BLOCK.fours, quantise.BLOCK.columns), "rescale": (rescale.ROWS, rescale.COLUMNS)}
+BLOCK |= {"add_bias": (16, 512), "unpack": (16, 256), "prune_pack": (64, 64), "prune_pack on Hopper": (64, 128)}
 
 
 @pytest.mark.parametrize("columns", [16, 1024])

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from semisparse.formats.layout import SM90_16BIT, packed_bytes
-from semisparse.kernels import bias, grid, prune_pack, tile_codes, unpack
+from semisparse.kernels import amax, bias, grid, prune_pack, quantise, rescale, tile_codes, unpack
 from semisparse.kernels.prune_pack import HOPPER_BLOCK
-from semisparse.reference import masks, packing
-from tests.kernels import test_bias, test_prune_pack, test_unpack
+from semisparse.reference import fp8, masks, packing
+from tests.kernels import test_bias, test_prune_pack, test_quantise, test_rescale, test_unpack
 from tests.kernels.programs import only_programs, untouched
 
 pytestmark = pytest.mark.skipif(
@@ -20,10 +20,10 @@ BF16 = torch.bfloat16
 def flat(monkeypatch):
     """Every grid of more than one row of blocks is flat."""
     monkeypatch.setattr(grid, "LIMITS", (2**31 - 1, 1, 1))
-    for kernel in (bias, unpack, prune_pack):
+    for kernel in (bias, unpack, prune_pack, quantise, rescale):
         kernel._prepare.cache_clear()
     yield
-    for kernel in (bias, unpack, prune_pack):
+    for kernel in (bias, unpack, prune_pack, quantise, rescale):
         kernel._prepare.cache_clear()
 
 
@@ -49,6 +49,12 @@ def test_a_flat_grid_pads_and_takes_codes_and_shrinks():
     test_prune_pack.test_rows_are_padded_with_zeros(71)
     test_prune_pack.test_codes_apply_a_given_mask()
     test_prune_pack.test_soft_shrinks_the_kept_two(BF16)
+
+
+@pytest.mark.usefixtures("flat")
+def test_a_flat_grid_rounds_and_rescales_the_same():
+    test_quantise.test_codes_and_scale_are_the_specification((300, 288), BF16)
+    test_rescale.test_it_is_the_formula((33, 528), True, torch.float32, BF16)
 
 
 @pytest.mark.parametrize("columns", [16, 528])
@@ -209,3 +215,22 @@ def test_metadata_of_the_transpose_further_apart_than_32_bits_reach():
     for lines in range(2):
         begin = rows * columns + SM90_16BIT.metadata_bytes(64 * lines, rows)
         assert torch.equal(packed_t[begin : begin + 512], expected[lines])
+
+
+def test_the_last_codes_of_a_transpose_whose_lines_lie_further_apart_than_32_bits_reach():
+    rows, height = 2**26 + 112, 4 * quantise.BLOCK.fours  # 128 lines of a quarter of as many words
+    x, x8, x8t = untouched((rows, 128), BF16), *(untouched(size, torch.uint8) for size in ((rows, 128), (128, rows)))
+    first = (rows - 1) // height * height
+    x[first:] = torch.randn(rows - first, 128)
+    with only_programs((rows // height, 0)):
+        quantise.launch(x, torch.tensor([0x43800000], dtype=torch.int32), x8, x8t, torch.empty(()))
+    codes = fp8.quantise(x[first:], torch.tensor(1.0)).view(torch.uint8)
+    assert torch.equal(x8[first:], codes) and torch.equal(x8t[:, first:], codes.mT)
+
+
+def test_rows_that_lie_further_apart_than_32_bits_reach_are_rounded():
+    apart, height = 2**25, 4 * quantise.BLOCK.fours  # the last row of a program begins 2^31 numbers behind its first
+    spread = untouched((height * apart + 32,), torch.float32).as_strided((height + 1, 32), (apart, 1))
+    spread.copy_(torch.randn(height + 1, 32))
+    test_quantise.assert_as_specified(spread)
+    assert amax.is_readable(spread)

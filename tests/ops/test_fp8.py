@@ -1,5 +1,7 @@
 """The ops of fp8 and their formulas in plain PyTorch against the specification."""
 
+import sys
+
 import pytest
 import torch
 from torch import Tensor
@@ -7,12 +9,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from semisparse import ops
 from semisparse.errors import ShapeError, TensorError
+from semisparse.ops import fp8 as fp8_ops
 from semisparse.ops.fp8 import CODES, MULTIPLE
 from semisparse.reference import fp8
 from semisparse.testing import assert_bit_equal
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 EACH_DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+on_the_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="here the CPU plays the device")
 WANTED = [(True, True), (True, False), (False, True)]
 NUMBERS = torch.arange(2**16, dtype=torch.int32).to(torch.int16)
 
@@ -129,6 +133,24 @@ def test_other_matrices_are_refused(call) -> None:
         call(torch.zeros(4, 32, dtype=torch.float64), True, True)
 
 
+@on_the_cpu
+@pytest.mark.parametrize(("rows", "columns"), [*WANTED, (False, False)], ids=["both", "rows", "columns", "scale"])
+@EACH_INPUT
+def test_the_kernels_give_the_same(make, rows: bool, columns: bool) -> None:
+    x = make()
+    assert_quantised(fp8_ops._cuda_quantise(x, rows, columns), x, rows, columns)
+
+
+@on_the_cpu
+def test_without_triton_the_formulas_serve(monkeypatch) -> None:
+    monkeypatch.setattr(fp8_ops, "has_triton", lambda: False)
+    monkeypatch.setitem(sys.modules, "semisparse.kernels", None)
+    x = made(13, 32, torch.bfloat16)
+    assert_quantised(fp8_ops._cuda_quantise(x, True, True), x, True, True)
+    arguments = x, torch.tensor(0.5), torch.tensor(0.25), None, 13, torch.float16
+    assert_bit_equal(fp8_ops._cuda_rescale(*arguments), ops.rescale(*arguments))
+
+
 # ---- products and their scale
 
 
@@ -178,4 +200,14 @@ def test_rescale_rounds_once(given: torch.dtype, dtype: torch.dtype, with_bias: 
     arguments = y, *scales, bias, 13, dtype
     for call in (ops.rescale, ops.rescale_formula, compiled_anew(ops.rescale_formula)):
         assert_bit_equal(call(*arguments), expected)
+    if not torch.cuda.is_available():
+        assert_bit_equal(fp8_ops._cuda_rescale(*arguments), expected)
     torch.library.opcheck(torch.ops.semisparse.rescale.default, arguments)
+
+
+@on_the_cpu
+def test_rescale_takes_whatever_the_kernel_does_not() -> None:
+    one, y = torch.ones(()), made(16, 48, torch.float32)
+    for given, rows in ((y.mT, 13), (y[:, ::2], 16), (y[:, :12], 16), (y, 0), (y[:, :0], 4)):
+        arguments = given, one, one, None, rows, torch.bfloat16
+        assert_bit_equal(fp8_ops._cuda_rescale(*arguments), ops.rescale(*arguments))

@@ -72,7 +72,7 @@ def word_scores(word, DTYPE: tl.constexpr, NATIVE: tl.constexpr):
 
 
 @triton.jit
-def _round(value, DTYPE: tl.constexpr):
+def rounded_bits(value, DTYPE: tl.constexpr):
     """Bits of an fp32 value rounded to DTYPE; by hand for bfloat16, which the interpreter would truncate."""
     if DTYPE == tl.bfloat16:
         bits = value.to(tl.int32, bitcast=True)
@@ -90,7 +90,7 @@ def pack_word(low, high, DTYPE: tl.constexpr, NATIVE: tl.constexpr):
     elif NATIVE:
         word = tl.inline_asm_elementwise("cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f", [low, high], tl.int32, True, 1)
     else:
-        word = (_round(low, DTYPE) & 0xFFFF) | (_round(high, DTYPE) << 16)
+        word = (rounded_bits(low, DTYPE) & 0xFFFF) | (rounded_bits(high, DTYPE) << 16)
     return word
 
 

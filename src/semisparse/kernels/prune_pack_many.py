@@ -11,6 +11,7 @@ from functools import lru_cache
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from semisparse import masks
 from semisparse.formats.layout import MetadataLayout
@@ -101,7 +102,7 @@ class Batch:
         check_block(block, layout)
         check_members(members, dtype, layout, chosen)
         # A stream of its own, so that nothing but the copies is waited for.
-        with torch.cuda.stream(_table_stream(index)) if index >= 0 else nullcontext():
+        with torch.cuda.stream(table_stream(index)) if index >= 0 else nullcontext():
             self._table, self._member_of, even = write_table(members, 4 * block.tile_rows, 8 * block.pairs)
         self._streams: set[int] = set()
         types, programs = (first.dtype, dtype), len(self._member_of)
@@ -109,19 +110,30 @@ class Batch:
 
     def launch(self) -> None:
         """Pack all matrices. Asynchronous, on the current stream of their device."""
-        if self._index >= 0 and torch._C._cuda_getCurrentRawStream(self._index) not in self._streams:
-            self._note_stream(torch.cuda.current_stream(self._index))
+        if self._index >= 0:
+            note_stream(self._index, self._streams, (self._table, self._member_of))
         self._start(self._index, self._table, self._member_of)
 
-    def _note_stream(self, stream: torch.cuda.Stream) -> None:
-        """Keep the table's memory, once it is freed, from being used again before stream is done with it."""
-        for tensor in (self._table, self._member_of):
-            tensor.record_stream(stream)
-        self._streams.add(stream.cuda_stream)
+
+def note_stream(index: int, noted: set[int], tables: Sequence[Tensor]) -> None:
+    """Keep tables' memory, once it is freed, from being used again before the current stream is done with it.
+
+    Args:
+        index: Of the CUDA device.
+        noted: Streams that the tables know already; the current one is added.
+        tables: Tensors on the device.
+    """
+    if torch._C._cuda_getCurrentRawStream(index) in noted:
+        return
+    stream = torch.cuda.current_stream(index)
+    for tensor in tables:
+        tensor.record_stream(stream)
+    noted.add(stream.cuda_stream)
 
 
 @lru_cache
-def _table_stream(index: int) -> torch.cuda.Stream:
+def table_stream(index: int) -> torch.cuda.Stream:
+    """The stream of device index on which tables are written."""
     return torch.cuda.Stream(index)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from semisparse import calls
 from semisparse.errors import ShapeError, TensorError
 from semisparse.formats.layout import round_up
+from semisparse.ops.masks import has_triton
 from semisparse.ops.register import register
 from semisparse.reference import fp8 as reference
 
@@ -37,8 +38,31 @@ def _fake_quantise(x: Tensor, rows: bool, columns: bool) -> tuple[Tensor, Tensor
     return x8, x8t, x.new_empty((), dtype=torch.float32)
 
 
+def _cuda_quantise(x: Tensor, rows: bool, columns: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """By two kernels: one for the largest magnitude, one that writes."""
+    if not has_triton():
+        return quantise_formula(x, rows, columns)
+    from semisparse.kernels import amax
+    from semisparse.kernels import quantise as kernel
+
+    x8, x8t, scale = _fake_quantise(x, rows, columns)
+    if not x.numel():
+        return x8, x8t, scale.fill_(1)
+    x = amax.readable(x)
+    partials = x.new_empty(amax.programs_for(x), dtype=torch.int32)
+    amax.launch(x, partials)
+    if rows or columns:
+        kernel.launch(x, partials, x8 if rows else None, x8t if columns else None, scale)
+    else:
+        amax.launch_scale(partials, scale)
+    return x8, x8t, scale
+
+
 @register(
-    "quantise(Tensor x, bool rows, bool columns) -> (Tensor, Tensor, Tensor)", fake=_fake_quantise, note=calls.note
+    "quantise(Tensor x, bool rows, bool columns) -> (Tensor, Tensor, Tensor)",
+    fake=_fake_quantise,
+    cuda=_cuda_quantise,
+    note=calls.note,
 )
 def quantise(x: Tensor, rows: bool, columns: bool) -> tuple[Tensor, Tensor, Tensor]:
     """x as e4m3 with one scale: x is about x8 * scale. Bit for bit as reference/fp8.py.
@@ -184,9 +208,24 @@ def rescale_formula(
     return (scaled if bias is None else scaled + bias.float()).to(dtype)
 
 
+def _cuda_rescale(
+    y: Tensor, scale_a: Tensor, scale_b: Tensor, bias: Tensor | None, rows: int, dtype: torch.dtype
+) -> Tensor:
+    _check_rescaled(y, bias, rows)
+    size = rows * y.shape[1]
+    if size == 0 or y.shape[1] % MULTIPLE or not y.is_contiguous() or not has_triton():
+        return rescale_formula(y, scale_a, scale_b, bias, rows, dtype)
+    from semisparse.kernels import rescale as kernel
+
+    out = _fake_rescale(y, scale_a, scale_b, bias, rows, dtype)
+    kernel.launch(y, scale_a, scale_b, None if bias is None else bias.contiguous(), out)
+    return out
+
+
 @register(
     "rescale(Tensor y, Tensor scale_a, Tensor scale_b, Tensor? bias, SymInt rows, ScalarType dtype) -> Tensor",
     fake=_fake_rescale,
+    cuda=_cuda_rescale,
 )
 def rescale(y: Tensor, scale_a: Tensor, scale_b: Tensor, bias: Tensor | None, rows: int, dtype: torch.dtype) -> Tensor:
     """y * (scale_a * scale_b) + bias in fp32, rounded once: the product of two tensors from that of their codes.

@@ -57,7 +57,8 @@ def _check_held(name: str, held: Tensor, matrix: Tensor, dtype: torch.dtype, sha
 
 
 @cache
-def _has_triton() -> bool:
+def has_triton() -> bool:
+    """Whether there are kernels on CUDA."""
     return find_spec("triton") is not None
 
 
@@ -69,7 +70,7 @@ def _cuda_tile_codes(matrix: Tensor, mask: str) -> Tensor:
     """By the kernel, except for fp64 and without triton."""
     matrix, found = matrix.detach(), masks.get(mask)
     rows, columns = reference_masks.check_shape(matrix, tiles=True)
-    if matrix.dtype == torch.float64 or not _has_triton():
+    if matrix.dtype == torch.float64 or not has_triton():
         return _reference_codes(matrix, found)
     from semisparse.kernels import tile_codes as kernel
 
