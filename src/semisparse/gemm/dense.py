@@ -13,8 +13,8 @@ def product(problem: Problem, a: Tensor, operands: Operands) -> None:
     """D = A B (+ bias) with PyTorch's own matmul, in place of the sparse engine. Not recorded by autograd.
 
     Args:
-        problem: The product; any sizes, any device. Rounding is that of torch.addmm in problem.dtype, for float8_e4m3fn
-            that of fp8_product.
+        problem: The product; any sizes, any device. Rounding is that of torch.addmm in problem.dtype. float8_e4m3fn is
+            multiplied in fp32 and rounded once; on CUDA by torch._scaled_mm, which needs multiples of 16.
         a: The pruned operand as a full matrix (rows x reduction, zeros where pruned), any strides.
         operands: b, out and bias as the engine takes them; packed is not read.
 
@@ -34,7 +34,7 @@ def product(problem: Problem, a: Tensor, operands: Operands) -> None:
     with torch.no_grad():
         if problem.dtype is FP8:
             turned = b if problem.b_order == "column" else b.mT
-            fp8_product(*((a, turned) if problem.d_order == "row" else (turned, a)), out)
+            _fp8_product(*((a, turned) if problem.d_order == "row" else (turned, a)), out)
             return
         if problem.d_order == "row":
             left, right, added = a, b if problem.b_order == "row" else b.mT, None if bias is None else bias[:, None]
@@ -47,10 +47,10 @@ def product(problem: Problem, a: Tensor, operands: Operands) -> None:
             torch.addmm(added, left, right, out=out)
 
 
-def fp8_product(left: Tensor, right: Tensor, out: Tensor) -> None:
+def _fp8_product(left: Tensor, right: Tensor, out: Tensor) -> None:
     """left right^T of float8_e4m3fn matrices, without scale: what the codes stand for is multiplied.
 
-    On CUDA by torch._scaled_mm, whose sums are kept in fp32; elsewhere by an fp32 matmul. Rounded to out's dtype once.
+    On CUDA by torch._scaled_mm without fast accumulation; elsewhere by an fp32 matmul. Rounded to out's dtype once.
 
     Args:
         left: R x C, any strides; on CUDA, C must be a multiple of 16.
@@ -62,8 +62,8 @@ def fp8_product(left: Tensor, right: Tensor, out: Tensor) -> None:
         return
     # Made anew in each call: a tensor kept from a CUDA graph's capture would live in the memory of that graph.
     one = torch.ones((), device=left.device)
-    # use_fast_accum=True would keep partial sums in fewer bits than fp32 over the whole reduction: the sums of small
-    # integers would no longer be exact, and tuning would choose between products of different accuracy.
+    # use_fast_accum=True would leave partial sums in the tensor cores, with fewer bits than fp32 has, over the whole
+    # reduction. Tuning would then choose between products of different accuracy.
     torch._scaled_mm(
         left.contiguous(), right.contiguous().mT, one, one, out_dtype=out.dtype, use_fast_accum=False, out=out
     )
