@@ -20,12 +20,13 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from semisparse import masks
-from semisparse.formats.layout import SM90_16BIT
+from semisparse.formats.layout import SM90_8BIT, SM90_16BIT
 from semisparse.kernels import (
     amax,
     amax_many,
     bias,
     prune_pack,
+    prune_pack8,
     prune_pack_many,
     quantise,
     rescale,
@@ -105,6 +106,26 @@ def pack(arch, source, target, mask, even, wide=False, given_codes=False, aligne
     options = {"num_warps": block.warps} | ({} if wide else {"maxnreg": block.registers})
     taken = compiled(prune_pack.prune_pack, types, constants, arch, divisible, **options)
     return taken if wide else taken | {"most registers": block.registers}
+
+
+def pack8(arch, source, mask, even, wide=False, given_codes=False, transpose_only=False, words=1):
+    pointers = {"matrix": "*i64", "codes": "*i16", "largest": "*i32", "scale": "*fp32"}
+    pointers |= {"packed": "*u8", "packed_t": "*u8"}
+    sizes = ("rows", "columns", "stride", "count", "row_blocks", "blocks", "row_blocks_t", "blocks_t")
+    block = prune_pack8.BLOCK
+    constants = {
+        "IN": source, "MASK": masks.GIVEN_CODES if given_codes else mask.constant, "BITS": SM90_8BIT.bits,
+        "PADDING": repeated(0b1110), "TILE_ROWS": block.tile_rows, "PAIRS": block.pairs, "EVEN": even, "WIDE": wide,
+        "NATIVE": True, "CONVERTS": arch >= 89, "WORDS": words,
+    }  # fmt: skip
+    absent = {"codes": not given_codes, "packed": transpose_only, "packed_t": not mask.both_ways}
+    constants |= {name: None for name, missing in absent.items() if missing}
+    constants |= {"count": 1} if words == 1 else {}
+    constants |= {"blocks": 1} if wide else {}
+    divisible = [name for name in (*pointers, "rows", "columns") if name not in constants and name != "scale"]
+    options = {"num_warps": block.warps} | ({} if wide else {"maxnreg": block.registers})
+    types = pointers | dict.fromkeys(sizes, "i32")
+    return compiled(prune_pack8.prune_pack8, types, constants, arch, divisible, **options)
 
 
 def many(arch, source, target, mask, even, given_codes=False):
@@ -233,6 +254,15 @@ def main(arch):
             found[f"pack transpose {name} wide"] = pack(
                 arch, tl.bfloat16, tl.bfloat16, mask, False, True, given, transpose_only=True
             )
+    transposable = packable["transposable"]
+    for source in (tl.bfloat16, tl.float16, tl.float32):
+        found[f"pack8 {source} edges"] = pack8(arch, source, transposable, False)
+    found["pack8 bf16 even"] = pack8(arch, tl.bfloat16, transposable, True)
+    found["pack8 bf16 row"] = pack8(arch, tl.bfloat16, packable["row"], False)
+    found["pack8 bf16 codes"] = pack8(arch, tl.bfloat16, transposable, False, given_codes=True)
+    found["pack8 bf16 transpose"] = pack8(arch, tl.bfloat16, transposable, False, transpose_only=True)
+    found["pack8 bf16 wide"] = pack8(arch, tl.bfloat16, transposable, False, wide=True)
+    found["pack8 bf16 of partial maxima"] = pack8(arch, tl.bfloat16, transposable, True, words=512)
     for dtype in (tl.bfloat16, tl.float16):
         for even in (True, False):
             found[f"sample {dtype} {'even' if even else 'edges'}"] = sample(arch, dtype, even)
@@ -244,11 +274,15 @@ def main(arch):
     for flat in (False, True):
         grid = {"FLAT": flat}
         types = {"packed": "*u8", "out": "*i64", "rows": "i32", "columns": "i32"}
-        constants = {"BITS": BITS, "ROWS": unpack.ROWS, "GROUPS": unpack.GROUPS} | grid
+        constants = {"BITS": BITS, "ROWS": unpack.ROWS, "GROUPS": unpack.GROUPS, "PAIR": tl.int32} | grid
         name, divisible = f"unpack{' flat' * flat}", ["packed", "out", "columns"]
         found[name] = compiled(unpack.unpack, types, constants, arch, [*divisible, "rows"], num_warps=4)
         found[f"{name}, one row"] = compiled(
             unpack.unpack, types, constants | {"rows": 1}, arch, divisible, num_warps=4
+        )
+        types, constants = types | {"out": "*i32"}, constants | {"BITS": SM90_8BIT.bits, "PAIR": tl.int16}
+        found[f"unpack8{' flat' * flat}"] = compiled(
+            unpack.unpack, types, constants, arch, [*divisible, "rows"], num_warps=4
         )
         types = {"matrix": "*bf16", "bias": "*bf16", "rows": "i32", "columns": "i32"}
         constants, divisible = {"ROWS": bias.ROWS, "COLUMNS": bias.COLUMNS} | grid, ["matrix", "bias", "columns"]

@@ -13,12 +13,13 @@ import pytest
 import torch
 
 from semisparse.formats.layout import SM90_8BIT, SM90_16BIT, MetadataLayout, packed_bytes
-from semisparse.kernels import prune_pack, unpack
+from semisparse.kernels import prune_pack, prune_pack8, unpack
 from semisparse.reference import packing
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BF16 = torch.bfloat16
 LAYOUT = MetadataLayout((3, 34, 32, 33, 0, 1, 2, 4, 5), 0xE)  # typed here, not taken from the library
+LAYOUT_8 = MetadataLayout((32, 3, 35, 33, 34, 0, 1, 2, 4, 5), 0xE)
 
 # In a matrix whose groups keep their first two entries (nibble 4), one group that keeps its last two (nibble E):
 # row, group, the one byte of the metadata that this changes from 0x44, and what it becomes.
@@ -116,6 +117,38 @@ def test_each_bit_of_an_8_bit_address(row, group, byte, value):
     golden = bytearray(b"\x44" * 2048)
     golden[byte] = value
     assert torch.equal(written[128 * 128 :], tensor(golden))
+
+
+@pytest.mark.parametrize(("row", "group", "byte", "value"), ONE_GROUP_8)
+def test_the_kernels_write_and_read_these_8_bit_bytes(row, group, byte, value):
+    """With a multiplier of 1; 1, 2, 3 and 4 are 38, 40, 44 and 48."""
+    values = bytearray(b"\x38\x40" * (128 * 32))
+    values[64 * row + 2 * group : 64 * row + 2 * group + 2] = b"\x44\x48"
+    golden = bytearray(b"\x44" * 2048)
+    golden[byte] = value
+    matrix, golden = one_group(row, group, columns=128), tensor(values + golden)
+    packed = torch.zeros_like(golden)
+    largest = torch.tensor(448.0, device=DEVICE).view(torch.int32)
+    prune_pack8.launch(matrix, largest, packed, None, layout=LAYOUT_8, mask="row")
+    assert torch.equal(packed, golden)
+    out = torch.empty(128, 128, dtype=torch.float8_e4m3fn, device=DEVICE)
+    unpack.launch(golden, out, layout=LAYOUT_8)
+    assert torch.equal(out.float(), matrix)
+
+
+def test_both_directions_of_a_matrix_of_tiles_in_8_bits():
+    """As the test below, of 128 x 128: the metadata alternate between 32 bytes of 0x44 and 32 of 0xEE."""
+    tile = torch.block_diag(torch.ones(2, 2), torch.ones(2, 2))
+    matrix = tile.repeat(32, 32)
+    matrix[84:88, 52:56] = 1 - tile
+    packed = [torch.zeros(128 * 128 // 2 + 2048, dtype=torch.uint8, device=DEVICE) for _ in range(2)]
+    largest = torch.tensor(448.0, device=DEVICE).view(torch.int32)
+    prune_pack8.launch(matrix.to(DEVICE), largest, *packed, layout=LAYOUT_8)
+    for buffer, first in zip(packed, (1226, 968), strict=True):
+        metadata = bytearray((b"\x44" * 32 + b"\xee" * 32) * 32)
+        for k, byte in enumerate((0xE4, 0xE4, 0x4E, 0x4E)):
+            metadata[first + 16 * k] = byte
+        assert torch.equal(buffer, tensor(b"\x38" * 8192 + metadata))
 
 
 # Tiles that keep their upper left and lower right quarter, and at tile (21, 13) the two others: the metadata alternate

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from semisparse.formats.layout import SM90_16BIT, packed_bytes
-from semisparse.kernels import amax, bias, grid, prune_pack, quantise, rescale, tile_codes, unpack
+from semisparse.kernels import amax, bias, grid, prune_pack, prune_pack8, quantise, rescale, tile_codes, unpack
 from semisparse.kernels.prune_pack import HOPPER_BLOCK
 from semisparse.reference import fp8, masks, packing
-from tests.kernels import test_bias, test_prune_pack, test_quantise, test_rescale, test_unpack
+from tests.kernels import test_bias, test_prune_pack, test_prune_pack8, test_quantise, test_rescale, test_unpack
 from tests.kernels.programs import only_programs, untouched
 
 pytestmark = pytest.mark.skipif(
@@ -20,10 +20,10 @@ BF16 = torch.bfloat16
 def flat(monkeypatch):
     """Every grid of more than one row of blocks is flat."""
     monkeypatch.setattr(grid, "LIMITS", (2**31 - 1, 1, 1))
-    for kernel in (bias, unpack, prune_pack, quantise, rescale):
+    for kernel in (bias, unpack, prune_pack, prune_pack8, quantise, rescale):
         kernel._prepare.cache_clear()
     yield
-    for kernel in (bias, unpack, prune_pack, quantise, rescale):
+    for kernel in (bias, unpack, prune_pack, prune_pack8, quantise, rescale):
         kernel._prepare.cache_clear()
 
 
@@ -42,6 +42,12 @@ def test_a_flat_grid_unpacks_the_same(shape):
 @pytest.mark.usefixtures("flat")
 def test_a_flat_grid_packs_the_same():
     test_prune_pack.test_transposable_is_the_reference_byte_for_byte(BF16, (80, 144))
+
+
+@pytest.mark.usefixtures("flat")
+def test_a_flat_grid_packs_and_unpacks_the_same_8_bit_values():
+    test_prune_pack8.test_both_buffers_are_the_reference_byte_for_byte(BF16, (96, 352))
+    test_prune_pack8.test_unpack_is_exact((96, 352), "sm90")
 
 
 @pytest.mark.usefixtures("flat")
@@ -119,6 +125,15 @@ def test_rows_that_lie_further_apart_than_32_bits_reach_are_packed():
         both.append(packed)
     assert torch.equal(both[0][0], both[1][0]) and torch.equal(both[0][1], both[1][1])
     test_prune_pack.expect(both[0][0], matrix, masks.transposable(matrix), BF16)
+
+
+def test_rows_that_lie_further_apart_than_32_bits_reach_are_packed_as_8_bit_values():
+    apart = 2**27 + 2**22
+    spread = untouched((63 * apart + 64,), BF16).as_strided((64, 64), (apart, 1))
+    spread.copy_(torch.randn(64, 64))
+    both = test_prune_pack8.pack(spread, fp8.largest_magnitude(spread.contiguous()))
+    matrix = spread.contiguous()
+    test_prune_pack8.expect_both(both, test_prune_pack8.codes_of(matrix), masks.transposable(matrix))
 
 
 def test_lines_of_the_transpose_further_apart_than_32_bits_reach_are_packed():

@@ -7,11 +7,17 @@ from torch import Tensor
 
 from semisparse import masks
 from semisparse.errors import ConfigError, ShapeError, TensorError
-from semisparse.formats.layout import PACKED_DTYPES, SPARSE_MULTIPLE, MetadataLayout
+from semisparse.formats.layout import PACKED_DTYPES, MetadataLayout, sparse_multiple
 from semisparse.pattern import GROUP
 
 READ_DTYPES = (torch.float32, *PACKED_DTYPES)
 """Dtypes of the matrices that kernels read; fp64 is left to the reference."""
+
+
+def check_written(packed: bool, packed_t: bool) -> None:
+    """Raise ConfigError unless a matrix, its transpose or both are written."""
+    if not (packed or packed_t):
+        raise ConfigError("packed and packed_t are both None: pass the buffer that is to be written")
 
 
 def check_sizes(
@@ -21,8 +27,9 @@ def check_sizes(
     types: tuple[torch.dtype, torch.dtype],
     mask: masks.Mask,
     transposed: bool,
+    packed_dtypes: tuple[torch.dtype, ...] = PACKED_DTYPES,
 ) -> None:
-    """Check the sizes and dtypes of a matrix for prune_pack.
+    """Check the sizes and dtypes of a matrix for a pack kernel.
 
     Args:
         rows: Of the matrix.
@@ -31,17 +38,20 @@ def check_sizes(
         types: Dtype of the matrix and of the packed values.
         mask: What is chosen.
         transposed: Whether the transpose is written.
+        packed_dtypes: What the kernel packs.
 
     Raises:
         ShapeError: A size does not fit.
         TensorError: A dtype does not fit.
         ConfigError: mask has no packed transpose.
     """
-    if types[0] not in READ_DTYPES or types[1] not in PACKED_DTYPES:
-        raise TensorError(f"matrix is {types[0]}, packed as {types[1]}; use fp32, fp16 or bf16, packed as fp16 or bf16")
-    if columns % SPARSE_MULTIPLE or rows_padded % SPARSE_MULTIPLE or rows_padded < rows:
+    if types[0] not in READ_DTYPES or types[1] not in packed_dtypes:
+        known = " or ".join(str(dtype).removeprefix("torch.") for dtype in packed_dtypes)
+        raise TensorError(f"matrix is {types[0]}, packed as {types[1]}; use fp32, fp16 or bf16, packed as {known}")
+    multiple = sparse_multiple(types[1])
+    if columns % multiple or rows_padded % multiple or rows_padded < rows:
         raise ShapeError(
-            f"matrix is {rows} x {columns}, padded to {rows_padded} rows; both must be multiples of {SPARSE_MULTIPLE}"
+            f"matrix is {rows} x {columns}, padded to {rows_padded} rows; both must be multiples of {multiple}"
         )
     if transposed and not mask.both_ways:
         raise ConfigError(f"mask={mask.name!r} keeps 2:4 along the columns only: pass packed_t=None")
@@ -90,18 +100,18 @@ def check_held(codes: Tensor | None, scale: Tensor | None, rows: int, columns: i
 
 
 def check_buffers(
-    packed: Tensor | None, packed_t: Tensor | None, rows: int, columns: int, layout: MetadataLayout
+    packed: Tensor | None, packed_t: Tensor | None, rows: int, columns: int, layout: MetadataLayout, itemsize: int = 2
 ) -> None:
     """check_buffer for what is given: the buffer of a rows x columns matrix and that of its transpose."""
     if packed is not None:
-        check_buffer("packed", packed, rows, columns, layout)
+        check_buffer("packed", packed, rows, columns, layout, itemsize)
     if packed_t is not None:
-        check_buffer("packed_t", packed_t, columns, rows, layout)
+        check_buffer("packed_t", packed_t, columns, rows, layout, itemsize)
 
 
-def check_buffer(name: str, buffer: Tensor, rows: int, columns: int, layout: MetadataLayout) -> None:
-    """Raise TensorError or ShapeError unless buffer can hold a packed rows x columns matrix of 16-bit values."""
-    needed = _buffer_bytes(layout, rows, columns)
+def check_buffer(name: str, buffer: Tensor, rows: int, columns: int, layout: MetadataLayout, itemsize: int = 2) -> None:
+    """Raise TensorError or ShapeError unless buffer can hold a packed rows x columns matrix; itemsize: of a value."""
+    needed = _buffer_bytes(layout, rows, columns, itemsize)
     if buffer.dtype != torch.uint8 or not buffer.is_contiguous():
         raise TensorError(f"{name} is {buffer.dtype}; it must be a contiguous uint8 tensor")
     if buffer.numel() < needed:

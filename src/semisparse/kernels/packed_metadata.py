@@ -18,27 +18,44 @@ import triton.language as tl
 
 from semisparse.formats.layout import GROUP_BIT
 
+TILE_ROW_BIT = 32
+"""Added to the number of a tile row's bit in an order of index bits, to tell it from a pair's."""
+
 _GROUP_BIT = tl.constexpr(GROUP_BIT)
+_TILE_ROW_BIT = tl.constexpr(TILE_ROW_BIT)
 
 
 @triton.constexpr_function
-def _source(turned, log_pairs, f):
+def lanes_first(log_pairs, log_tile_rows):
+    """The order in which a warp holds 4 pairs x 8 tile rows; then come the other pairs, then the other tile rows."""
+    first = [0, 1, *(TILE_ROW_BIT + t for t in range(3)), *range(2, log_pairs)]
+    return tuple(first + [TILE_ROW_BIT + t for t in range(3, log_tile_rows)])
+
+
+@triton.constexpr_function
+def stacks_last(log_pairs, log_tile_rows):
+    """The order in which a warp holds 8 pairs x 4 stacks; then come other pairs and stacks, then the rows of a stack.
+
+    A stack is 4 tile rows: a thread holds one of each stack's pairs, and so 4 words.
+    """
+    first = [0, 1, 2, TILE_ROW_BIT + 2, TILE_ROW_BIT + 3, *range(3, log_pairs)]
+    return tuple(first + [TILE_ROW_BIT + t for t in (*range(4, log_tile_rows), 0, 1)])
+
+
+@triton.constexpr_function
+def _source(turned, order, f):
     """The address source that bit f of the word's index stands for, before any exchange."""
-    if f < 2 or 5 <= f < log_pairs + 3:
-        pair = f if f < 2 else f - 3
-        return pair + 3 if turned else pair + 1 + GROUP_BIT
-    tile_row = f - 2 if f < 5 else f - log_pairs
+    if order[f] < TILE_ROW_BIT:
+        return order[f] + 3 if turned else order[f] + 1 + GROUP_BIT
+    tile_row = order[f] - TILE_ROW_BIT
     return tile_row + GROUP_BIT if turned else tile_row + 2
 
 
 @triton.constexpr_function
-def _index_bit(turned, log_pairs, source):
+def _index_bit(turned, order, source):
     """The bit of the word's index that stands for an address source: the inverse of _source; negative if none does."""
-    if (source < GROUP_BIT) == turned:
-        pair = source - 3 if turned else source - GROUP_BIT - 1
-        return pair if pair < 2 else pair + 3
-    tile_row = source - GROUP_BIT if turned else source - 2
-    return (tile_row + 2 if tile_row < 3 else tile_row + log_pairs) if tile_row >= 0 else -1
+    sources = [_source(turned, order, f) for f in range(len(order))]
+    return sources.index(source) if source in sources else -1
 
 
 @triton.constexpr_function
@@ -53,12 +70,12 @@ def _held(bits, turned, swaps):
 
 
 @triton.constexpr_function
-def _stride(bits, turned, log_pairs, f, part):
+def _stride(bits, turned, order, f, part):
     """Words between two words that differ in bit f of their index: within a block, or blocks (rows, groups) apart."""
-    source = _source(turned, log_pairs, f)
+    source = _source(turned, order, f)
     held = _held(bits, turned, False)
     for position in range(3):
-        if held[position] != bits[position] and _index_bit(turned, log_pairs, bits[position]) == f:
+        if held[position] != bits[position] and _index_bit(turned, order, bits[position]) == f:
             source = held[position]
     if source in bits:
         return (1 << list(bits).index(source) - 3) if part == "inner" else 0  # Triton's tuples have no index()
@@ -121,26 +138,26 @@ def _exchange(word, POSITION: tl.constexpr, INDEX_BIT: tl.constexpr, N: tl.const
 
 
 @triton.jit
-def engine_words(word, BITS: tl.constexpr, TURNED: tl.constexpr, LOG_PAIRS: tl.constexpr, N: tl.constexpr):
+def engine_words(word, BITS: tl.constexpr, TURNED: tl.constexpr, ORDER: tl.constexpr, N: tl.constexpr):
     """Words of tile pairs (1-D, N) turned into words as the engine stores them; word_offsets says where each goes."""
     for k in tl.static_range(3):
         if _held(BITS, TURNED, True)[k] != k:
             word = _swap(word, k, _held(BITS, TURNED, True)[k])
     for k in tl.static_range(3):
         if _held(BITS, TURNED, False)[k] != BITS[k]:
-            word = _exchange(word, k, _index_bit(TURNED, LOG_PAIRS, BITS[k]), N)
+            word = _exchange(word, k, _index_bit(TURNED, ORDER, BITS[k]), N)
     return word
 
 
 @triton.jit
-def word_offsets(blocks, BITS: tl.constexpr, TURNED: tl.constexpr, LOG_PAIRS: tl.constexpr, LOG_N: tl.constexpr):
+def word_offsets(blocks, BITS: tl.constexpr, TURNED: tl.constexpr, ORDER: tl.constexpr, LOG_N: tl.constexpr):
     """Where each of the N engine words lies, in words from the first; blocks: metadata blocks in a row of blocks."""
     index = tl.arange(0, 1 << LOG_N)
     SIZE: tl.constexpr = 1 << (_size(BITS) - 3)
     offset = tl.zeros((1 << LOG_N,), tl.int32)
     for f in tl.static_range(LOG_N):
-        step = _stride(BITS, TURNED, LOG_PAIRS, f, "inner") + SIZE * _stride(BITS, TURNED, LOG_PAIRS, f, "group")
-        offset += ((index >> f) & 1) * (step + blocks * (SIZE * _stride(BITS, TURNED, LOG_PAIRS, f, "row")))
+        step = _stride(BITS, TURNED, ORDER, f, "inner") + SIZE * _stride(BITS, TURNED, ORDER, f, "group")
+        offset += ((index >> f) & 1) * (step + blocks * (SIZE * _stride(BITS, TURNED, ORDER, f, "row")))
     return offset
 
 
@@ -163,25 +180,63 @@ def nibble_address(row, group, blocks, BITS: tl.constexpr, ROW_ZEROS: tl.constex
 
 
 @triton.jit
+def _store_words(
+    packed, values_bytes, words, pair, tile_row, line, group, row_blocks, blocks,
+    BITS: tl.constexpr, TURNED: tl.constexpr, ORDER: tl.constexpr, TILE_ROWS: tl.constexpr, PAIRS: tl.constexpr,
+):  # fmt: skip
+    """Put a program's metadata words (1-D, in the order of ORDER), pair and tile_row of each, where they belong."""
+    N: tl.constexpr = TILE_ROWS * PAIRS
+    LINES: tl.constexpr = 8 * PAIRS if TURNED else 4 * TILE_ROWS
+    GROUPS: tl.constexpr = TILE_ROWS if TURNED else 2 * PAIRS
+    # Within a block words have changed places, but each is still a word of its block.
+    row_block = (line + (8 * pair if TURNED else 4 * tile_row)) // block_rows(BITS)
+    block = (group + (tile_row if TURNED else 2 * pair)) // block_groups(BITS)
+    first = nibble_address(line, group, blocks, BITS, log2(LINES), log2(GROUPS)) // 8
+    at = (packed + values_bytes).to(tl.pointer_type(tl.int32)) + first
+    moved = engine_words(words, BITS, TURNED, ORDER, N)
+    offsets = word_offsets(blocks, BITS, TURNED, ORDER, log2(N))
+    tl.store(at + offsets, moved, mask=(row_block < row_blocks) & (block < blocks))
+
+
+@triton.jit
 def store_metadata(
     packed, values_bytes, word, line, group, row_blocks, blocks,
     BITS: tl.constexpr, TURNED: tl.constexpr, TILE_ROWS: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
     """Put a program's metadata words, given for each tile pair, where the engine wants them; line, group: its first."""
     N: tl.constexpr = TILE_ROWS * PAIRS
-    LINES: tl.constexpr = 8 * PAIRS if TURNED else 4 * TILE_ROWS
-    GROUPS: tl.constexpr = TILE_ROWS if TURNED else 2 * PAIRS
+    ORDER: tl.constexpr = lanes_first(log2(PAIRS), log2(TILE_ROWS))
     index = tl.arange(0, N)
     pair = (index & 3) + 4 * ((index // 32) % (PAIRS // 4))
     tile_row = (index // 4 & 7) + 8 * (index // (8 * PAIRS))
-    # Within a block words have changed places, but each is still a word of its block.
-    row_block = (line + (8 * pair if TURNED else 4 * tile_row)) // block_rows(BITS)
-    block = (group + (tile_row if TURNED else 2 * pair)) // block_groups(BITS)
-    first = nibble_address(line, group, blocks, BITS, log2(LINES), log2(GROUPS)) // 8
-    at = (packed + values_bytes).to(tl.pointer_type(tl.int32)) + first
-    moved = engine_words(tl.reshape(tl.permute(word, (2, 1, 0)), (N,)), BITS, TURNED, log2(PAIRS), N)
-    offsets = word_offsets(blocks, BITS, TURNED, log2(PAIRS), log2(N))
-    tl.store(at + offsets, moved, mask=(row_block < row_blocks) & (block < blocks))
+    words = tl.reshape(tl.permute(word, (2, 1, 0)), (N,))
+    _store_words(
+        packed, values_bytes, words, pair, tile_row, line, group, row_blocks, blocks,
+        BITS, TURNED, ORDER, TILE_ROWS, PAIRS,
+    )  # fmt: skip
+
+
+@triton.jit
+def store_stacked_metadata(
+    packed, values_bytes, words, line, group, row_blocks, blocks,
+    BITS: tl.constexpr, TURNED: tl.constexpr, TILE_ROWS: tl.constexpr, PAIRS: tl.constexpr,
+):  # fmt: skip
+    """store_metadata where words are those of the four tile rows of each stack: a tuple of 8 x 4 x N / 128."""
+    N: tl.constexpr = TILE_ROWS * PAIRS
+    ORDER: tl.constexpr = stacks_last(log2(PAIRS), log2(TILE_ROWS))
+    index = tl.arange(0, N)
+    rest = index // 32 % (N // 128)
+    pair = (index & 7) + 8 * (rest % (PAIRS // 8))
+    tile_row = index // (N // 4) + 4 * (index // 8 & 3) + 16 * (rest // (PAIRS // 8))
+    flat = ()
+    for row in tl.static_range(4):
+        flat = flat + (tl.reshape(tl.permute(words[row], (2, 1, 0)), (N // 4,)),)
+    joined = tl.join(tl.join(flat[0], flat[1]), tl.join(flat[2], flat[3]))
+    joined = tl.reshape(tl.permute(joined, (2, 1, 0)), (N,))
+    _store_words(
+        packed, values_bytes, joined, pair, tile_row, line, group, row_blocks, blocks,
+        BITS, TURNED, ORDER, TILE_ROWS, PAIRS,
+    )  # fmt: skip
 
 
 def repeated(nibble: int) -> int:

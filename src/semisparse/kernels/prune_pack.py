@@ -20,7 +20,7 @@ from semisparse.errors import ConfigError
 from semisparse.formats.layout import ALIGNMENT, LARGEST_BLOCK, MetadataLayout
 from semisparse.kernels import packed_values, tile_masks
 from semisparse.kernels.grid import INT32_END, block_at, grid_of
-from semisparse.kernels.launch_checks import check_buffers, check_choice, check_held, check_sizes
+from semisparse.kernels.launch_checks import check_buffers, check_choice, check_held, check_sizes, check_written
 from semisparse.kernels.launcher import Launcher
 from semisparse.kernels.packed_metadata import repeated, store_metadata
 from semisparse.pattern import GROUP
@@ -287,8 +287,7 @@ def _prepare(
     """
     rows, rows_padded, columns, stride = sizes
     chosen = masks.get(mask)
-    if not any(written):
-        raise ConfigError("packed and packed_t are both None: pass the buffer that is to be written")
+    check_written(*written)
     check_choice(chosen, *given)
     check_sizes(rows, rows_padded, columns, types, chosen, written[1])
     check_block(block, layout, transpose_only=not written[0])
