@@ -7,6 +7,8 @@ from torch import Tensor
 from semisparse import masks, ops
 from semisparse.errors import ConfigError, ShapeError
 from semisparse.formats.layout import SM90_8BIT
+from semisparse.formats.packed import PackedFormat
+from semisparse.ops import fp8_packed
 from semisparse.reference import fp8, packing
 from semisparse.reference import linear as reference
 from semisparse.reference.masks import to_codes
@@ -40,6 +42,26 @@ def test_the_buffers_hold_the_rounded_kept_values_both_ways(
         assert packed_t.shape == (0,)
     assert_bit_equal(packed, SM90_8BIT.encode(packing.pack(codes, kept)))
     assert packed.numel() == weight.numel() // 2 + (-(-shape[0] // 64) * -(-shape[1] // 64)) * 512
+
+
+@pytest.mark.parametrize("packer", ["kernel", "reference"])
+@pytest.mark.parametrize("mask", MASKS)
+def test_cuda_computes_the_same_by_the_kernels_and_without_them(
+    mask: str, packer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = PackedFormat(packer, SM90_8BIT, "a test's")  # type: ignore[arg-type]
+    monkeypatch.setattr(fp8_packed, "packed_format", lambda *_: written)
+    for weight in (weight_of(96, 64), weight_of(64, 96, torch.bfloat16).mT, weight_of(96, 65)[:, 1:]):
+        found, expected = fp8_packed._cuda_pack_fp8(weight, mask, None), ops.pack_fp8(weight, mask, None)
+        for ours, wanted in zip(found, expected, strict=True):
+            assert_bit_equal(ours, wanted)
+    kept = masks.get("transposable").choose(weight).flip(0)
+    codes = to_codes(kept).to(torch.int16)
+    if mask == "transposable":
+        for ours, wanted in zip(
+            fp8_packed._cuda_pack_fp8(weight, mask, codes), ops.pack_fp8(weight, mask, codes), strict=True
+        ):
+            assert_bit_equal(ours, wanted)
 
 
 def test_strides_do_not_matter_and_codes_replace_the_choice() -> None:

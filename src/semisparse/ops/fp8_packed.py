@@ -41,9 +41,19 @@ def _checked(weight: Tensor, mask: str, codes: Tensor | None) -> masks.Mask:
 
 
 def _cuda_pack_fp8(weight: Tensor, mask: str, codes: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Pruned and rounded in PyTorch, then packed."""
+    """By two kernels, or pruned and rounded in PyTorch and then packed."""
     found, weight = _checked(weight, mask, codes), weight.detach()
     written = packed_format(weight.get_device(), FP8, engine())
+    if written.packer == "kernel" and written.layout is not None and found.chosen_while_packing:
+        from semisparse.kernels import amax, prune_pack8
+
+        weight = amax.readable(weight)
+        largest = weight.new_empty(amax.programs_for(weight), dtype=torch.int32)
+        amax.launch(weight, largest)
+        packed, packed_t, scale = _fake_pack_fp8(weight, mask, codes)
+        into = packed, packed_t if found.both_ways else None
+        prune_pack8.launch(weight, largest, *into, layout=written.layout, mask=mask, codes=codes, scale=scale)
+        return packed, packed_t, scale
     _, _, scale = quantise(weight, False, False)
     rounded = reference.quantise(_cuda_prune(weight, weight.dtype, mask, codes), 1 / scale)
     return *_pack_in_steps(rounded, written, found, (True, found.both_ways)), scale
