@@ -52,6 +52,9 @@ class SparseConfig:
             are accumulated in a wider type and scaled back. The mask is chosen before rounding. Dense phases stay in
             fp8. Where fp8 cannot run (N or K not a multiple of 32, fp64, CUDA capability below 8.9) the layer computes
             as without it. Takes no activation, no grad_output and not the mask "soft".
+        repack: True packs W~^T for dx in the backward, from the weight, and does not keep it from the forward until
+            then: 9/16 of the bytes of a 16-bit weight less in between, for one more packing. Needs a weight mask that
+            is 2:4 along both axes, and precision=None. No effect on weights that are packed per step.
         backend: "auto": sparse tensor cores where they can run and the product alone measured faster than the masked
             dense one; masked dense everywhere else, with the same mask. Packing is on neither side of that comparison:
             the operand is packed either way, and where dense wins a step packs it once and unpacks it for each product.
@@ -66,6 +69,7 @@ class SparseConfig:
     activation: ActivationMask | None = None
     grad_output: GradOutput | None = None
     precision: Precision | None = None
+    repack: bool = False
     backend: Backend = "auto"
 
     def __post_init__(self) -> None:
@@ -73,6 +77,7 @@ class SparseConfig:
         _check("activation", self.activation, (None, *get_args(ActivationMask)))
         check_grad_output(self.grad_output)
         check_precision(self.precision)
+        _check("repack", self.repack, (False, True))
         _check("backend", self.backend, BACKENDS)
         self._check_operands()
         if self.precision is not None:
@@ -88,6 +93,11 @@ class SparseConfig:
             raise ConfigError(
                 "weight=None and activation=None prune nothing in y: name a mask for one of them, or keep it dense; "
                 "precision='fp8' alone makes its dense products fp8"
+            )
+        if self.repack and (self.weight is None or not MASKS[self.weight].both_ways or self.precision is not None):
+            raise ConfigError(
+                f"repack=True, weight={self.weight!r} and precision={self.precision!r}: the forward keeps no 16-bit "
+                "W~^T; use weight='transposable' and precision=None, or leave repack at False"
             )
         if self.activation is not None and self.grad_output is not None:
             raise ConfigError(
@@ -147,6 +157,7 @@ class SparseConfig:
         """The settings that differ from dense, and the products that follow."""
         operands = ("weight", "activation", "grad_output", "precision")
         named = [f"{name}={getattr(self, name)}" for name in operands if getattr(self, name)]
+        named += ["repack=True"] if self.repack else []
         products = ", ".join(f"{product} {how}" for product, how in self.products.items())
         return f"{', '.join(named)}, backend={self.backend}: {products}"
 

@@ -54,6 +54,7 @@ def semi_sparse_linear(
     grad_output: GradOutput | None = None,
     seed: Tensor | None = None,
     precision: Precision | None = None,
+    repack: bool = False,
     backend: Backend = "auto",
     packed: PackedMatrix | None = None,
 ) -> Tensor:
@@ -64,12 +65,12 @@ def semi_sparse_linear(
         weight: (N, K), N and K multiples of 4.
         bias: (N,) or None. Operands have any strides and one dtype, fp64, fp32, fp16 or bf16; with autocast, several.
         mask: As SparseConfig's weight; None, with precision="fp8" alone, computes with the whole weight.
-        codes: Tile codes of a fixed transposable mask to use instead of choosing one (int16, N/4 x K/4; that they are
-            transposable is not checked).
+        codes: Tile codes to use instead of choosing some (int16, N/4 x K/4; that they are transposable is not checked).
         scale: What mask "soft" multiplies by (one fp32 number), required by it.
         grad_output: As SparseConfig's.
         seed: Key of grad_output's random numbers (one int64 number), read in the backward; None for the key 0.
         precision: As SparseConfig's, with the same exclusions.
+        repack: As SparseConfig's; without effect where no transpose would be kept.
         backend: As SparseConfig's.
         packed: ops.pack's result for these arguments, to use it again (in fp8 ops.pack_fp8's, which is whole); without
             its transpose, the backward packs that.
@@ -84,7 +85,7 @@ def semi_sparse_linear(
     """
     if input.is_nested:
         held = partial(semi_sparse_linear, mask=mask, codes=codes, scale=scale, grad_output=grad_output, seed=seed)
-        how = partial(held, precision=precision, backend=backend, packed=packed)
+        how = partial(held, precision=precision, repack=repack, backend=backend, packed=packed)
         return in_rows(input, lambda rows: how(rows, weight, bias))
     check_grad_output(grad_output)
     check_operands(input, weight, bias)
@@ -100,8 +101,8 @@ def semi_sparse_linear(
     if transform == "other" or not routes.packs(weight, dtype, backend):
         pruned = _pruned_weight(weight, dtype, mask, codes, scale, transform)
         return F.linear(input, pruned, bias) if grad_output is None else _sampled(input, pruned, bias, seed, transform)
-    x = distinct(in_dtype(dtype, input))
-    return _packed_linear(x, weight, bias, dtype, mask, codes, scale, grad_output, seed, backend, packed, transform)
+    how_packed = mask, codes, scale, grad_output, seed, repack, backend, packed, transform
+    return _packed_linear(distinct(in_dtype(dtype, input)), weight, bias, dtype, *how_packed)
 
 
 def _packed_linear(
@@ -114,12 +115,17 @@ def _packed_linear(
     scale: Tensor | None,
     grad_output: GradOutput | None,
     seed: Tensor | None,
+    repack: bool,
     backend: Backend,
     packed: PackedMatrix | None,
     transform: str,
 ) -> Tensor:
     """semi_sparse_linear on the packed route, x in the compute dtype."""
     bias, recorded = None if bias is None else in_dtype(dtype, bias), recording()
+    if repack and packed is None and not (recorded or transform) and masks.get(mask).both_ways:
+        packed = PackedMatrix(
+            ops.pack(weight.detach(), dtype, mask, codes, scale)[0], x.new_empty(0, dtype=torch.uint8)
+        )
     if packed is None and not (recorded or transform):
         if not torch.is_grad_enabled():
             return ops.pack_linear(x, weight, bias, mask, codes, scale, backend)[0]

@@ -92,6 +92,7 @@ class SemiSparseLinear(SemiSparseBase):
             grad_output=config.grad_output,
             seed=self.held_seed,
             precision=config.precision,
+            repack=config.repack,
             backend=config.backend,
             packed=None if self._packed is None else usable(self, weight, input),
         )
