@@ -29,7 +29,7 @@ PREPARED = {
     "add_bias": lambda rows, columns: bias._prepare(rows, columns, BF16),
     "rescale": lambda rows, columns: rescale._prepare(rows, columns, (BF16, BF16, None), False),
     "quantise": round_to_e4m3,
-    "unpack": lambda rows, columns: unpack._prepare(rows, columns, SM90_16BIT),
+    "unpack": lambda rows, columns: unpack._prepare(rows, columns, SM90_16BIT, 2),
     "prune_pack": pack,
     "prune_pack on Hopper": lambda rows, columns: pack(rows, columns, HOPPER_BLOCK),
     "tile_codes": lambda rows, columns: tile_codes._prepare(rows // 4, columns // 4, columns, 1, 2, BF16),

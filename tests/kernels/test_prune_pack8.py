@@ -11,7 +11,7 @@ from semisparse.reference import fp8, masks, packing
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EACH_DTYPE = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-SHAPES = [(32, 32), (64, 96), (96, 352), (160, 128)]
+SHAPES = [(32, 32), (64, 96), (96, 160)]
 LAYOUTS = {"sm90": SM90_8BIT, "other": MetadataLayout((32, 1, 0, 33, 2, 34, 3, 4))}
 SMALLEST = Block(tile_rows=16, pairs=8, warps=1, registers=None)
 UNTOUCHED = 0xA5
@@ -164,7 +164,7 @@ def test_each_buffer_alone_has_the_bytes_of_both(dtype):
     "block", [SMALLEST, Block(16, 16, 2), Block(32, 8, 2), Block(32, 16, 2), Block(64, 8, 4)], ids=str
 )
 def test_every_block_size_writes_the_same(block):
-    matrix = torch.randn(160, 160, device=DEVICE).to(torch.bfloat16)
+    matrix = torch.randn(96, 160, device=DEVICE).to(torch.bfloat16)
     expect_both(pack(matrix, block=block), codes_of(matrix), masks.transposable(matrix))
 
 
