@@ -51,7 +51,7 @@ def expect(buffer, matrix, mask, dtype, layout=SM90_16BIT):
 def test_transposable_is_the_reference_byte_for_byte(source, shape):
     matrix = torch.randn(shape, device=DEVICE).to(source)
     mask = masks.transposable(matrix)
-    for dtype in HALVES:
+    for dtype in HALVES if shape in SHAPES[:3] else HALVES[:1]:
         packed, packed_t = pack(matrix, dtype)
         expect(packed, matrix, mask, dtype)
         expect(packed_t, matrix.mT, mask.mT, dtype)

@@ -160,9 +160,7 @@ def test_each_buffer_alone_has_the_bytes_of_both(dtype):
     assert torch.equal(pack(matrix, written=(False, True))[1], both[1])
 
 
-@pytest.mark.parametrize(
-    "block", [SMALLEST, Block(16, 16, 2), Block(32, 8, 2), Block(32, 16, 2), Block(64, 8, 4)], ids=str
-)
+@pytest.mark.parametrize("block", [SMALLEST, Block(32, 16, 2), Block(64, 8, 4)], ids=str)
 def test_every_block_size_writes_the_same(block):
     matrix = torch.randn(96, 160, device=DEVICE).to(torch.bfloat16)
     expect_both(pack(matrix, block=block), codes_of(matrix), masks.transposable(matrix))

@@ -37,11 +37,17 @@ def assert_as_alone(made, dtype, mask="transposable"):
             assert_bit_equal(member.packed_t, packed_t)
 
 
-@pytest.mark.parametrize("shapes", [WHOLE, PARTIAL, PARTIAL[:1]], ids=["whole", "partial", "one"])
-@pytest.mark.parametrize("source", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("source", "shapes"),
+    [
+        (torch.float32, WHOLE),
+        *((source, shapes) for source in (torch.float32, *HALVES) for shapes in (PARTIAL[:2], PARTIAL[:1])),
+    ],
+    ids=str,
+)
 def test_the_bytes_are_those_of_single_launches(source, shapes):
     matrices = [torch.randn(shape, device=DEVICE).to(source) for shape in shapes]
-    for dtype in HALVES:
+    for dtype in HALVES if len(shapes) == 1 else HALVES[:1]:
         made = members(matrices)
         Batch(made, dtype, SM90_16BIT, "transposable").launch()
         assert_as_alone(made, dtype)

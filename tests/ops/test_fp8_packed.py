@@ -53,11 +53,19 @@ def test_cuda_computes_the_same_by_the_kernels_and_without_them(
     monkeypatch.setattr(fp8_packed, "packed_format", lambda *_: written)
     for weight in (weight_of(96, 64), weight_of(64, 96, torch.bfloat16).mT, weight_of(96, 65)[:, 1:]):
         found, expected = fp8_packed._cuda_pack_fp8(weight, mask, None), ops.pack_fp8(weight, mask, None)
-        for ours, wanted in zip(found, expected, strict=True):
-            assert_bit_equal(ours, wanted)
+        assert_bit_equal(found[2], expected[2])
+        if packer == "kernel" and masks.get(mask).chosen_while_packing:
+            assert_bit_equal(found[0], expected[0])
+            assert_bit_equal(found[1], expected[1])
+            continue
+        # Packed in steps, a zero that the mask keeps counts as dropped, which gives other nibbles for the same matrix.
+        for ours, wanted, shape in zip(found[:2], expected[:2], ((96, 64), (64, 96)), strict=True):
+            assert ours.shape == wanted.shape
+            if wanted.numel():
+                assert_bit_equal(*(ops.unpack_fp8(buffer, *shape).view(torch.uint8) for buffer in (ours, wanted)))
     kept = masks.get("transposable").choose(weight).flip(0)
     codes = to_codes(kept).to(torch.int16)
-    if mask == "transposable":
+    if mask == "transposable":  # of fp32 numbers, none of which is zero
         for ours, wanted in zip(
             fp8_packed._cuda_pack_fp8(weight, mask, codes), ops.pack_fp8(weight, mask, codes), strict=True
         ):
