@@ -71,9 +71,10 @@ $(OTHER)/.ready: constraints.txt
 test-torch: wheel $(OTHER)/.ready
 	$(OTHER)/bin/python -m pip --disable-pip-version-check install --no-deps --force-reinstall dist/*.whl
 	@echo "test-torch: tests of the ops with torch $(TORCH) and the installed wheel; about a minute on two cores"
-	# Without the sanitizers and the stress program, which do not depend on the torch beside them.
+	# Without the sanitizers, the stress program and kernels in the interpreter, which do not depend on the torch beside them.
 	SEMISPARSE_REQUIRE_NATIVE=1 $(OTHER)/bin/python -m pytest -q -n auto -o pythonpath=. tests/native tests/ops tests/functional \
-		--ignore=tests/native/test_sanitized.py --ignore=tests/native/test_stress.py
+		--ignore=tests/native/test_sanitized.py --ignore=tests/native/test_stress.py \
+		--ignore=tests/ops/test_cuda_side.py --ignore=tests/ops/test_cuda_fp8.py
 	@echo "test-torch: compiles the kernels for a GPU that need not be there"
 	PYTHONPATH=. $(OTHER)/bin/python tests/kernels/compiling.py 90 > $(OTHER)/kernels.json
 

@@ -10,7 +10,7 @@ from semisparse.kernels.prune_pack import Block
 from semisparse.reference import fp8, masks, packing
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-EACH_DTYPE = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+EACH_DTYPE = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)  # fp16: every number, below
 SHAPES = [(32, 32), (64, 96), (96, 160)]
 LAYOUTS = {"sm90": SM90_8BIT, "other": MetadataLayout((32, 1, 0, 33, 2, 34, 3, 4))}
 SMALLEST = Block(tile_rows=16, pairs=8, warps=1, registers=None)
