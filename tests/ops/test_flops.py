@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from semisparse import SemiSparseActivationLinear, SemiSparseLinear, ops, routes
 from semisparse.flops import flop_formulas, register_flop_formulas
-from semisparse.ops.fp8 import CODES
+from semisparse.formats.layout import FP8
 
 M, K, N = 24, 48, 80
 LAYERS = [SemiSparseLinear, SemiSparseActivationLinear]
@@ -47,7 +47,7 @@ def test_each_product_counts_as_the_dense_one(bias):
         lambda: ops.packed_tokens_grad_weight(tokens_t, x.new_zeros(M, N), K, "auto"),
         lambda: ops.sampled_linear(x, weight, bias, None),
         lambda: ops.sampled_grad_weight(x.new_zeros(M, N), x, None, bias is not None, "auto"),
-        lambda: ops.fp8_dense_product(x.to(CODES), weight.to(CODES), torch.bfloat16),
+        lambda: ops.fp8_dense_product(x.to(FP8), weight.to(FP8), torch.bfloat16),
     ):
         with FlopCounterMode(display=False) as counter:
             product()

@@ -9,8 +9,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from semisparse import ops
 from semisparse.errors import ShapeError, TensorError
+from semisparse.formats.layout import FP8
 from semisparse.ops import fp8 as fp8_ops
-from semisparse.ops.fp8 import CODES, MULTIPLE
+from semisparse.ops.fp8 import MULTIPLE
 from semisparse.reference import fp8
 from semisparse.testing import assert_bit_equal
 
@@ -67,7 +68,7 @@ def assert_quantised(found: tuple[Tensor, Tensor, Tensor], x: Tensor, rows: bool
     codes, scale = specified(x)
     x8, x8t, found_scale = found
     for result, wanted, expected in ((x8, rows, codes), (x8t, columns, codes.mT)):
-        assert result.dtype == CODES and result.is_contiguous()
+        assert result.dtype == FP8 and result.is_contiguous()
         assert_bit_equal(result.view(torch.uint8), expected if wanted else codes.new_zeros(0))
     assert_bit_equal(found_scale, scale)
 
@@ -156,7 +157,7 @@ def test_without_triton_the_formulas_serve(monkeypatch) -> None:
 
 def codes_of(rows: int, columns: int) -> Tensor:
     """Small integers: every sum is exact."""
-    return torch.randint(-4, 5, (rows, columns)).float().to(CODES)
+    return torch.randint(-4, 5, (rows, columns)).float().to(FP8)
 
 
 @EACH_DTYPE

@@ -18,6 +18,7 @@ from semisparse import masks
 from semisparse.errors import ConfigError, TensorError
 from semisparse.formats.layout import ALIGNMENT, FP8, MetadataLayout
 from semisparse.kernels import e4m3, tile_masks
+from semisparse.kernels.amax import readable
 from semisparse.kernels.grid import INT32_END, block_at, grid_of
 from semisparse.kernels.launch_checks import check_buffers, check_choice, check_held, check_sizes, check_written
 from semisparse.kernels.launcher import Launcher
@@ -231,8 +232,7 @@ def launch(
             arguments, or packed and packed_t are both None.
     """
     rows, columns = matrix.shape
-    if matrix.stride(1) != 1 or matrix.stride(0) * matrix.itemsize % ALIGNMENT or matrix.data_ptr() % ALIGNMENT:
-        matrix = matrix.clone(memory_format=torch.contiguous_format)
+    matrix = readable(matrix)
     if largest.dtype != torch.int32 or not largest.is_contiguous() or not largest.numel():
         raise TensorError(f"largest is {largest.dtype} {tuple(largest.shape)}; it must be contiguous int32, not empty")
     check_held(codes, scale, rows, columns)

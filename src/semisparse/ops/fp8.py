@@ -9,13 +9,10 @@ from torch import Tensor
 
 from semisparse import calls
 from semisparse.errors import ShapeError, TensorError
-from semisparse.formats.layout import round_up
+from semisparse.formats.layout import FP8, round_up
 from semisparse.ops.masks import has_triton
 from semisparse.ops.register import register
 from semisparse.reference import fp8 as reference
-
-CODES = torch.float8_e4m3fn
-"""The dtype of quantised tensors."""
 
 MULTIPLE = 16
 """Rows of a quantised matrix are padded to a multiple of this, which products want, and its columns must be one."""
@@ -33,8 +30,8 @@ def _check_matrix(x: Tensor) -> None:
 def _fake_quantise(x: Tensor, rows: bool, columns: bool) -> tuple[Tensor, Tensor, Tensor]:
     _check_matrix(x)
     tokens, features = round_up(x.shape[0], MULTIPLE), x.shape[1]
-    x8 = x.new_empty((tokens, features) if rows else (0,), dtype=CODES)
-    x8t = x.new_empty((features, tokens) if columns else (0,), dtype=CODES)
+    x8 = x.new_empty((tokens, features) if rows else (0,), dtype=FP8)
+    x8t = x.new_empty((features, tokens) if columns else (0,), dtype=FP8)
     return x8, x8t, x.new_empty((), dtype=torch.float32)
 
 
@@ -85,8 +82,8 @@ def quantise(x: Tensor, rows: bool, columns: bool) -> tuple[Tensor, Tensor, Tens
     # As bytes: not every op of every version of torch knows the dtype.
     codes = reference.quantise(x, multiplier).view(torch.uint8)
     codes = torch.nn.functional.pad(codes, (0, 0, 0, -x.shape[0] % MULTIPLE))
-    x8 = codes.view(CODES) if rows else x.new_empty(0, dtype=CODES)
-    x8t = codes.mT.clone(memory_format=torch.contiguous_format).view(CODES) if columns else x.new_empty(0, dtype=CODES)
+    x8 = codes.view(FP8) if rows else x.new_empty(0, dtype=FP8)
+    x8t = codes.mT.clone(memory_format=torch.contiguous_format).view(FP8) if columns else x.new_empty(0, dtype=FP8)
     return x8, x8t, multiplier.reciprocal()
 
 
@@ -112,16 +109,16 @@ def quantise_formula(x: Tensor, rows: bool, columns: bool) -> tuple[Tensor, Tens
     scale = torch.where(finite, (2 * 127 - exponent << 23).view(torch.float32), torch.nan)
     scaled = torch.nn.functional.pad(x.float() * multiplier, (0, 0, 0, -x.shape[0] % MULTIPLE))
     clamped = scaled.clamp(-reference.LARGEST, reference.LARGEST)  # NaN stays
-    codes = torch.where(clamped.isnan(), torch.nan, clamped).to(CODES)  # without the sign of a NaN
-    x8 = codes if rows else x.new_empty(0, dtype=CODES)
-    x8t = codes.mT.clone(memory_format=torch.contiguous_format) if columns else x.new_empty(0, dtype=CODES)
+    codes = torch.where(clamped.isnan(), torch.nan, clamped).to(FP8)  # without the sign of a NaN
+    x8 = codes if rows else x.new_empty(0, dtype=FP8)
+    x8t = codes.mT.clone(memory_format=torch.contiguous_format) if columns else x.new_empty(0, dtype=FP8)
     return x8, x8t, scale
 
 
 def _check_product(a8: Tensor, b8: Tensor) -> None:
     for name, matrix in (("a8", a8), ("b8", b8)):
-        if matrix.dtype != CODES or matrix.dim() != 2 or not matrix.is_contiguous():
-            raise TensorError(f"{name} is {matrix.dtype} {tuple(matrix.shape)}; it must be a contiguous {CODES} matrix")
+        if matrix.dtype != FP8 or matrix.dim() != 2 or not matrix.is_contiguous():
+            raise TensorError(f"{name} is {matrix.dtype} {tuple(matrix.shape)}; it must be a contiguous {FP8} matrix")
     if a8.shape[1] != b8.shape[1]:
         raise ShapeError(f"a8 has shape {tuple(a8.shape)}, b8 {tuple(b8.shape)}; both must have as many columns")
 
