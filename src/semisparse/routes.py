@@ -64,7 +64,7 @@ def takes_fp8(weight: Tensor, dtype: torch.dtype, mask: str | None, backend: Bac
         and not (rows % SPARSE_MULTIPLE_8BIT or columns % SPARSE_MULTIPLE_8BIT)
         and (
             weight.device.type in ("cpu", "meta")
-            or (weight.is_cuda and _capability(weight.get_device()) >= FP8_CAPABILITY)
+            or (weight.is_cuda and _has_fp8(weight.get_device()))
         )
     )
 
@@ -77,19 +77,19 @@ def why_not_fp8(weight: Tensor, dtype: torch.dtype) -> str:
         return f"N x K = {' x '.join(map(str, weight.shape))}, and fp8 needs multiples of {SPARSE_MULTIPLE_8BIT}"
     if weight.device.type not in ("cpu", "meta", "cuda"):
         return f"the weight is on {weight.device}, and fp8 needs CUDA"
-    if weight.is_cuda and _capability(weight.get_device()) < FP8_CAPABILITY:
+    if weight.is_cuda and not _has_fp8(weight.get_device()):
         found, needed = (".".join(map(str, pair)) for pair in (_capability(weight.get_device()), FP8_CAPABILITY))
         return f"the GPU has capability {found}, and fp8 needs {needed}"
     return ""
 
 
 @constant
-def _capability(index: int) -> tuple[int, int]:
-    """The capability of a CUDA device."""
-    return _read_capability(index)
+def _has_fp8(index: int) -> bool:
+    """Whether a CUDA device multiplies fp8; the compiler cannot compare capabilities itself."""
+    return _capability(index) >= FP8_CAPABILITY
 
 
-_read_capability = cache(torch.cuda.get_device_capability)
+_capability = cache(torch.cuda.get_device_capability)
 
 
 def why_masked_dense(weight: Tensor, dtype: torch.dtype, backend: Backend) -> str:

@@ -57,7 +57,7 @@ def test_the_compressor_writes_the_layout_that_is_found_in_a_buffer_of_the_promi
     """All finite codes but -0 occur."""
     generator = torch.Generator().manual_seed(0)
     codes = torch.randint(1, 127, shape, generator=generator) | torch.randint(2, shape, generator=generator) << 7
-    kept = whole(Problem(*shape, 32, FP8, out_dtype=torch.float32))[0].view(torch.uint8).cpu() & 127 != 0
+    kept = (torch.rand(shape, generator=generator).view(-1, 4).argsort(1) < 2).view(shape)
     pruned = torch.where(kept, codes, 0).to(torch.uint8)
     packed = engine.compress(pruned.cuda().view(FP8)).cpu()
     assert packed.numel() == packed_bytes(*shape, 1) == engine.packed_bytes(*shape, FP8, 0)

@@ -38,8 +38,9 @@ class Block(NamedTuple):
     registers: int | None = None
 
 
-BLOCK = Block(fours=32, columns=128, warps=8)
-"""Not measured yet."""
+BLOCK = Block(fours=64, columns=64, warps=8)
+"""The best of 15 when both layouts are written: 92 % of copy rate at 13008 x 4096, 95 % and more at four larger ones
+(one NVIDIA H100, bf16)."""
 
 
 @triton.jit
