@@ -14,6 +14,9 @@ FOLD = 31
 UNIFORM_BITS = 23
 """Bits of a uniform number, the upper ones of a 32-bit word: k becomes (k + 1/2) 2^-23, exact in fp32 and never 0."""
 
+ROUNDING_BITS = 32 - UNIFORM_BITS
+"""The lower bits of the word, which choose nothing: in fp8 they round what is kept."""
+
 ADVANCE = -7046029254386353131
 """Added to every seed when a step was applied: 2^64 divided by the golden ratio, odd, as a signed integer."""
 

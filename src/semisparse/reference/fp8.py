@@ -99,6 +99,28 @@ def encode(values: Tensor) -> Tensor:
     return torch.where(values.isnan(), NAN, code).to(torch.uint8)
 
 
+def encode_at_random(values: Tensor, random: Tensor, bits: int) -> Tensor:
+    """e4m3 codes (uint8) of fp32 values, rounded up or down at random, so that their mean is the value.
+
+    A value that lies a fraction f of the way between two neighbouring magnitudes becomes the larger one for as many of
+    the 2^bits random numbers as are at least (1 - f) 2^bits - 1/2: with probability f, up to half of 2^-bits. What e4m3
+    holds exactly stays. Magnitudes beyond 448 are 448; what is not finite is NaN.
+
+    Args:
+        values: Any shape; fp32.
+        random: Whole numbers from 0 to 2^bits - 1, of the same shape.
+        bits: At most 19.
+    """
+    size = values.abs().clamp(max=LARGEST)
+    # Subnormal e4m3 numbers, and the normal ones from 2^-6 up to 2^-5, are equally far apart: by 2^-9.
+    lifted = size < _SMALLEST_NORMAL
+    whole = torch.where(lifted, size + _SMALLEST_NORMAL, size).view(torch.int32)
+    added = (2 * random.int() + 1) << (_MANTISSA - bits - 1)
+    code = ((whole + added) >> _MANTISSA) - torch.where(lifted, _BIAS + 8, _BIAS)
+    code = code | values.contiguous().view(torch.int32) >> 24 & 0x80
+    return torch.where(values.isfinite(), code, NAN).to(torch.uint8)
+
+
 def decode(codes: Tensor) -> Tensor:
     """The fp32 numbers of e4m3 codes (uint8), exact."""
     wide = codes.int()

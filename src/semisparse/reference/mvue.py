@@ -120,13 +120,27 @@ def uniforms(grad_output: Tensor, seed: Tensor | int) -> Tensor:
         grad_output: M x N, both multiples of 4.
         seed: As sample's.
     """
+    return as_uniforms(random_words(grad_output, seed))
+
+
+def as_uniforms(words: Tensor) -> Tensor:
+    """The uniforms (fp32) of random 32-bit words (int64), from their upper bits."""
+    return (2 * (words >> (32 - UNIFORM_BITS)) + 1).float() * 2.0 ** -(UNIFORM_BITS + 1)
+
+
+def random_words(grad_output: Tensor, seed: Tensor | int) -> Tensor:
+    """The random 32-bit word of each group (int64, M/4 x N).
+
+    Args:
+        grad_output: M x N, both multiples of 4.
+        seed: As sample's.
+    """
     rows, columns = (size // GROUP for size in grad_output.shape)
     folded = _folded(grad_output)
     place = torch.arange(max(rows, columns), device=grad_output.device)
     tile_row, tile_column = place[:rows, None].expand(rows, columns), place[None, :columns].expand(rows, columns)
     words = philox((tile_row, tile_column, folded[..., 0], folded[..., 1]), seed)
-    upper = torch.stack(words, dim=-1).view(rows, columns * GROUP) >> (32 - UNIFORM_BITS)
-    return (2 * upper + 1).float() * 2.0 ** -(UNIFORM_BITS + 1)
+    return torch.stack(words, dim=-1).view(rows, columns * GROUP)
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: Tensor | int) -> tuple[Tensor, ...]:
