@@ -1,16 +1,18 @@
 """Layers with precision="fp8": the equations of reference/linear.py, whichever way a layer is called."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, vmap
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from semisparse import SemiSparseLinear, SparseConfig
 from semisparse.errors import ConfigError, EngineError, ShapeError
 from semisparse.functional import semi_sparse_linear
+from semisparse.ops import sac_save_ops
 from semisparse.reference import fp8, masks
 from semisparse.testing import assert_bit_equal, small_integers
 from tests.functional.counting import CountOps
@@ -170,6 +172,18 @@ def test_checkpointing_changes_nothing(reentrant: bool) -> None:
     layer, (x, dy) = fp8_layer(), fp8_inputs(13)
     found = run(layer, x, dy, lambda x: checkpoint(layer, x, use_reentrant=reentrant))
     assert_results_equal(found, by_equations(layer, x, dy))
+
+
+def test_checkpointing_that_saves_the_products_changes_nothing() -> None:
+    layer, (x, dy) = fp8_layer(), fp8_inputs(16)
+    contexts = partial(create_selective_checkpoint_contexts, sac_save_ops())
+
+    def call(x: Tensor) -> Tensor:
+        return layer(x).sin()  # whose backward reads the layer's result again
+
+    expected = run(layer, x, dy, call)
+    found = run(layer, x, dy, lambda x: checkpoint(call, x, use_reentrant=False, context_fn=contexts))
+    assert_results_equal(found, expected)
 
 
 def test_strides_and_jagged_batches_are_their_rows() -> None:

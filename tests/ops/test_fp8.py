@@ -187,6 +187,8 @@ def test_operands_that_do_not_fit_are_refused() -> None:
         ops.rescale(torch.zeros(16, 32), one, one, None, 17, torch.float32)
     with pytest.raises(ShapeError, match=r"bias \(16,\)"):
         ops.rescale(torch.zeros(16, 32), one, one, torch.zeros(16), 16, torch.float32)
+    with pytest.raises(ShapeError, match=r"bias \(16,\)"):
+        ops.rescale_(torch.zeros(16, 32), one, one, torch.zeros(16))
 
 
 @pytest.mark.filterwarnings("ignore:bf16 and fp16 are mixed")
@@ -204,6 +206,18 @@ def test_rescale_rounds_once(given: torch.dtype, dtype: torch.dtype, with_bias: 
     if not torch.cuda.is_available():
         assert_bit_equal(fp8_ops._cuda_rescale(*arguments), expected)
     torch.library.opcheck(torch.ops.semisparse.rescale.default, arguments)
+
+
+@EACH_DTYPE
+def test_rescale_in_place_gives_the_numbers_of_rescale(dtype: torch.dtype) -> None:
+    one, scale, bias = torch.ones(()), torch.tensor(2.0**-3), torch.randn(48)
+    for y in (made(16, 48, dtype), made(48, 16, dtype).mT, made(16, 96, dtype)[:, ::2], made(0, 48, dtype)):
+        for given in (None, bias, torch.randn(96)[::2]):
+            for call in (ops.rescale_, fp8_ops._cuda_rescale_in_place)[: 1 + (not torch.cuda.is_available())]:
+                written = y.clone()
+                assert call(written, scale, one, given) is None
+                assert_bit_equal(written, ops.rescale(y, scale, one, given, y.shape[0], dtype))
+    torch.library.opcheck(torch.ops.semisparse.rescale_.default, (made(16, 48, dtype), scale, one, bias))
 
 
 @on_the_cpu

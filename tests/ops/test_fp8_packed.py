@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from semisparse import masks, ops
 from semisparse.errors import ConfigError, ShapeError
@@ -127,3 +128,20 @@ def test_what_cannot_be_packed_is_named() -> None:
         ops.pack_fp8(weight_of(32, 32), "soft", None)
     with pytest.raises(ConfigError, match="cannot be given as codes"):
         ops.pack_fp8(weight_of(32, 32), "row", torch.zeros(8, 8, dtype=torch.int16))
+
+
+@pytest.mark.parametrize(
+    ("given", "rows", "dtype", "again"),
+    [(torch.bfloat16, 16, torch.bfloat16, True), (torch.float32, 16, torch.float32, True),
+     (torch.bfloat16, 13, torch.bfloat16, False), (torch.float32, 16, torch.float16, False)],
+)  # fmt: skip
+def test_an_eager_result_takes_the_memory_of_its_sums_where_it_fits(
+    given: torch.dtype, rows: int, dtype: torch.dtype, again: bool
+) -> None:
+    sums, scale, bias = torch.randn(16, 32).to(given), torch.tensor(0.25), torch.randn(32)
+    expected = ops.rescale(sums, scale, scale, bias, rows, dtype)
+    with FlopCounterMode(display=False):  # a dispatch mode, which may have kept the sums
+        assert fp8_packed.rescaled(sums, scale, scale, bias, rows, dtype).data_ptr() != sums.data_ptr()
+    found = fp8_packed.rescaled(sums, scale, scale, bias, rows, dtype)
+    assert_bit_equal(found, expected)
+    assert (found.data_ptr() == sums.data_ptr()) == again

@@ -3,7 +3,14 @@
 On plain CUDA tensors some of them skip the dispatcher (register.py says when).
 """
 
-from semisparse.ops.fp8 import fp8_dense_product, quantise, quantise_formula, rescale, rescale_formula
+from semisparse.ops.fp8 import (
+    fp8_dense_product,
+    quantise,
+    quantise_formula,
+    rescale,
+    rescale_,
+    rescale_formula,
+)
 from semisparse.ops.fp8_packed import fp8_linear, fp8_product, pack_fp8, unpack_fp8
 from semisparse.ops.masks import prune, prune_tokens, tile_codes
 from semisparse.ops.packing import pack, pack_tokens, pack_transpose, unpack
@@ -40,6 +47,7 @@ __all__ = [
     "quantise",
     "quantise_formula",
     "rescale",
+    "rescale_",
     "rescale_formula",
     "sac_save_ops",
     "sample",

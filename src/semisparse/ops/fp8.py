@@ -205,12 +205,16 @@ def rescale_formula(
     return (scaled if bias is None else scaled + bias.float()).to(dtype)
 
 
+def _by_kernel(y: Tensor, rows: int) -> bool:
+    columns = y.shape[1]
+    return bool(rows and columns) and columns % MULTIPLE == 0 and y.is_contiguous() and has_triton()
+
+
 def _cuda_rescale(
     y: Tensor, scale_a: Tensor, scale_b: Tensor, bias: Tensor | None, rows: int, dtype: torch.dtype
 ) -> Tensor:
     _check_rescaled(y, bias, rows)
-    size = rows * y.shape[1]
-    if size == 0 or y.shape[1] % MULTIPLE or not y.is_contiguous() or not has_triton():
+    if not _by_kernel(y, rows):
         return rescale_formula(y, scale_a, scale_b, bias, rows, dtype)
     from semisparse.kernels import rescale as kernel
 
@@ -243,3 +247,38 @@ def rescale(y: Tensor, scale_a: Tensor, scale_b: Tensor, bias: Tensor | None, ro
     """
     _check_rescaled(y, bias, rows)
     return rescale_formula(y, scale_a, scale_b, bias, rows, dtype)
+
+
+def _fake_rescale_in_place(y: Tensor, scale_a: Tensor, scale_b: Tensor, bias: Tensor | None) -> None:
+    _check_rescaled(y, bias, y.shape[0])
+
+
+def _cuda_rescale_in_place(y: Tensor, scale_a: Tensor, scale_b: Tensor, bias: Tensor | None) -> None:
+    _check_rescaled(y, bias, y.shape[0])
+    if not _by_kernel(y, y.shape[0]):
+        y.copy_(rescale_formula(y, scale_a, scale_b, bias, y.shape[0], y.dtype))
+        return
+    from semisparse.kernels import rescale as kernel
+
+    kernel.launch(y, scale_a, scale_b, None if bias is None else bias.contiguous(), y)
+
+
+@register(
+    "rescale_(Tensor(a!) y, Tensor scale_a, Tensor scale_b, Tensor? bias) -> ()",
+    fake=_fake_rescale_in_place,
+    cuda=_cuda_rescale_in_place,
+)
+def rescale_(y: Tensor, scale_a: Tensor, scale_b: Tensor, bias: Tensor | None) -> None:
+    """rescale of all rows into y itself, which saves the memory of a result. The only op that writes to an operand.
+
+    Args:
+        y: As rescale's; overwritten.
+        scale_a: As rescale's.
+        scale_b: As rescale's.
+        bias: As rescale's.
+
+    Raises:
+        ShapeError: As rescale.
+    """
+    _check_rescaled(y, bias, y.shape[0])
+    y.copy_(rescale_formula(y, scale_a, scale_b, bias, y.shape[0], y.dtype))

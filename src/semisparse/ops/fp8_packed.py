@@ -14,11 +14,11 @@ from semisparse.formats.layout import FP8, SM90_8BIT, SPARSE_MULTIPLE_8BIT, pack
 from semisparse.formats.packed import packed_format
 from semisparse.gemm import problem
 from semisparse.gemm.engine import engine
-from semisparse.ops.fp8 import fp8_dense_product, quantise, rescale, rescale_formula
+from semisparse.ops.fp8 import fp8_dense_product, quantise, rescale, rescale_, rescale_formula
 from semisparse.ops.masks import _cuda_prune, checked
 from semisparse.ops.packing import _cuda_unpack, _pack_in_steps
 from semisparse.ops.products import multiply, padded
-from semisparse.ops.register import register
+from semisparse.ops.register import plain_calls, register
 from semisparse.reference import fp8 as reference
 from semisparse.reference import masks as reference_masks
 from semisparse.reference import packing as reference_packing
@@ -158,8 +158,17 @@ def sums_dtype(dtype: torch.dtype) -> torch.dtype:
 def rescaled(
     sums: Tensor, scale_a: Tensor, scale_b: Tensor, bias: Tensor | None, rows: int, dtype: torch.dtype
 ) -> Tensor:
-    """rescale; in compiled code as arithmetic that the compiler fuses into what follows."""
-    return (rescale_formula if torch.compiler.is_compiling() else rescale)(sums, scale_a, scale_b, bias, rows, dtype)
+    """rescale of sums that nothing else reads, so that eager calls write y into their memory where it fits there.
+
+    In compiled code it is arithmetic that the compiler fuses into what follows. Dispatch modes may keep the sums, as
+    selective checkpointing does, and transforms may wrap them: neither sees them change.
+    """
+    if torch.compiler.is_compiling():
+        return rescale_formula(sums, scale_a, scale_b, bias, rows, dtype)
+    if sums.dtype is dtype and sums.shape[0] == rows and type(sums) is Tensor and plain_calls():
+        rescale_(sums, scale_a, scale_b, bias)
+        return sums
+    return rescale(sums, scale_a, scale_b, bias, rows, dtype)
 
 
 def fp8_forward(

@@ -1,7 +1,8 @@
 """One call registers an op: schema, fake, CPU and CUDA implementations, and how eager calls reach them.
 
-Ops are defined with Library.define and Library.impl, which costs a quarter of a custom_op per call. They are
-functional: they never write to or alias an input. Gradients are not defined here; autograd.py has the only formulas.
+Ops are defined with Library.define and Library.impl, which costs a quarter of a custom_op per call. But for rescale_
+they are functional: they never write to or alias an input. Gradients are not defined here; autograd.py has the only
+formulas.
 
 The hot ops, which every training step calls for every layer, have C++ implementations on CUDA (csrc/). Where the native
 library is loaded, C++ alone implements their CUDA key, and what it has not seen yet it asks of the Python
@@ -132,17 +133,22 @@ def _caller(cpu: Callable[P, R], overload: Any, cuda: Callable[..., R] | None) -
     return call
 
 
+def plain_calls() -> bool:
+    """Whether calls are neither compiled, nor seen by a dispatch mode, nor transformed by functorch in this thread."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._functorch.maybe_current_level() is not None
+    )
+
+
 def _direct(args: Sequence[Any], tensors: Sequence[int]) -> bool:
     """Whether the dispatcher would only find the CUDA side: plain CUDA tensors, and nothing watches or traces.
 
     Compilers, dispatch modes (selective checkpointing, fake tensors), functorch transforms, tensor subclasses and
     calls that autograd has to see all go through the dispatcher.
     """
-    if (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._functorch.maybe_current_level() is not None
-    ):
+    if not plain_calls():
         return False
     recorded = torch.is_grad_enabled()
     given = len(args)
