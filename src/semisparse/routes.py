@@ -62,10 +62,7 @@ def takes_fp8(weight: Tensor, dtype: torch.dtype, mask: str | None, backend: Bac
     return (
         dtype is not torch.float64
         and not (rows % SPARSE_MULTIPLE_8BIT or columns % SPARSE_MULTIPLE_8BIT)
-        and (
-            weight.device.type in ("cpu", "meta")
-            or (weight.is_cuda and _has_fp8(weight.get_device()))
-        )
+        and (weight.device.type in ("cpu", "meta") or (weight.is_cuda and _has_fp8(weight.get_device())))
     )
 
 

@@ -39,6 +39,14 @@ def test_so_it_is_for_every_number_and_large_matrices(monkeypatch: pytest.Monkey
         test_fp8.assert_quantised(_cuda_quantise(x, True, True), x, True, True)
 
 
+def test_the_padding_of_one_row_is_zero_whatever_ran_before() -> None:
+    """Triton makes a constant of a size of 1, and a compiler's fault then left the padding to what registers held."""
+    x = torch.randn(1, 96, device="cuda").bfloat16()
+    for value in range(1, 20):
+        torch.full((2**16,), value, dtype=torch.int32, device="cuda").mul_(0x01010101)
+        test_fp8.assert_quantised(ops.quantise(x, True, True), x, True, True)
+
+
 @pytest.mark.skipif(not MODERN, reason="inductor's e4m3 needs capability 8.9")
 def test_compiled_the_formula_gives_the_same_bits() -> None:
     compiled = test_fp8.compiled_anew(ops.quantise_formula)

@@ -19,6 +19,13 @@ _INFINITE = tl.constexpr(0x7F800000)
 _NAN = tl.constexpr(0x7FC00000)
 _ONE = tl.constexpr(127 << 23)
 
+# The halves are not put together by "mov.b32 $0, {l, h}": ptxas 12.8 then takes h from a register that nothing has
+# written where $3 and $4 are zeros at compile time, as in a matrix of one row.
+_FOUR_CODES = tl.constexpr(
+    "{ .reg .b16 l, h; .reg .b32 u; cvt.rn.satfinite.e4m3x2.f32 l, $2, $1; cvt.rn.satfinite.e4m3x2.f32 h, $4, $3;"
+    " cvt.u32.u16 $0, l; cvt.u32.u16 u, h; shl.b32 u, u, 16; or.b32 $0, $0, u; }"
+)
+
 
 @lru_cache
 def native_on(index: int) -> bool:
@@ -60,8 +67,7 @@ def pack_four(a, b, c, d, NATIVE: tl.constexpr):
     """The codes of four fp32 values as a word (int32), the first value's lowest; values as pack_two's."""
     if NATIVE:
         word = tl.inline_asm_elementwise(
-            "{ .reg .b16 l, h; cvt.rn.satfinite.e4m3x2.f32 l, $2, $1; cvt.rn.satfinite.e4m3x2.f32 h, $4, $3;"
-            " mov.b32 $0, {l, h}; }",
+            _FOUR_CODES,
             "=r,f,f,f,f", [a, b, c, d], tl.int32, True, 1,
         )  # fmt: skip
     else:
@@ -77,8 +83,7 @@ def codes(values, NATIVE: tl.constexpr):
     """
     if NATIVE:
         result = tl.inline_asm_elementwise(
-            "{ .reg .b16 l, h; cvt.rn.satfinite.e4m3x2.f32 l, $2, $1; cvt.rn.satfinite.e4m3x2.f32 h, $4, $3;"
-            " mov.b32 $0, {l, h}; }",
+            _FOUR_CODES,
             "=r,f,f,f,f", [values], tl.uint8, True, 4,
         )  # fmt: skip
     else:
