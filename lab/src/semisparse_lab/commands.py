@@ -1,6 +1,6 @@
 """The commands that run the lab's experiments, as cards and results name them."""
 
-STUDIES = ("vit-fashion-mnist", "gpt-stdlib", "gpt-mvue", "dino-fashion-mnist")
+STUDIES = ("vit-fashion-mnist", "gpt-stdlib", "gpt-mvue", "gpt-fp8", "dino-fashion-mnist")
 """Names of the experiments, as `semisparse-lab experiment` takes them."""
 
 

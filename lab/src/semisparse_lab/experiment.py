@@ -1,7 +1,7 @@
 """What an experiment is: rows, each a recipe, that train the same task; and the one way in which a row is trained."""
 
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -141,6 +141,7 @@ def train_row(
     on_progress: OnProgress | None = None,
     wrap: Callable[[nn.Module], Forward] | None = None,
     graph: bool = False,
+    peer: Callable[[nn.Module], AbstractContextManager[None]] | None = None,
 ) -> Trained:
     """Train model, on config.device, as row.recipe says, and make it plain nn.Linear again.
 
@@ -154,6 +155,7 @@ def train_row(
         on_progress: As in fit.
         wrap: As in fit.
         graph: As in fit.
+        peer: Of the swapped model: the context in which another library computes its layers.
 
     Raises:
         NoLayerMatchedError: config.layers matches no layer of model.
@@ -163,10 +165,11 @@ def train_row(
     steps = config.epochs * task.steps_per_epoch(config.batch_size)
     optimizer = adamw(model, config, torch.optim.AdamW if row.recipe.dense_range is None else StepAdamW)
     schedule = RecipeSchedule(row.recipe, model, optimizer, steps, seed=config.seed)
-    result = fit(
-        model, task, config, schedule,
-        optimizer=optimizer, name=row.title, on_progress=on_progress, wrap=wrap, graph=graph,
-    )  # fmt: skip
+    with nullcontext() if peer is None else peer(model):
+        result = fit(
+            model, task, config, schedule,
+            optimizer=optimizer, name=row.title, on_progress=on_progress, wrap=wrap, graph=graph,
+        )  # fmt: skip
     weights: Literal["dense", "masked"] = "masked" if schedule.phase == "sparse" else "dense"
     densify(model, weights=weights)
     schedule.finish()

@@ -9,21 +9,21 @@ import torch
 
 from semisparse_lab.data.text import Corpus
 from semisparse_lab.experiment import Experiment
-from semisparse_lab.studies import gpt_mvue
+from semisparse_lab.studies import gpt_mvue, text_once
 from semisparse_lab.tasks.next_byte import NextByteOnce, bits_per_byte
 from semisparse_lab.tasks.task import Batch, Forward
 
 STEPS_PER_PART = 2
-BATCH = gpt_mvue.settings("cpu", True)[1].batch_size
-WINDOW = gpt_mvue.settings("cpu", True)[0].context + 1
+BATCH = text_once.settings("cpu", True)[1].batch_size
+WINDOW = text_once.settings("cpu", True)[0].context + 1
 
 
 @pytest.fixture
 def experiment(monkeypatch: pytest.MonkeyPatch) -> Experiment:
     """The small experiment on a corpus whose training set holds the place of each byte."""
     held_out = torch.arange(300).remainder(97).to(torch.uint8)
-    places = torch.arange(WINDOW * BATCH * gpt_mvue.SMALL_PARTS * STEPS_PER_PART + 50)
-    monkeypatch.setattr(gpt_mvue, "packages", lambda *args, most: Corpus(places, held_out, held_out, 1, ""))
+    places = torch.arange(WINDOW * BATCH * text_once.SMALL_PARTS * STEPS_PER_PART + 50)
+    monkeypatch.setattr(text_once, "packages", lambda *args, most: Corpus(places, held_out, held_out, 1, ""))
     monkeypatch.setattr(Corpus, "shortened", lambda corpus, length: corpus)
     return gpt_mvue.experiment(device="cpu", small=True)
 
@@ -49,7 +49,7 @@ def test_the_pair_differs_in_nothing_but_the_weight_gradient() -> None:
 
 
 def test_rows_see_the_same_batches_and_no_byte_twice(experiment: Experiment, seen: list[Batch]) -> None:
-    steps, runs = gpt_mvue.SMALL_PARTS * STEPS_PER_PART, {}
+    steps, runs = text_once.SMALL_PARTS * STEPS_PER_PART, {}
     for row in experiment.rows:
         outcome = experiment.train(row, 3, lambda progress: None)
         assert outcome.result.steps == len(seen) == steps
@@ -88,7 +88,7 @@ def test_the_figures_are_means_of_the_training_losses_in_bits(
 
 
 def test_the_usual_text_fills_24_parts_of_76_steps() -> None:
-    model, train = gpt_mvue.settings("cpu", False)
-    text = torch.zeros(gpt_mvue.TRAINING_BYTES, dtype=torch.uint8)
+    model, train = text_once.settings("cpu", False)
+    text = torch.zeros(text_once.TRAINING_BYTES, dtype=torch.uint8)
     task = NextByteOnce(Corpus(text, text, text, 1, ""), model.context, train.epochs)
     assert (train.epochs, task.steps_per_epoch(train.batch_size)) == (24, 76)

@@ -21,11 +21,12 @@ ROWS = {
     "vit-fashion-mnist": ["dense", "sparse-070", "greedy"],
     "gpt-stdlib": ["dense", "fst", "step"],
     "gpt-mvue": ["fst", "fst-mvue", "dense"],
+    "gpt-fp8": ["fp8", "bf16"],
     "dino-fashion-mnist": ["dense", "sparse-070", "sparse-100"],
 }
 
 
-TEXT = ("gpt-stdlib", "gpt-mvue")
+TEXT = ("gpt-stdlib", "gpt-mvue", "gpt-fp8")
 OTHER_SETTING = {"gpt-mvue": ("--training-bytes", "26000")}
 """What makes other runs of an experiment; --epochs 2 of those that are not named."""
 

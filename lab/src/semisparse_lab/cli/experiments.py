@@ -86,6 +86,26 @@ def gpt_mvue(
         _run(experiment(data_dir, device.value, small=small, training_bytes=training_bytes), row, seeds, out, kept)
 
 
+def gpt_fp8(
+    context: typer.Context,
+    data_dir: Annotated[Path | None, typer.Option(help="A folder of Python source (default: torch's parent).")] = None,
+    out: OutOption = Path("results-mvue"),
+    seeds: SeedsOption = 3,
+    row: RowOption = None,
+    training_bytes: Annotated[
+        int | None, typer.Option(min=1, help="Bytes that a run trains on, at most (default: 60 million).")
+    ] = None,
+    small: SmallOption = False,
+    device: DeviceOption = Device.AUTO,
+) -> None:
+    """fp8 with 2:4 beside torchao float8 and bf16, on text seen once. Half a minute of GPU per run."""
+    kept: list[Path] = []
+    with typed_errors(context, kept):
+        from semisparse_lab.studies.gpt_fp8 import experiment
+
+        _run(experiment(data_dir, device.value, small=small, training_bytes=training_bytes), row, seeds, out, kept)
+
+
 def dino_fashion_mnist(
     context: typer.Context,
     data_dir: ImagesOption = FASHION_MNIST,
@@ -111,6 +131,7 @@ def build_group() -> typer.Typer:
         ("vit-fashion-mnist", vit_fashion_mnist),
         ("gpt-stdlib", gpt_stdlib),
         ("gpt-mvue", gpt_mvue),
+        ("gpt-fp8", gpt_fp8),
         ("dino-fashion-mnist", dino_fashion_mnist),
     ):
         group.command(name)(command)

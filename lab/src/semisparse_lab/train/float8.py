@@ -1,0 +1,71 @@
+"""torchao's float8 training on the weights that a schedule prunes: a row to compare with.
+
+torchao is not among the packages that the lab needs. It is imported only where its row is asked for.
+"""
+
+import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from semisparse import SemiSparseLinear
+from semisparse.errors import ConfigError
+
+INSTALL = "pip install torchao==0.18.0"
+RECIPE = "tensorwise"
+
+
+class MaskedFloat8Linear(SemiSparseLinear):
+    """SemiSparseLinear whose products are torchao's: of the pruned weight in a sparse phase, of all of it otherwise."""
+
+    torchao: tuple[Any, ...]
+    """Its autograd function, and the settings that the function takes."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """As torchao's layer: its products with this weight, then the bias."""
+        weight = self.weight
+        if self.sparse_enabled:
+            weight = weight + (self.pruned_weight() - weight).detach()  # exact, and straight through
+        if torch.is_autocast_enabled(input.device.type):
+            input = input.to(torch.get_autocast_dtype(input.device.type))
+        product, *settings = self.torchao
+        y: Tensor = product.apply(input, weight.t(), *settings)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+
+@contextmanager
+def masked_float8(model: nn.Module) -> Iterator[None]:
+    """A context in which the semi-sparse layers of model compute by torchao.
+
+    Args:
+        model: As sparsify leaves it.
+
+    Raises:
+        ConfigError: torchao is not there.
+    """
+    config = _module("config").Float8LinearConfig.from_recipe_name(RECIPE)
+    peer = _module("float8_linear")
+    layers = [module for module in model.modules() if type(module) is SemiSparseLinear]
+    for layer in layers:
+        emulated = replace(config, emulate=layer.weight.device.type == "cpu")
+        settings = peer.Float8Linear(32, 32, bias=False, device="meta", config=emulated)
+        layer.__class__ = MaskedFloat8Linear
+        assert isinstance(layer, MaskedFloat8Linear)
+        layer.torchao = peer.matmul_with_hp_or_float8_args, settings.linear_mm_config, settings.config
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.torchao
+            layer.__class__ = SemiSparseLinear
+
+
+def _module(name: str) -> Any:
+    try:
+        return importlib.import_module(f"torchao.float8.{name}")
+    except ImportError as error:
+        raise ConfigError(f"row 'float8' needs torchao, which cannot be imported ({error}): {INSTALL}") from error
