@@ -1,12 +1,17 @@
 """Benchmarks of semi-structured training: whole steps (default), single linear layers (--linear; --eager for
-packing at each forward and per step alone), both beside torchao's float8 and with a sampled gradient (--compare), where
-2:4 does not help (--no-gain), host time of small layers (--host), packing (--pack), following the masks (--metrics).
+packing at each forward and per step alone), both beside torchao's float8 and with a sampled gradient (--compare),
+compiled layers between pointwise operations (--neighbours), noise of fp8 (--noise), where a step's time goes (--profile),
+where 2:4 does not help (--no-gain), host time of small layers (--host), packing (--pack), following the masks
+(--metrics).
 
     python benchmarks/benchmark_semi_structured_training.py [--card sam-vit-l ...] [--save [DIR]]
     python benchmarks/benchmark_semi_structured_training.py --linear [--mkn 13008,1024,4096 ...] [--save [DIR]]
     python benchmarks/benchmark_semi_structured_training.py --eager [--mkn 13008,1024,4096 ...] [--save [DIR]]
     python benchmarks/benchmark_semi_structured_training.py --compare [--rows float8 2:4 mvue] [--card llama ...]
         [--mkn 16384,4096,11008 ...] [--save [DIR]]
+    python benchmarks/benchmark_semi_structured_training.py --neighbours [--rows float8 ...] [--save [DIR]]
+    python benchmarks/benchmark_semi_structured_training.py --noise [--mkn 16384,4096,11008 ...] [--save [DIR]]
+    python benchmarks/benchmark_semi_structured_training.py --profile [--card llama-4096 ...] [--save [DIR]]
     python benchmarks/benchmark_semi_structured_training.py --host [--save [DIR]]
     python benchmarks/benchmark_semi_structured_training.py --no-gain [--card bert-base ...] [--save [DIR]]
     python benchmarks/benchmark_semi_structured_training.py --pack [--save [DIR]]
@@ -50,6 +55,9 @@ def parser() -> argparse.ArgumentParser:
     which.add_argument("--host", action="store_true", help="host time of small layers, and where it goes")
     which.add_argument("--no-gain", action="store_true", help="small layers, and whole steps that the host bounds")
     which.add_argument("--pack", action="store_true", help="the pack kernel alone, and all packs of a model")
+    which.add_argument("--neighbours", action="store_true", help="compiled layers between pointwise operations")
+    which.add_argument("--noise", action="store_true", help="what rounding to fp8 leaves of a layer's results")
+    which.add_argument("--profile", action="store_true", help="where the milliseconds of a compiled step go")
     which.add_argument("--metrics", action="store_true", help="what MaskMetrics costs beside a step")
     made.add_argument("--mkn", nargs="+", type=_shape, default=[], metavar="M,K,N", help="shapes of single layers")
     made.add_argument("--card", nargs="+", choices=CARDS, default=[], help="models of whole steps")
@@ -57,7 +65,7 @@ def parser() -> argparse.ArgumentParser:
         "--rows",
         nargs="+",
         choices=compare.ROWS,
-        help=f"rows of --compare: {' '.join(compare.DEFAULT_ROWS)} if none are named; float8 needs `{float8.INSTALL}`",
+        help=f"rows; of --compare {' '.join(compare.DEFAULT_ROWS)} if none are named; float8 needs `{float8.INSTALL}`",
     )
     made.add_argument("--rounds", type=int, help=f"interleaved blocks per variant: {ROUNDS}; {host.ROUNDS} for --host")
     made.add_argument("--save", nargs="?", type=Path, const=store.RESULTS, metavar="DIR")
@@ -74,6 +82,12 @@ def chosen(options: argparse.Namespace) -> Iterable[jobs.Job]:
         return jobs.eager_layers(options.mkn, rounds, toy)
     if options.compare:
         return jobs.compared(options.card, options.mkn, options.rows or compare.DEFAULT_ROWS, rounds, toy)
+    if options.neighbours:
+        return jobs.between(options.mkn, options.rows, rounds, toy)
+    if options.noise:
+        return jobs.noises(options.mkn, toy)
+    if options.profile:
+        return jobs.profiles(options.card, options.rows, toy)
     if options.pack:
         return jobs.packing(rounds, toy)
     if options.metrics:
@@ -95,8 +109,8 @@ def main(arguments: list[str] | None = None) -> None:
         command.error(f"no sparse engine, so nothing sparse would be measured: {engine.reason}")
     if options.toy and options.save == store.RESULTS:
         command.error("--toy measures nothing: give --save another folder than benchmarks/results")
-    if options.rows and not options.compare:
-        command.error("--rows chooses rows of --compare, which is not given")
+    if options.rows and not (options.compare or options.neighbours or options.profile):
+        command.error("--rows chooses rows of --compare, --neighbours or --profile, none of which is given")
     if "float8" in (options.rows or ()):
         try:
             float8.checked_version()

@@ -78,7 +78,7 @@ def linear(tokens: int, in_features: int, out_features: int, rows: Sequence[str]
     Raises:
         MissingPeerError: torchao is asked for and not there.
     """
-    _forget_compiled()
+    forget_compiled()
     x, grad_output = inputs(tokens, in_features, out_features)
 
     def make(row: Row | None) -> Call:
@@ -125,7 +125,7 @@ def model(name: str, rows: Sequence[str], rounds: int, toy: bool = False) -> dic
     card = CARDS[name]
     if not card.optimizes:
         raise ValueError(f"card {name} has no optimizer step; compare {', '.join(MODELS)}")
-    _forget_compiled()
+    forget_compiled()
     swapped = sparsified(card, toy)[1].swapped
 
     def make(row: Row | None) -> Call:
@@ -148,7 +148,7 @@ def model(name: str, rows: Sequence[str], rounds: int, toy: bool = False) -> dic
     return {**facts, **_compared(calls, rounds), **_facts(rows, memory, errors, compile_seconds)}
 
 
-def _forget_compiled() -> None:
+def forget_compiled() -> None:
     """Start torch.compile anew: it would make sizes dynamic that changed, and run models from the ninth on eagerly.
 
     Past this limit an error is raised instead.

@@ -9,12 +9,16 @@ from benchmarks import (
     compare_tables,
     eager_linear,
     end_to_end,
+    fp8_tables,
     host,
     host_parts,
     host_tables,
     linear,
     metrics,
+    neighbours,
+    noise,
     pack,
+    step_profile,
     tables,
 )
 from benchmarks.models import GAINS, NO_GAIN
@@ -125,6 +129,41 @@ def compared(
             "compare-model",
             lambda card=card: compare.model(card, rows, rounds, toy),
             lambda found: [compare_tables.models([found])],
+        )
+
+
+def between(
+    shapes: Sequence[tuple[int, int, int]], rows: Sequence[str] | None, rounds: int, toy: bool
+) -> Iterator[Job]:
+    """Compiled layers between pointwise operations."""
+    for mkn in shapes or (linear.TOY_SHAPES if toy else neighbours.SHAPES):
+        yield Job(
+            f"neighbours-{'x'.join(map(str, mkn))}",
+            "neighbours",
+            lambda mkn=mkn: neighbours.benchmark(*mkn, rows or neighbours.ROW_NAMES, rounds),
+            lambda found: [fp8_tables.neighbours([found])],
+        )
+
+
+def noises(shapes: Sequence[tuple[int, int, int]], toy: bool) -> Iterator[Job]:
+    """What rounding to fp8 leaves of a layer's results."""
+    for mkn in shapes or (linear.TOY_SHAPES if toy else noise.SHAPES):
+        yield Job(
+            f"noise-{'x'.join(map(str, mkn))}",
+            "noise",
+            lambda mkn=mkn: noise.benchmark(*mkn),
+            lambda found: [fp8_tables.noise([found])],
+        )
+
+
+def profiles(cards: Sequence[str], rows: Sequence[str] | None, toy: bool) -> Iterator[Job]:
+    """Where the milliseconds of a step go."""
+    for card in cards or ["llama-4096"]:
+        yield Job(
+            f"profile-{card}",
+            "profile",
+            lambda card=card: step_profile.benchmark(card, rows or step_profile.ROW_NAMES, toy),
+            lambda found: [fp8_tables.profile(found)],
         )
 
 

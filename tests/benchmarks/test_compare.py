@@ -59,7 +59,7 @@ def torchao(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", lambda model: model)  # takes a while and changes nothing that is tested here
-    monkeypatch.setattr(compare, "_forget_compiled", lambda: None)  # settings of the process, which others share
+    monkeypatch.setattr(compare, "forget_compiled", lambda: None)  # settings of the process, which others share
     monkeypatch.setattr(models.Card, "compile", lambda self, model: model)
     monkeypatch.setitem(models.CARDS, "llama", models.Card("one", "details", build, training, None))
 

@@ -1,0 +1,64 @@
+"""Tables of fp8: layers between pointwise neighbours, noise of rounding, and where the time of a step goes."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from benchmarks.compare import DENSE
+from benchmarks.neighbours import ALONE
+from benchmarks.table import Table
+
+Result = dict[str, Any]
+BETWEEN = (
+    "silu -> linear -> silu, forward + backward, compiled; the two silu alone are timed beside it and taken off. "
+    "*dense / this* above 1 means faster than dense bf16."
+)
+NOISE = (
+    "Signal to noise against fp64, in decibels; more is better. Both multiply the same masked weight. *spread*: "
+    "gradients whose magnitudes spread as e^(2 n)."
+)
+PROFILE = (
+    "Milliseconds of the GPU per training step, by kind of kernel, from torch.profiler; under the profiler steps take "
+    "a little longer. Floors: FLOPs at the data sheet's peak, bytes at its bandwidth."
+)
+
+
+def neighbours(results: Sequence[Result]) -> Table:
+    """A line per shape and row."""
+    lines = []
+    for result in results:
+        times, spread = result["times_ms"], result["ratio_spread"]
+        alone = times[ALONE]["median_ms"]
+        for name in [DENSE, *(name for name in times if name not in (DENSE, ALONE))]:
+            one = spread[name]
+            ratio = ("", "") if name == DENSE else (f"{one['median']:.3f}", f"{one['p20']:.3f} to {one['p80']:.3f}")
+            lines.append((_shape(result), name, f"{times[name]['median_ms'] - alone:.3f}", *ratio))
+    return Table(("M x K x N", "row", "ms", "dense / this", "p20 to p80"), tuple(lines))
+
+
+def noise(results: Sequence[Result]) -> Table:
+    """A line per shape, gradient and row."""
+    lines = [
+        (_shape(result), gradient, row, *(f"{found[key]:.2f}" if key in found else "" for key in ("y", "dx", "dW")))
+        for result in results
+        for gradient, rows in result["decibels"].items()
+        for row, found in rows.items()
+    ]
+    return Table(("M x K x N", "gradient", "row", "y", "dx", "dW"), tuple(lines))
+
+
+def profile(result: Result) -> Table:
+    """A line per kind of kernel, a column per row."""
+    rows = result["rows"]
+    kinds = sorted({kind for row in rows.values() for kind in row["ms"]}, key=lambda kind: -_most(rows, kind))
+    lines = [(kind, *(f"{row['ms'].get(kind, 0):.1f}" for row in rows.values())) for kind in kinds]
+    lines.append(("all kernels", *(f"{row['total_ms']:.1f}" for row in rows.values())))
+    notes = [f"floor of {name}: {ms:.1f} ms" for name, ms in result["floors_ms"].items()]
+    return Table((f"{result['label']}, ms", *rows), tuple(lines), tuple(notes))
+
+
+def _most(rows: dict[str, Result], kind: str) -> float:
+    return max(float(row["ms"].get(kind, 0)) for row in rows.values())
+
+
+def _shape(result: Result) -> str:
+    return " x ".join(map(str, result["mkn"]))

@@ -1,0 +1,149 @@
+"""Where the milliseconds of a compiled training step go on the GPU, by kind of kernel, and their floors.
+
+The floor of a product is its FLOPs at the data sheet's peak for its precision and sparsity; the floor of a pass over
+tensors is its bytes at the data sheet's bandwidth. No kernel reaches either: a GPU under its power limit runs products
+at well under the peak. A kind's floor is given where its work follows from the swapped layers' sizes alone.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks import float8
+from benchmarks.compare import DENSE, ROWS, forget_compiled
+from benchmarks.models import CARDS, sparsified
+from benchmarks.timing import synchronize
+
+KINDS = (
+    ("sparse products", r"sparse|spmma|sp_gemm"),
+    ("fp8 products", r"nvjet_qq|e4m3.*gemm|gemm.*e4m3|f8f8"),
+    ("largest magnitudes", r"^amax|scale_of"),
+    ("rounding to e4m3", r"^quantise"),
+    ("rescaling", r"^rescale"),
+    ("pruning and packing", r"^prune_pack"),
+    ("sampling", r"^sample_pack"),
+    ("attention", r"flash|fmha|attention"),
+    ("optimizer", r"multi_tensor|adam"),
+    ("dense products", r"nvjet|gemm|cutlass|cublas"),
+    ("fused pointwise and reductions", r"^triton_"),
+)
+"""Kind -> pattern of the kernels' names; the first that matches counts."""
+OTHER = "other"
+ROW_NAMES = ("float8", "2:4", "fp8-2:4")
+STEPS = 3
+PEAK_TFLOPS = {"bf16": 989.0, "fp8": 1979.0}
+"""Dense, of an H100 SXM or an H200 by NVIDIA's data sheet; twice as much with 2:4 sparsity."""
+BANDWIDTH = {"H100": 3.35e12, "H200": 4.8e12}
+"""Bytes per second by NVIDIA's data sheet (SXM)."""
+
+
+def benchmark(card: str, rows: Sequence[str], toy: bool = False) -> dict[str, Any]:
+    """Profile one step of each row.
+
+    Args:
+        card: A key of CARDS that ends with an optimizer step.
+        rows: Keys of benchmarks.compare.ROWS.
+        toy: Run at toy size, on any device; the figures mean nothing.
+
+    Returns:
+        By row: milliseconds of the GPU by kind, launches by kind, the longest kernels; and floors in ms.
+    """
+    forget_compiled()
+    chosen = CARDS[card]
+    names = sparsified(chosen, toy)[1].swapped
+    found, tokens = {}, 0
+    for name in (None, *sorted(rows, key=lambda name: ROWS[name].config is None)):
+        row = None if name is None else ROWS[name]
+        if row is None or row.config is None:
+            dense = chosen.build(toy)
+            sizes = [tuple(dense.get_submodule(one).weight.shape) for one in names]
+            built: nn.Module = dense if row is None else float8.converted(dense, names)
+        else:
+            built, _ = sparsified(chosen, toy, row.config)
+        if row is None:
+            tokens = _tokens(built, chosen.step(built, built, toy), names[0])
+        step = chosen.step(chosen.compile(built), built, toy)
+        found[DENSE if row is None else row.title] = _profiled(step)
+        del built, step
+    return {
+        "card": card,
+        "label": chosen.label,
+        "layers": len(names),
+        "tokens": tokens,
+        "rows": found,
+        "floors_ms": floors(tokens, sizes),
+        "torchao": float8.checked_version() if "float8" in rows else None,
+    }
+
+
+def floors(tokens: int, sizes: Sequence[tuple[int, ...]]) -> dict[str, float]:
+    """Least milliseconds of the swapped layers' work per step, by precision and kind.
+
+    Args:
+        tokens: M of each layer.
+        sizes: N, K of each layer.
+    """
+    flops = sum(2.0 * tokens * n * k for n, k in sizes)
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "H100"
+    rate = next((value for key, value in BANDWIDTH.items() if key in name), BANDWIDTH["H100"])
+    weights = sum(float(n * k) for n, k in sizes)
+    return {
+        "three bf16 products": 3 * flops / PEAK_TFLOPS["bf16"] / 1e9,
+        "two bf16 products with 2:4": flops / PEAK_TFLOPS["bf16"] / 1e9,
+        "three fp8 products": 3 * flops / PEAK_TFLOPS["fp8"] / 1e9,
+        "two fp8 products with 2:4": flops / PEAK_TFLOPS["fp8"] / 1e9,
+        "one fp8 product": flops / PEAK_TFLOPS["fp8"] / 1e9,
+        # Read once for the largest magnitude, once to prune, round and pack both ways: 1/2 + 1/8 byte each.
+        "packing of weights in fp8": weights * (2 + 2 + 2 * 0.625) / rate * 1e3,
+        # Read twice, written twice: gradients of all outputs; inputs are shared between layers and not counted.
+        "rounding of output gradients": sum(6.0 * tokens * n for n, _ in sizes) / rate * 1e3,
+    }
+
+
+def _tokens(model: nn.Module, step: Any, name: str) -> int:
+    """M of the named layer."""
+    seen: list[int] = []
+    layer = model.get_submodule(name)
+    handle = layer.register_forward_pre_hook(lambda _, given: seen.append(given[0].numel() // given[0].shape[-1]))
+    try:
+        step()
+    finally:
+        handle.remove()
+    return seen[0]
+
+
+def _profiled(step: Any) -> dict[str, Any]:
+    for _ in range(3):
+        step()
+    synchronize()
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        for _ in range(STEPS):
+            step()
+        synchronize()
+    spent: Counter[str] = Counter()
+    count: Counter[str] = Counter()
+    longest: Counter[str] = Counter()
+    for event in profile.events():
+        if event.device_type is not torch.autograd.DeviceType.CUDA or event.is_user_annotation:
+            continue
+        milliseconds = event.time_range.elapsed_us() / 1e3 / STEPS
+        kind = kind_of(event.name)
+        spent[kind] += milliseconds
+        count[kind] += 1
+        longest[event.name] += milliseconds
+    return {
+        "ms": dict(spent.most_common()),
+        "launches": {kind: number / STEPS for kind, number in count.items()},
+        "total_ms": sum(spent.values()),
+        "longest": longest.most_common(40),
+    }
+
+
+def kind_of(kernel: str) -> str:
+    """The kind of a kernel, by its name."""
+    return next((kind for kind, pattern in KINDS if re.search(pattern, kernel)), OTHER)
