@@ -5,6 +5,7 @@ Importing this package does nothing but define names: no CUDA call, no environme
 
 from semisparse import recipes, tuning
 from semisparse._check import CheckReport, check
+from semisparse._plan import Plan, plan
 from semisparse.checkpoint import CheckpointReport, check_checkpoint
 from semisparse.config import SparseConfig
 from semisparse.errors import SemiSparseError, TokenMixingWarning
@@ -27,6 +28,7 @@ __all__ = [
     "MaskMetrics",
     "PackedWeights",
     "Phase",
+    "Plan",
     "SemiSparseActivationLinear",
     "SemiSparseError",
     "SemiSparseLinear",
@@ -40,6 +42,7 @@ __all__ = [
     "densify",
     "linear_to_conv1d",
     "mask_statistics",
+    "plan",
     "recipes",
     "register_flop_formulas",
     "register_linear",

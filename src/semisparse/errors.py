@@ -40,6 +40,10 @@ class CheckpointError(SemiSparseError, ValueError):
     """A checkpoint file is not there, cannot be read, or has nothing to look at."""
 
 
+class PlanError(SemiSparseError, ValueError):
+    """There is no GPU to measure a plan on, or a plan's file is damaged, or it is the plan of another model."""
+
+
 class RankMismatchError(SemiSparseError, RuntimeError):
     """The ranks of a data-parallel group hold different layers, settings or held masks."""
 

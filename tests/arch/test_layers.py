@@ -25,7 +25,19 @@ LEVELS = {
     },
     4: {"nn", "surgery"},
     # "" is the package itself, which collects the public names of the levels up to 5.
-    5: {"schedule", "recipes", "metrics", "tuning", "_check", "checkpoint", "unchanged", "environment", ""},
+    5: {
+        "schedule",
+        "recipes",
+        "metrics",
+        "tuning",
+        "_check",
+        "_plan",
+        "planning",
+        "checkpoint",
+        "unchanged",
+        "environment",
+        "",
+    },
     6: {"cli"},
 }
 LEVEL_OF = {name: level for level, names in LEVELS.items() for name in names}

@@ -1,6 +1,6 @@
 """Settings by layer name: which layer of a model gets which config of a mapping."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from semisparse.config import SparseConfig
 from semisparse.errors import ConfigError, LayerRefusedError, NoLayerMatchedError
@@ -34,20 +34,44 @@ def configs_by_layer(
         if not isinstance(value, SparseConfig):
             raise ConfigError(f"config[{key!r}]={value!r} must be a SparseConfig")
     layers = candidates.layers
-    by_name = {alias: found for found in layers for alias in (found.name, clean_name(found.name))}
-    for key in configs:
-        if key not in by_name and not (is_glob(key) and any(matches(key, found) for found in layers)):
-            raise nothing_matched(key, layers, "config")
+    by_name = _aliases(layers)
+    named = names_of(configs, layers, "config")
     wanted = _by_exact_name(candidates, by_name, configs)
     remarks = []
     for key, config in configs.items():
         if key in by_name:
             continue
-        new = [found for found in layers if matches(key, found) and id(found.layer) not in wanted]
+        new = [found for found in named[key] if id(found.layer) not in wanted]
         wanted |= {id(found.layer): config for found in new}
         if not new:
             remarks.append(f"remark: config[{key!r}] has no effect: other entries name all of its layers")
     return wanted, tuple(remarks)
+
+
+def names_of(keys: Iterable[str], layers: list[FoundLayer], argument: str) -> dict[str, list[FoundLayer]]:
+    """The layers that each key of a mapping names; exact names first, then globs in their order.
+
+    Args:
+        keys: Exact names, or globs over the whole name.
+        layers: The layers of a model.
+        argument: The mapping's name, for the error.
+
+    Raises:
+        NoLayerMatchedError: A key matches no layer.
+    """
+    by_name = _aliases(layers)
+    exact = {key: [by_name[key]] for key in keys if key in by_name}
+    globs = {key: [found for found in layers if is_glob(key) and matches(key, found)]
+             for key in keys if key not in by_name}  # fmt: skip
+    for key, found in globs.items():
+        if not found:
+            raise nothing_matched(key, layers, argument)
+    return exact | globs
+
+
+def _aliases(layers: list[FoundLayer]) -> dict[str, FoundLayer]:
+    """Layers by their names, with and without wrappers."""
+    return {alias: found for found in layers for alias in (found.name, clean_name(found.name))}
 
 
 def _by_exact_name(

@@ -84,7 +84,7 @@ def sparsify(
     if not isinstance(config, SparseConfig):
         raise ConfigError(f"config={config!r} must be a SparseConfig or a mapping from layer names to SparseConfig")
     candidates = Candidates(model)
-    decide, remarks = _by_selectors(candidates, config, select, exclude)
+    decide, remarks = by_selectors(candidates, config, select, exclude)
     outside = str(share_outside_linear(model))
     return _swap(candidates, decide, (*remarks, *([outside] if outside else [])))
 
@@ -104,13 +104,24 @@ def _by_names(
     return decide, remarks
 
 
-def _by_selectors(
+def by_selectors(
     candidates: Candidates,
     config: SparseConfig,
     select: Selector | Iterable[Selector] | None,
     exclude: Selector | Iterable[Selector] | None,
 ) -> tuple[Callable[[FoundLayer], Decision], tuple[str, ...]]:
-    """The decision about each layer, and remarks on selectors that had no effect."""
+    """The decision about each layer, and remarks on selectors that had no effect.
+
+    Args:
+        candidates: The layers of the model.
+        config: Of the layers that are swapped.
+        select: As sparsify's.
+        exclude: As sparsify's.
+
+    Raises:
+        NoLayerMatchedError: A selector matches nothing.
+        ConfigError: A value is not a selector.
+    """
     layers = candidates.layers
     selected, excluded = as_selectors(select, "select"), as_selectors(exclude, "exclude")
     if select is not None and not selected:

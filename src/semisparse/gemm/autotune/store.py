@@ -102,7 +102,7 @@ class Store:
         try:
             path = self._path(key)
             path.parent.mkdir(parents=True, exist_ok=True)
-            _replace(path, json.dumps(to_document([(key, choice)]), indent=1, allow_nan=False))
+            replace_file(path, json.dumps(to_document([(key, choice)]), indent=1, allow_nan=False))
             logger.debug("wrote %s", path)
         except (OSError, ValueError, RuntimeError) as error:
             logger.info("could not store a tuning result: %s", error)
@@ -120,7 +120,16 @@ class Store:
         return (self._folder or default_folder()) / f"{digest}.json"
 
 
-def _replace(path: Path, text: str) -> None:
+def replace_file(path: Path, text: str) -> None:
+    """Write text to path by way of a file beside it, so that readers see the old file or the new one.
+
+    Args:
+        path: In a folder that exists.
+        text: The whole content.
+
+    Raises:
+        OSError: It cannot be written.
+    """
     descriptor, aside = tempfile.mkstemp(suffix=".tmp", dir=path.parent)
     try:
         with open(descriptor, "w", encoding="utf-8") as file:

@@ -1,0 +1,181 @@
+"""semisparse.plan: which linear layers of a model gain from what, measured on this GPU."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from semisparse.arguments import check_choice
+from semisparse.config import SparseConfig
+from semisparse.errors import ConfigError, PlanError
+from semisparse.planning import collect
+from semisparse.planning.candidates import DENSE, as_candidates
+from semisparse.planning.choosing import MARGIN, Choice, Measured, choose, predicted, summed
+from semisparse.planning.contents import PlanRow
+from semisparse.planning.measuring import Measurer, distinct, logger
+from semisparse.planning.problems import LayerUse
+from semisparse.planning.result import Plan
+from semisparse.planning.store import PlanStore, machine
+from semisparse.planning.timing import Mode, Times, step_times
+from semisparse.surgery.selection import Selector
+
+__all__ = ["Plan", "plan"]
+
+
+def plan(
+    model: nn.Module,
+    *inputs: Any,
+    mode: Mode = "eager",
+    candidates: Iterable[str] | Mapping[str, SparseConfig] | None = None,
+    tokens: collect.Tokens | None = None,
+    select: Selector | Iterable[Selector] | None = None,
+    exclude: Selector | Iterable[Selector] | None = None,
+    step: Callable[[], object] | float | None = None,
+    seconds: float | None = None,
+    device: torch.device | str | None = None,
+    progress: Callable[[str], None] = logger.info,
+    cache: bool | Path = True,
+    **keywords: Any,
+) -> Plan:
+    """Measure which linear layers of model gain from which settings, forward and backward, on this GPU.
+
+    One forward finds the layers' problems: tokens, sizes, dtypes, and which gradients are needed. Each distinct problem
+    is then timed once, on layers of its own, all candidates interleaved, with pruning, packing, casts and host time.
+    The model stays as it is; on meta, the inputs are, too. What activation checkpointing recomputes is not counted.
+
+    Args:
+        model: A dense model. Call plan as you train: in the same autocast, in train mode.
+        *inputs: Of one forward, at the size of a training step.
+        mode: How you train: "eager", "graph" (a captured step) or "compiled" (then a layer is timed between two
+            pointwise functions, minus these).
+        candidates: Names of "dense fp8", "2:4", "2:4 + mvue", "fp8 + 2:4" and "fp8 + 2:4 + mvue" (default: all there
+            are), or settings by names of your own. Accuracy is not measured here.
+        tokens: Instead of inputs: M of all layers, or by layer name or glob; an M may be a mapping from M to how often
+            a step calls the layer with it. Layers that are not named then stay dense.
+        select: As sparsify's. Default: every linear layer except heads, patch embeddings and adapters.
+        exclude: As sparsify's.
+        step: The dense training step, to predict the planned one: its milliseconds, or a callable without arguments,
+            which is run and timed (it trains); then also where the host bounds it.
+        seconds: Budget for measuring. What is not reached stays dense and says so. Default: no limit.
+        device: CUDA device to measure on. Default: the model's, or the current one.
+        progress: Gets a line of text per problem; print, for example.
+        cache: Whether times are kept in $XDG_CACHE_HOME/semisparse/plans (or ~/.cache) and read there; or a folder.
+        **keywords: Of the forward. Names that are arguments of plan itself cannot be passed on.
+
+    Returns:
+        The plan; apply it with plan.apply(model) or sparsify(model, plan.configs).
+
+    Raises:
+        PlanError: There is no CUDA GPU.
+        NoLayerMatchedError: The model has no nn.Linear, or a selector or name matches none.
+        ConfigError: An argument is not among its choices.
+        Exception: Whatever the model's forward raises; its hooks are gone then.
+    """
+    check_choice("mode", mode, Mode)
+    settings = as_candidates(candidates)
+    if seconds is not None and not (isinstance(seconds, (int, float)) and seconds > 0):
+        raise ConfigError(f"seconds={seconds!r} must be a positive number of seconds, or None for no limit")
+    uses = uses_of(model, inputs, keywords, tokens, select, exclude)
+    where = _where(model, device)
+    with torch.cuda.device(where):
+        dense = step_times(step) if callable(step) else step
+        store = None if cache is False else PlanStore(None if cache is True else Path(cache))
+        measurer = Measurer(settings, mode, where, store, seconds, progress)
+        return planned(uses, measurer, _given(dense))
+
+
+def uses_of(
+    model: nn.Module,
+    inputs: tuple[Any, ...],
+    keywords: Mapping[str, Any],
+    tokens: collect.Tokens | None,
+    select: Selector | Iterable[Selector] | None = None,
+    exclude: Selector | Iterable[Selector] | None = None,
+) -> tuple[LayerUse, ...]:
+    """The layers' calls, by a forward or by hand; arguments as plan's.
+
+    Raises:
+        ConfigError: There are both inputs and tokens, or neither where the model needs them.
+    """
+    if tokens is not None:
+        if inputs or keywords:
+            raise ConfigError("tokens is given, and inputs as well: leave one of them out")
+        return collect.from_tokens(model, tokens, select, exclude)
+    return collect.from_forward(model, inputs, keywords, select, exclude)
+
+
+def planned(uses: Sequence[LayerUse], measurer: Measurer, step: Times | None = None) -> Plan:
+    """Measure what layers ask for, and choose.
+
+    Args:
+        uses: Of a model, or made by hand.
+        measurer: How to measure.
+        step: Of the dense step, if known.
+    """
+    kind = measurer.device.type
+    with torch.random.fork_rng([measurer.device] if kind == "cuda" else []), torch.autocast(kind, enabled=False):
+        found = measurer.measure(distinct(uses))
+    layers = [summed(use, found) for use in uses]
+    choice = choose(layers, measurer.candidates, measurer.mode, step)
+    rows = tuple(_row(index, layers, choice, measurer.candidates) for index in range(len(layers)))
+    return Plan(
+        rows,
+        measurer.mode,
+        dict(measurer.candidates),
+        machine(measurer.device),
+        step,
+        None if step is None else predicted(layers, choice, step),
+        choice.host_weight,
+    )
+
+
+def _row(index: int, layers: Sequence[Measured], choice: Choice, candidates: Mapping[str, SparseConfig]) -> PlanRow:
+    layer, name = layers[index], choice.names[index]
+    use = layer.use
+    why = _why_dense(layer, choice) if name == DENSE else ""
+    dropped = {} if use.stays else layer.dropped
+    config = candidates.get(name)
+    return PlanRow(use.name, use.in_features, use.out_features, use.calls, name, config, layer.times,
+                   choice.casts[index], why, dropped)  # fmt: skip
+
+
+def _why_dense(layer: Measured, choice: Choice) -> str:
+    if layer.stays:
+        return layer.stays
+    weight = choice.host_weight
+    others = {name: times for name, times in layer.times.items() if name != DENSE}
+    if not others:
+        return "no candidate could be measured"
+    best = min(others, key=lambda name: others[name].ms if weight is None else others[name].on_device)
+    dense = layer.times[DENSE]
+    ratio = others[best].ms / dense.ms if weight is None else others[best].on_device / dense.on_device
+    if ratio < 1 - MARGIN:
+        return f"{best} takes {ratio:.2f} of dense's time on the GPU, but costs the host more than the step gains"
+    if ratio < 1:
+        return f"the fastest, {best}, takes {ratio:.3f} of dense's time, which is within {MARGIN:.0%}"
+    return f"the fastest, {best}, takes {ratio:.2f} of dense's time"
+
+
+def _where(model: nn.Module, device: torch.device | str | None) -> torch.device:
+    if not torch.cuda.is_available():
+        raise PlanError(
+            "device: a plan is measured on a CUDA GPU, and there is none here; `semisparse plan` prints what was "
+            "measured on other machines"
+        )
+    if device is None:
+        on = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
+        device = on.pop() if len(on) == 1 else torch.device("cuda")
+    where = torch.device(device)
+    if where.type != "cuda":
+        raise ConfigError(f"device={str(device)!r} is not a CUDA device")
+    return where if where.index is not None else torch.device("cuda", torch.cuda.current_device())
+
+
+def _given(step: Times | float | None) -> Times | None:
+    if step is None or isinstance(step, Times):
+        return step
+    if type(step) not in (int, float) or not 0 < step < float("inf"):
+        raise ConfigError(f"step={step!r} must be a callable that runs the dense step, or its milliseconds")
+    return Times(float(step))

@@ -1,0 +1,157 @@
+"""One call of a layer as a training step makes it, forward and backward, for timing."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from itertools import count
+from types import FunctionType
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from semisparse import ops
+from semisparse.config import SparseConfig
+from semisparse.nn import SemiSparseLinear
+from semisparse.operands import as_tokens
+from semisparse.planning.problems import DTYPES, LinearProblem
+from semisparse.planning.timing import Call, Mode
+
+Compile = Callable[[Callable[..., object]], Callable[..., object]]
+
+compile_static: Compile = partial(torch.compile, dynamic=False)
+"""torch.compile for one shape."""
+
+_numbers = count()
+
+
+@dataclass(frozen=True)
+class Built:
+    """A layer that is ready to be timed.
+
+    Attributes:
+        layer: The layer.
+        call: Its forward and backward.
+        held: Bytes on the GPU that one forward leaves allocated for the backward, result included.
+    """
+
+    layer: nn.Linear
+    call: Call
+    held: Callable[[], int]
+
+
+class Bench:
+    """The operands of one problem, shared by the layers of all candidates.
+
+    In mode "compiled" a call is pointwise -> linear -> pointwise, compiled together, because that is where a compiler
+    fuses a layer's casts and bias with its neighbours; `without_linear` is to be subtracted.
+
+    Args:
+        problem: What is timed.
+        mode: How it is run.
+        device: Where.
+        compile: What compiles.
+    """
+
+    def __init__(
+        self, problem: LinearProblem, mode: Mode, device: torch.device, compile: Compile = compile_static
+    ) -> None:
+        self.problem, self.mode, self.device, self._compile = problem, mode, device, compile
+        self.dtype = DTYPES[problem.dtype]
+        generator = torch.Generator(device).manual_seed(0)
+        shape = problem.tokens, problem.in_features
+        self._x = torch.randn(shape, device=device, generator=generator).to(DTYPES[problem.input_dtype])
+        self._x.requires_grad_(problem.grad_input)
+        self._dy = torch.randn(problem.tokens, problem.out_features, device=device, generator=generator).to(self.dtype)
+
+    def build(self, config: SparseConfig | None) -> Built:
+        """A layer of these settings, or nn.Linear for None, and its call.
+
+        Args:
+            config: Settings that prune the weight, if anything.
+
+        Raises:
+            SemiSparseError: There is no such layer.
+            torch.OutOfMemoryError: It does not fit.
+        """
+        problem = self.problem
+        sizes, weight_dtype = (problem.in_features, problem.out_features), DTYPES[problem.weight_dtype]
+        layer: nn.Linear
+        if config is None:
+            layer = nn.Linear(*sizes, bias=problem.bias, device=self.device, dtype=weight_dtype)
+        else:
+            layer = SemiSparseLinear(*sizes, bias=problem.bias, device=self.device, dtype=weight_dtype, config=config)
+            if config.grad_output is not None:
+                layer.held_seed = torch.tensor(1, device=self.device)  # as a schedule sets it
+        layer.requires_grad_(problem.grad_weight)
+        forward = self._between_pointwise(layer) if self.mode == "compiled" else layer
+        return Built(layer, self._call(forward, [self._x, *layer.parameters()]), lambda: self._held(forward))
+
+    def without_linear(self) -> Call:
+        """The pointwise functions of mode "compiled" alone, forward and backward."""
+        x, dh = self._x, torch.ones_like(self._x)
+        y = self._dy.clone().requires_grad_(self._any_gradient)
+        alone = self._compile(_own_code(lambda x, y: (F.silu(x), F.silu(y))))
+
+        def call() -> None:
+            x.grad = y.grad = None
+            with self._gradients():
+                results = alone(x, y)
+            assert isinstance(results, tuple)
+            wanted = [index for index, result in enumerate(results) if result.requires_grad]
+            if wanted:
+                gradients = (dh, self._dy)
+                torch.autograd.backward([results[i] for i in wanted], [gradients[i] for i in wanted])
+
+        return call
+
+    def cast(self) -> Call:
+        """Rounding the input to e4m3, which layers that read the same input share."""
+        x, columns = as_tokens(self._x).detach(), self.problem.grad_weight
+        return lambda: ops.quantise(x, True, columns)
+
+    @property
+    def _any_gradient(self) -> bool:
+        return self.problem.grad_input or self.problem.grad_weight
+
+    def _between_pointwise(self, layer: nn.Linear) -> Callable[..., object]:
+        return self._compile(_own_code(lambda x: F.silu(layer(F.silu(x)))))
+
+    def _call(self, forward: Callable[..., object], tensors: list[Tensor]) -> Call:
+        x, dy, backward = self._x, self._dy, self._any_gradient
+
+        def call() -> None:
+            for tensor in tensors:
+                tensor.grad = None
+            with self._autocast(), self._gradients():
+                y = forward(x)
+            if backward:
+                torch.autograd.backward(y, dy)  # type: ignore[arg-type]
+
+        return call
+
+    def _held(self, forward: Callable[..., object]) -> int:
+        if self.device.type != "cuda":
+            return 0
+        before = torch.cuda.memory_allocated(self.device)
+        with self._autocast(), self._gradients():
+            y = forward(self._x)
+        held = torch.cuda.memory_allocated(self.device) - before
+        del y
+        return held
+
+    def _gradients(self) -> AbstractContextManager[object]:
+        return torch.set_grad_enabled(self._any_gradient)
+
+    def _autocast(self) -> AbstractContextManager[object]:
+        if self.problem.dtype == self.problem.weight_dtype:
+            return nullcontext()
+        return torch.autocast(self.device.type, self.dtype)
+
+
+def _own_code(function: Callable[..., object]) -> FunctionType:
+    """The function with a code object of its own: torch.compile limits how often it compiles one code object."""
+    assert isinstance(function, FunctionType)
+    code = function.__code__.replace(co_name=f"planned_{next(_numbers)}")
+    return FunctionType(code, function.__globals__, code.co_name, function.__defaults__, function.__closure__)

@@ -1,0 +1,160 @@
+"""Plans as JSON files. A file may be damaged or foreign: everything of it is checked before it is used."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+
+from semisparse.config import SparseConfig
+from semisparse.errors import PlanError, SemiSparseError
+from semisparse.gemm.autotune.store import replace_file
+from semisparse.planning import problems
+from semisparse.planning.candidates import DENSE
+from semisparse.planning.contents import PlanContents, PlanRow
+from semisparse.planning.store import machine, times
+from semisparse.planning.timing import Mode, Times
+
+SCHEMA = 1
+"""Version of the file; others are not read."""
+
+
+def here() -> dict[str, str]:
+    """Facts of this process that times depend on."""
+    return machine(
+        torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    )
+
+
+def document(plan: PlanContents) -> dict[str, Any]:
+    """A plan as JSON values.
+
+    Args:
+        plan: Any.
+    """
+    return {
+        "schema": SCHEMA,
+        "mode": plan.mode,
+        "machine": plan.machine,
+        "candidates": {name: asdict(config) for name, config in plan.candidates.items()},
+        "step": _record(plan.step),
+        "predicted_ms": plan.predicted_ms,
+        "host_weight": plan.host_weight,
+        "remarks": list(plan.remarks),
+        "rows": [_row_record(row) for row in plan.rows],
+    }
+
+
+def write(path: Path, plan: PlanContents) -> None:
+    """Write a plan; a reader sees the old file or the new one.
+
+    Args:
+        path: Of the file.
+        plan: Any.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    replace_file(path, json.dumps(document(plan), indent=1, allow_nan=False) + "\n")
+
+
+def read(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The fields of a plan without its rows, and the fields of each row.
+
+    Args:
+        path: Of the file.
+
+    Raises:
+        PlanError: There is no such file, or it is damaged or of another version's format.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+        if type(content["schema"]) is not int or content["schema"] != SCHEMA:
+            raise ValueError(f"it has schema {content['schema']!r}, and this version reads {SCHEMA}")
+        if content["mode"] not in get_args(Mode):
+            raise ValueError(f"mode={content['mode']!r} is not one of {', '.join(get_args(Mode))}")
+        candidates = {_text(name): SparseConfig(**fields) for name, fields in content["candidates"].items()}
+        fields = {
+            "mode": content["mode"],
+            "candidates": candidates,
+            "machine": {_text(name): _text(value) for name, value in content["machine"].items()},
+            "step": None if content["step"] is None else times(content["step"]),
+            "predicted_ms": _number(content["predicted_ms"]),
+            "host_weight": _number(content["host_weight"]),
+            "remarks": tuple(_text(remark) for remark in content["remarks"]),
+        }
+        return fields, [_row(record, candidates) for record in content["rows"]]
+    except OSError as error:
+        raise PlanError(f"path={str(path)!r}: the plan cannot be read: {error}") from error
+    except (AttributeError, KeyError, RecursionError, SemiSparseError, TypeError, ValueError) as error:
+        raise PlanError(
+            f"path={str(path)!r} holds no plan that can be used ({type(error).__name__}: {error}): make it anew with "
+            "semisparse.plan(...).save"
+        ) from error
+
+
+def _row_record(row: PlanRow) -> dict[str, Any]:
+    return {
+        "name": row.name,
+        "in_features": row.in_features,
+        "out_features": row.out_features,
+        "calls": [{"problem": problem.to_record(), "calls": count} for problem, count in row.calls],
+        "choice": row.choice,
+        "times": {name: _record(one) for name, one in row.times.items()},
+        "shared": _record(row.shared),
+        "why": row.why,
+        "dropped": row.dropped,
+    }
+
+
+def _row(record: Mapping[str, Any], candidates: Mapping[str, SparseConfig]) -> dict[str, Any]:
+    choice, measured = _text(record["choice"]), {_text(name): times(one) for name, one in record["times"].items()}
+    if choice != DENSE and not {choice, DENSE} <= measured.keys():
+        raise ValueError(f"{record['name']!r} chooses {choice!r}, of which there are no times")
+    if not measured.keys() <= {DENSE, *candidates}:
+        raise ValueError(f"{record['name']!r} has times of {sorted(measured)}, and candidates are {sorted(candidates)}")
+    return {
+        "name": _text(record["name"]),
+        "in_features": _size(record["in_features"]),
+        "out_features": _size(record["out_features"]),
+        "calls": tuple((problems.from_record(call["problem"]), _positive(call["calls"])) for call in record["calls"]),
+        "choice": choice,
+        "config": None if choice == DENSE else candidates[choice],
+        "times": measured,
+        "shared": None if record["shared"] is None else times(record["shared"]),
+        "why": _text(record["why"]),
+        "dropped": {_text(name): _text(why) for name, why in record["dropped"].items()},
+    }
+
+
+def _record(found: Times | None) -> dict[str, Any] | None:
+    return None if found is None else asdict(found)
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{value!r} is no text")
+    return value
+
+
+def _size(value: object) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError(f"{value!r} is no size")
+    return value
+
+
+def _number(value: object) -> float | None:
+    if value is None:
+        return None
+    if type(value) not in (int, float) or not abs(float(value)) < float("inf"):  # type: ignore[arg-type]
+        raise ValueError(f"{value!r} is no number")
+    return float(value)  # type: ignore[arg-type]
+
+
+def _positive(value: object) -> float:
+    number = _number(value)
+    if number is None or number <= 0:
+        raise ValueError(f"{value!r} is no number of calls")
+    return number

@@ -1,0 +1,157 @@
+"""Measuring distinct problems once, each with all candidates, within a budget, from the store where it has them."""
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from semisparse.config import SparseConfig
+from semisparse.gemm.autotune.algorithm import one_line
+from semisparse.planning.building import Bench, Built, Compile, compile_static
+from semisparse.planning.candidates import DENSE, obstacle
+from semisparse.planning.problems import LayerUse, LinearProblem
+from semisparse.planning.store import Measurement, PlanStore, machine
+from semisparse.planning.timing import Call, Mode, Times, cuda_times, plus
+
+logger = logging.getLogger(__name__)
+
+Timer = Callable[[LinearProblem, Mapping[str, Call], Mode], Mapping[str, Times]]
+"""Times calls of a problem; a call that it leaves out cannot be run in this mode."""
+
+CAST, WITHOUT = "(cast)", "(without the linear)"
+NO_MEMORY = "out of memory"
+
+
+@dataclass(frozen=True)
+class Measurer:
+    """How problems are measured. Tests replace the timer, the clock and the device.
+
+    Attributes:
+        candidates: Settings by name, without dense.
+        mode: How the user trains.
+        device: Where to measure.
+        store: Where times outlive the process; None for nowhere.
+        seconds: Budget; what is not measured by then is said to be so. None for no limit.
+        progress: Told one line per problem.
+        timer: Times the calls.
+        clock: Seconds.
+        compile: torch.compile for mode "compiled".
+    """
+
+    candidates: Mapping[str, SparseConfig]
+    mode: Mode
+    device: torch.device
+    store: PlanStore | None = None
+    seconds: float | None = None
+    progress: Callable[[str], None] = logger.info
+    timer: Timer = lambda problem, calls, mode: cuda_times(calls, mode)
+    clock: Callable[[], float] = time.monotonic
+    compile: Compile = compile_static
+
+    def measure(self, problems: Iterable[LinearProblem]) -> dict[LinearProblem, Measurement]:
+        """Measure problems in their order, those in the store first.
+
+        Args:
+            problems: Distinct ones, the most important first.
+
+        Raises:
+            Exception: nn.Linear itself failed, other than by lack of memory.
+        """
+        begin, asked = self.clock(), list(problems)
+        found = {problem: stored for problem in asked if (stored := self._load(problem)) is not None}
+        missing = [problem for problem in asked if problem not in found]
+        if found:
+            self.progress(f"{len(found)} of {len(asked)} problems were measured before")
+        for number, problem in enumerate(missing, 1):
+            spent = self.clock() - begin
+            self.progress(f"measuring {number} of {len(missing)}: {problem.size} {problem.dtype} ({spent:.0f} s spent)")
+            found[problem] = self._one(problem, begin)
+        return found
+
+    def _one(self, problem: LinearProblem, begin: float) -> Measurement:
+        def late() -> bool:
+            return self.seconds is not None and self.clock() - begin > self.seconds
+
+        unmeasured = f"not measured: the budget of {self.seconds} s was spent"
+        if late():
+            return Measurement({}, dropped={DENSE: unmeasured}, final=False)
+        try:
+            bench = Bench(problem, self.mode, self.device, self.compile)
+            result = self._compared(bench, late, unmeasured)
+        except torch.OutOfMemoryError:
+            result = Measurement({}, dropped={DENSE: NO_MEMORY}, final=False)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if self.store is not None:
+            self.store.save(self._key(problem), result)
+        return result
+
+    def _compared(self, bench: Bench, late: Callable[[], bool], unmeasured: str) -> Measurement:
+        dropped: dict[str, str] = {}
+        transient: set[str] = set()
+        built: dict[str, Built] = {DENSE: bench.build(None)}
+        built[DENSE].call()
+        for name, config in self.candidates.items():
+            if late():
+                dropped[name] = unmeasured
+                transient.add(name)
+                continue
+            try:
+                made = bench.build(config)
+                if why := obstacle(made.layer, bench.dtype, config):
+                    dropped[name] = why
+                    continue
+                made.call()
+                self._wait()
+                built[name] = made
+            except torch.OutOfMemoryError:
+                dropped[name] = NO_MEMORY
+                transient.add(name)
+            except Exception as error:  # one candidate is left out, with its reason, and not the whole plan
+                dropped[name] = f"failed: {one_line(error)}"
+                transient.add(name)
+        calls = {name: made.call for name, made in built.items()}
+        if any(self.candidates[name].precision is not None for name in built if name != DENSE):
+            calls[CAST] = bench.cast()
+        if self.mode == "compiled":
+            calls[WITHOUT] = bench.without_linear()
+        timed = dict(self.timer(bench.problem, calls, self.mode))
+        without, cast = timed.pop(WITHOUT, None), timed.pop(CAST, None)
+        held = {name: made.held() for name, made in built.items()}
+        times = {}
+        for name in built:
+            if name not in timed:
+                dropped[name] = "it cannot be captured in a CUDA graph"
+                continue
+            one = timed[name] if without is None else plus(timed[name], without, -1)
+            times[name] = Times(one.ms, one.device_ms, one.host_ms, held[name])
+        return Measurement(times if DENSE in times else {}, cast, dropped, not transient)
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def _load(self, problem: LinearProblem) -> Measurement | None:
+        return None if self.store is None else self.store.load(self._key(problem))
+
+    def _key(self, problem: LinearProblem) -> dict[str, Any]:
+        return {
+            "problem": problem.to_record(),
+            "mode": self.mode,
+            "candidates": {name: str(config) for name, config in self.candidates.items()},
+            "machine": machine(self.device),
+        }
+
+
+def distinct(uses: Iterable[LayerUse]) -> list[LinearProblem]:
+    """The problems of layers that may be swapped, those with most work in a step first."""
+    work: dict[LinearProblem, float] = {}
+    for use in uses:
+        if not use.stays:
+            for problem, calls in use.calls:
+                size = problem.tokens * problem.in_features * problem.out_features
+                work[problem] = work.get(problem, 0.0) + calls * size
+    return sorted(work, key=lambda problem: -work[problem])
