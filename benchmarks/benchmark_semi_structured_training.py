@@ -1,8 +1,8 @@
 """Benchmarks of semi-structured training: whole steps (default), single linear layers (--linear; --eager for
 packing at each forward and per step alone), both beside torchao's float8 and with a sampled gradient (--compare),
-compiled layers between pointwise operations (--neighbours), noise of fp8 (--noise), where a step's time goes (--profile),
-where 2:4 does not help (--no-gain), host time of small layers (--host), packing (--pack), following the masks
-(--metrics).
+compiled layers between pointwise operations (--neighbours), noise of fp8 (--noise), where a step's time goes
+(--profile), what plans predict (--plan), where 2:4 does not help (--no-gain), host time of small layers (--host),
+packing (--pack), following the masks (--metrics).
 
     python benchmarks/benchmark_semi_structured_training.py [--card sam-vit-l ...] [--save [DIR]]
     python benchmarks/benchmark_semi_structured_training.py --linear [--mkn 13008,1024,4096 ...] [--save [DIR]]
@@ -12,6 +12,7 @@ where 2:4 does not help (--no-gain), host time of small layers (--host), packing
     python benchmarks/benchmark_semi_structured_training.py --neighbours [--rows float8 ...] [--save [DIR]]
     python benchmarks/benchmark_semi_structured_training.py --noise [--mkn 16384,4096,11008 ...] [--save [DIR]]
     python benchmarks/benchmark_semi_structured_training.py --profile [--card llama-4096 ...] [--save [DIR]]
+    python benchmarks/benchmark_semi_structured_training.py --plan [--card llama gpt2 ...] [--save [DIR]]
     python benchmarks/benchmark_semi_structured_training.py --host [--save [DIR]]
     python benchmarks/benchmark_semi_structured_training.py --no-gain [--card bert-base ...] [--save [DIR]]
     python benchmarks/benchmark_semi_structured_training.py --pack [--save [DIR]]
@@ -33,6 +34,7 @@ import torch
 
 from benchmarks import compare, float8, host, jobs, store
 from benchmarks.models import CARDS
+from benchmarks.planned_models import PLANNED
 from benchmarks.timing import ROUNDS
 from semisparse.gemm.engine import available
 
@@ -58,9 +60,10 @@ def parser() -> argparse.ArgumentParser:
     which.add_argument("--neighbours", action="store_true", help="compiled layers between pointwise operations")
     which.add_argument("--noise", action="store_true", help="what rounding to fp8 leaves of a layer's results")
     which.add_argument("--profile", action="store_true", help="where the milliseconds of a compiled step go")
+    which.add_argument("--plan", action="store_true", help="what semisparse.plan predicts, and what is measured")
     which.add_argument("--metrics", action="store_true", help="what MaskMetrics costs beside a step")
     made.add_argument("--mkn", nargs="+", type=_shape, default=[], metavar="M,K,N", help="shapes of single layers")
-    made.add_argument("--card", nargs="+", choices=CARDS, default=[], help="models of whole steps")
+    made.add_argument("--card", nargs="+", choices={**CARDS, **PLANNED}, default=[], help="models of whole steps")
     made.add_argument(
         "--rows",
         nargs="+",
@@ -88,6 +91,8 @@ def chosen(options: argparse.Namespace) -> Iterable[jobs.Job]:
         return jobs.noises(options.mkn, toy)
     if options.profile:
         return jobs.profiles(options.card, options.rows, toy)
+    if options.plan:
+        return jobs.plans(options.card, rounds, toy)
     if options.pack:
         return jobs.packing(rounds, toy)
     if options.metrics:
@@ -109,6 +114,9 @@ def main(arguments: list[str] | None = None) -> None:
         command.error(f"no sparse engine, so nothing sparse would be measured: {engine.reason}")
     if options.toy and options.save == store.RESULTS:
         command.error("--toy measures nothing: give --save another folder than benchmarks/results")
+    known = PLANNED if options.plan else CARDS
+    if unknown := [card for card in options.card if card not in known]:
+        command.error(f"--card {unknown[0]} is not one of {', '.join(known)}, the models of what was asked for")
     if options.rows and not (options.compare or options.neighbours or options.profile):
         command.error("--rows chooses rows of --compare, --neighbours or --profile, none of which is given")
     if "float8" in (options.rows or ()):

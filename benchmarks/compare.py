@@ -139,7 +139,7 @@ def model(name: str, rows: Sequence[str], rounds: int, toy: bool = False) -> dic
             return whole
         if row.per_step:
             return packing_after(whole, built, card)
-        return _advancing(whole, built) if row.config.grad_output else whole
+        return advancing(whole, built) if row.config.grad_output else whole
 
     x, grad_output = inputs(64, 64, 64)
     step(nn.Linear(64, 64, device=device(), dtype=torch.bfloat16), x, grad_output)()  # workspaces
@@ -157,7 +157,7 @@ def forget_compiled() -> None:
     torch._dynamo.config.fail_on_recompile_limit_hit = True
 
 
-def _advancing(whole: Call, built: nn.Module) -> Call:
+def advancing(whole: Call, built: nn.Module) -> Call:
     """The step with the schedule's, which advances the seeds."""
     schedule = SparseSchedule(built, [Phase("sparse", LONG)])
 

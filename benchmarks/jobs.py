@@ -18,10 +18,12 @@ from benchmarks import (
     neighbours,
     noise,
     pack,
+    planned,
     step_profile,
     tables,
 )
 from benchmarks.models import GAINS, NO_GAIN
+from benchmarks.planned_models import PLANNED
 from benchmarks.table import Table
 
 Result = dict[str, Any]
@@ -164,6 +166,17 @@ def profiles(cards: Sequence[str], rows: Sequence[str] | None, toy: bool) -> Ite
             "profile",
             lambda card=card: step_profile.benchmark(card, rows or step_profile.ROW_NAMES, toy),
             lambda found: [fp8_tables.profile(found)],
+        )
+
+
+def plans(cards: Sequence[str], rounds: int, toy: bool) -> Iterator[Job]:
+    """Predicted against measured steps: all models that plans are judged on, unless some are named."""
+    for card in cards or PLANNED:
+        yield Job(
+            f"plan-{card}",
+            "plan",
+            lambda card=card: planned.benchmark(card, rounds, toy),
+            lambda found: [planned.table([found])],
         )
 
 

@@ -63,7 +63,7 @@ class Card:
         return model
 
 
-def _initialised(model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
+def initialised(model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
     torch.manual_seed(0)
     model = model.to(device(), dtype)
     for parameter in model.parameters():
@@ -80,7 +80,7 @@ def _sam(toy: bool) -> torch.nn.Module:
     if toy:
         sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "global_attn_indexes": [1]}
         sizes |= {"image_size": 64, "window_size": 2}
-    return _initialised(SamVisionModel(SamVisionConfig(**sizes)), torch.float16)
+    return initialised(SamVisionModel(SamVisionConfig(**sizes)), torch.float16)
 
 
 def _sam_step(compiled: torch.nn.Module, model: torch.nn.Module, toy: bool) -> Step:
@@ -99,10 +99,10 @@ def _timm(toy: bool) -> torch.nn.Module:
     import timm
 
     sizes = {"embed_dim": 64, "depth": 2, "num_heads": 2, "img_size": 32} if toy else {}
-    return _initialised(timm.create_model("vit_large_patch16_224", **sizes), torch.bfloat16)
+    return initialised(timm.create_model("vit_large_patch16_224", **sizes), torch.bfloat16)
 
 
-def _timm_step(batch: int) -> Callable[[torch.nn.Module, torch.nn.Module, bool], Step]:
+def timm_step(batch: int) -> Callable[[torch.nn.Module, torch.nn.Module, bool], Step]:
     def make(compiled: torch.nn.Module, model: torch.nn.Module, toy: bool) -> Step:
         count, size = (2, 32) if toy else (batch, 224)
         images = torch.randn(count, 3, size, size, device=device(), dtype=torch.bfloat16)
@@ -129,7 +129,7 @@ def _llama(hidden: int, inter: int, layers: int) -> Callable[[bool], torch.nn.Mo
             use_cache=False,
             attn_implementation="sdpa",
         )
-        return _initialised(LlamaForCausalLM(config), torch.bfloat16)
+        return initialised(LlamaForCausalLM(config), torch.bfloat16)
 
     return build
 
@@ -139,10 +139,10 @@ def _bert(toy: bool) -> torch.nn.Module:
 
     sizes: dict[str, int] = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     sizes |= {"intermediate_size": 128, "vocab_size": 512}
-    return _initialised(BertForMaskedLM(BertConfig(**(sizes if toy else {}))), torch.bfloat16)
+    return initialised(BertForMaskedLM(BertConfig(**(sizes if toy else {}))), torch.bfloat16)
 
 
-def _token_step(batch: int, length: int) -> Callable[[torch.nn.Module, torch.nn.Module, bool], Step]:
+def token_step(batch: int, length: int) -> Callable[[torch.nn.Module, torch.nn.Module, bool], Step]:
     def make(compiled: torch.nn.Module, model: torch.nn.Module, toy: bool) -> Step:
         size = (2, 16) if toy else (batch, length)
         tokens = torch.randint(0, 512 if toy else 30000, size, device=device())
@@ -179,14 +179,14 @@ CARDS = {
         "timm vit_large_patch16_224, batch 128",
         "bf16, compiled, fused AdamW, all block linears sparse",
         _timm,
-        _timm_step(128),
+        timm_step(128),
         "blocks",
     ),
     "llama": Card(
         "Llama-style 2048/8192, 8x2048 tokens",
         "8 layers, bf16, compiled, fused AdamW, all linears but the head sparse",
         _llama(2048, 8192, 8),
-        _token_step(8, 2048),
+        token_step(8, 2048),
         None,
         exclude=("lm_head",),
     ),
@@ -194,7 +194,7 @@ CARDS = {
         "Llama-style 4096/11008, 8x2048 tokens",
         "4 layers, bf16, compiled, fused AdamW, all linears but the head sparse",
         _llama(4096, 11008, 4),
-        _token_step(8, 2048),
+        token_step(8, 2048),
         None,
         exclude=("lm_head",),
     ),
@@ -202,7 +202,7 @@ CARDS = {
         "BERT-base, 32x128 tokens, compiled",
         "bf16, fused AdamW, all linears of the encoder's layers sparse",
         _bert,
-        _token_step(32, 128),
+        token_step(32, 128),
         "encoder.layer",
         gains=False,
     ),
@@ -210,7 +210,7 @@ CARDS = {
         "timm vit_large_patch16_224, batch 32, eager",
         "bf16, fused AdamW, all block linears sparse",
         _timm,
-        _timm_step(32),
+        timm_step(32),
         "blocks",
         compiled=False,
         gains=False,
@@ -219,7 +219,7 @@ CARDS = {
         "timm vit_large_patch16_224, batch 32, eager, MLPs",
         "bf16, fused AdamW, MLP linears sparse",
         _timm,
-        _timm_step(32),
+        timm_step(32),
         "mlp",
         compiled=False,
         gains=False,
@@ -228,7 +228,7 @@ CARDS = {
         "Llama-style 2048/8192, 8x2048 tokens, eager",
         "8 layers, bf16, fused AdamW, all linears but the head sparse",
         _llama(2048, 8192, 8),
-        _token_step(8, 2048),
+        token_step(8, 2048),
         None,
         exclude=("lm_head",),
         compiled=False,
@@ -237,7 +237,7 @@ CARDS = {
         "Llama-style 2048/8192, 1x2048 tokens, eager",
         "8 layers, bf16, fused AdamW, all linears but the head sparse",
         _llama(2048, 8192, 8),
-        _token_step(1, 2048),
+        token_step(1, 2048),
         None,
         exclude=("lm_head",),
         compiled=False,

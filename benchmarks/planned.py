@@ -1,0 +1,154 @@
+"""What a plan predicts against what is measured: dense, the planned model, and the same with every layer swapped.
+
+The plan is made first, on the dense model and its step. Then all variants run in one process, interleaved and
+sustained. The error of a plan is its predicted step over the measured one, minus 1. Layers that the plan would not
+swap, and what swapping them costs, show in the variants with every layer swapped.
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import nn
+
+import semisparse
+from benchmarks.compare import advancing, forget_compiled
+from benchmarks.end_to_end import seconds
+from benchmarks.launches import launches
+from benchmarks.models import Card, Step
+from benchmarks.planned_models import PLANNED
+from benchmarks.table import Table
+from benchmarks.timing import device, interleaved, peak_memory, ratio
+from semisparse import Plan, tuning
+from semisparse._plan import planned, uses_of
+from semisparse.planning.candidates import as_candidates
+from semisparse.planning.files import document
+from semisparse.planning.measuring import Measurer
+from semisparse.planning.timing import Times
+
+DENSE, PLAN = "dense", "planned"
+EVERY = ("2:4", "2:4 + mvue", "fp8 + 2:4")
+"""Candidates that every selected layer is swapped to, each in a variant of its own."""
+Result = dict[str, Any]
+
+NOTE = (
+    "All variants in one process, interleaved and sustained. *error*: predicted / measured - 1. *dense / this* above 1 "
+    "means faster than dense; *all NAME*: every layer swapped, whatever the plan says."
+)
+
+
+class _Caught(Exception):
+    """Ends a forward whose inputs are known."""
+
+
+def benchmark(name: str, rounds: int, toy: bool = False) -> Result:
+    """Plan one model and time what was planned.
+
+    Args:
+        name: A key of PLANNED.
+        rounds: Interleaved blocks per variant.
+        toy: Run at toy size, on any device; the figures mean nothing.
+    """
+    card = PLANNED[name]
+    forget_compiled()
+    dense = card.build(toy)
+    inputs, keywords = _inputs(card, dense, toy)
+    calls: dict[str, Step] = {DENSE: card.step(card.compile(dense), dense, toy)}
+    compile_seconds: dict[str, float] = {}  # the plan compiles the dense step, after its look at the model with hooks
+    begin = perf_counter()
+    plan = _plan(card, dense, inputs, keywords, calls[DENSE], toy)
+    plan_seconds = perf_counter() - begin
+    print(plan, flush=True)
+    swaps: dict[str, Callable[[nn.Module], object]] = {PLAN: plan.apply}
+    for candidate in (one for one in EVERY if one in plan.candidates):
+        config = plan.candidates[candidate]
+        swaps[f"all {candidate}"] = lambda model, config=config: semisparse.sparsify(
+            model, config, select=card.select, exclude=card.exclude
+        )
+    for variant, swap in swaps.items():
+        model = card.build(toy)
+        swap(model)
+        step = card.step(card.compile(model), model, toy)
+        calls[variant] = advancing(step, model) if _samples(model) else step
+        compile_seconds[variant] = seconds(calls[variant])
+    memory = {variant: peak_memory(call) for variant, call in calls.items()}
+    times = interleaved(calls, rounds=rounds)
+    assert plan.predicted_ms is not None and plan.step is not None
+    return {
+        "card": name,
+        "title": card.title,
+        "label": card.label,
+        "mode": plan.mode,
+        "plan": document(plan),
+        "printed": str(plan),
+        "predicted_ms": plan.predicted_ms,
+        "error": plan.predicted_ms / times[PLAN].median_ms - 1,
+        # The card's clock drifts between the plan and the blocks that are compared: the same in units of dense steps.
+        "error_of_ratio": (plan.predicted_ms / plan.step.ms) / (times[PLAN].median_ms / times[DENSE].median_ms) - 1,
+        "times_ms": {variant: timing.as_dict() for variant, timing in times.items()},
+        "ratio_to_dense": {variant: ratio(times[DENSE], timing).median for variant, timing in times.items()},
+        "ratio_spread": {variant: asdict(ratio(times[DENSE], timing)) for variant, timing in times.items()},
+        "peak_memory_bytes": memory,
+        "plan_seconds": plan_seconds,
+        "compile_seconds": compile_seconds,
+        "launches": launches(),
+        "tuning": tuning.state(),
+    }
+
+
+def table(results: list[Result]) -> Table:
+    """A line per model and variant."""
+    rows = []
+    for result in results:
+        for variant, timing in result["times_ms"].items():
+            known = {DENSE: result["plan"]["step"]["ms"], PLAN: result["predicted_ms"]}.get(variant)
+            measured = timing["median_ms"]
+            predicted = ("", "") if known is None else (f"{known:.2f}", f"{100 * (known / measured - 1):+.1f} %")
+            ratio_to_dense = f"{result['ratio_to_dense'][variant]:.3f}"
+            rows.append((result["label"], variant, f"{measured:.2f}", *predicted, ratio_to_dense))
+    return Table(("model", "variant", "ms", "predicted ms", "error", "dense / this"), tuple(rows), (NOTE,))
+
+
+def _inputs(card: Card, model: nn.Module, toy: bool) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What a step of this card gives to the model: its forward is ended before anything is computed."""
+    seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+    def catch(module: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        seen.append((inputs, keywords))
+        raise _Caught
+
+    handle = model.register_forward_pre_hook(catch, with_kwargs=True)
+    try:
+        card.step(model, model, toy)()
+    except _Caught:
+        return seen[0]
+    finally:
+        handle.remove()
+    raise RuntimeError(f"the step of {card.label} does not call its model")
+
+
+def _plan(
+    card: Card, model: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any], step: Step, toy: bool
+) -> Plan:
+    mode = "compiled" if card.compiled else "eager"
+    if device() == "cuda":
+        return semisparse.plan(
+            model, *inputs, mode=mode, select=card.select, exclude=card.exclude, step=step, progress=print, **keywords
+        )
+    uses = uses_of(model, inputs, keywords, None, card.select, card.exclude)
+    measurer = Measurer(
+        as_candidates(None), mode, torch.device("cpu"), timer=_toy_times, compile=lambda function: function
+    )
+    return planned(uses, measurer, Times(seconds(step) * 1000))
+
+
+def _toy_times(problem: object, calls: dict[str, Step], mode: object) -> dict[str, Times]:
+    return {name: Times(max(seconds(call), 1e-6) * 1000) for name, call in calls.items()}
+
+
+def _samples(model: nn.Module) -> bool:
+    return any(
+        getattr(module, "sparse_config", None) and module.sparse_config.grad_output for module in model.modules()
+    )

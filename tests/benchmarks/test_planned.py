@@ -1,0 +1,62 @@
+"""Plans against measured steps, at toy size on the CPU."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import benchmark_semi_structured_training as program
+from benchmarks import models, planned, planned_models, table
+from semisparse import Plan
+from semisparse.planning.timing import Times
+from tests.benchmarks.test_compare import build, training
+
+GAINING = {"dense": 1.0, "2:4 + mvue": 0.5}
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planned, "forget_compiled", lambda: None)  # settings of the process, which others share
+    monkeypatch.setattr(models.Card, "compile", lambda self, model: model)
+    monkeypatch.setitem(planned_models.PLANNED, "one", models.Card("one", "details", build, training, None))
+    monkeypatch.setattr(planned, "_toy_times", lambda problem, calls, mode: {
+        name: Times(GAINING[name]) for name in calls if name in GAINING
+    })  # fmt: skip
+
+
+def test_a_plan_is_made_applied_and_judged_beside_dense_and_everything_swapped(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    program.main(["--plan", "--card", "one", "--toy", "--rounds", "2", "--save", str(tmp_path)])
+    result = json.loads((tmp_path / "plan-one.json").read_text())
+    assert list(result["times_ms"]) == ["dense", "planned", "all 2:4", "all 2:4 + mvue", "all fp8 + 2:4"]
+    assert result["error"] == result["predicted_ms"] / result["times_ms"]["planned"]["median_ms"] - 1
+    assert [row["choice"] for row in result["plan"]["rows"]] == ["2:4 + mvue"] * 2
+    (tmp_path / "plan.json").write_text(json.dumps(result["plan"]))
+    assert str(Plan.load(tmp_path / "plan.json")) == result["printed"]
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= table.WIDTH
+
+
+def test_the_inputs_are_those_of_the_step_and_nothing_is_trained() -> None:
+    card, model = planned_models.PLANNED["one"], build(True)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    inputs, keywords = planned._inputs(card, model, True)
+    assert torch.equal(inputs[0], torch.ones(8, 32, dtype=torch.bfloat16)) and not keywords
+    assert all(torch.equal(one, other) for one, other in zip(before, model.parameters(), strict=True))
+    assert not model._forward_pre_hooks
+
+
+def test_six_compiled_and_ten_eager_models_are_judged() -> None:
+    judged = [card for name, card in planned_models.PLANNED.items() if name != "one"]
+    assert sorted(card.compiled for card in judged) == [False] * 10 + [True] * 6
+    assert all(card.label.endswith(", eager") for card in judged if not card.compiled)
+    assert len({card.label for card in judged}) == 16
+
+
+def test_a_card_of_other_benchmarks_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        program.main(["--plan", "--card", "sam-vit-l", "--toy"])
+    with pytest.raises(SystemExit):
+        program.main(["--card", "gpt2", "--toy"])
+    assert "--card sam-vit-l is not one of timm-vit-l, llama" in capsys.readouterr().err
