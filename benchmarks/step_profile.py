@@ -129,7 +129,7 @@ def _profiled(step: Any) -> dict[str, Any]:
     count: Counter[str] = Counter()
     longest: Counter[str] = Counter()
     for event in profile.events():
-        if event.device_type is not torch.autograd.DeviceType.CUDA or event.is_user_annotation:
+        if event.device_type != torch.autograd.DeviceType.CUDA or event.is_user_annotation:
             continue
         milliseconds = event.time_range.elapsed_us() / 1e3 / STEPS
         kind = kind_of(event.name)

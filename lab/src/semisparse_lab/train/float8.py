@@ -30,10 +30,12 @@ class MaskedFloat8Linear(SemiSparseLinear):
         weight = self.weight
         if self.sparse_enabled:
             weight = weight + (self.pruned_weight() - weight).detach()  # exact, and straight through
-        if torch.is_autocast_enabled(input.device.type):
-            input = input.to(torch.get_autocast_dtype(input.device.type))
+        kind = input.device.type
+        if torch.is_autocast_enabled(kind):
+            input = input.to(torch.get_autocast_dtype(kind))
         product, *settings = self.torchao
-        y: Tensor = product.apply(input, weight.t(), *settings)
+        with torch.autocast(kind, enabled=False):  # it would cast the rounded weight, which eager code refuses
+            y: Tensor = product.apply(input, weight.t(), *settings)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
