@@ -1,1 +1,1 @@
-"""The command line: `semisparse env` and `semisparse check`. Needs the cli extra."""
+"""The command line: `semisparse env`, `check` and `plan`. Needs the cli extra."""

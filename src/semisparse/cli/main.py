@@ -19,10 +19,12 @@ def build_app() -> "typer.Typer":
     from semisparse.cli.check import check
     from semisparse.cli.common import application
     from semisparse.cli.env import env
+    from semisparse.cli.plan import plan
 
     app = application("semisparse", semisparse.__version__, "2:4 sparse training in PyTorch: what this machine can do.")
     app.command()(env)
     app.command()(check)
+    app.command()(plan)
     return app
 
 
