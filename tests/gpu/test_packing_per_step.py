@@ -15,12 +15,15 @@ from semisparse.testing import assert_bit_equal
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")]
 BF16 = torch.bfloat16
 SIZE, TOKENS = 256, 128
+EACH_PRECISION = pytest.mark.parametrize("precision", [None, "fp8"])
 
 
-def network(layers: int = 3, dtype: torch.dtype = BF16) -> nn.Sequential:
+def network(layers: int = 3, dtype: torch.dtype = BF16, precision: str | None = None) -> nn.Sequential:
+    if precision == "fp8" and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("fp8 needs capability 8.9")
     torch.manual_seed(0)
     net = nn.Sequential(*(nn.Linear(SIZE, SIZE) for _ in range(layers))).to("cuda", dtype)
-    semisparse.sparsify(net, semisparse.SparseConfig(backend="cusparselt"))
+    semisparse.sparsify(net, semisparse.SparseConfig(precision=precision, backend="cusparselt"))
     return net
 
 
@@ -29,9 +32,11 @@ def x_of(step: int, dtype: torch.dtype = BF16) -> Tensor:
     return torch.randn(TOKENS, SIZE, generator=generator, device="cuda").to(dtype)
 
 
-def trained(pack: str, call_of, *, dtype: torch.dtype = BF16, fused: bool = True) -> Tensor:
+def trained(
+    pack: str, call_of, *, dtype: torch.dtype = BF16, fused: bool = True, precision: str | None = None
+) -> Tensor:
     """The losses of some steps."""
-    net = network(dtype=dtype)
+    net = network(dtype=dtype, precision=precision)
     schedule = SparseSchedule(net, [Phase("sparse", 8)], pack=pack)
     schedule.trust_calls()
     with torch.autocast("cuda", BF16, enabled=dtype is torch.float32):
@@ -49,36 +54,47 @@ def trained(pack: str, call_of, *, dtype: torch.dtype = BF16, fused: bool = True
         optimizer.step()
         schedule.step()
     assert schedule.packed_weights is None or schedule.packed_weights.layers == 3
+    assert schedule.packed_weights is None or not schedule.packed_weights.fallbacks
     return torch.stack(losses)
 
 
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("dtype", [BF16, torch.float32])
-def test_eager_training_is_that_of_packing_at_each_forward(dtype: torch.dtype, fused: bool) -> None:
-    ours, expected = (trained(pack, lambda net: net, dtype=dtype, fused=fused) for pack in ("per_step", "each_forward"))
+@EACH_PRECISION
+def test_eager_training_is_that_of_packing_at_each_forward(
+    precision: str | None, dtype: torch.dtype, fused: bool
+) -> None:
+    ours, expected = (
+        trained(pack, lambda net: net, dtype=dtype, fused=fused, precision=precision)
+        for pack in ("per_step", "each_forward")
+    )
     assert_bit_equal(ours, expected)
 
 
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
-def test_compiled_steps_read_what_was_packed_last(mode: str) -> None:
+@EACH_PRECISION
+def test_compiled_steps_read_what_was_packed_last(precision: str | None, mode: str) -> None:
     def compiled(net: nn.Module):
         return torch.compile(net, fullgraph=True, mode=mode)
 
-    ours, expected = (trained(pack, compiled) for pack in ("per_step", "each_forward"))
+    ours, expected = (trained(pack, compiled, precision=precision) for pack in ("per_step", "each_forward"))
     assert_bit_equal(ours, expected)
     torch._dynamo.reset()
 
 
 @pytest.mark.filterwarnings("ignore:The AccumulateGrad node's stream does not match")
-def test_graphed_callables_read_what_was_packed_last() -> None:
+@EACH_PRECISION
+def test_graphed_callables_read_what_was_packed_last(precision: str | None) -> None:
     def graphed(net: nn.Module):
         return torch.cuda.make_graphed_callables(net, (x_of(0),))
 
-    assert_bit_equal(trained("per_step", graphed), trained("each_forward", lambda net: net))
+    expected = trained("each_forward", lambda net: net, precision=precision)
+    assert_bit_equal(trained("per_step", graphed, precision=precision), expected)
 
 
-def test_a_captured_step_reads_the_buffers_and_packs_nothing() -> None:
-    net = network()
+@EACH_PRECISION
+def test_a_captured_step_reads_the_buffers_and_packs_nothing(precision: str | None) -> None:
+    net = network(precision=precision)
     weights = PackedWeights(net)
     weights.pack()
     x = x_of(0)
@@ -102,8 +118,9 @@ def test_a_captured_step_reads_the_buffers_and_packs_nothing() -> None:
             assert not torch.equal(stale, y), step
 
 
-def test_a_captured_pack_follows_weights_that_the_graph_writes() -> None:
-    net = network()
+@EACH_PRECISION
+def test_a_captured_pack_follows_weights_that_the_graph_writes(precision: str | None) -> None:
+    net = network(precision=precision)
     weights = PackedWeights(net)
     weights.pack()
     x = x_of(0)
@@ -122,8 +139,9 @@ def test_a_captured_pack_follows_weights_that_the_graph_writes() -> None:
             assert_bit_equal(net(x), copy.deepcopy(net)(x))
 
 
-def test_a_change_seen_on_two_streams_at_once() -> None:
-    net = network(layers=8)
+@EACH_PRECISION
+def test_a_change_seen_on_two_streams_at_once(precision: str | None) -> None:
+    net = network(layers=8, precision=precision)
     weights = PackedWeights(net)
     weights.pack()
     x = x_of(0)
@@ -151,8 +169,9 @@ def test_a_change_seen_on_two_streams_at_once() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
-def test_packing_synchronises_nothing() -> None:
-    net = network()
+@EACH_PRECISION
+def test_packing_synchronises_nothing(precision: str | None) -> None:
+    net = network(precision=precision)
     weights = PackedWeights(net)
     weights.pack()
     net(x_of(0))

@@ -27,6 +27,7 @@ from semisparse.kernels import (
     bias,
     prune_pack,
     prune_pack8,
+    prune_pack8_many,
     prune_pack_many,
     quantise,
     rescale,
@@ -140,6 +141,20 @@ def many(arch, source, target, mask, even, given_codes=False):
     options = {"num_warps": block.warps, "maxnreg": block.registers}
     taken = compiled(prune_pack_many.prune_pack_many, types, constants, arch, list(types), **options)
     return taken | {"most registers": block.registers}
+
+
+def many8(arch, source, mask, even, given_codes=False):
+    limited = arch in (89, 90) and mask.both_ways and not given_codes
+    block = prune_pack8_many.LIMITED_BLOCK if limited else prune_pack8.BLOCK
+    constants = {
+        "IN": source, "MASK": masks.GIVEN_CODES if given_codes else mask.constant, "BITS": SM90_8BIT.bits,
+        "PADDING": repeated(0b1110), "TILE_ROWS": block.tile_rows, "PAIRS": block.pairs, "EVEN": even, "WIDE": False,
+        "NATIVE": True, "CONVERTS": arch >= 89, "TRANSPOSED": mask.both_ways, "ENTRY": prune_pack8_many.ENTRY,
+    }  # fmt: skip
+    types = {"table": "*i64", "member_of": "*i32", "scales": "*fp32"}
+    options = {"num_warps": block.warps, "maxnreg": block.registers}
+    taken = compiled(prune_pack8_many.prune_pack8_many, types, constants, arch, list(types), **options)
+    return taken | ({} if block.registers is None else {"most registers": block.registers})
 
 
 def sample(arch, dtype, even, wide=False, seeded=True, summed=True):
@@ -260,6 +275,10 @@ def main(arch):
     found["pack8 bf16 even"] = pack8(arch, tl.bfloat16, transposable, True)
     found["pack8 bf16 row"] = pack8(arch, tl.bfloat16, packable["row"], False)
     found["pack8 bf16 codes"] = pack8(arch, tl.bfloat16, transposable, False, given_codes=True)
+    for source, even in ((tl.bfloat16, False), (tl.float32, False), (tl.float32, True)):
+        found[f"pack8 many {source} {'even' if even else 'edges'}"] = many8(arch, source, transposable, even)
+    found["pack8 many bf16 row"] = many8(arch, tl.bfloat16, packable["row"], False)
+    found["pack8 many bf16 codes"] = many8(arch, tl.bfloat16, transposable, False, given_codes=True)
     found["pack8 bf16 transpose"] = pack8(arch, tl.bfloat16, transposable, False, transpose_only=True)
     found["pack8 bf16 wide"] = pack8(arch, tl.bfloat16, transposable, False, wide=True)
     found["pack8 bf16 of partial maxima"] = pack8(arch, tl.bfloat16, transposable, True, words=512)

@@ -5,7 +5,7 @@ import torch
 
 from semisparse import ops
 from semisparse.errors import ConfigError, TensorError
-from semisparse.formats.layout import SM90_16BIT
+from semisparse.formats.layout import FP8, SM90_16BIT
 from semisparse.kernels.pack_table import ENTRY, Matrix, check_members, takes, write_table
 from semisparse.masks import MASKS
 from tests.kernels.test_prune_pack import buffers
@@ -43,6 +43,7 @@ NOT_TAKEN = {
     "no rows": lambda: (member(matrix_of(0)), BF16, MASK),
     "start of packed": lambda: (member(packed=shifted(buffers(48, 64)[0].cpu())), BF16, MASK),
     "start of packed_t": lambda: (member(packed_t=shifted(buffers(48, 64)[1].cpu())), BF16, MASK),
+    "rows in e4m3": lambda: (member(), FP8, MASK),
     "start of codes": lambda: (member(codes=shifted(torch.zeros(12, 16, dtype=torch.int16))), BF16, MASK),
 }
 
@@ -57,6 +58,7 @@ def test_what_a_launch_takes() -> None:
     assert takes(member(packed_t=None), torch.float16, MASKS["row"])
     assert takes(member(torch.zeros(48, 256, dtype=BF16)[:, 32:96]), BF16, MASK)
     assert takes(member(codes=torch.zeros(12, 16, dtype=torch.int16)), BF16, MASK)
+    assert takes(member(matrix_of(64, 96), scale=torch.ones(())), FP8, MASK)
 
 
 REFUSED = {

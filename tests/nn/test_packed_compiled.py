@@ -9,6 +9,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from semisparse import PackedWeights, Phase, SparseSchedule, ops, reuse_packed
 from semisparse.errors import ConfigError
+from semisparse.formats.layout import FP8
 from semisparse.nn.pack_together import Keep, new_buffers
 from semisparse.testing import assert_bit_equal
 from tests.nn.packing import BF16, Mixed, X, expect_fresh, in_place, model_of, packed
@@ -154,7 +155,8 @@ def test_a_recorded_graph_packs_its_own_weight(how: str) -> None:
 def test_buffers_are_marked_as_torch_marks_static_addresses() -> None:
     marked = torch.empty(1)
     torch._dynamo.mark_static_address(marked, guard=False)
-    for buffer in new_buffers(torch.empty(16, 16), True)[:2]:
+    buffers = [new_buffers(torch.empty(32, 32), dtype, True) for dtype in (BF16, FP8)]
+    for buffer in (*buffers[0][:2], *buffers[1]):
         assert vars(buffer) == vars(marked)
 
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from semisparse import ops
-from semisparse.errors import EngineError, ShapeError, TensorError
-from semisparse.formats.layout import SM90_16BIT
+from semisparse.errors import ConfigError, EngineError, ShapeError, TensorError
+from semisparse.formats.layout import FP8, sm90_layout
 from semisparse.formats.packed import PackedMatrix
 from semisparse.ops import packing_many
 from semisparse.testing import assert_bit_equal
@@ -53,7 +53,7 @@ def by_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     """pack_many plans as on a GPU whose format the kernel writes; the kernel runs in Triton's interpreter."""
     if torch.cuda.is_available():
         pytest.skip("kernels of CPU tensors need the interpreter")
-    monkeypatch.setattr(packing_many, "_kernel_layout", lambda matrices, dtype: SM90_16BIT)
+    monkeypatch.setattr(packing_many, "_kernel_layout", lambda matrices, dtype: sm90_layout(dtype))
     monkeypatch.setattr(packing_many, "_PLANS", OrderedDict())
 
 
@@ -175,3 +175,70 @@ def test_what_does_not_belong_together_is_refused() -> None:
         ops.pack_many([first, second], buffers, BF16, "transposable", [None])
     with pytest.raises(ShapeError, match="scales has 3 entries for 2 matrices"):
         ops.pack_many([first, second], buffers, BF16, "soft", None, [torch.ones(())] * 3)
+
+
+# ---- in e4m3
+
+
+def empty_fp8(matrix: torch.Tensor, mask: str) -> PackedMatrix:
+    return PackedMatrix(*(torch.zeros_like(buffer) for buffer in ops.pack_fp8(matrix, mask, None)))
+
+
+def assert_packed_fp8(
+    matrix: torch.Tensor, into: PackedMatrix, mask: str = "row", codes: torch.Tensor | None = None
+) -> None:
+    for ours, expected in zip(into, ops.pack_fp8(matrix, mask, codes), strict=True):
+        assert ours is not None
+        assert_bit_equal(ours, expected)
+
+
+@pytest.mark.parametrize("mask", ["transposable", "row", "greedy", "codes"])
+def test_in_e4m3_the_bytes_and_scales_are_those_of_pack_fp8_and_all_versions_rise(mask: str) -> None:
+    matrices = [torch.randn(size, requires_grad=True) for size in ((32, 64), (96, 32))]
+    codes = [ops.tile_codes(torch.randn_like(matrix), "transposable") for matrix in matrices]
+    name, held = ("transposable", codes) if mask == "codes" else (mask, [None, None])
+    buffers = [empty_fp8(matrix.detach(), name) for matrix in matrices]
+    before = [[buffer._version for buffer in into] for into in buffers]
+    ops.pack_many(matrices, buffers, FP8, name, held)
+    for matrix, into, given, versions in zip(matrices, buffers, held, before, strict=True):
+        assert_packed_fp8(matrix.detach(), into, name, given)
+        assert all(b._version > v for b, v in zip(into, versions, strict=True) if b.numel())
+
+
+def test_in_e4m3_by_the_kernel_and_alone_what_that_cannot_take(by_kernel: None) -> None:
+    matrices = [torch.randn(size).bfloat16() for size in ((32, 64), (32, 32), (64, 32), (32, 32))]
+    matrices[1] = matrices[1].mT
+    codes = [None, None, ops.tile_codes(torch.randn(64, 32), "transposable"), None]
+    buffers = [empty_fp8(matrix, "transposable") for matrix in matrices]
+    ops.pack_many(matrices, buffers, FP8, "transposable", codes)
+    for matrix, into, held in zip(matrices, buffers, codes, strict=True):
+        assert_packed_fp8(matrix, into, "transposable", held)
+    (plan,) = packing_many._PLANS.values()
+    assert len(plan.batches) == 2 and plan.alone == [1]
+
+
+def test_in_e4m3_a_plan_is_used_again_and_another_scale_gets_its_own(by_kernel: None) -> None:
+    matrix = torch.randn(32, 32)
+    into = empty_fp8(matrix, "row")
+    again = ops.pack_many([matrix], [into], FP8, "row")
+    matrix.mul_(-100)
+    versions = [buffer._version for buffer in into]
+    assert again is not None
+    again()
+    assert_packed_fp8(matrix, into)
+    assert into.scale is not None and into.scale._version > versions[2]
+    other = into._replace(scale=torch.zeros(()))
+    ops.pack_many([matrix], [other], FP8, "row")
+    assert_packed_fp8(matrix, other)
+    assert len(packing_many._PLANS) == 2
+
+
+def test_scales_are_refused_where_they_do_not_belong() -> None:
+    matrix = torch.randn(32, 32)
+    eight, sixteen = empty_fp8(matrix, "row"), zeros_for(matrix)
+    with pytest.raises(TensorError, match=r"buffers\.scale is missing"):
+        ops.pack_many([matrix], [sixteen], FP8, "row")
+    with pytest.raises(TensorError, match=r"buffers\.scale is given"):
+        ops.pack_many([matrix], [eight], BF16, "row")
+    with pytest.raises(ConfigError, match="leave scales out"):
+        ops.pack_many([matrix], [eight], FP8, "row", None, [torch.ones(())])

@@ -5,7 +5,7 @@ import torch
 
 from semisparse import ops
 from semisparse.errors import EngineError
-from semisparse.formats.layout import SM90_16BIT
+from semisparse.formats.layout import FP8, SM90_8BIT, SM90_16BIT
 from semisparse.formats.packed import PackedMatrix
 from semisparse.ops import packing_many
 from semisparse.testing import assert_bit_equal
@@ -114,3 +114,26 @@ def test_a_default_device_does_not_matter() -> None:
     with torch.device("cuda"):
         ops.pack_many(matrices, buffers, BF16, "transposable")
     assert_packed(matrices, buffers)
+
+
+@pytest.mark.parametrize("mask", ["transposable", "row", "codes"])
+@pytest.mark.parametrize("source", [BF16, torch.float16, torch.float32], ids=str)
+def test_in_e4m3_the_bytes_and_scales_are_those_of_pack_fp8(source: torch.dtype, mask: str) -> None:
+    if torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("fp8 needs capability 8.9")
+    matrices = weights([*VIT_L, (32, 32), (96, 352), (1056, 160)], source)
+    codes = [ops.tile_codes(torch.randn_like(m), "transposable") for m in matrices] if mask == "codes" else None
+    name = "transposable" if mask == "codes" else mask
+    buffers = [PackedMatrix(*map(torch.zeros_like, ops.pack_fp8(matrix, name, None))) for matrix in matrices]
+    again = ops.pack_many(matrices, buffers, FP8, name, codes)
+    assert again is not None
+    for _ in range(2):
+        for at, (matrix, into) in enumerate(zip(matrices, buffers, strict=True)):
+            packed = ops.pack_fp8(matrix, name, codes and codes[at])
+            for ours, expected, shape in zip(into[:2], packed, (matrix.shape, matrix.shape[::-1]), strict=False):
+                if ours.numel():
+                    written = SM90_8BIT.buffer_bytes(*shape, itemsize=1)
+                    assert_bit_equal(ours[:written], expected[:written])
+            assert_bit_equal(into.scale, packed[2])
+            matrix.mul_(-3).add_(at)
+        again()

@@ -8,7 +8,14 @@ from torch import Tensor
 
 from semisparse import masks
 from semisparse.errors import TensorError
-from semisparse.formats.layout import ALIGNMENT, PACKED_DTYPES, SPARSE_MULTIPLE, MetadataLayout
+from semisparse.formats.layout import (
+    ALIGNMENT,
+    FP8,
+    PACKED_DTYPES,
+    SPARSE_MULTIPLE,
+    MetadataLayout,
+    sparse_multiple,
+)
 from semisparse.kernels.grid import INT32_END, LARGEST_SIZE
 from semisparse.kernels.launch_checks import READ_DTYPES, check_buffers, check_choice, check_held, check_sizes
 
@@ -16,6 +23,7 @@ ENTRY = 16
 """64-bit words of a matrix in the table, so many that every entry is aligned: where its five tensors lie, four sizes as
 prune_pack takes them, the number of the matrix's first program, and zeros."""
 
+_PACKED = (*PACKED_DTYPES, FP8)
 _TENSORS = ("matrix", "codes", "scale", "packed", "packed_t")  # in the order of an entry
 _UNITS = (ALIGNMENT, ALIGNMENT, 4, ALIGNMENT, ALIGNMENT)  # bytes in which an entry counts where each of them lies
 
@@ -28,7 +36,7 @@ class Matrix(NamedTuple):
         packed: Its buffer.
         packed_t: Its transpose's buffer, for all matrices of a launch or for none.
         codes: Tile codes, for all or none.
-        scale: For mask "soft".
+        scale: For mask "soft"; for e4m3, one fp32 element that receives the scale.
     """
 
     matrix: Tensor
@@ -41,13 +49,14 @@ class Matrix(NamedTuple):
 def takes(member: Matrix, dtype: torch.dtype, mask: masks.Mask) -> bool:
     """Whether a matrix can be part of a launch: all is read and written where it lies, and offsets fit into 32 bits."""
     matrix = member.matrix
-    if matrix.dim() != 2 or matrix.dtype not in READ_DTYPES or dtype not in PACKED_DTYPES or not matrix.numel():
+    if matrix.dim() != 2 or matrix.dtype not in READ_DTYPES or dtype not in _PACKED or not matrix.numel():
         return False
     rows, columns = matrix.shape
+    multiple = sparse_multiple(dtype)
     stride = matrix.stride(0) * matrix.itemsize
     return (
         mask.chosen_while_packing
-        and not (rows % SPARSE_MULTIPLE or columns % SPARSE_MULTIPLE or stride % ALIGNMENT)
+        and not (rows % multiple or columns % multiple or stride % ALIGNMENT)
         and matrix.stride(1) == 1
         and max(rows, columns) <= LARGEST_SIZE
         and rows * max(stride // 8, columns // 4) < INT32_END
@@ -86,10 +95,12 @@ def check_members(members: Sequence[Matrix], dtype: torch.dtype, layout: Metadat
         if member.matrix.dtype != first.matrix.dtype:
             raise TensorError(f"matrix is {member.matrix.dtype}, the first {first.matrix.dtype}: use a launch for each")
         rows, columns = member.matrix.shape
-        check_choice(mask, member.codes is not None, member.scale is not None)
-        check_sizes(rows, rows, columns, types, mask, first.packed_t is not None)
+        if dtype is FP8 and member.scale is None:
+            raise TensorError("scale is None; packing in e4m3 needs one float32 element to write the scale to")
+        check_choice(mask, member.codes is not None, member.scale is not None and dtype is not FP8)
+        check_sizes(rows, rows, columns, types, mask, first.packed_t is not None, _PACKED)
         check_held(member.codes, member.scale, rows, columns)
-        check_buffers(member.packed, member.packed_t, rows, columns, layout)
+        check_buffers(member.packed, member.packed_t, rows, columns, layout, dtype.itemsize)
 
 
 def write_table(members: Sequence[Matrix], height: int, width: int) -> tuple[Tensor, Tensor, bool]:

@@ -8,6 +8,7 @@ and the words of one metadata block (packed_metadata.py) change places within th
 """
 
 from functools import lru_cache
+from typing import Any
 
 import torch
 import triton
@@ -110,24 +111,21 @@ def _store_columns(out, kept, inside, local_pair, local_stack, row_words, NATIVE
 
 
 @triton.jit
-def prune_pack8(
-    matrix, codes, largest, scale, packed, packed_t, rows, columns, stride, count,
-    row_blocks, blocks, row_blocks_t, blocks_t,
+def pack_block8(
+    matrix, codes, multiplier, packed, packed_t, rows, columns, stride,
+    row_blocks, blocks, row_blocks_t, blocks_t, down, right,
     IN: tl.constexpr, MASK: tl.constexpr, BITS: tl.constexpr, PADDING: tl.constexpr,
     TILE_ROWS: tl.constexpr, PAIRS: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr,
-    NATIVE: tl.constexpr, CONVERTS: tl.constexpr, WORDS: tl.constexpr,
+    NATIVE: tl.constexpr, CONVERTS: tl.constexpr,
 ):  # fmt: skip
-    """The kernel; see launch for the arguments, of which codes, scale, packed and packed_t may be None.
+    """Pack the block in row `down` and column `right` of blocks.
 
-    stride: 16-byte pieces from row to row, so that Triton knows rows to be aligned. count: elements of largest, at most
-    WORDS, a power of two. EVEN and WIDE: as prune_pack's. CONVERTS: the GPU has an instruction that converts to e4m3.
+    multiplier: of the matrix, fp32. stride: int64 words from row to row. All else is prune_pack8's.
     """
-    down, right = block_at(columns, 8 * PAIRS, WIDE)
     row_words, row_words_t = columns // 8, rows // 16  # in a packed row: 32-bit words of two tiles, 64-bit ones of four
     if WIDE:
-        stride, blocks, blocks_t = tl.cast(stride, tl.int64), tl.cast(blocks, tl.int64), tl.cast(blocks_t, tl.int64)
+        blocks, blocks_t = tl.cast(blocks, tl.int64), tl.cast(blocks_t, tl.int64)
         row_words, row_words_t = row_words.to(tl.int64), row_words_t.to(tl.int64)
-    stride *= 2  # int64 words
     REST: tl.constexpr = TILE_ROWS * PAIRS // 128
     rest = tl.arange(0, REST)[None, None, :]
     # Triton deals out lanes along the first axis with room.
@@ -139,9 +137,6 @@ def prune_pack8(
     else:
         inside = (down * (TILE_ROWS // 4) + local_stack < rows // 16) & (right * PAIRS + local_pair < columns // 8)
     both_inside = inside[:, :, :, None] & tl.full((1, 1, 1, 2), 1, tl.int1)
-    multiplier = e4m3.multiplier_for(tl.load(largest) if WORDS == 1 else e4m3.largest_word(largest, count, WORDS))
-    if scale is not None:
-        tl.store(scale, e4m3.inverse(multiplier), mask=(down == 0) & (right == 0))
     first_row = (down * 4 * TILE_ROWS).to(tl.int64)
     WIDTH: tl.constexpr = 2 if IN == tl.float32 else 1
     start = matrix + first_row * stride + right * (2 * PAIRS * WIDTH)
@@ -188,6 +183,32 @@ def prune_pack8(
         store_stacked_metadata(
             packed_t, values_bytes, word_columns, line, group, row_blocks_t, blocks_t, BITS, True, TILE_ROWS, PAIRS
         )
+
+
+@triton.jit
+def prune_pack8(
+    matrix, codes, largest, scale, packed, packed_t, rows, columns, stride, count,
+    row_blocks, blocks, row_blocks_t, blocks_t,
+    IN: tl.constexpr, MASK: tl.constexpr, BITS: tl.constexpr, PADDING: tl.constexpr,
+    TILE_ROWS: tl.constexpr, PAIRS: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr,
+    NATIVE: tl.constexpr, CONVERTS: tl.constexpr, WORDS: tl.constexpr,
+):  # fmt: skip
+    """The kernel; see launch for the arguments, of which codes, scale, packed and packed_t may be None.
+
+    stride: 16-byte pieces from row to row, so that Triton knows rows to be aligned. count: elements of largest, at most
+    WORDS, a power of two. EVEN and WIDE: as prune_pack's. CONVERTS: the GPU has an instruction that converts to e4m3.
+    """
+    down, right = block_at(columns, 8 * PAIRS, WIDE)
+    multiplier = e4m3.multiplier_for(tl.load(largest) if WORDS == 1 else e4m3.largest_word(largest, count, WORDS))
+    if scale is not None:
+        tl.store(scale, e4m3.inverse(multiplier), mask=(down == 0) & (right == 0))
+    if WIDE:
+        stride = tl.cast(stride, tl.int64)
+    pack_block8(
+        matrix, codes, multiplier, packed, packed_t, rows, columns, stride * 2,
+        row_blocks, blocks, row_blocks_t, blocks_t, down, right,
+        IN, MASK, BITS, PADDING, TILE_ROWS, PAIRS, EVEN, WIDE, NATIVE, CONVERTS,
+    )  # fmt: skip
 
 
 def launch(
@@ -276,10 +297,8 @@ def _prepare(
         raise ConfigError(f"mask={mask!r} is not packed as e4m3; use 'transposable' or 'row'")
     check_choice(chosen, given[0], False)
     check_sizes(rows, rows, columns, (dtype, FP8), chosen, written[1], (FP8,))
-    check_block(block, layout, transpose_only=not written[0])
+    check_block8(block, layout, transpose_only=not written[0])
     height, width = 4 * block.tile_rows, 8 * block.pairs
-    if block.tile_rows % 16 or block.pairs % 8:
-        raise ConfigError(f"a program of {block} does not hold whole stacks of a warp: 16 rows of tiles x 8 pairs")
     span = height * max(2 * stride, columns // 8)  # as prune_pack's
     grid, wide = grid_of(rows, columns, height, width, flat=span >= INT32_END)
     return Launcher(
@@ -287,18 +306,52 @@ def _prepare(
         grid,
         (*sizes, *layout.blocks(rows, columns), *layout.blocks(columns, rows)),
         (
-            _TYPES[dtype],
-            GIVEN_CODES if given[0] else chosen.constant,
-            layout.bits,
-            repeated(layout.padding),
-            block.tile_rows,
-            block.pairs,
-            not (rows % height or columns % width),
-            wide,
-            index >= 0,
-            e4m3.native_on(index),
+            *constants_of8(dtype, chosen, given[0], layout, block, not (rows % height or columns % width), wide, index),
             triton.next_power_of_2(count),
         ),
         num_warps=block.warps,
         maxnreg=None if wide else block.registers,
+    )
+
+
+def check_block8(block: Block, layout: MetadataLayout, *, transpose_only: bool = False) -> None:
+    """Raise ConfigError unless a program of this size can write blocks of layout; arguments as check_block's."""
+    check_block(block, layout, transpose_only=transpose_only)
+    if block.tile_rows % 16 or block.pairs % 8:
+        raise ConfigError(f"a program of {block} does not hold whole stacks of a warp: 16 rows of tiles x 8 pairs")
+
+
+def constants_of8(
+    dtype: torch.dtype,
+    mask: masks.Mask,
+    given_codes: bool,
+    layout: MetadataLayout,
+    block: Block,
+    even: bool,
+    wide: bool,
+    index: int,
+) -> tuple[Any, ...]:
+    """Constants of pack_block8, in order.
+
+    Args:
+        dtype: Of the matrix.
+        mask: What is chosen.
+        given_codes: Whether tile codes are given instead.
+        layout: Where the metadata goes.
+        block: What one program covers.
+        even: Whether all programs lie inside of their matrices.
+        wide: Whether offsets within a program need 64 bits.
+        index: Of the CUDA device; -1 is the CPU's interpreter.
+    """
+    return (
+        _TYPES[dtype],
+        GIVEN_CODES if given_codes else mask.constant,
+        layout.bits,
+        repeated(layout.padding),
+        block.tile_rows,
+        block.pairs,
+        even,
+        wide,
+        index >= 0,
+        e4m3.native_on(index),
     )

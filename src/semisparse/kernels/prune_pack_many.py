@@ -26,7 +26,8 @@ HOPPER_BLOCK = Block(tile_rows=16, pairs=8, warps=4, registers=96)
 
 
 @triton.jit
-def _up(size, unit: tl.constexpr):
+def blocks_in(size, unit: tl.constexpr):
+    """Blocks of `unit` that cover `size`."""
     return (size + unit - 1) // unit
 
 
@@ -53,9 +54,9 @@ def prune_pack_many(
     columns = tl.load(entry + 7).to(tl.int32) * 16
     stride = tl.load(entry + 8).to(tl.int32) * 2
     # Not from the table: values that are computed again where they are used hold no registers until then.
-    row_blocks, row_blocks_t = _up(rows_padded, block_rows(BITS)), _up(columns, block_rows(BITS))
-    blocks, blocks_t = _up(columns // 4, block_groups(BITS)), _up(rows_padded // 4, block_groups(BITS))
-    across = _up(columns, 8 * PAIRS)
+    row_blocks, row_blocks_t = blocks_in(rows_padded, block_rows(BITS)), blocks_in(columns, block_rows(BITS))
+    blocks, blocks_t = blocks_in(columns // 4, block_groups(BITS)), blocks_in(rows_padded // 4, block_groups(BITS))
+    across = blocks_in(columns, 8 * PAIRS)
     local = program - tl.load(entry + 9).to(tl.int32)
     down = local // across
     pack_block(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from semisparse import calls, masks, ops
-from semisparse.formats.layout import packed_bytes
+from semisparse.formats.layout import FP8, packed_bytes
 from semisparse.formats.packed import PackedMatrix
 from semisparse.nn.packed_weight import PackedWeight, PackingLayer
 from semisparse.nn.whole_weights import capturing
@@ -24,7 +24,7 @@ class Member(NamedTuple):
         layer: The layer.
         record: Its packed weight.
         weight: What is packed.
-        dtype: The compute dtype to pack it for.
+        dtype: The compute dtype to pack it for, or FP8 for one in fp8, which is packed alike for all of them.
     """
 
     layer: PackingLayer
@@ -41,7 +41,7 @@ class Member(NamedTuple):
 def pack_together(
     members: Iterable[Member], buffers: Callable[[Member], PackedMatrix], *, waited_for: bool
 ) -> list[Callable[[], None] | None]:
-    """Pack the members, in one launch for all of one device, stored dtype, compute dtype and mask.
+    """Pack the members, in one launch for all of one device, stored dtype, compute dtype (or fp8) and mask.
 
     While a CUDA graph is captured the records are left as they are, because the launch is not run then.
 
@@ -86,16 +86,17 @@ def _pack_group(group: list[Member], buffers: list[PackedMatrix], waited_for: bo
     return again
 
 
-def new_buffers(weight: Tensor, both_ways: bool) -> PackedMatrix:
+def new_buffers(weight: Tensor, dtype: torch.dtype, both_ways: bool) -> PackedMatrix:
     """Buffers for a packed weight; their content is undefined.
 
     Args:
         weight: N x K.
+        dtype: Of the packed values; FP8 has a scale, too.
         both_ways: Whether the transpose is packed, too; its buffer is empty otherwise.
     """
-    rows, columns = weight.shape
-    sizes = packed_bytes(rows, columns), packed_bytes(columns, rows) if both_ways else 0
-    buffers = [torch.empty(size, dtype=torch.uint8, device=weight.device) for size in sizes]
+    buffers = [torch.empty(size, dtype=torch.uint8, device=weight.device) for size in _sizes(weight, dtype, both_ways)]
+    if dtype is FP8:
+        buffers.append(torch.empty((), dtype=torch.float32, device=weight.device))
     for buffer in buffers:
         # As torch._dynamo.mark_static_address does, without importing the compiler: CUDA graphs of compiled code read
         # the buffer where it is, instead of copying it at each replay.
@@ -103,16 +104,23 @@ def new_buffers(weight: Tensor, both_ways: bool) -> PackedMatrix:
     return PackedMatrix(*buffers)
 
 
-def fit(buffers: PackedMatrix, weight: Tensor, both_ways: bool) -> bool:
+def fit(buffers: PackedMatrix, weight: Tensor, dtype: torch.dtype, both_ways: bool) -> bool:
     """Whether buffers have the sizes and the device that new_buffers would give."""
-    rows, columns = weight.shape
     return (
         buffers.matrix.device == weight.device
-        and buffers.matrix.numel() == packed_bytes(rows, columns)
-        and buffers.transposed.numel() == (packed_bytes(columns, rows) if both_ways else 0)
+        and (buffers.matrix.numel(), buffers.transposed.numel()) == _sizes(weight, dtype, both_ways)
+        and (buffers.scale is not None) is (dtype is FP8)
     )
 
 
-def both_ways(layer: PackingLayer, keep: Keep) -> bool:
-    """Whether the transpose is held, too: where it is wanted and the mask of layer gives it a packed form."""
-    return keep == "both" and masks.get(layer._mask).both_ways
+def _sizes(weight: Tensor, dtype: torch.dtype, both_ways: bool) -> tuple[int, int]:
+    (rows, columns), size = weight.shape, dtype.itemsize
+    return packed_bytes(rows, columns, size), packed_bytes(columns, rows, size) if both_ways else 0
+
+
+def both_ways(member: Member, keep: Keep) -> bool:
+    """Whether the transpose is held, too: where it is wanted and the mask gives it a packed form.
+
+    Backwards in fp8 cannot pack it again, so for them it is held always.
+    """
+    return (keep == "both" or member.dtype is FP8) and masks.get(member.layer._mask).both_ways

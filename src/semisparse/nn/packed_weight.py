@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from semisparse import routes
 from semisparse.config import SparseConfig
-from semisparse.formats.layout import PACKED_DTYPES
+from semisparse.formats.layout import FP8, PACKED_DTYPES
 from semisparse.formats.packed import PackedMatrix
 from semisparse.masks import MaskName
 from semisparse.operands import compute_dtype
@@ -62,7 +63,7 @@ class PackedWeight:
     Attributes:
         owner: A weak reference to that.
         packed: The buffers; None until the weight is packed.
-        dtype: The compute dtype that it was packed for; None as long as it may not be used.
+        dtype: The compute dtype that it was packed for, FP8 for all of fp8; None as long as it may not be used.
         pending: Set where a forward packed on its own stream, until that is known to be done.
     """
 
@@ -74,6 +75,7 @@ class PackedWeight:
         self._device_type = "cpu"
         self._weight: ReferenceType[Tensor] | None = None
         self._version = self._address = -1
+        self._stored: torch.dtype | None = None
         self._config: SparseConfig | None = None
         self._held: tuple[object, ...] = ()
 
@@ -97,7 +99,7 @@ class PackedWeight:
         """Record the state of weight and settings that is being packed; version is the weight's."""
         self._weight, self._version, self._address = ref(weight), version, weight.data_ptr()
         self._config, self._held = layer.sparse_config, _held(layer.held_codes, layer.held_scale)
-        self._device_type = weight.device.type
+        self._device_type, self._stored = weight.device.type, weight.dtype
 
     def renew(self, version: int) -> None:
         """Record that the weight was packed again as it is now, with all else as noted before."""
@@ -111,6 +113,7 @@ class PackedWeight:
             and self._weight() is weight
             and weight._version == self._version
             and weight.data_ptr() == self._address
+            and weight.dtype is self._stored
             and layer.sparse_config is self._config
             and ((codes is None and scale is None and not self._held) or self._held == _held(codes, scale))
         )
@@ -132,17 +135,28 @@ def usable(layer: PackingLayer, weight: Tensor, x: Tensor) -> PackedMatrix | Non
     if recording():  # a recorded graph packs the weight that it will be run with
         return None
     if torch.compiler.is_compiling():
-        dtype = compute_dtype(x, weight)
+        dtype = FP8 if packs_in_fp8(layer, weight) else compute_dtype(x, weight)
         if record.dtype is not dtype:
-            if weight.dtype is torch.float32:  # others are packed for their own dtype
+            if weight.dtype is torch.float32 and dtype is not FP8:  # others are packed for their own dtype
                 note_compute_dtype(dtype)
             return None
         return record.packed if record.weight is weight else None
     dtype = compute_dtype(x, weight) if torch.is_autocast_enabled(record._device_type) else weight.dtype
-    if record.dtype is dtype and record.pending is None and record.fits(layer, weight):
+    # What fits was packed with these settings, and in fp8 for every dtype.
+    if (record.dtype is dtype or record.dtype is FP8) and record.pending is None and record.fits(layer, weight):
         return record.packed
-    owner = record.owner()
-    return None if owner is None or dtype not in PACKED_DTYPES else owner.renewed(layer, record, weight, dtype)
+    owner, dtype = record.owner(), FP8 if packs_in_fp8(layer, weight) else dtype
+    return None if owner is None or dtype not in PACKABLE else owner.renewed(layer, record, weight, dtype)
+
+
+PACKABLE = (*PACKED_DTYPES, FP8)
+"""What weights are packed for: a compute dtype, or fp8 for whatever is computed in around it."""
+
+
+def packs_in_fp8(layer: PackingLayer, weight: Tensor) -> bool:
+    """Whether layer packs weight in fp8: it asks for that, and size, dtype and device of the weight fit."""
+    config = layer.sparse_config
+    return config.precision is not None and routes.takes_fp8(weight, weight.dtype, None, config.backend)
 
 
 # The packed weights that layers may use, the one in use last: blocks nest and end in any order.

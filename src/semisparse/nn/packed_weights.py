@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from semisparse import routes
 from semisparse.arguments import check_choice, check_module
 from semisparse.errors import EngineError, SemiSparseError
-from semisparse.formats.layout import PACKED_DTYPES
+from semisparse.formats.layout import FP8, PACKED_DTYPES
 from semisparse.formats.packed import PackedMatrix
 from semisparse.nn.linear import SemiSparseLinear
 from semisparse.nn.pack_together import Keep, Member, both_ways, fit, new_buffers, pack_together
-from semisparse.nn.packed_weight import PackedWeight, PackingLayer, close_on, open_on
+from semisparse.nn.packed_weight import PACKABLE, PackedWeight, PackingLayer, close_on, open_on, packs_in_fp8
 from semisparse.nn.repetition import Repetition
 from semisparse.nn.whole_weights import managed_by_fsdp, plain_call, why_not_whole
 from semisparse.operands import autocast_enabled
@@ -51,11 +51,12 @@ class PackedWeights:
     averaged weights, and after writes as above, call pack(everything=True).
 
     16-bit weights are packed for computing in their own dtype, fp32 weights for autocast's, once pack() was called
-    inside torch.autocast or a forward ran in it. A forward in another dtype packs for itself, with a warning. Frozen
-    weights are packed once, until they change. Layers in a dense phase hold nothing.
+    inside torch.autocast or a forward ran in it. A forward in another dtype packs for itself, with a warning. With
+    precision="fp8" a weight is packed in e4m3 for all dtypes, also on the CPU. Frozen weights are packed once, until
+    they change. Layers in a dense phase hold nothing.
 
-    A sharded (FSDP), offloaded, computed (parametrised) or inference weight cannot be packed between forwards, and a
-    weight in fp8 is not yet. Such layers pack at each forward; that is logged once, and `fallbacks` has the reasons.
+    A sharded (FSDP), offloaded, computed (parametrised) or inference weight cannot be packed between forwards. Such
+    layers pack at each forward; that is logged once, and `fallbacks` has the reasons.
 
     Packed weights are never part of a state_dict. A copy of this object belongs to the copied model and has packed
     nothing.
@@ -63,7 +64,8 @@ class PackedWeights:
     Args:
         model: Any module. The first pack() reads it.
         keep: "both" holds what forward and backward need, 9/8 of the weights' 16-bit bytes. "forward" holds half of
-            that; the backward packs the other half from the weight, which costs time.
+            that; the backward packs the other half from the weight, which costs time. Of weights in fp8 both are held
+            in any case: 5/8 of those bytes.
 
     Attributes:
         fallbacks: Name of a layer -> why it packs at each forward, as of the last call. Layers on the masked-dense
@@ -151,14 +153,14 @@ class PackedWeights:
             layer: The layer whose forward runs.
             record: Its packed weight.
             weight: Its weight in this forward.
-            dtype: The forward's compute dtype, fp16 or bf16.
+            dtype: The forward's compute dtype, fp16 or bf16, or FP8.
         """
-        if self._autocast is None and weight.dtype is torch.float32:
+        if self._autocast is None and weight.dtype is torch.float32 and dtype is not FP8:
             self._autocast = dtype
         # Another weight is not the layer's own (functional_call).
         if not self.ready or record.weight is not weight or not plain_call(weight):
             return None
-        if dtype is not self._forwards_dtype(weight):
+        if dtype is not FP8 and dtype is not self._forwards_dtype(weight):
             _warn_of_dtype(weight.dtype, self._forwards_dtype(weight), dtype)
             return None
         with self._lock:
@@ -193,10 +195,10 @@ class PackedWeights:
 
     def _member(self, layer: PackingLayer, record: PackedWeight) -> Member | None:
         """A layer that has a record; None where it was made dense since, or its own weight cannot be packed now."""
-        if not isinstance(layer, SemiSparseLinear) or not layer.sparse_enabled or _why_at_each_forward(layer):
+        if not isinstance(layer, SemiSparseLinear) or not layer.sparse_enabled or why_not_whole(layer):
             return None
-        member = Member(layer, record, layer.weight, self._dtype(layer.weight))
-        return member if member.weight is record.weight and member.dtype in PACKED_DTYPES else None
+        member = Member(layer, record, layer.weight, self._packed_for(layer, layer.weight))
+        return member if member.weight is record.weight and member.dtype in PACKABLE else None
 
     def _survey(self) -> list[Member]:
         """The layers that can be packed now. Opens records on them, and closes those of all others."""
@@ -205,17 +207,17 @@ class PackedWeights:
         for name, layer in self._model.named_modules():
             if not isinstance(layer, SemiSparseLinear) or not layer.sparse_enabled or not layer.has_mask:
                 continue
-            if reason := "FSDP gathers its weight in the forward" if sharded else _why_at_each_forward(layer):
+            if reason := "FSDP gathers its weight in the forward" if sharded else why_not_whole(layer):
                 self.fallbacks[name] = reason
                 continue
             weight = layer.weight
-            dtype = self._dtype(weight)
+            dtype = self._packed_for(layer, weight)
             if _takes_packed_route(layer, weight, dtype):
                 record = self._record(layer)
                 record.adopt(weight, dtype)
                 members.append(Member(layer, record, weight, dtype))
         _close(self._records, self._records.keys() - {member.layer for member in members})
-        return [member for member in members if member.dtype in PACKED_DTYPES]
+        return [member for member in members if member.dtype in PACKABLE]
 
     def _record(self, layer: PackingLayer) -> PackedWeight:
         """The record of layer; a new one where there is none, or to_dense took it off the layer."""
@@ -227,6 +229,10 @@ class PackedWeights:
             record = self._records[layer] = PackedWeight(self)
             open_on(layer, record)
         return record
+
+    def _packed_for(self, layer: PackingLayer, weight: Tensor) -> torch.dtype:
+        """FP8, or the compute dtype to pack weight for."""
+        return FP8 if packs_in_fp8(layer, weight) else self._dtype(weight)
 
     def _dtype(self, weight: Tensor) -> torch.dtype:
         """The compute dtype to pack weight for; one that cannot be packed where it is not known yet."""
@@ -249,9 +255,9 @@ class PackedWeights:
 
     def _buffers(self, member: Member) -> PackedMatrix:
         """Where to pack member: where it was packed before, if that fits."""
-        record, both = member.record, both_ways(member.layer, self._keep)
-        if record.packed is None or not fit(record.packed, member.weight, both):
-            record.packed, record.dtype = new_buffers(member.weight, both), None
+        record, both = member.record, both_ways(member, self._keep)
+        if record.packed is None or not fit(record.packed, member.weight, member.dtype, both):
+            record.packed, record.dtype = new_buffers(member.weight, member.dtype, both), None
         return record.packed
 
     def _log_fallbacks(self) -> None:
@@ -279,20 +285,13 @@ def _warn_of_dtype(stored: torch.dtype, packed: torch.dtype, dtype: torch.dtype)
 
 
 def _takes_packed_route(layer: PackingLayer, weight: Tensor, dtype: torch.dtype) -> bool:
-    """Whether forwards of layer take the packed route: in dtype or, where that is a wider one, under autocast."""
+    """Whether forwards of layer take the packed route: in fp8, in dtype or, where that is wider, under autocast."""
     try:
+        if dtype is FP8:
+            return routes.takes_fp8(weight, weight.dtype, layer._mask, layer.sparse_config.backend)
         return routes.packs(weight, dtype if dtype in PACKED_DTYPES else torch.bfloat16, layer.sparse_config.backend)
     except EngineError:
         return False  # the forward raises it
-
-
-def _why_at_each_forward(layer: SemiSparseLinear) -> str:
-    """Why the weight of layer is not packed between forwards, in words; empty where it is."""
-    if reason := why_not_whole(layer):
-        return reason
-    if layer.sparse_config.precision is not None and not routes.why_not_fp8(layer.weight, layer.weight.dtype):
-        return "its weight is packed in fp8, which is done at each forward"
-    return ""
 
 
 def _close(records: dict[PackingLayer, PackedWeight], layers: Iterable[PackingLayer] | None = None) -> None:

@@ -51,11 +51,11 @@ class _Block(PackedWeights):
 
     def _buffers(self, member: Member) -> PackedMatrix:
         """Those of earlier blocks, unless an outer block uses them."""
-        both, kept = both_ways(member.layer, self._keep), _KEPT.setdefault(member.layer, {})
+        both, kept = both_ways(member, self._keep), _KEPT.setdefault(member.layer, {})
         found = kept.get(member.dtype)
-        if found is None or not fit(found, member.weight, both):
-            found = kept[member.dtype] = new_buffers(member.weight, both)
-        return new_buffers(member.weight, both) if in_use(member.layer, found) else found
+        if found is None or not fit(found, member.weight, member.dtype, both):
+            found = kept[member.dtype] = new_buffers(member.weight, member.dtype, both)
+        return new_buffers(member.weight, member.dtype, both) if in_use(member.layer, found) else found
 
 
 @contextmanager
@@ -75,7 +75,8 @@ def reuse_packed(model: nn.Module, *, keep: Keep = "both") -> Iterator[int]:
     one, so that torch raises CheckpointError. With keep="both" the same tensors are saved.
 
     Blocks nest and may end in any order. A copy made inside a block packs its own weight. Buffers are kept between
-    blocks, outside any CUDA graph: 9/8 of the weight's 16-bit bytes for both directions together, per dtype.
+    blocks, outside any CUDA graph: 9/8 of the weight's 16-bit bytes for both directions together, per dtype; in fp8
+    5/8 of these bytes, whatever keep says.
 
     Args:
         model: Any module. Layers on the masked-dense route (CPU, fp32, sizes that are not multiples of 16), layers with
@@ -92,9 +93,17 @@ def reuse_packed(model: nn.Module, *, keep: Keep = "both") -> Iterator[int]:
     """
     block = _Block(model, keep=keep)
     for layer in model.modules():
-        if isinstance(layer, SemiSparseLinear) and layer.sparse_enabled and layer.sparse_config.precision is None:
-            routes.packs(layer.weight, compute_dtype(layer.weight, layer.weight), layer.sparse_config.backend)
+        if isinstance(layer, SemiSparseLinear) and layer.sparse_enabled and layer.has_mask:
+            _check_route(layer)
     try:
         yield block.pack(everything=True)
     finally:
         block.close()
+
+
+def _check_route(layer: SemiSparseLinear) -> None:
+    """Raise the EngineError that the forward of layer would raise here."""
+    weight, config = layer.weight, layer.sparse_config
+    dtype = compute_dtype(weight, weight)
+    if config.precision is None or not routes.takes_fp8(weight, dtype, config.weight, config.backend):
+        routes.packs(weight, dtype, config.backend)

@@ -11,14 +11,15 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from semisparse import masks
-from semisparse.errors import EngineError, ShapeError, TensorError
-from semisparse.formats.layout import MetadataLayout
+from semisparse.errors import ConfigError, EngineError, ShapeError, TensorError
+from semisparse.formats.layout import FP8, MetadataLayout
 from semisparse.formats.packed import PackedMatrix, packed_format
 from semisparse.gemm.engine import engine
+from semisparse.ops.fp8_packed import pack_fp8
 from semisparse.ops.packing import pack
 
 if TYPE_CHECKING:
-    from semisparse.kernels.prune_pack_many import Batch
+    from semisparse.kernels import pack_table, prune_pack8_many, prune_pack_many
 
 _MOST = 64
 
@@ -31,7 +32,7 @@ class _Plan(NamedTuple):
         alone: Numbers of the matrices that are not part of a launch.
     """
 
-    batches: "list[Batch]"
+    batches: "list[prune_pack_many.Batch | prune_pack8_many.Batch]"
     alone: list[int]
 
 
@@ -50,19 +51,20 @@ def pack_many(
     codes: Sequence[Tensor | None] | None = None,
     scales: Sequence[Tensor | None] | None = None,
 ) -> Callable[[], None] | None:
-    """Overwrite buffers with what pack gives for each matrix, byte for byte, and raise their versions.
+    """Overwrite buffers with what pack, or pack_fp8, gives for each matrix, byte for byte, and raise their versions.
 
     On CUDA one launch packs all matrices with codes and one all others, by a table of their addresses that is built
-    when they are packed for the first time. What the kernel cannot read in place is packed matrix by matrix.
+    when they are packed for the first time. (In e4m3 each is three launches: amax, scales, packing.) What the kernel
+    cannot read in place is packed matrix by matrix.
 
     A graph that saved a buffer before then raises PyTorch's error for in-place changes in its backward. A CUDA graph
     that recorded the launch may be replayed as long as the matrices and buffers exist.
 
     Args:
         matrices: Each as pack takes it; of one stored dtype and on one device.
-        buffers: One for each matrix, with the sizes that pack returns. The transpose is left out where its buffer is
-            empty.
-        dtype: As pack's.
+        buffers: One for each matrix, with the sizes that pack or pack_fp8 returns. The transpose is left out where its
+            buffer is empty. The scale is one fp32 element for e4m3, else None.
+        dtype: As pack's, or float8_e4m3fn for what pack_fp8 gives.
         mask: As pack's.
         codes: As pack's, one or None for each matrix; None where no matrix has any.
         scales: As codes.
@@ -72,12 +74,13 @@ def pack_many(
 
     Raises:
         ShapeError: As pack, or the sequences differ in length.
-        TensorError, ConfigError: As pack, or matrices differ in dtype or device.
+        TensorError, ConfigError: As pack, or matrices differ in dtype or device, or a scale is missing.
         EngineError: As pack, and where a CUDA graph is captured before these matrices were packed once.
     """
     nothing = [None] * len(matrices)
     codes, scales = codes or nothing, scales or nothing
     _check_lengths(matrices, buffers=buffers, codes=codes, scales=scales)
+    _check_scales(buffers, scales, dtype)
     key = (dtype, mask, *map(_place, matrices, buffers, codes, scales))
     capturing = _capturing(matrices)
     with _LOCK:
@@ -89,16 +92,21 @@ def pack_many(
         _PLANS.move_to_end(key)
         if capturing:
             _keep_for_replays(plan, buffers)
-    again = partial(_launch, plan, [buffer for into in buffers for buffer in into[:2]])
+    again = partial(_launch, plan, [buffer for into in buffers for buffer in into if buffer is not None])
     if plan.batches:
         again()
     for at in plan.alone:
-        into = buffers[at]
-        packed, transposed = pack(matrices[at].detach(), dtype, mask, codes[at], scales[at])
-        into.matrix.copy_(packed)
-        if into.transposed.numel():
-            into.transposed.copy_(transposed)
+        _pack_alone(matrices[at].detach(), buffers[at], dtype, mask, codes[at], scales[at])
     return None if plan.alone else again
+
+
+def _pack_alone(
+    matrix: Tensor, buffers: PackedMatrix, dtype: torch.dtype, mask: str, codes: Tensor | None, scale: Tensor | None
+) -> None:
+    packed = pack_fp8(matrix, mask, codes) if dtype is FP8 else pack(matrix, dtype, mask, codes, scale)
+    for into, result in zip(buffers, packed, strict=False):
+        if into is not None and into.numel():
+            into.copy_(result)
 
 
 def _keep_for_replays(plan: _Plan, buffers: Sequence[PackedMatrix]) -> None:
@@ -121,6 +129,17 @@ def _check_lengths(matrices: Sequence[Tensor], **others: Sequence[Any]) -> None:
             raise ShapeError(f"{name} has {len(given)} entries for {len(matrices)} matrices; give one for each")
 
 
+def _check_scales(buffers: Sequence[PackedMatrix], scales: Sequence[Tensor | None], dtype: torch.dtype) -> None:
+    if dtype is FP8 and any(scale is not None for scale in scales):
+        raise ConfigError("scales are given, and no mask that is packed in e4m3 takes one: leave scales out")
+    for into in buffers:
+        if (into.scale is not None) is not (dtype is FP8):
+            raise TensorError(
+                f"buffers.scale is {'missing' if into.scale is None else 'given'} for packing as {dtype}; pass one "
+                "float32 element for float8_e4m3fn, else None"
+            )
+
+
 def _place(matrix: Tensor, into: PackedMatrix, codes: Tensor | None, scale: Tensor | None) -> tuple[Any, ...]:
     """Where one matrix, its buffers and what it is given lie, and all else that a plan depends on."""
     packed, packed_t = into.matrix, into.transposed
@@ -140,7 +159,7 @@ def _place(matrix: Tensor, into: PackedMatrix, codes: Tensor | None, scale: Tens
         packed_t.dtype,
         packed_t.is_contiguous(),
         None if codes is None else (codes.data_ptr(), codes.shape, codes.dtype, codes.is_contiguous()),
-        None if scale is None else (scale.data_ptr(), scale.shape, scale.dtype),
+        *(None if one is None else (one.data_ptr(), one.shape, one.dtype) for one in (scale, into.scale)),
     )
 
 
@@ -164,13 +183,13 @@ def _planned(
     if layout is None:
         return _Plan([], list(range(len(matrices))))
     from semisparse.kernels.pack_table import Matrix, takes
-    from semisparse.kernels.prune_pack_many import Batch
 
     groups: dict[tuple[bool, bool], list[Matrix]] = {}
     alone = []
     for at, (matrix, into) in enumerate(zip(matrices, buffers, strict=True)):
         both = into.transposed.numel() > 0
-        member = Matrix(matrix, into.matrix, into.transposed if both else None, codes[at], scales[at])
+        scale = scales[at] if into.scale is None else into.scale
+        member = Matrix(matrix, into.matrix, into.transposed if both else None, codes[at], scale)
         if takes(member, dtype, masks.get(mask)):
             groups.setdefault((codes[at] is not None, both), []).append(member)
         else:
@@ -180,7 +199,17 @@ def _planned(
             f"{len(matrices)} matrices were not packed together yet, and their table cannot be written while a CUDA "
             "graph is captured: pack them once before the capture"
         )
-    return _Plan([Batch(group, dtype, layout, mask) for group in groups.values()], alone)
+    return _Plan([_batch(group, dtype, layout, mask) for group in groups.values()], alone)
+
+
+def _batch(
+    members: "list[pack_table.Matrix]", dtype: torch.dtype, layout: MetadataLayout, mask: str
+) -> "prune_pack_many.Batch | prune_pack8_many.Batch":
+    from semisparse.kernels import prune_pack8_many, prune_pack_many
+
+    if dtype is FP8:
+        return prune_pack8_many.Batch(members, layout, mask)
+    return prune_pack_many.Batch(members, dtype, layout, mask)
 
 
 def _capturing(matrices: Sequence[Tensor]) -> bool:
