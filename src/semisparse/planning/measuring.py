@@ -1,5 +1,6 @@
 """Measuring distinct problems once, each with all candidates, within a budget, from the store where it has them."""
 
+import gc
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -84,6 +85,7 @@ class Measurer:
         except torch.OutOfMemoryError:
             result = Measurement({}, dropped={DENSE: NO_MEMORY}, final=False)
         if self.device.type == "cuda":
+            gc.collect()  # layers and graphs of this problem, some of which are in reference cycles
             torch.cuda.empty_cache()
         if self.store is not None:
             self.store.save(self._key(problem), result)
