@@ -25,6 +25,9 @@ struct Functions {
   // aoti_torch_cuda_mm_out, aoti_torch_cuda_addmm_out: tensors by their handles. Neither autograd nor autocast looks.
   int (*mm)(void* out, void* left, void* right);
   int (*addmm)(void* out, void* added, void* left, void* right, double of_added, double of_product);
+  // aoti_torch_cuda__scaled_mm_out, or null: the same for e4m3. bias and scale_result are null.
+  int (*scaled_mm)(void* out, void* left, void* right, void* scale_a, void* scale_b, void** bias, void** scale_result,
+                   int32_t* out_dtype, int32_t fast_accumulation);
 };
 
 }  // namespace semisparse

@@ -8,9 +8,10 @@
 
 namespace semisparse {
 
-enum class ProductKind : int64_t { weight = 0, tokens = 1, grad_weight = 2, sampled = 3 };
+enum class ProductKind : int64_t { weight = 0, tokens = 1, grad_weight = 2, sampled = 3, fp8 = 4 };
 enum class LaunchKind : int64_t {
-  pack = 0, pack_tokens = 1, unpack = 2, add_bias = 3, sample = 4, sum_rows = 5, pack_transpose = 6
+  pack = 0, pack_tokens = 1, unpack = 2, add_bias = 3, sample = 4, sum_rows = 5, pack_transpose = 6,
+  largest = 7, quantise = 8, pack_fp8 = 9, rescale = 10
 };
 
 // A short name as a number.
@@ -27,7 +28,8 @@ inline Key product_key(ProductKind kind, int32_t device, int32_t dtype, int64_t 
   return {head, thread_number(), tokens, out_features, in_features, named(backend), 0, 1};
 }
 
-// first, second: whether an optional operand is there: codes and scale of a pack, seed and sums of a sample.
+// first, second: whether an optional operand is there: codes and scale of a pack, seed and sums of a sample, both results
+// of quantise, bias of rescale. stride: of rescale the bias's dtype.
 inline Key launch_key(LaunchKind kind, int32_t device, int32_t read_dtype, int32_t written_dtype,
                       std::string_view mask, int64_t rows, int64_t columns, int64_t stride, bool first, bool second) {
   const int64_t head = static_cast<int64_t>(kind) | int64_t{first} << 8 | int64_t{second} << 9 |

@@ -43,22 +43,35 @@ StableIValue given(const Argument& argument) {
   }
 }
 
+// What the Python implementation of an op returns: so many tensors, as a tuple.
+template <class Device, size_t... places, class... Arguments>
+auto from_python(std::index_sequence<places...>, const char* op, const Arguments&... arguments) {
+  constexpr size_t results = sizeof...(places);
+  std::array<StableIValue, std::max<size_t>(sizeof...(Arguments), results + 1)> stack{given(arguments)...};
+  ask(std::string(Device::library) + "::" + op + "_in_python", stack.data());
+  std::tuple found{to<Tensor>(stack[places])...};
+  raise_if(to<Tensor>(stack[results]));
+  return found;
+}
+
+template <class Device, class... Arguments>
+void nothing_from_python(const char* op, const Arguments&... arguments) {
+  from_python<Device>(std::index_sequence<>{}, op, arguments...);
+}
+
 template <class Device, class... Arguments>
 Tensor one_from_python(const char* op, const Arguments&... arguments) {
-  std::array<StableIValue, std::max<size_t>(sizeof...(Arguments), 2)> stack{given(arguments)...};
-  ask(std::string(Device::library) + "::" + op + "_in_python", stack.data());
-  Tensor result = to<Tensor>(stack[0]);
-  raise_if(to<Tensor>(stack[1]));
-  return result;
+  return std::get<0>(from_python<Device>(std::make_index_sequence<1>{}, op, arguments...));
 }
 
 template <class Device, class... Arguments>
 std::tuple<Tensor, Tensor> two_from_python(const char* op, const Arguments&... arguments) {
-  std::array<StableIValue, std::max<size_t>(sizeof...(Arguments), 3)> stack{given(arguments)...};
-  ask(std::string(Device::library) + "::" + op + "_in_python", stack.data());
-  Tensor first = to<Tensor>(stack[0]), second = to<Tensor>(stack[1]);
-  raise_if(to<Tensor>(stack[2]));
-  return {std::move(first), std::move(second)};
+  return from_python<Device>(std::make_index_sequence<2>{}, op, arguments...);
+}
+
+template <class Device, class... Arguments>
+std::tuple<Tensor, Tensor, Tensor> three_from_python(const char* op, const Arguments&... arguments) {
+  return from_python<Device>(std::make_index_sequence<3>{}, op, arguments...);
 }
 
 // Whether calls may be started here at all: while something in Python watches them, Python does.
@@ -79,6 +92,13 @@ auto attempted(Attempt attempt) -> std::invoke_result_t<Attempt, Current&> {
   return std::nullopt;
 }
 
+// Whether the codes of a mask can be read for a matrix of these sizes.
+template <class Device>
+bool fit(const Tensor& codes, int64_t rows, int64_t columns, int32_t device) {
+  return usable<Device>(codes, ScalarType::Short, device) && codes.dim() == 2 && codes.size(0) * 4 == rows &&
+         codes.size(1) * 4 == columns;
+}
+
 using TwoBuffers = std::optional<std::tuple<Tensor, Tensor>>;
 
 // A buffer that the launch does not write has no bytes.
@@ -93,10 +113,7 @@ TwoBuffers start_pack(Current& current, LaunchKind kind, const Tensor& matrix, S
                                                         dtype_code(dtype), mask, rows, columns, matrix.stride(0),
                                                         codes.has_value(), scale.has_value()));
   if (launch == nullptr || !aligned(matrix.data_ptr())) return std::nullopt;
-  if (codes && !(usable<Device>(*codes, ScalarType::Short, device) && codes->dim() == 2 &&
-                 codes->size(0) * 4 == rows && codes->size(1) * 4 == columns)) {
-    return std::nullopt;
-  }
+  if (codes && !fit<Device>(*codes, rows, columns, device)) return std::nullopt;
   if (scale && !(usable<Device>(*scale, ScalarType::Float, device) && scale->dim() == 0)) return std::nullopt;
   if (!current.enter(device)) return std::nullopt;
   const auto& bytes = launch->facts.bytes;
@@ -177,6 +194,26 @@ bool start_sparse(const Current& current, Product& product, const Tensor& packed
   return true;
 }
 
+// D = left right by torch for e4m3 matrices, the right one column-major, times their scales, which are 1 where they are
+// not given. Summed and rounded as gemm/dense.py does. Returns false where it cannot be started.
+template <class Device>
+bool start_scaled(const Tensor& d, AtenTensorHandle left, AtenTensorHandle right, const Optional& scale_a,
+                  const Optional& scale_b) {
+  const Functions& functions = Device::prepared().functions;
+  if (functions.scaled_mm == nullptr) return false;
+  Optional one;
+  if (!scale_a || !scale_b) {
+    // Per call, as a workspace.
+    one = allocate<Device>({}, ScalarType::Float, d.get_device_index());
+    if (!one) return false;
+    torch::stable::fill_(*one, 1);
+  }
+  int32_t dtype = -1;
+  if (aoti_torch_get_dtype(d.get(), &dtype) != 0) return false;
+  return functions.scaled_mm(d.get(), left, right, (scale_a ? *scale_a : *one).get(),
+                             (scale_b ? *scale_b : *one).get(), nullptr, nullptr, &dtype, 0) == 0;
+}
+
 // D = A B (+ bias) from the unpacked A, with the operands that gemm/dense.py gives to torch's product. Returns false
 // where it cannot be started.
 template <class Device>
@@ -193,17 +230,20 @@ bool start_dense(Current& current, const ProductFacts& facts, const Tensor& pack
   Prepared& prepared = Device::prepared();
   const Functions& functions = prepared.functions;
   const Optional added = bias ? Optional(alias<1>(*bias, {bias->numel()}, {1})) : std::nullopt;
-  const int status =
-      added ? functions.addmm(d.get(), added->get(), left, right, 1, 1) : functions.mm(d.get(), left, right);
-  if (status != 0) return false;
+  const bool started = b.scalar_type() == ScalarType::Float8_e4m3fn
+                           ? start_scaled<Device>(d, left, right, std::nullopt, std::nullopt)
+                       : added ? functions.addmm(d.get(), added->get(), left, right, 1, 1) == 0
+                               : functions.mm(d.get(), left, right) == 0;
+  if (!started) return false;
   prepared.started_dense.fetch_add(1, std::memory_order_relaxed);
   return true;
 }
 
-// A prepared product, cut down to `sizes`. b counts `tokens` rows, which are padded to those that the product takes.
+// A prepared product, cut down to `sizes`, in out_dtype or else b's. b counts `tokens` rows, which are padded to those
+// that the product takes.
 template <class Device>
 Optional start_product(Current& current, Product& product, const Tensor& packed, const Tensor& b, int64_t tokens,
-                       const Optional& bias, const Sizes& sizes) {
+                       const Optional& bias, const Sizes& sizes, std::optional<ScalarType> out_dtype = std::nullopt) {
   const ProductFacts& facts = product.facts;
   const int32_t device = b.get_device_index();
   const ScalarType dtype = b.scalar_type();
@@ -217,7 +257,7 @@ Optional start_product(Current& current, Product& product, const Tensor& packed,
   int64_t entries = 1;
   for (int64_t n = 0; n < sizes.count; ++n) entries *= sizes.values[n];
   const bool whole = entries == facts.d_rows * facts.d_columns;
-  Optional out = allocate<Device>(whole ? sizes : Sizes{facts.d_rows, facts.d_columns}, dtype, device);
+  Optional out = allocate<Device>(whole ? sizes : Sizes{facts.d_rows, facts.d_columns}, out_dtype.value_or(dtype), device);
   if (!out || !usable<Device>(rows, dtype, device) || !aligned(out->data_ptr())) return std::nullopt;
   const bool started = facts.plan == nullptr ? start_dense<Device>(current, facts, packed, rows, *out, bias)
                                              : start_sparse<Device>(current, product, packed, rows, *out, bias);

@@ -1,6 +1,7 @@
 // Which functions implement which ops.
 #pragma once
 
+#include "fp8.h"
 #include "ops.h"
 #include "sampling.h"
 
@@ -22,6 +23,13 @@ void register_ops() {
   library.impl("packed_tokens_matmul", TORCH_BOX(&packed_tokens_matmul<Device>));
   library.impl("packed_tokens_grad_weight", TORCH_BOX(&packed_tokens_grad_weight<Device>));
   library.impl("sampled_grad_weight", TORCH_BOX(&sampled_grad_weight<Device>));
+  library.impl("quantise", TORCH_BOX(&quantise<Device>));
+  library.impl("pack_fp8", TORCH_BOX(&pack_fp8<Device>));
+  library.impl("unpack_fp8", TORCH_BOX(&unpack_fp8<Device>));
+  library.impl("fp8_product", TORCH_BOX(&fp8_product<Device>));
+  library.impl("fp8_dense_product", TORCH_BOX(&fp8_dense_product<Device>));
+  library.impl("rescale", TORCH_BOX(&rescale<Device>));
+  library.impl("rescale_", TORCH_BOX(&rescale_in_place<Device>));
 }
 
 }  // namespace semisparse

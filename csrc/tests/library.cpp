@@ -40,6 +40,7 @@ SEMISPARSE_EXPORT int64_t semisparse_offset(const char* structure, const char* f
   SEMISPARSE_FIELD(Functions, close_guard);
   SEMISPARSE_FIELD(Functions, mm);
   SEMISPARSE_FIELD(Functions, addmm);
+  SEMISPARSE_FIELD(Functions, scaled_mm);
   SEMISPARSE_SIZE(ProductFacts);
   SEMISPARSE_FIELD(ProductFacts, handle);
   SEMISPARSE_FIELD(ProductFacts, plan);

@@ -170,7 +170,7 @@ void check_keys(bool shared) {
           for (int64_t in_features : {16, 32})
             for (const char* backend : {"auto", "cusparselt", "dense"})
               for (bool bias : {false, true})
-                for (auto kind : {ProductKind::weight, ProductKind::tokens, ProductKind::grad_weight})
+                for (auto kind : {ProductKind::weight, ProductKind::tokens, ProductKind::grad_weight, ProductKind::fp8})
                   add(product_key(kind, shared ? 0 : device, dtype, tokens, out_features, in_features, bias, backend));
   const Key here = product_key(ProductKind::weight, 0, 5, 1, 16, 16, false, "auto");
   std::thread([&] { add(product_key(ProductKind::weight, 0, 5, 1, 16, 16, false, "auto")); }).join();
@@ -185,7 +185,8 @@ void check_keys(bool shared) {
                 for (bool codes : {false, true})
                   for (bool scale : {false, true})
                     for (auto kind :
-                         {LaunchKind::pack, LaunchKind::pack_tokens, LaunchKind::unpack, LaunchKind::add_bias})
+                         {LaunchKind::pack, LaunchKind::pack_tokens, LaunchKind::unpack, LaunchKind::add_bias,
+                          LaunchKind::rescale})
                       add(launch_key(kind, device, read, written, mask, rows, columns, stride, codes, scale));
   if (keys.size() != made) fail(std::to_string(made - keys.size()) + " keys are shared by different calls");
 }

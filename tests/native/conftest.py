@@ -7,15 +7,16 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 
 from semisparse import ops
-from semisparse.formats.layout import SM90_16BIT, packed_bytes
+from semisparse.formats.layout import SM90_8BIT, SM90_16BIT, packed_bytes
 from semisparse.formats.packed import PackedFormat
 from semisparse.gemm import dispatch
 from semisparse.gemm.autotune.algorithm import Choice
 from semisparse.gemm.engine import Engine
 from semisparse.native.loading import LIBRARY
-from semisparse.ops import packing, prepare, products, sampling
+from semisparse.ops import fp8_packed, packing, prepare, products, sampling
 from tests.gemm import simulated
 from tests.gemm.simulated import SimulatedLibrary, make_engine
 from tests.native.foreign import sm90_pack, sm90_unpack
@@ -60,11 +61,15 @@ def bench(settings: dict[str, Any], choice: Choice, monkeypatch: pytest.MonkeyPa
         monkeypatch.setattr(simulated, name, function)
     engine, library, _ = make_engine(SimulatedLibrary(**settings))
     tuner = SimpleNamespace(known=lambda problem, index: choice)
-    written = PackedFormat("reference", SM90_16BIT, "simulated")
+    layouts = {1: SM90_8BIT, 2: SM90_16BIT}
+
+    def written(index: int, dtype: torch.dtype, *_: object) -> PackedFormat:
+        return PackedFormat("reference", layouts[dtype.itemsize], "simulated")
+
     for module in (packing, products, sampling):
-        monkeypatch.setattr(module, "packed_format", lambda *_: written)
+        monkeypatch.setattr(module, "packed_format", written)
     monkeypatch.setattr(products, "_cuda_pack", ops.pack)
-    for module in (products, prepare, sampling):
+    for module in (products, prepare, sampling, fp8_packed):
         monkeypatch.setattr(module, "engine", lambda: engine)
     monkeypatch.setattr(dispatch, "process_engine", lambda: engine)
     for module in (dispatch, prepare):

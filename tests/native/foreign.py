@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from semisparse import ops
-from semisparse.formats.layout import SM90_16BIT, packed_bytes
-from semisparse.native.structures import Functions, LaunchKind
-from semisparse.reference import packing
+from semisparse.formats.layout import FP8, SM90_8BIT, SM90_16BIT, packed_bytes
+from semisparse.native.structures import DTYPE_CODES, Functions, LaunchKind
+from semisparse.reference import fp8, packing
 from tests.gemm import simulated
 from tests.gemm.simulated import DTYPES, SimulatedLibrary
 
@@ -33,6 +33,7 @@ SIGNATURES = {
     "close_guard": (_pointer,),
     "mm": (_pointer,) * 3,
     "addmm": (*[_pointer] * 4, ctypes.c_double, ctypes.c_double),
+    "scaled_mm": (*[_pointer] * 8, _int32),
 }
 """Arguments as csrc/functions.h has them; each function returns an int."""
 
@@ -59,6 +60,8 @@ def sm90_pack(dense: Tensor) -> Tensor:
 
 def sm90_unpack(packed: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     """As the simulated library's unpack, in the format of the CPU's ops."""
+    if dtype is FP8:
+        return ops.unpack_fp8(packed, rows, columns)
     return packing.unpack(SM90_16BIT.decode(packed, rows, columns, dtype))
 
 
@@ -100,11 +103,55 @@ class Kernel:
                 write(given[3], torch.stack([sums.float() - 2, torch.ones(columns), torch.ones(columns)]))
         elif self.kind is LaunchKind.SUM_ROWS:
             write(given[1], read(given[0], (rows, columns), torch.float32).sum(0).to(self.written))
+        elif self.kind in FP8_KINDS:
+            FP8_KINDS[self.kind](self, given)
         elif self.kind is LaunchKind.UNPACK:
-            packed = read(given[0], (SM90_16BIT.buffer_bytes(rows, columns),), torch.uint8)
+            layout = SM90_8BIT if self.written is FP8 else SM90_16BIT
+            packed = read(given[0], (layout.buffer_bytes(rows, columns, self.written.itemsize),), torch.uint8)
             write(given[1], sm90_unpack(packed, rows, columns, self.written))
         else:
             write(given[0], read(given[0], (rows, columns), self.read) + read(given[1], (columns,), self.read))
+
+    def matrix(self, address: int) -> Tensor:
+        """The matrix that a kernel of fp8 reads."""
+        rows, columns, stride = self.sizes
+        memory = read(address, ((rows - 1) * stride + columns,), self.read)
+        return memory.as_strided((rows, columns), (stride, 1))
+
+    def largest(self, given: dict[int, int]) -> None:
+        bits = fp8.largest_magnitude(self.matrix(given[0])).view(torch.int32)
+        write(given[1], torch.stack([bits // 2, bits, bits * 0]))
+
+    def quantise(self, given: dict[int, int]) -> None:
+        x = self.matrix(given[0])
+        assert read(given[1], (3,), torch.int32).max() == fp8.largest_magnitude(x).view(torch.int32)
+        for place, result in zip((2, 3, 4), ops.quantise(x, True, True), strict=True):
+            if place in given:
+                write(given[place], result)
+
+    def pack_fp8(self, given: dict[int, int]) -> None:
+        weight = self.matrix(given[0])
+        assert read(given[2], (3,), torch.int32).max() == fp8.largest_magnitude(weight).view(torch.int32)
+        codes = read(given[1], (weight.shape[0] // 4, weight.shape[1] // 4), torch.int16) if 1 in given else None
+        packed, packed_t, scale = ops.pack_fp8(weight, self.mask, codes)
+        for place, result in ((3, scale), (4, packed), (5, packed_t)):
+            if place in given:
+                write(given[place], result)
+
+    def rescale(self, given: dict[int, int]) -> None:
+        rows, columns, code = self.sizes
+        dtype = next(dtype for dtype, number in (DTYPE_CODES | {None: 0}).items() if number == code)
+        y, scales = read(given[0], (rows, columns), self.read), (read(given[n], (), torch.float32) for n in (1, 2))
+        bias = read(given[3], (columns,), dtype) if dtype else None
+        write(given[4], ops.rescale(y, *scales, bias, rows, self.written))
+
+
+FP8_KINDS = {
+    LaunchKind.LARGEST: Kernel.largest,
+    LaunchKind.QUANTISE: Kernel.quantise,
+    LaunchKind.PACK_FP8: Kernel.pack_fp8,
+    LaunchKind.RESCALE: Kernel.rescale,
+}
 
 
 @dataclass
@@ -176,15 +223,15 @@ class Foreign:
             ctypes.memset(workspace, 0xFF, self.library.workspace)
         matmul = self.library._get("matmul", content["matmul"])
         (rows, reduction, *_, kind, _), of_b, of_d = (self.library._get("matrix", m) for m in matmul["matrices"])
-        dtype = DTYPES[kind]
-        left = sm90_unpack(read(a, (packed_bytes(rows, reduction),), torch.uint8), rows, reduction, dtype)
+        dtype, size = DTYPES[kind], packed_bytes(rows, reduction, DTYPES[kind].itemsize)
+        left = sm90_unpack(read(a, (size,), torch.uint8), rows, reduction, dtype)
         shape_b, shape_d = (m[:2] if m[4] == 2 else m[1::-1] for m in (of_b, of_d))
         right = read(b, shape_b, dtype)
         sums = left.float() @ (right if of_b[4] == 2 else right.mT).float()
         bias = matmul["bias"] if self.library.follows_bias else content["bias"]
         if bias:
             sums += read(bias, (rows, 1), dtype).float()
-        write(d, (sums if of_d[4] == 2 else sums.mT).to(dtype).reshape(shape_d))
+        write(d, (sums if of_d[4] == 2 else sums.mT).to(DTYPES[of_d[3]]).reshape(shape_d))
 
     def set_attribute(self, handle, descriptor, attribute, value, size):
         self.library.matmul_desc_set_attribute(handle, descriptor, attribute, value, size)
@@ -216,9 +263,12 @@ class Foreign:
     def addmm(self, *operands):
         self._torch("addmm", *operands)
 
+    def scaled_mm(self, *operands):
+        self._torch("_scaled_mm", *operands)
+
     def _torch(self, name, *operands):
         assert list(self.open.values()) == [-1]
         function = getattr(TORCH, f"aoti_torch_cpu_{name}_out")
-        function.argtypes = SIGNATURES[name]
+        function.argtypes = SIGNATURES[name.removeprefix("_")]
         assert function(*operands) == 0
         self.multiplied.append(name)

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from semisparse import masks, ops
-from semisparse.formats.layout import packed_bytes
+from semisparse.formats.layout import FP8, SM90_8BIT, SM90_16BIT, packed_bytes
 from semisparse.native.interface import Interface
 from semisparse.native.structures import DTYPE_CODES, LaunchFacts, LaunchKind
-from semisparse.ops import packing, products, register, sampling
+from semisparse.ops import fp8, fp8_packed, packing, products, register, sampling
 from tests.native.building import cpu_library
 from tests.native.foreign import Foreign, Kernel
 
@@ -32,6 +32,13 @@ FAKES = {
     "packed_tokens_matmul": products._fake_packed_tokens_matmul,
     "packed_tokens_grad_weight": products._fake_packed_tokens_grad_weight,
     "sampled_grad_weight": sampling._fake_sampled_grad_weight,
+    "quantise": fp8._fake_quantise,
+    "pack_fp8": fp8_packed._fake_pack_fp8,
+    "unpack_fp8": fp8_packed._fake_unpack_fp8,
+    "fp8_product": fp8_packed._fake_fp8_product,
+    "fp8_dense_product": fp8._fake_dense_product,
+    "rescale": fp8._fake_rescale,
+    "rescale_": fp8._fake_rescale_in_place,
 }
 # In the tests that use products.*, the simulated engine stands behind them (conftest.py).
 PYTHON: dict[str, Callable[..., Any]] = {
@@ -44,11 +51,27 @@ PYTHON: dict[str, Callable[..., Any]] = {
     "packed_tokens_matmul": products._cuda_packed_tokens_matmul,
     "packed_tokens_grad_weight": products._cuda_packed_tokens_grad_weight,
     "sampled_grad_weight": sampling._cuda_sampled_grad_weight,
+    "quantise": ops.quantise,
+    "pack_fp8": ops.pack_fp8,
+    "unpack_fp8": ops.unpack_fp8,
+    "fp8_product": fp8_packed._cuda_fp8_product,
+    "fp8_dense_product": ops.fp8_dense_product,
+    "rescale": ops.rescale,
+    "rescale_": ops.rescale_,
 }
 
 
 SUM_ROWS = 3
 """Rows of the sums that a sampling kernel writes here."""
+
+
+POINTERS_OF_FP8: dict[LaunchKind, Callable[[str, tuple[bool, bool]], list[int]]] = {
+    LaunchKind.LARGEST: lambda *_: [0, 1],
+    LaunchKind.QUANTISE: lambda _, given: [0, 1, *[2] * given[0], *[3] * given[1], 4],
+    LaunchKind.PACK_FP8: lambda mask, given: [0, *[1] * given[0], 2, 3, 4, *[5] * masks.get(mask).both_ways],
+    LaunchKind.RESCALE: lambda _, given: [0, 1, 2, *[3] * given[0], 4],
+}
+"""Which addresses of a call the kernels of fp8 take."""
 
 
 class Hot:
@@ -116,7 +139,7 @@ class Hot:
     def launch(
         self,
         kind: LaunchKind,
-        dtypes: tuple[torch.dtype | None, torch.dtype],
+        dtypes: tuple[torch.dtype | None, torch.dtype | None],
         sizes: tuple[int, int, int],
         mask: str = "",
         given: tuple[bool, bool] = (False, False),
@@ -130,6 +153,8 @@ class Hot:
         pointers = [0, *(n for n in (1, 2) if given[n - 1]), *buffers] if packs else [0, 1]
         if kind is LaunchKind.SAMPLE:
             pointers = [0, *([1] if given[0] else []), 2, *([3] if given[1] else [])]
+        if kind in POINTERS_OF_FP8:
+            pointers = POINTERS_OF_FP8[kind](mask, given)
         read, written = dtypes
         function = len(self.foreign.kernels) + 1
         self.foreign.kernels[function] = Kernel(kind, read or torch.uint8, written, sizes, mask, tuple(pointers))
@@ -141,14 +166,23 @@ class Hot:
         elif kind is LaunchKind.SAMPLE:
             facts.bytes[:] = packed_bytes(columns, -(-rows // 16) * 16), SUM_ROWS * columns * 4 if given[1] else 0
         elif kind is LaunchKind.UNPACK:
-            facts.bytes[0] = packing.SM90_16BIT.buffer_bytes(rows, columns)
+            layout = SM90_8BIT if written is FP8 else SM90_16BIT
+            facts.bytes[0] = layout.buffer_bytes(rows, columns, written.itemsize)
+        elif kind in POINTERS_OF_FP8:
+            padded, both = -(-rows // 16) * 16, kind is LaunchKind.PACK_FP8 and masks.get(mask).both_ways
+            facts.bytes[:] = {
+                LaunchKind.LARGEST: (12, 0),
+                LaunchKind.QUANTISE: (padded * columns * given[0], padded * columns * given[1]),
+                LaunchKind.PACK_FP8: (packed_bytes(rows, columns, 1), packed_bytes(columns, rows, 1) * both),
+                LaunchKind.RESCALE: (0, 0),
+            }[kind]
         for number, source in enumerate(pointers):
             facts.source[number] = source
         for number, value in enumerate((*sizes, 0, 0), len(pointers)):
             facts.source[number], facts.value[number] = -1, value
         for name, value in change.items():
             setattr(facts, name, value)
-        codes = 0 if read is None else DTYPE_CODES[read], DTYPE_CODES[written]
+        codes = tuple(0 if dtype is None else DTYPE_CODES[dtype] for dtype in dtypes)
         self.interface.add_launch(kind, -1, codes, mask, sizes, given, facts)
         return facts
 

@@ -12,6 +12,7 @@ import torch
 from semisparse import errors, native, ops
 from semisparse.native.fallback import in_python
 from semisparse.native.structures import LaunchKind
+from tests.native import fp8
 from tests.native.conftest import Bench
 from tests.native.hot import FAKES
 from tests.native.test_products import DTYPE, K, N, call, integers, operands, prepared
@@ -81,12 +82,14 @@ def raising(error: BaseException) -> Callable[..., Any]:
 )  # fmt: skip
 def test_an_eager_call_raises_the_very_exception_of_python(bench: Bench, name: str, error: BaseException) -> None:
     bench.hot.python[name] = raising(error)
+    bench.hot.foreign.failing.add("scaled_mm")  # which needs no preparation
     packed = ops.pack(integers(N, K), DTYPE, "transposable")[0]
     given = {
         "pack": (integers(N, K), DTYPE, "transposable"),
         "pack_transpose": (integers(N, K), DTYPE, "transposable"),
         "pack_tokens": (integers(N, K), DTYPE),
         "unpack": (packed, N, K, DTYPE),
+        **{op: fp8.arguments(op) for op in fp8.OPS},
     }.get(name) or tuple(operands(name).values())
     for _ in range(2):
         with pytest.raises(type(error)) as raised:
@@ -176,6 +179,13 @@ def test_a_prepared_op_passes_torchs_own_check(bench: Bench) -> None:
     torch.library.opcheck(
         torch.ops.semisparse_test.unpack.default, (given["packed"], N, K, DTYPE), test_utils=utilities
     )
+    for name in ("rescale", "rescale_"):
+        arguments = fp8.arguments(name)
+        fp8.prepare_kernels(bench, name, arguments)
+        op = getattr(torch.ops.semisparse_test, name).default
+        bench.hot.natively(
+            lambda op=op, arguments=arguments: torch.library.opcheck(op, arguments, test_utils=utilities)
+        )
 
 
 def with_a_tensor(kept: list[weakref.ref[torch.Tensor]]) -> None:

@@ -14,7 +14,14 @@ from tests.arch.source import ROOT
 from tests.native.building import SOURCES, compiler, locked, sanitized
 from tests.native.hot import BUILT
 
-FILES = ("test_asked.py", "test_dense_products.py", "test_packing.py", "test_products.py", "test_structures.py")
+FILES = (
+    "test_asked.py",
+    "test_dense_products.py",
+    "test_fp8.py",
+    "test_packing.py",
+    "test_products.py",
+    "test_structures.py",
+)
 REPORT = re.compile(r"ERROR: AddressSanitizer|runtime error:")
 SETTINGS = {
     # Tests ask for more memory than there is, on purpose.

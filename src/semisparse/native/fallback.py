@@ -21,32 +21,35 @@ _failed = threading.local()
 
 def in_python(
     implementation: Callable[..., Any], results: int, texts: Sequence[int] = ()
-) -> Callable[..., tuple[Tensor, ...]]:
+) -> Callable[..., Tensor | tuple[Tensor, ...]]:
     """implementation, in the form that C++ calls.
 
     Args:
         implementation: Computes an op.
-        results: How many tensors it returns.
+        results: How many tensors it returns; 0 for None.
         texts: Places of the strings among the arguments, which C++ hands over as bytes (csrc/text.h says why).
 
     Returns:
         A function of the same arguments that never raises. It returns the tensors and a message, which is empty unless
-        implementation raised.
+        implementation raised; the message alone where there are no tensors.
     """
 
     @wraps(implementation)
-    def call(*args: Any) -> tuple[Tensor, ...]:
+    def call(*args: Any) -> Tensor | tuple[Tensor, ...]:
         handled = sys.exception()
         try:
             given = [bytes(arg.tolist()).decode() if place in texts else arg for place, arg in enumerate(args)]
-            found: Tensor | tuple[Tensor, ...] = implementation(*given)
+            found: Tensor | tuple[Tensor, ...] | None = implementation(*given)
         except BaseException as error:
             message = f"{type(error).__name__}: {error}"
             _clear_frames(error, handled)  # they hold tensors, for as long as nothing takes the error
             _failed.kept = message, error
             nothing = [torch.empty(0) for _ in range(results)]
-            return (*nothing, torch.frombuffer(bytearray(message.encode()), dtype=torch.uint8))
+            said = torch.frombuffer(bytearray(message.encode()), dtype=torch.uint8)
+            return (*nothing, said) if results else said
         fine = torch.empty(0, dtype=torch.uint8)
+        if found is None:
+            return fine
         return (found, fine) if isinstance(found, Tensor) else (*found, fine)
 
     return call

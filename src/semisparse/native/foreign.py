@@ -34,6 +34,7 @@ def functions(matmul: int, set_attribute: int) -> Functions:
         close_guard=_address(cuda.aoti_torch_delete_cuda_guard),
         mm=_address(cuda.aoti_torch_cuda_mm_out),
         addmm=_address(cuda.aoti_torch_cuda_addmm_out),
+        scaled_mm=_address(cuda.aoti_torch_cuda__scaled_mm_out),
     )
 
 

@@ -64,7 +64,7 @@ class Interface:
         Args:
             kind: Which product.
             device: Index of the device.
-            dtype: Code of the operands' dtype.
+            dtype: Code of the result's dtype.
             sizes: Tokens (before padding), out_features and in_features of the op's call.
             bias: Whether the call has a bias.
             backend: As the call names it.
@@ -91,8 +91,9 @@ class Interface:
             device: Index of the device.
             dtypes: Codes of the dtypes read and written; 0 where there is none.
             mask: The mask's name; empty where the op has none.
-            sizes: Rows, columns and, where the op reads strides, entries from row to row; else 0.
-            given: Whether the call's optional operands are there: codes and scale of a pack, seed and sums of a sample.
+            sizes: Rows, columns and, where the op reads strides, entries from row to row; else 0. Of rescale: the code
+                of the bias's dtype.
+            given: Whether the call's optional operands are there, as csrc/keys.h lists them.
             facts: What is started.
         """
         self._lib.semisparse_add_launch(

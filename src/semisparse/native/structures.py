@@ -5,13 +5,13 @@ from enum import IntEnum
 
 import torch
 
-INTERFACE = 6
+INTERFACE = 7
 """csrc/interface.h's number: a library of another one is never used."""
 
 MOST_PARAMETERS = 32
 """Most parameters of a kernel."""
 
-DTYPE_CODES = {torch.float16: 5, torch.float32: 6, torch.bfloat16: 15}
+DTYPE_CODES = {torch.float16: 5, torch.float32: 6, torch.bfloat16: 15, torch.float8_e4m3fn: 24}
 """torch's ScalarType numbers of the dtypes that keys hold; they are part of its stable ABI."""
 
 
@@ -22,6 +22,7 @@ class ProductKind(IntEnum):
     TOKENS = 1
     GRAD_WEIGHT = 2
     SAMPLED = 3
+    FP8 = 4
 
 
 class LaunchKind(IntEnum):
@@ -34,6 +35,10 @@ class LaunchKind(IntEnum):
     SAMPLE = 4
     SUM_ROWS = 5
     PACK_TRANSPOSE = 6
+    LARGEST = 7
+    QUANTISE = 8
+    PACK_FP8 = 9
+    RESCALE = 10
 
 
 class Functions(ctypes.Structure):
@@ -50,6 +55,7 @@ class Functions(ctypes.Structure):
             "close_guard",
             "mm",
             "addmm",
+            "scaled_mm",
         )
     ]
 

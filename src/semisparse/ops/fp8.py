@@ -10,6 +10,8 @@ from torch import Tensor
 from semisparse import calls
 from semisparse.errors import ShapeError, TensorError
 from semisparse.formats.layout import FP8, round_up
+from semisparse.native.structures import DTYPE_CODES, LaunchKind
+from semisparse.ops import prepare
 from semisparse.ops.masks import has_triton
 from semisparse.ops.register import register
 from semisparse.reference import fp8 as reference
@@ -45,20 +47,54 @@ def _cuda_quantise(x: Tensor, rows: bool, columns: bool) -> tuple[Tensor, Tensor
     x8, x8t, scale = _fake_quantise(x, rows, columns)
     if not x.numel():
         return x8, x8t, scale.fill_(1)
-    x = amax.readable(x)
-    partials = x.new_empty(amax.programs_for(x), dtype=torch.int32)
-    amax.launch(x, partials)
-    if rows or columns:
-        kernel.launch(x, partials, x8 if rows else None, x8t if columns else None, scale)
-    else:
-        amax.launch_scale(partials, scale)
+    read = amax.readable(x)
+    largest = largest_of(read, copied=read is not x)
+    if not (rows or columns):
+        amax.launch_scale(largest, scale)
+        return x8, x8t, scale
+    given = x8 if rows else None, x8t if columns else None
+    launcher = kernel.launch(read, largest, *given, scale)
+    if read is x:
+        prepare.launch(
+            LaunchKind.QUANTISE,
+            launcher,
+            (x, largest, *given, scale),
+            dtypes=(x.dtype, None),
+            sizes=(*x.shape, x.stride(0)),
+            given=(rows, columns),
+            sizes_in_bytes=(x8.numel(), x8t.numel()),
+        )
     return x8, x8t, scale
+
+
+def largest_of(matrix: Tensor, *, copied: bool) -> Tensor:
+    """The largest magnitudes of a matrix, as kernels.amax leaves them.
+
+    Args:
+        matrix: On CUDA, not empty, as amax.readable gives it.
+        copied: Whether it is a copy, which a native call does not make.
+    """
+    from semisparse.kernels import amax
+
+    largest = matrix.new_empty(amax.programs_for(matrix), dtype=torch.int32)
+    launcher = amax.launch(matrix, largest)
+    if not copied:
+        prepare.launch(
+            LaunchKind.LARGEST,
+            launcher,
+            (matrix, largest),
+            dtypes=(matrix.dtype, None),
+            sizes=(*matrix.shape, matrix.stride(0)),
+            sizes_in_bytes=(largest.nbytes, 0),
+        )
+    return largest
 
 
 @register(
     "quantise(Tensor x, bool rows, bool columns) -> (Tensor, Tensor, Tensor)",
     fake=_fake_quantise,
     cuda=_cuda_quantise,
+    hot=True,
     note=calls.note,
 )
 def quantise(x: Tensor, rows: bool, columns: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -149,6 +185,7 @@ def _cuda_dense_product(
     " -> Tensor",
     fake=_fake_dense_product,
     cuda=_cuda_dense_product,
+    hot=True,
 )
 def fp8_dense_product(
     a8: Tensor, b8: Tensor, out_dtype: torch.dtype, scale_a: Tensor | None = None, scale_b: Tensor | None = None
@@ -216,17 +253,30 @@ def _cuda_rescale(
     _check_rescaled(y, bias, rows)
     if not _by_kernel(y, rows):
         return rescale_formula(y, scale_a, scale_b, bias, rows, dtype)
+    out = _fake_rescale(y, scale_a, scale_b, bias, rows, dtype)
+    _launch_rescale(y, scale_a, scale_b, bias, out)
+    return out
+
+
+def _launch_rescale(y: Tensor, scale_a: Tensor, scale_b: Tensor, bias: Tensor | None, out: Tensor) -> None:
     from semisparse.kernels import rescale as kernel
 
-    out = _fake_rescale(y, scale_a, scale_b, bias, rows, dtype)
-    kernel.launch(y, scale_a, scale_b, None if bias is None else bias.contiguous(), out)
-    return out
+    bias = None if bias is None else bias.contiguous()
+    prepare.launch(
+        LaunchKind.RESCALE,
+        kernel.launch(y, scale_a, scale_b, bias, out),
+        (y, scale_a, scale_b, bias, out),
+        dtypes=(y.dtype, out.dtype),
+        sizes=(*out.shape, 0 if bias is None else DTYPE_CODES[bias.dtype]),
+        given=(bias is not None, False),
+    )
 
 
 @register(
     "rescale(Tensor y, Tensor scale_a, Tensor scale_b, Tensor? bias, SymInt rows, ScalarType dtype) -> Tensor",
     fake=_fake_rescale,
     cuda=_cuda_rescale,
+    hot=True,
 )
 def rescale(y: Tensor, scale_a: Tensor, scale_b: Tensor, bias: Tensor | None, rows: int, dtype: torch.dtype) -> Tensor:
     """y * (scale_a * scale_b) + bias in fp32, rounded once: the product of two tensors from that of their codes.
@@ -255,18 +305,17 @@ def _fake_rescale_in_place(y: Tensor, scale_a: Tensor, scale_b: Tensor, bias: Te
 
 def _cuda_rescale_in_place(y: Tensor, scale_a: Tensor, scale_b: Tensor, bias: Tensor | None) -> None:
     _check_rescaled(y, bias, y.shape[0])
-    if not _by_kernel(y, y.shape[0]):
+    if _by_kernel(y, y.shape[0]):
+        _launch_rescale(y, scale_a, scale_b, bias, y)
+    else:
         y.copy_(rescale_formula(y, scale_a, scale_b, bias, y.shape[0], y.dtype))
-        return
-    from semisparse.kernels import rescale as kernel
-
-    kernel.launch(y, scale_a, scale_b, None if bias is None else bias.contiguous(), y)
 
 
 @register(
     "rescale_(Tensor(a!) y, Tensor scale_a, Tensor scale_b, Tensor? bias) -> ()",
     fake=_fake_rescale_in_place,
     cuda=_cuda_rescale_in_place,
+    hot=True,
 )
 def rescale_(y: Tensor, scale_a: Tensor, scale_b: Tensor, bias: Tensor | None) -> None:
     """rescale of all rows into y itself, which saves the memory of a result. The only op that writes to an operand.

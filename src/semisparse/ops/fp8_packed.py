@@ -14,7 +14,9 @@ from semisparse.formats.layout import FP8, SM90_8BIT, SPARSE_MULTIPLE_8BIT, pack
 from semisparse.formats.packed import packed_format
 from semisparse.gemm import problem
 from semisparse.gemm.engine import engine
-from semisparse.ops.fp8 import fp8_dense_product, quantise, rescale, rescale_, rescale_formula
+from semisparse.native.structures import LaunchKind, ProductKind
+from semisparse.ops import prepare
+from semisparse.ops.fp8 import fp8_dense_product, largest_of, quantise, rescale, rescale_, rescale_formula
 from semisparse.ops.masks import _cuda_prune, checked
 from semisparse.ops.packing import _cuda_unpack, _pack_in_steps
 from semisparse.ops.products import multiply, padded
@@ -47,12 +49,22 @@ def _cuda_pack_fp8(weight: Tensor, mask: str, codes: Tensor | None) -> tuple[Ten
     if written.packer == "kernel" and written.layout is not None and found.chosen_while_packing:
         from semisparse.kernels import amax, prune_pack8
 
-        weight = amax.readable(weight)
-        largest = weight.new_empty(amax.programs_for(weight), dtype=torch.int32)
-        amax.launch(weight, largest)
-        packed, packed_t, scale = _fake_pack_fp8(weight, mask, codes)
+        read = amax.readable(weight)
+        largest = largest_of(read, copied=read is not weight)
+        packed, packed_t, scale = _fake_pack_fp8(read, mask, codes)
         into = packed, packed_t if found.both_ways else None
-        prune_pack8.launch(weight, largest, *into, layout=written.layout, mask=mask, codes=codes, scale=scale)
+        launcher = prune_pack8.launch(read, largest, *into, layout=written.layout, mask=mask, codes=codes, scale=scale)
+        if read is weight:
+            prepare.launch(
+                LaunchKind.PACK_FP8,
+                launcher,
+                (weight, codes, largest, scale, *into),
+                dtypes=(weight.dtype, None),
+                sizes=(*weight.shape, weight.stride(0)),
+                mask=mask,
+                given=(codes is not None, False),
+                sizes_in_bytes=(packed.numel(), packed_t.numel()),
+            )
         return packed, packed_t, scale
     _, _, scale = quantise(weight, False, False)
     rounded = reference.quantise(_cuda_prune(weight, weight.dtype, mask, codes), 1 / scale)
@@ -67,6 +79,7 @@ def _encoded(codes: Tensor, kept: Tensor) -> Tensor:
     "pack_fp8(Tensor weight, str mask, Tensor? codes) -> (Tensor, Tensor, Tensor)",
     fake=_fake_pack_fp8,
     cuda=_cuda_pack_fp8,
+    hot=True,
     note=calls.note,
 )
 def pack_fp8(weight: Tensor, mask: str, codes: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -102,7 +115,10 @@ def _cuda_unpack_fp8(packed: Tensor, rows: int, columns: int) -> Tensor:
 
 
 @register(
-    "unpack_fp8(Tensor packed, SymInt rows, SymInt columns) -> Tensor", fake=_fake_unpack_fp8, cuda=_cuda_unpack_fp8
+    "unpack_fp8(Tensor packed, SymInt rows, SymInt columns) -> Tensor",
+    fake=_fake_unpack_fp8,
+    cuda=_cuda_unpack_fp8,
+    hot=True,
 )
 def unpack_fp8(packed: Tensor, rows: int, columns: int) -> Tensor:
     """The pruned matrix (rows x columns of e4m3, contiguous) that a buffer of pack_fp8 holds; exact."""
@@ -122,7 +138,9 @@ def _cuda_fp8_product(
     out = x8.new_empty(tokens, out_features, dtype=out_dtype)
     if tokens:
         asked = problem.fp8_forward(tokens, out_features, in_features, out_dtype)
-        multiply(asked, packed, padded(x8, tokens), out, None, backend)
+        choice = multiply(asked, packed, padded(x8, tokens), out, None, backend)
+        sizes = tokens, out_features, in_features
+        prepare.product(ProductKind.FP8, asked, out.get_device(), sizes, choice, backend)
     return out
 
 
@@ -130,6 +148,7 @@ def _cuda_fp8_product(
     "fp8_product(Tensor x8, Tensor packed, SymInt out_features, str backend, ScalarType out_dtype) -> Tensor",
     fake=_fake_fp8_product,
     cuda=_cuda_fp8_product,
+    hot=True,
 )
 def fp8_product(x8: Tensor, packed: Tensor, out_features: int, backend: Backend, out_dtype: torch.dtype) -> Tensor:
     """The sums x8 A^T with A packed, without scale.

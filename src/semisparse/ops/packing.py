@@ -196,23 +196,21 @@ def _fake_unpack(packed: Tensor, rows: int, columns: int, dtype: torch.dtype) ->
 def _cuda_unpack(packed: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     """By the kernel or, where only the engine can read the buffer, as the buffer's product with the identity.
 
-    dtype may be float8_e4m3fn, which the native library does not take.
+    dtype may be float8_e4m3fn.
     """
     written = packed_format(packed.get_device(), dtype, engine())
     if written.packer == "kernel" and written.layout is not None:
         from semisparse.kernels import unpack as kernel
 
         out = packed.new_empty(rows, columns, dtype=dtype)
-        launched = kernel.launch(packed, out, layout=written.layout)
-        if dtype is not FP8:
-            prepare.launch(
-                LaunchKind.UNPACK,
-                launched,
-                (packed, out),
-                dtypes=(None, dtype),
-                sizes=(rows, columns, 0),
-                sizes_in_bytes=(written.layout.buffer_bytes(rows, columns), 0),
-            )
+        prepare.launch(
+            LaunchKind.UNPACK,
+            kernel.launch(packed, out, layout=written.layout),
+            (packed, out),
+            dtypes=(None, dtype),
+            sizes=(rows, columns, 0),
+            sizes_in_bytes=(written.layout.buffer_bytes(rows, columns, dtype.itemsize), 0),
+        )
         return out
     if written.layout is not None:
         held = torch.uint8 if dtype is FP8 else dtype  # not every op of PyTorch takes 8-bit floating-point numbers

@@ -120,7 +120,7 @@ def product(
         algorithm = choice.algorithm if backend == "auto" else choice.sparse_algorithm
     if algorithm is not None and not _add_plan(library, facts, asked, algorithm, index):
         return
-    library.add_product(kind, index, DTYPE_CODES[asked.dtype], sizes, asked.bias, backend, facts)
+    library.add_product(kind, index, DTYPE_CODES[asked.out_dtype], sizes, asked.bias, backend, facts)
 
 
 def _add_plan(library: Interface, facts: ProductFacts, asked: Problem, algorithm: int, index: int) -> bool:

@@ -84,7 +84,7 @@ def _register_fallback(schema: str, implementation: Callable[..., Any]) -> None:
     """The op that C++ calls for what it cannot do itself."""
     signature, _, returned = schema.partition(" -> ")
     name, _, arguments = signature.replace("SymInt", "int").partition("(")
-    results = returned.strip("()").split(", ")
+    results = [result for result in returned.strip("()").split(", ") if result]
     fallback = f"{name}_in_python"
     texts = [place for place, argument in enumerate(arguments.split(", ")) if argument.startswith("str ")]
     arguments = arguments.replace("str ", "Tensor ")
