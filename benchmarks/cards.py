@@ -14,7 +14,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that the file runs as a script from anywhere
 
-from benchmarks import compare_tables, host_tables, picture, tables
+from benchmarks import compare, compare_tables, fp8_tables, host_tables, picture, tables
 from benchmarks.blocks import filled
 from benchmarks.launches import launch_note
 from benchmarks.models import CARDS as MODELS
@@ -31,7 +31,7 @@ ACCURACY = RESULTS / "accuracy"
 PAGES = tuple(ROOT / name for name in ("README.md", "docs/speed.md", "docs/accuracy.md"))
 MASK_STUDY = ("signed-greedy", "greedy", "sparse-100")
 ON_PAGE = ("vit-fashion-mnist", "vit-fashion-mnist-long", "dino-fashion-mnist", "gpt-stdlib")
-SAMPLED = "gpt-mvue"
+TEXT_ONCE = ("gpt-mvue", "gpt-fp8")
 SPARSE_THEN_DENSE = ("sparse-070", "dinov2-070")
 COMMAND = "python benchmarks/benchmark_semi_structured_training.py"
 
@@ -160,7 +160,7 @@ def pack_card() -> str:
 
 def compare_card() -> str:
     """Dense, float8, 2:4 and 2:4 with a sampled gradient, layers and models."""
-    return _page("Dense, float8, 2:4 and 2:4 with a sampled gradient", _compare_block())
+    return _page("Dense, float8, 2:4, a sampled gradient and fp8", _compare_block())
 
 
 def metrics_card() -> str:
@@ -259,9 +259,12 @@ def blocks() -> dict[str, str]:
         "pack": _remade(tables.pack(packs()).markdown(), packs(), "--pack "),
         "pack-together": _block(load("pack-together"), host_tables.pack_together, "--pack ", TOGETHER),
         "metrics": _remade(tables.metrics(load("metrics")).markdown(), load("metrics"), "--metrics "),
+        "neighbours": _block(load("neighbours"), fp8_tables.neighbours, "--neighbours ", fp8_tables.BETWEEN),
+        "noise": _block(load("noise"), fp8_tables.noise, "--noise ", fp8_tables.NOISE),
+        "profile": _block(load("profile"), fp8_tables.profile, "--profile ", fp8_tables.PROFILE),
         "no-gain-all": _block(small, tables.small_linear, "--no-gain "),
     }
-    for name in (*ON_PAGE, SAMPLED):
+    for name in (*ON_PAGE, *TEXT_ONCE):
         results = accuracy().get(name, [])
         if not results:
             made[name] = f"Not measured yet: `{command_of(name)}`."
@@ -287,9 +290,9 @@ def _speed_block(steps: list[Result]) -> str:
 def _compare_block() -> str:
     layers, steps = load("compare-linear"), load("compare-model")
     if not (layers or steps):
-        return _missing("--compare --rows float8 2:4 mvue ")
+        return _missing(f"--compare --rows {' '.join(compare.ON_PAGE)} ")
     text = compare_tables.text(layers, steps)
-    return _remade(text, [*layers, *steps], "--compare --rows float8 2:4 mvue ")
+    return _remade(text, [*layers, *steps], f"--compare --rows {' '.join(compare.ON_PAGE)} ")
 
 
 def _models_block() -> str:

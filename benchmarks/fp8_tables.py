@@ -5,6 +5,7 @@ from typing import Any
 
 from benchmarks.compare import DENSE
 from benchmarks.neighbours import ALONE
+from benchmarks.step_profile import by_kind
 from benchmarks.table import Table
 
 Result = dict[str, Any]
@@ -46,18 +47,19 @@ def noise(results: Sequence[Result]) -> Table:
     return Table(("M x K x N", "gradient", "row", "y", "dx", "dW"), tuple(lines))
 
 
-def profile(result: Result) -> Table:
-    """A line per kind of kernel, a column per row."""
-    rows = result["rows"]
-    kinds = sorted({kind for row in rows.values() for kind in row["ms"]}, key=lambda kind: -_most(rows, kind))
-    lines = [(kind, *(f"{row['ms'].get(kind, 0):.1f}" for row in rows.values())) for kind in kinds]
-    lines.append(("all kernels", *(f"{row['total_ms']:.1f}" for row in rows.values())))
+def profile(results: Sequence[Result]) -> Table:
+    """A line per kind of kernel, a column per row; of one result."""
+    (result,) = results
+    rows = {name: by_kind(row) for name, row in result["rows"].items()}
+    kinds = sorted({kind for row in rows.values() for kind in row}, key=lambda kind: -_most(rows, kind))
+    lines = [(kind, *(f"{row.get(kind, 0):.1f}" for row in rows.values())) for kind in kinds]
+    lines.append(("all kernels", *(f"{row['total_ms']:.1f}" for row in result["rows"].values())))
     notes = [f"floor of {name}: {ms:.1f} ms" for name, ms in result["floors_ms"].items()]
     return Table((f"{result['label']}, ms", *rows), tuple(lines), tuple(notes))
 
 
-def _most(rows: dict[str, Result], kind: str) -> float:
-    return max(float(row["ms"].get(kind, 0)) for row in rows.values())
+def _most(rows: dict[str, dict[str, float]], kind: str) -> float:
+    return max(row.get(kind, 0.0) for row in rows.values())
 
 
 def _shape(result: Result) -> str:
