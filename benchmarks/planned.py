@@ -29,7 +29,7 @@ from semisparse.planning.measuring import Measurer
 from semisparse.planning.timing import Times
 
 DENSE, PLAN = "dense", "planned"
-EVERY = ("2:4", "2:4 + mvue", "fp8 + 2:4")
+EVERY = ("2:4", "fp8 + 2:4")
 """Candidates that every selected layer is swapped to, each in a variant of its own."""
 Result = dict[str, Any]
 

@@ -121,7 +121,11 @@ def test_a_plan_of_another_model_names_the_layers_that_differ(model: nn.Module, 
 
 def test_a_wrapped_model_is_the_same_model() -> None:
     model = Model()
-    assert made(model).differences(torch.compile(model)) == {}
+    compiled = torch.compile(model)
+    assert made(model).differences(compiled) == {}
+    plan = made(compiled)
+    assert [row.name for row in plan] == [row.name for row in made(model)]
+    assert sparsify(model, plan.configs).configs == plan.configs
 
 
 @pytest.fixture

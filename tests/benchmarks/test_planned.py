@@ -30,7 +30,7 @@ def test_a_plan_is_made_applied_and_judged_beside_dense_and_everything_swapped(
 ) -> None:
     program.main(["--plan", "--card", "one", "--toy", "--rounds", "2", "--save", str(tmp_path)])
     result = json.loads((tmp_path / "plan-one.json").read_text())
-    assert list(result["times_ms"]) == ["dense", "planned", "all 2:4", "all 2:4 + mvue", "all fp8 + 2:4"]
+    assert list(result["times_ms"]) == ["dense", "planned", "all 2:4", "all fp8 + 2:4"]
     assert result["error"] == result["predicted_ms"] / result["times_ms"]["planned"]["median_ms"] - 1
     assert [row["choice"] for row in result["plan"]["rows"]] == ["2:4 + mvue"] * 2
     (tmp_path / "plan.json").write_text(json.dumps(result["plan"]))

@@ -15,7 +15,7 @@ from semisparse.operands import compute_dtype
 from semisparse.planning.problems import LayerUse, LinearProblem
 from semisparse.surgery.named import names_of
 from semisparse.surgery.refusals import Candidates
-from semisparse.surgery.selection import FoundLayer, Selector
+from semisparse.surgery.selection import FoundLayer, Selector, clean_name
 from semisparse.surgery.swap import by_selectors
 from semisparse.unchanged import unchanged
 
@@ -93,7 +93,7 @@ def from_tokens(
         calls = tuple((_problem(found.layer, rows, found.layer.weight, True, True), float(count))
                       for rows, count in counts.items())  # fmt: skip
         why = stays or ("" if calls else "tokens does not name it")
-        uses.append(LayerUse(found.name, found.layer.in_features, found.layer.out_features, calls, (), why))
+        uses.append(LayerUse(clean_name(found.name), found.layer.in_features, found.layer.out_features, calls, (), why))
     return tuple(uses)
 
 
@@ -183,4 +183,5 @@ class _Probe:
         layer = found.layer
         calls = tuple((problem, float(count)) for problem, count in self._calls[id(layer)].items())
         why = stays or ("" if calls else NEVER_CALLED)
-        return LayerUse(found.name, layer.in_features, layer.out_features, calls, tuple(self._reads[id(layer)]), why)
+        sizes = layer.in_features, layer.out_features
+        return LayerUse(clean_name(found.name), *sizes, calls, tuple(self._reads[id(layer)]), why)

@@ -76,7 +76,7 @@ class LayerUse:
     """A linear layer of a model and its calls in one step.
 
     Attributes:
-        name: As named_modules() gives it; "" for the root.
+        name: As named_modules() gives it, without what torch's wrappers insert; "" for the root.
         in_features: K.
         out_features: N.
         calls: Each distinct problem and how often it is called.
