@@ -46,7 +46,7 @@ ROWS = {
     "float8": Row("torchao float8", None),
     "2:4": Row("2:4", SparseConfig()),
     "mvue": Row("2:4 + mvue", SparseConfig(grad_output="mvue")),
-    "mvue-repack": Row("2:4 + mvue, repacked", SparseConfig(grad_output="mvue", repack=True)),
+    "mvue-repack": Row("mvue, repacked", SparseConfig(grad_output="mvue", repack=True)),
     "fp8": Row("dense fp8", SparseConfig(weight=None, precision="fp8")),
     "fp8-2:4": Row("fp8 + 2:4", SparseConfig(precision="fp8")),
     "2:4-per-step": Row("2:4, per step", SparseConfig(), True),

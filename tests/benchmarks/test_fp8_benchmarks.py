@@ -1,0 +1,87 @@
+"""The benchmarks of fp8 at toy size on the CPU: what they measure and what their tables show."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks import compare, float8, fp8_tables, models, neighbours, noise, step_profile
+
+MKN = (32, 64, 128)
+
+
+@pytest.fixture(autouse=True)
+def eager(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compare, "forget_compiled", lambda: None)  # settings of the process, which others share
+    for module in (neighbours, step_profile):
+        monkeypatch.setattr(module, "forget_compiled", lambda: None)
+    monkeypatch.setattr(torch, "compile", lambda call, **options: call)
+
+
+@pytest.fixture
+def torchao(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A peer that computes as nn.Linear does."""
+    monkeypatch.setattr(float8, "converted", lambda model, names: model)
+    monkeypatch.setattr(float8, "checked_version", lambda: "0.18.0")
+
+
+def test_the_neighbours_are_taken_off_every_row(torchao: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def timed(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, neighbours.Timing]:
+        for call in calls.values():
+            call()
+        took = {neighbours.ALONE: 1.0, "dense bf16": 9.0, "fp8 + 2:4": 5.0, "torchao float8": 3.0}
+        return {name: neighbours.Timing(took[name], took[name], took[name], 1, (took[name],)) for name in calls}
+
+    monkeypatch.setattr(neighbours, "interleaved", timed)
+    found = neighbours.benchmark(*MKN, ["float8", "fp8-2:4"], 1)
+    assert found["ratio_to_dense"] == {"dense bf16": 1.0, "fp8 + 2:4": 2.0, "torchao float8": 4.0}
+    rows = fp8_tables.neighbours([found]).rows
+    assert [row[1:4] for row in rows] == [
+        ("dense bf16", "8.000", ""),
+        ("fp8 + 2:4", "4.000", "2.000"),
+        ("torchao float8", "2.000", "4.000"),
+    ]
+
+
+def test_noise_is_that_of_the_bits_that_are_left(torchao: None) -> None:
+    found = noise.benchmark(*MKN)["decibels"]
+    for rows in found.values():
+        assert rows[noise.OURS]["dx"] == pytest.approx(rows[noise.PAIR]["dx"], abs=0.3)
+        lost = rows[noise.PAIR]["dx"] - rows[noise.OTHER_PAIR]["dx"]
+        assert 4 < lost < 8  # a bit is 6 decibels
+        assert rows[noise.TORCHAO]["y"] > rows[noise.OURS]["y"] + 10  # bf16 in place of torchao here
+    assert len(fp8_tables.noise([noise.benchmark(*MKN)]).rows) == 2 * 4
+
+
+def test_kernels_are_told_apart_by_their_names() -> None:
+    kinds = {
+        "sm90_xmma_sparse_gemm_e4m3bf16_e4m3f32_f32_tn_n": "sparse products",
+        "nvjet_sm90_qqtst_128x160_128x5_2x1_v_bz_coopA_algo2_TNT": "dense fp8 products",
+        "nvjet_sm90_qrtst_128x160_128x5": "dense fp8 products",
+        "nvjet_sm90_tst_192x192_64x3_1x2_h_bz_coopB_NTN": "dense products",
+        "cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma_f16": "attention",
+        "quantise": "rounding to e4m3",
+        "triton_red_fused__to_copy_add_max_mean_mul_pow_quantise_rsqrt_view_10": "fused pointwise and reductions",
+        "Memset (Device)": step_profile.OTHER,
+    }
+    assert {name: step_profile.kind_of(name) for name in kinds} == kinds
+
+
+def test_a_profile_has_a_column_per_row_and_floors(torchao: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def build(toy: bool) -> nn.Module:
+        return nn.Sequential(nn.Linear(64, 96), nn.Linear(96, 64)).to(torch.bfloat16)
+
+    def training(compiled: nn.Module, model: nn.Module, toy: bool) -> Callable[[], object]:
+        return lambda: compiled(torch.ones(8, 64, dtype=torch.bfloat16)).sum().backward()
+
+    card = models.Card("toy", "", build, training, "*")
+    monkeypatch.setitem(models.CARDS, "toy", card)
+    found = step_profile.benchmark("toy", ["float8", "fp8-2:4"], True)
+    assert (found["layers"], found["tokens"]) == (2, 8)
+    flops = 2 * 2 * 8 * 64 * 96
+    assert found["floors_ms"]["three bf16 products"] == pytest.approx(3 * flops / 989e9)
+    assert fp8_tables.profile([found]).columns[1:] == ("dense bf16", "fp8 + 2:4", "torchao float8")
+    row = {"total_ms": 10.0, "longest": [["quantise", 4.0], ["nvjet_sm90_tst", 5.0], ["amax", 0.5]]}
+    wanted = {"rounding to e4m3": 4.0, "dense products": 5.0, "largest magnitudes": 0.5, step_profile.OTHER: 0.5}
+    assert step_profile.by_kind(row) == pytest.approx(wanted)
