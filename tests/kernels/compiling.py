@@ -143,11 +143,11 @@ def many(arch, source, target, mask, even, given_codes=False):
     return taken | {"most registers": block.registers}
 
 
-def many8(arch, source, mask, even, given_codes=False):
-    limited = arch in (89, 90) and mask.both_ways and not given_codes
+def many8(arch, source, mask, even):
+    limited = arch in (89, 90) and mask.both_ways
     block = prune_pack8_many.LIMITED_BLOCK if limited else prune_pack8.BLOCK
     constants = {
-        "IN": source, "MASK": masks.GIVEN_CODES if given_codes else mask.constant, "BITS": SM90_8BIT.bits,
+        "IN": source, "MASK": mask.constant, "BITS": SM90_8BIT.bits,
         "PADDING": repeated(0b1110), "TILE_ROWS": block.tile_rows, "PAIRS": block.pairs, "EVEN": even, "WIDE": False,
         "NATIVE": True, "CONVERTS": arch >= 89, "TRANSPOSED": mask.both_ways, "ENTRY": prune_pack8_many.ENTRY,
     }  # fmt: skip
@@ -275,10 +275,9 @@ def main(arch):
     found["pack8 bf16 even"] = pack8(arch, tl.bfloat16, transposable, True)
     found["pack8 bf16 row"] = pack8(arch, tl.bfloat16, packable["row"], False)
     found["pack8 bf16 codes"] = pack8(arch, tl.bfloat16, transposable, False, given_codes=True)
-    for source, even in ((tl.bfloat16, False), (tl.float32, False), (tl.float32, True)):
-        found[f"pack8 many {source} {'even' if even else 'edges'}"] = many8(arch, source, transposable, even)
+    # One of the fewest registers and one of the most.
     found["pack8 many bf16 row"] = many8(arch, tl.bfloat16, packable["row"], False)
-    found["pack8 many bf16 codes"] = many8(arch, tl.bfloat16, transposable, False, given_codes=True)
+    found["pack8 many fp32 even"] = many8(arch, tl.float32, transposable, True)
     found["pack8 bf16 transpose"] = pack8(arch, tl.bfloat16, transposable, False, transpose_only=True)
     found["pack8 bf16 wide"] = pack8(arch, tl.bfloat16, transposable, False, wide=True)
     found["pack8 bf16 of partial maxima"] = pack8(arch, tl.bfloat16, transposable, True, words=512)
