@@ -11,7 +11,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 TARGET = ROOT / "src" / "semisparse" / "planning" / "shipped.json"
-KINDS = ("compare-linear", "linear", "small-linear")
+COMPILED = "neighbours"
+KINDS = ("compare-linear", "linear", "small-linear", COMPILED)
 TITLES = {
     "dense": "dense",
     "dense bf16": "dense",
@@ -25,22 +26,22 @@ TITLES = {
 }
 """Title of a row in a result -> name of the candidate."""
 MODES = {"eager": "", "graph": "graph: "}
+ALONE = "neighbours alone"
+"""In a compiled result, the pointwise operations around the layer, which are taken off."""
 
 
 def layers(result: dict[str, Any]) -> list[dict[str, Any]]:
     """One entry per mode of a result."""
-    facts = result["provenance"]["environment"]["facts"]
+    facts, measured = result["provenance"]["environment"]["facts"], result["times_ms"]
+    modes = {"compiled": ""} if result["kind"] == COMPILED else MODES
+    alone = measured[ALONE]["median_ms"] if result["kind"] == COMPILED else 0.0
     found = []
-    for mode, prefix in MODES.items():
-        times = {TITLES[title]: result["times_ms"][f"{prefix}{title}"]["median_ms"] for title in TITLES
-                 if f"{prefix}{title}" in result["times_ms"]}  # fmt: skip
-        if "dense" in times and len(times) > 1:
-            ms = {name: round(value, 4) for name, value in times.items()}
-            where = {
-                "gpu": result["provenance"]["gpu"],
-                "torch": facts["torch"],
-                "measured": result["provenance"]["time"][:10],
-            }
+    for mode, prefix in modes.items():
+        titles = [title for title in TITLES if f"{prefix}{title}" in measured]
+        ms = {TITLES[title]: round(measured[f"{prefix}{title}"]["median_ms"] - alone, 4) for title in titles}
+        if "dense" in ms and len(ms) > 1:
+            source = result["provenance"]
+            where = {"gpu": source["gpu"], "torch": facts["torch"], "measured": source["time"][:10]}
             found.append({**where, "mode": mode, "mkn": result["mkn"], "ms": ms})
     return found
 

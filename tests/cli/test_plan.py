@@ -20,33 +20,55 @@ from tests.planning.simulated import measurer
 from tests.surgery.models import Network
 
 
-def test_without_a_gpu_it_prints_what_we_measured_and_labels_what_others_did() -> None:
-    outcome = semisparse("plan", "--shapes", "16384,4096,11008", "4096,768,64")
+def layer(gpu: str, mode: str, *mkn: int) -> known.KnownLayer:
+    return known.KnownLayer(gpu, "2.11.0", "today", mode, mkn, {"dense": 3.0, "2:4": 2.0})  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One layer on one GPU, two modes; another GPU has none."""
+    layers = (
+        layer("GPU A", "eager", 100, 64, 32),
+        layer("GPU A", "graph", 200, 64, 32),
+        layer("GPU B", "eager", 1, 4, 4),
+    )
+    monkeypatch.setattr(known, "known_layers", lambda: layers)
+
+
+def test_without_a_gpu_it_prints_what_we_measured_and_labels_what_others_did(measured: None) -> None:
+    outcome = semisparse("plan", "--shapes", "128,64,32", "4096,768,64")
     assert (outcome.code, outcome.err) == (0, "")
     lines = outcome.out.splitlines()
     assert lines[0] == "No CUDA GPU here: nothing was measured, and this is no plan."
-    for gpu in ("NVIDIA H100 80GB HBM3", "NVIDIA H200"):
-        (start,) = [i for i, line in enumerate(lines) if line.startswith(f"{gpu}, measured by us: mode eager, torch 2")]
-        layer = known.near(LinearProblem(16384, 4096, 11008), gpu, "eager")
-        assert layer is not None
-        assert f"{layer.ms['dense'] / layer.ms['2:4']:.2f}" in lines[start + 3].split()
-        assert lines[start + 4].split()[5:] == ["not", "measured"]
+    start = lines.index(
+        "GPU A, measured by us: mode eager, torch 2.11.0, forward + backward of a bf16 layer with bias;"
+    )
+    assert lines[start + 3].split() == ["128", "x", "64", "x", "32", "100", "3.000", "1.50"]
+    assert lines[start + 4].split()[5:] == ["not", "measured"]
+    start = next(number for number, line in enumerate(lines) if line.startswith("GPU B, measured by us"))
+    assert [line.split()[5:] for line in lines[start + 3 : start + 5]] == [["not", "measured"]] * 2
     assert any("not run by us" in line for line in lines)
     assert all(any(line.strip().startswith(one.gpu) for line in lines) for one in known.PUBLISHED)
     assert "SlideSparse repository" in outcome.out
     assert max(map(len, lines)) <= 120
 
 
-def test_json_without_a_gpu() -> None:
-    content = json.loads(semisparse("plan", "--shapes", "16384,4096,11008", "--json", "--mode", "graph").out)
+def test_json_without_a_gpu(measured: None) -> None:
+    content = json.loads(semisparse("plan", "--shapes", "128,64,32", "--json", "--mode", "graph").out)
     assert (content["gpu"], content["source"]) == (None, known.SOURCE)
-    assert {layer["gpu"] for layer in content["layers"]} == {layer.gpu for layer in known.known_layers()}
-    assert all(layer["measured"]["mode"] == "graph" for layer in content["layers"])
+    found = {one["gpu"]: one["measured"] for one in content["layers"]}
+    assert found["GPU A"]["mkn"] == [200, 64, 32] and found["GPU B"] is None
     assert len(content["published"]) == len(known.PUBLISHED)
 
 
+def test_the_layers_that_ship_can_be_read_and_are_of_both_gpus() -> None:
+    layers = known.known_layers()
+    assert {one.gpu for one in layers} == {"NVIDIA H100 80GB HBM3", "NVIDIA H200"}
+    assert all(min(one.ms.values()) > 0 and len(one.ms) > 1 and one.ms["dense"] for one in layers)
+
+
 def test_a_known_layer_serves_up_to_twice_or_half_its_tokens() -> None:
-    layers = [known.KnownLayer("G", "2", "today", "eager", (m, 64, 32), {"dense": 1.0}) for m in (100, 400)]
+    layers = [layer("G", "eager", m, 64, 32) for m in (100, 400)]
     for tokens, m in ((49, None), (50, 100), (190, 100), (210, 400), (800, 400), (801, None)):
         found = known.near(LinearProblem(tokens, 64, 32), "G", "eager", layers)
         assert (None if found is None else found.mkn[0]) == m

@@ -54,7 +54,7 @@ def near(problem: LinearProblem, gpu: str, mode: Mode, layers: Sequence[KnownLay
     Args:
         problem: A layer in 16 bits.
         gpu: As torch names it.
-        mode: How it runs; compiled layers are not among those that ship.
+        mode: How it runs.
         layers: To search; default: known_layers().
     """
     there = [layer for layer in (known_layers() if layers is None else layers)
