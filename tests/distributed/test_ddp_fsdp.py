@@ -1,7 +1,7 @@
 """DDP and FSDP2 on two gloo processes against one process: the same masks, losses and weights, bit for bit.
 
-The processes run once for the whole file. fp64; the single process accumulates the two half batches, which is the same
-arithmetic as averaging gradients over two processes.
+The processes run once for the whole file. fp64, and fp32 with precision="fp8"; the single process accumulates the two
+half batches, which is the same arithmetic as averaging gradients over two processes.
 """
 
 import socket
@@ -47,7 +47,7 @@ def assert_equal(ours: list[torch.Tensor], others: list[torch.Tensor]) -> None:
         assert torch.equal(one, other), f"number {number} differs"
 
 
-@ALL
+@pytest.mark.parametrize("scenario", [s for s in SCENARIOS if s.operand != "fp8"], ids=lambda scenario: scenario.name)
 def test_masks_equal_those_of_one_process(records: list[dict], alone: dict, scenario: Scenario) -> None:
     sparse_steps = sum(phase.steps for phase in PHASES if phase.kind == "sparse")
     single = expected(alone, scenario)["masks"]
@@ -77,6 +77,8 @@ def test_weights_after_every_step_equal_those_of_one_process(
 
 def test_masks_move_during_these_runs(alone: dict) -> None:
     for name, record in alone.items():
+        if "fp8" in name:  # packed at once, without an op that prunes
+            continue
         masks = record["masks"][::2]
         assert any(not torch.equal(masks[0], mask) for mask in masks), name
 

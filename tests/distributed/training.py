@@ -10,13 +10,14 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from semisparse import Phase, SparseSchedule, densify, sparsify
+from semisparse import Phase, SparseConfig, SparseSchedule, densify, sparsify
 from tests.support import config_of
 
 WORLD = 2
 STEPS = 6
 TOKENS = 8  # per process, so that the tiles of a pruned input never straddle processes
 PHASES = [Phase("dense", 1), Phase("sparse", 3), Phase("dense", 2)]
+FP8_FEATURES = (32, 96, 64, 8)
 FEATURES = (16, 12, 20, 8)  # 12 and 20 rows on two processes: 6 and 10 each, so a tile of the weight straddles them
 
 
@@ -32,12 +33,22 @@ class Scenario:
     def name(self) -> str:
         return f"{self.wrapper}-{self.operand}-{self.optimizer}"
 
+    @property
+    def features(self) -> tuple[int, int, int, int]:
+        """Of the network: from its inputs to its outputs."""
+        return FP8_FEATURES if self.operand == "fp8" else FEATURES
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float32 if self.operand == "fp8" else torch.float64
+
 
 SCENARIOS = [
     Scenario(wrapper, operand, optimizer)
     for wrapper in ("ddp", "fsdp_root", "fsdp_layers")
-    for operand in ("weight", "activation")
+    for operand in ("weight", "activation", "fp8")
     for optimizer in ("sgd", "adamw")
+    if operand != "fp8" or optimizer == "adamw"
 ]
 
 
@@ -56,13 +67,14 @@ class RecordMasks(TorchDispatchMode):
 
 
 def build(scenario: Scenario) -> tuple[nn.Module, SparseSchedule]:
-    """The same fp64 network with the same numbers in every process, swapped and scheduled."""
+    """The same network with the same numbers in every process, swapped and scheduled."""
     torch.manual_seed(3)
-    first, second, third, last = FEATURES
+    first, second, third, last = scenario.features
     model = nn.Sequential(
         nn.Linear(first, second), nn.GELU(), nn.Linear(second, third, bias=False), nn.GELU(), nn.Linear(third, last)
-    ).double()
-    sparsify(model, config_of(scenario.operand), exclude="4")  # type: ignore[arg-type]
+    ).to(scenario.dtype)
+    config = SparseConfig(precision="fp8") if scenario.operand == "fp8" else config_of(scenario.operand)
+    sparsify(model, config, exclude="4")  # type: ignore[arg-type]
     return model, SparseSchedule(model, PHASES)
 
 
@@ -83,13 +95,13 @@ def optimizer_for(scenario: Scenario, model: nn.Module) -> torch.optim.Optimizer
     return torch.optim.AdamW(model.parameters(), lr=0.05)
 
 
-def shards(step: int) -> list[tuple[Tensor, Tensor]]:
+def shards(scenario: Scenario, step: int) -> list[tuple[Tensor, Tensor]]:
     """Inputs and targets of every process for one step."""
     generator = torch.Generator().manual_seed(100 + step)
     return [
         (
-            torch.randn(TOKENS, FEATURES[0], generator=generator, dtype=torch.float64),
-            torch.randn(TOKENS, FEATURES[-1], generator=generator, dtype=torch.float64),
+            torch.randn(TOKENS, scenario.features[0], generator=generator, dtype=scenario.dtype),
+            torch.randn(TOKENS, scenario.features[-1], generator=generator, dtype=scenario.dtype),
         )
         for _ in range(WORLD)
     ]
@@ -110,7 +122,7 @@ def train(scenario: Scenario, rank: int | None) -> dict[str, list[Tensor]]:
     record: dict[str, list[Tensor]] = {"losses": [], "masks": [], "weights": []}
     for step in range(STEPS):
         optimizer.zero_grad()
-        parts = shards(step) if rank is None else [shards(step)[rank]]
+        parts = shards(scenario, step) if rank is None else [shards(scenario, step)[rank]]
         with RecordMasks() as seen:
             for x, target in parts:
                 loss = (model(x) - target).square().mean()
@@ -126,8 +138,9 @@ def train(scenario: Scenario, rank: int | None) -> dict[str, list[Tensor]]:
 
 def densify_sharded(rank: int) -> dict[str, object]:
     """densify on a model whose root is an FSDP2 module, and on one whose layers are."""
-    root = wrap(Scenario("fsdp_root", "weight", "sgd"), build(Scenario("fsdp_root", "weight", "sgd"))[0])
-    x = shards(0)[rank][0]
+    scenario = Scenario("fsdp_root", "weight", "sgd")
+    root = wrap(scenario, build(scenario)[0])
+    x = shards(scenario, 0)[rank][0]
     try:
         densify(root, weights="masked")
         masked = ""
@@ -135,7 +148,7 @@ def densify_sharded(rank: int) -> dict[str, object]:
         masked = str(error)
     before = [type(root[0]).__name__, type(root[2]).__name__]
     report = densify(root)
-    plain = build(Scenario("fsdp_root", "weight", "sgd"))[0]
+    plain = build(scenario)[0]
     densify(plain)
     layers = wrap(Scenario("fsdp_layers", "weight", "sgd"), build(Scenario("fsdp_layers", "weight", "sgd"))[0])
     try:

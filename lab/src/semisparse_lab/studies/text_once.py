@@ -11,12 +11,13 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 from torch import nn
 
 from semisparse_lab.commands import command
-from semisparse_lab.data.text import packages
+from semisparse_lab.data.text import Corpus, packages
 from semisparse_lab.experiment import Backend, Experiment, OnProgress, Outcome, Row, train_row, train_settings
 from semisparse_lab.models.gpt import GPTConfig, build_gpt
 from semisparse_lab.studies import gpt_stdlib
@@ -76,22 +77,6 @@ def once(
     corpus = replace(corpus, validation=corpus.validation[:HELD_OUT_BYTES])
     corpus = corpus.shortened(most) if small else corpus
 
-    def train(row: Row, seed: int, on_progress: OnProgress) -> Outcome:
-        model = build_gpt(model_config, seed, config.device)
-        task = NextByteOnce(corpus, model_config.context, config.epochs)
-        wrap = compiled_blocks if on_gpu else None
-        peer = (peers or {}).get(row.slug)
-        seeded = replace(config, seed=seed)
-        result = train_row(row, model, task, seeded, on_progress=on_progress, wrap=wrap, graph=on_gpu, peer=peer).result
-        sparse = round(len(result.epochs) * (row.recipe.sparse_fraction or 1))
-        more = {
-            "training_bits_in_the_sparse_phase": _mean_bits(result.epochs[:sparse]),
-            "training_bits_in_the_last_quarter": _mean_bits(result.epochs[-(len(result.epochs) // 4) :]),
-            "held_out_bits": bits_per_byte(result.test.loss),
-            "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        }
-        return Outcome(_mean_bits(result.epochs), result, more)
-
     return Experiment(
         name=name,
         title=title,
@@ -110,8 +95,41 @@ def once(
             },
         },
         command=command(name),
-        train=train,
+        train=partial(_train, model_config, config, corpus, peers or {}),
     )
+
+
+def _train(
+    model_config: GPTConfig,
+    config: TrainConfig,
+    corpus: Corpus,
+    peers: Peers,
+    row: Row,
+    seed: int,
+    on_progress: OnProgress,
+) -> Outcome:
+    """Train one row with one seed; on a GPU compiled and replayed from CUDA graphs."""
+    model = build_gpt(model_config, seed, config.device)
+    task = NextByteOnce(corpus, model_config.context, config.epochs)
+    graph = config.device.startswith("cuda")
+    result = train_row(
+        row,
+        model,
+        task,
+        replace(config, seed=seed),
+        on_progress=on_progress,
+        wrap=compiled_blocks if graph else None,
+        graph=graph,
+        peer=peers.get(row.slug),
+    ).result
+    sparse = round(len(result.epochs) * (row.recipe.sparse_fraction or 1))
+    more = {
+        "training_bits_in_the_sparse_phase": _mean_bits(result.epochs[:sparse]),
+        "training_bits_in_the_last_quarter": _mean_bits(result.epochs[-(len(result.epochs) // 4) :]),
+        "held_out_bits": bits_per_byte(result.test.loss),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+    }
+    return Outcome(_mean_bits(result.epochs), result, more)
 
 
 def _mean_bits(parts: Sequence[EpochRecord]) -> float:
