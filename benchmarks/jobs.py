@@ -123,7 +123,10 @@ def compared(
             f"compare-linear-{'x'.join(map(str, mkn))}",
             "compare-linear",
             lambda mkn=mkn: compare.linear(*mkn, rows, rounds),
-            lambda found: [compare_tables.linears([found]), compare_tables.parts([found])],
+            lambda found: [
+                compare_tables.linears([found]),
+                *([compare_tables.parts([found])] if found["parts"] else []),
+            ],
         )
     for card in cards or (() if named else compare.MODELS):
         yield Job(
