@@ -49,6 +49,7 @@ ROWS = {
     "mvue-repack": Row("mvue, repacked", SparseConfig(grad_output="mvue", repack=True)),
     "fp8": Row("dense fp8", SparseConfig(weight=None, precision="fp8")),
     "fp8-2:4": Row("fp8 + 2:4", SparseConfig(precision="fp8")),
+    "fp8-mvue": Row("fp8 + 2:4 + mvue", SparseConfig(precision="fp8", grad_output="mvue")),
     "2:4-per-step": Row("2:4, per step", SparseConfig(), True),
     "mvue-per-step": Row("2:4 + mvue, per step", SparseConfig(grad_output="mvue"), True),
 }

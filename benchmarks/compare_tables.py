@@ -16,7 +16,7 @@ COMPARED = (
     "All rows in one process, interleaved and sustained; *dense / this* above 1 means faster than dense bf16. Packing, "
     "sampling and casting are part of each call. *2:4*: weights packed at each forward, or once *per step*. "
     '*mvue*: dW from a sampled gradient (`grad_output="mvue"`). *repacked*: `repack=True`. *dense fp8*, '
-    '*fp8 + 2:4*: `precision="fp8"`. '
+    '*fp8 + 2:4*: `precision="fp8"`; with *mvue*, all three products are sparse in fp8. '
     "*torchao float8*: tensorwise, dynamic scaling, compiled. *peak*: what a row holds between calls, parameters and "
     "optimizer state included, and what a call "
     "allocates beyond that."

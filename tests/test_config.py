@@ -57,7 +57,7 @@ def test_a_value_outside_its_choices_is_named_with_the_choices(field: str, value
     ("settings", "reason"),
     [
         (ACTIVATION, r"precision='fp8' and activation='transposable': tokens are not packed .*set precision=None"),
-        ({"grad_output": "mvue"}, r"precision='fp8' and grad_output='mvue' do not work together yet"),
+        ({"weight": None, "grad_output": "mvue"}, r"weight=None and grad_output='mvue': only layers with a pruned"),
         ({"weight": "soft"}, r"precision='fp8' and weight='soft': its values are scaled beyond .*or precision=None"),
         ({"weight": None, "backend": "cusparselt"}, r"backend='cusparselt' has no sparse product .*: use 'auto'"),
     ],
@@ -91,6 +91,7 @@ def test_settings_that_exclude_each_other_are_refused() -> None:
         ({"backend": "dense"}, ("masked dense", "masked dense", "dense")),
         ({"precision": "fp8"}, ("sparse fp8", "sparse fp8", "dense fp8")),
         ({"precision": "fp8", "weight": "row"}, ("sparse fp8", "dense fp8", "dense fp8")),
+        ({"precision": "fp8", "grad_output": "mvue"}, ("sparse fp8", "sparse fp8", "sparse fp8")),
         ({"precision": "fp8", "weight": None}, ("dense fp8", "dense fp8", "dense fp8")),
         ({"precision": "fp8", "backend": "dense"}, ("masked dense fp8", "masked dense fp8", "dense fp8")),
     ],

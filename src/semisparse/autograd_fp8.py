@@ -1,6 +1,7 @@
 """The gradient formulas of the fp8 linear layer, in the forms that autograd.py describes.
 
 y = x8 W8~^T, dx = dy8 W8~, dW = dy8^T x8, each times the scales of its operands; db is the sum of dy before rounding.
+With grad_output="mvue", dW = S(dy)8^T x8, with the sample of dy before rounding.
 The operands of the functions are those of ops.fp8_linear, which functional_fp8.py makes.
 """
 
@@ -17,24 +18,33 @@ from semisparse.ops.register import LIBRARY
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     """x8^T for dW, and for dx W8~^T, or W8~ where the mask is 2:4 along K only."""
-    x, weight, bias, _, x8t, scale_x, w8, w8t, scale_w, ctx.mask, ctx.backend, ctx.dtype = inputs
+    x, weight, bias, _, x8t, scale_x, w8, w8t, scale_w, ctx.mask, ctx.backend, ctx.dtype, *sampling = inputs
+    grad_output, seed = sampling or (None, None)
+    ctx.sampled = grad_output is not None
     ctx.x_dtype, ctx.weight_dtype, ctx.weight_shape = x.dtype, weight.dtype, weight.shape
     ctx.bias_dtype = None if bias is None else bias.dtype
     for_x, for_weight = ctx.needs_input_grad[:2]
     transposed = ctx.mask is None or masks.get(ctx.mask).both_ways
     kept = (w8t if transposed else w8, scale_w) if for_x else (None, None)
-    ctx.save_for_backward(*((x8t, scale_x) if for_weight else (None, None)), *kept)
+    ctx.save_for_backward(*((x8t, scale_x, seed) if for_weight else (None, None, None)), *kept)
 
 
 @_first_order
 def _backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
-    """dy is rounded once, for both products. dW comes first, as in autograd.py."""
-    (grad_output,), (x8t, scale_x, w8, scale_w), needs = grad_outputs, ctx.saved_tensors, ctx.needs_input_grad
+    """dy is read for the last time before both products. dW comes first, as in autograd.py."""
+    (grad_output,), (x8t, scale_x, seed, w8, scale_w), needs = grad_outputs, ctx.saved_tensors, ctx.needs_input_grad
     grad_x = grad_weight = grad_bias = None
     rows, columns = ctx.weight_shape
-    if needs[0] or needs[1]:
+    if needs[1] and ctx.sampled:
+        bias_dtype = ctx.bias_dtype if needs[2] else None
+        dy8, packed, summed, scale_dy, scale = ops.sample_fp8(grad_output.detach(), seed, needs[0], bias_dtype)
+        sums = ops.fp8_sampled_product(packed, x8t, rows, ctx.backend, sums_dtype(ctx.weight_dtype))
+        grad_weight = rescaled(sums, scale, scale_x, None, rows, ctx.weight_dtype)
+        grad_bias = summed if needs[2] else None
+        del packed, sums
+    elif needs[0] or needs[1]:
         dy8, dy8t, scale_dy = ops.quantise(grad_output.detach(), needs[0], needs[1])
-    if needs[1]:
+    if needs[1] and not ctx.sampled:
         grad_weight = ops.fp8_dense_product(dy8t, x8t, ctx.weight_dtype, scale_dy, scale_x)
         del dy8t
     if needs[0] and ctx.mask is not None and masks.get(ctx.mask).both_ways:
@@ -43,9 +53,9 @@ def _backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
     elif needs[0]:
         turned = w8 if ctx.mask is None else _turned(ops.unpack_fp8(w8, rows, columns))
         grad_x = ops.fp8_dense_product(dy8, turned, ctx.x_dtype, scale_dy, scale_w)[: grad_output.shape[0]]
-    if needs[2]:
+    if needs[2] and grad_bias is None:
         grad_bias = grad_output.sum(0, dtype=ctx.bias_dtype)
-    return grad_x, grad_weight, grad_bias, *(None,) * 9
+    return grad_x, grad_weight, grad_bias, *(None,) * 11
 
 
 def _turned(matrix: Tensor) -> Tensor:
@@ -54,7 +64,7 @@ def _turned(matrix: Tensor) -> Tensor:
 
 
 def _forward(inputs: tuple[Any, ...]) -> Tensor:
-    x, weight, bias, x8, _, scale_x, w8, _, scale_w, mask, backend, dtype = inputs
+    x, weight, bias, x8, _, scale_x, w8, _, scale_w, mask, backend, dtype, *_ = inputs
     return fp8_forward(x.shape[0], weight.shape[0], bias, x8, scale_x, w8, scale_w, mask, backend, dtype)
 
 

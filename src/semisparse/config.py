@@ -46,12 +46,13 @@ class SparseConfig:
         grad_output: "mvue" prunes dy (M x N) to 2:4 along tokens in dW = S(dy)^T x, at random and without bias: two of
             each four tokens are kept, with probabilities that make the variance smallest (arXiv 2203.10991), and scaled
             up. dx and the bias gradient are those of dy itself. Needs a pruned weight. A schedule gives each layer and
-            rank random numbers of its own; without one they follow from the gradient's values alone.
+            rank random numbers of its own; without one they follow from the gradient's values alone. In fp8 what is
+            kept is rounded at random, too, which leaves the mean unbiased to 2^-13 of a value.
         precision: None, the dtype of the call. "fp8" computes all three products in e4m3: x, W~ and dy are each
             multiplied by a power of two (one per tensor, from its largest magnitude at this call) and rounded; products
             are accumulated in a wider type and scaled back. The mask is chosen before rounding. Dense phases stay in
             fp8. Where fp8 cannot run (N or K not a multiple of 32, fp64, CUDA capability below 8.9) the layer computes
-            as without it. Takes no activation, no grad_output and not the mask "soft".
+            as without it. Takes no activation and not the mask "soft".
         repack: True packs W~^T for dx in the backward, from the weight, and does not keep it from the forward until
             then: 9/16 of the bytes of a 16-bit weight less in between, for one more packing. Needs a weight mask that
             is 2:4 along both axes, and precision=None. No effect on weights that are packed per step.
@@ -113,9 +114,10 @@ class SparseConfig:
                 f"{given} and activation={self.activation!r}: tokens are not packed in fp8; prune the weight, or set "
                 "precision=None"
             )
-        if self.grad_output is not None:
+        if self.weight is None and self.grad_output is not None:
             raise ConfigError(
-                f"{given} and grad_output={self.grad_output!r} do not work together yet: set one of them to None"
+                f"weight=None and grad_output={self.grad_output!r}: only layers with a pruned weight sample the "
+                "gradient; name a mask, or set grad_output=None"
             )
         if self.weight is not None and MASKS[self.weight].needs_scale:
             raise ConfigError(

@@ -43,6 +43,10 @@ def _fp8_product(x8: Shape, packed: Shape, out_features: int, *_: Any, **__: Any
     return 2 * prod(x8) * out_features
 
 
+def _fp8_sampled_product(packed: Shape, x8t: Shape, out_features: int, *_: Any, **__: Any) -> int:
+    return 2 * prod(x8t) * out_features
+
+
 def _fp8_dense_product(a8: Shape, b8: Shape, *_: Any, **__: Any) -> int:
     return 2 * prod(a8) * b8[0]
 
@@ -59,6 +63,7 @@ def flop_formulas() -> dict[Any, Callable[..., int]]:
         registered.packed_tokens_grad_weight: _packed_tokens_grad_weight,
         registered.fp8_product: _fp8_product,
         registered.fp8_dense_product: _fp8_dense_product,
+        registered.fp8_sampled_product: _fp8_sampled_product,
         registered.fp8_linear: _linear,
         registered.sampled_linear: _linear,
         registered.sampled_grad_weight: _sampled_grad_weight,

@@ -94,7 +94,7 @@ def semi_sparse_linear(
     if precision is not None or mask is None:
         _check_fp8(mask, codes, scale, grad_output, precision)
         if transform != "other" and routes.takes_fp8(weight, dtype, mask, backend):
-            return fp8_linear(input, weight, bias, dtype, mask, codes, backend, packed, transform)
+            return fp8_linear(input, weight, bias, dtype, mask, codes, backend, packed, transform, grad_output, seed)
         if mask is None:
             return F.linear(input, weight, bias)
         packed = None if packed is None or packed.scale is not None else packed
@@ -188,11 +188,11 @@ def _check_fp8(
     check_precision(precision)
     if precision is None:
         raise ConfigError("mask=None prunes nothing: name a mask, call F.linear, or set precision='fp8'")
-    if grad_output is not None or scale is not None:
-        name = "scale" if grad_output is None else "grad_output"
-        raise ConfigError(f"precision={precision!r} does not work together with {name}: leave {name} out")
-    if mask is None and codes is not None:
-        raise ConfigError("mask=None takes no codes: leave codes out, or set mask='transposable'")
+    if scale is not None:
+        raise ConfigError(f"precision={precision!r} does not work together with scale: leave scale out")
+    for name, given in (("codes", codes), ("grad_output", grad_output)):
+        if mask is None and given is not None:
+            raise ConfigError(f"mask=None takes no {name}: leave {name} out, or set mask='transposable'")
 
 
 def _pruned_weight(

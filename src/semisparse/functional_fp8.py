@@ -6,7 +6,7 @@ from torch import Tensor
 from semisparse import ops
 from semisparse.autograd import apply
 from semisparse.autograd_fp8 import Fp8Linear, TransformedFp8Linear
-from semisparse.config import Backend
+from semisparse.config import Backend, GradOutput
 from semisparse.formats.packed import PackedMatrix
 from semisparse.masks import MaskName
 from semisparse.operands import as_tokens, distinct
@@ -25,6 +25,8 @@ def fp8_linear(
     backend: Backend,
     packed: PackedMatrix | None,
     transform: Transform,
+    grad_output: GradOutput | None = None,
+    seed: Tensor | None = None,
 ) -> Tensor:
     """semi_sparse_linear with precision="fp8", where it can run (routes.takes_fp8); operands are checked.
 
@@ -38,6 +40,8 @@ def fp8_linear(
         backend: As semi_sparse_linear's.
         packed: ops.pack_fp8's result for these arguments, to use it again, or None.
         transform: As routes.transform_at_work gives it, but not "other".
+        grad_output: As semi_sparse_linear's.
+        seed: As semi_sparse_linear's.
     """
     recorded = recording()
     # Inside a transform, requires_grad tells of one level only; a recorded graph may train.
@@ -51,7 +55,7 @@ def fp8_linear(
     else:
         w8 = ops.pack_fp8(weight.detach(), mask, codes)
     tokens = distinct(as_tokens(input))
-    operands = tokens, weight, bias, *x8, *w8, mask, backend, dtype
+    operands = tokens, weight, bias, *x8, *w8, mask, backend, dtype, grad_output, seed
     if recorded:
         y = ops.fp8_linear(*operands)
     else:

@@ -19,7 +19,7 @@ PRODUCTS = {
 }
 FP8_PRODUCTS = {
     f"{kind.__name__} into {str(dtype).removeprefix('torch.')}": partial(kind, out_dtype=dtype)
-    for kind in (problems.fp8_forward, problems.fp8_grad_input)
+    for kind in (problems.fp8_forward, problems.fp8_grad_input, problems.fp8_sampled_weight)
     for dtype in (torch.bfloat16, torch.float32)
 }
 FORWARD = problems.forward(1000, 1024, 512, torch.bfloat16, bias=True)

@@ -329,6 +329,7 @@ PRODUCTS = {
     "sampled_weight": problems.sampled_weight(24, 32, 48, torch.bfloat16),
     "fp8_forward": problems.fp8_forward(24, 32, 96, torch.bfloat16),
     "fp8_grad_input": problems.fp8_grad_input(24, 32, 96, torch.float32),
+    "fp8_sampled_weight": problems.fp8_sampled_weight(24, 32, 48, torch.bfloat16),
 }
 FORWARD = PRODUCTS["forward"]
 

@@ -22,7 +22,7 @@ PRODUCTS = [
     Problem(32, 48, 24, BF16, "row", "row", bias=True),
     problems.fp8_forward(24, 32, 96, BF16),
     problems.fp8_grad_input(24, 32, 96, torch.float32),
-    Problem(32, 96, 32, torch.float8_e4m3fn, "column", "row", out_dtype=BF16),
+    problems.fp8_sampled_weight(24, 32, 48, BF16),
 ]
 
 

@@ -20,7 +20,7 @@ CONSTRUCTORS = [
 ]
 
 
-FP8_CONSTRUCTORS = [problems.fp8_forward, problems.fp8_grad_input]
+FP8_CONSTRUCTORS = [problems.fp8_forward, problems.fp8_grad_input, problems.fp8_sampled_weight]
 
 
 def operands(kind, tokens: int, n: int, k: int):
@@ -34,19 +34,21 @@ def operands(kind, tokens: int, n: int, k: int):
         problems.activation_forward: (x, weight, x @ weight.mT),
         problems.activation_weight: (x.mT, grad, grad.mT @ x),
         problems.sampled_weight: (grad.mT, x, grad.mT @ x),
+        problems.fp8_sampled_weight: (grad.mT, x.mT, grad.mT @ x),
     }[kind]
 
 
 @pytest.mark.parametrize("kind", CONSTRUCTORS + FP8_CONSTRUCTORS)
 def test_a_constructor_describes_the_product_it_names(kind):
-    a, b, d = operands(kind, 48, 32, 80)
-    made = kind(48, 32, 80, BF16)
+    tokens = 64 if kind is problems.fp8_sampled_weight else 48
+    a, b, d = operands(kind, tokens, 32, 80)
+    made = kind(tokens, 32, 80, BF16)
     assert (made.rows, made.reduction) == a.shape
     assert made.b_shape == b.shape
     assert made.d_shape == d.shape
     product = a @ (b if made.b_order == "row" else b.mT)
     torch.testing.assert_close(product if made.d_order == "row" else product.mT, d)
-    assert made.tokens == 48
+    assert made.tokens == tokens
 
 
 @pytest.mark.parametrize(("kind", "multiple"), list(zip(CONSTRUCTORS, (8, 8, 16, 16, 16), strict=True)))
@@ -65,11 +67,12 @@ def test_only_the_forward_product_has_a_bias():
 
 @pytest.mark.parametrize("out_dtype", [BF16, torch.float32], ids=str)
 @pytest.mark.parametrize("kind", FP8_CONSTRUCTORS)
-def test_fp8_products_have_tokens_padded_to_16_and_say_what_they_write(kind, out_dtype):
+def test_fp8_products_have_tokens_padded_and_say_what_they_write(kind, out_dtype):
+    multiple = 32 if kind is problems.fp8_sampled_weight else 16
     for tokens in range(1, 70):
         made = kind(tokens, 32, 96, out_dtype)
         assert made.refusal() is None
-        assert made.tokens == -(-tokens // 16) * 16
+        assert made.tokens == -(-tokens // multiple) * multiple
         assert (made.dtype, made.out_dtype, made.bias) == (FP8, out_dtype, False)
         assert made.bucket.out_dtype is out_dtype and made.bucket.refusal() is None
 

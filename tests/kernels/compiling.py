@@ -32,6 +32,7 @@ from semisparse.kernels import (
     quantise,
     rescale,
     sample_pack,
+    sample_pack8,
     tile_codes,
     unpack,
 )
@@ -172,6 +173,27 @@ def sample(arch, dtype, even, wide=False, seeded=True, summed=True):
     return compiled(sample_pack.sample_pack, types, constants, arch, divisible, num_warps=block.warps)
 
 
+def sample8(arch, dtype, even, wide=False, summed=True):
+    types = {"gradient": "*i64", "seed": "*i64", "largest": "*i32", "rows8": "*i32", "packed": "*u8", "sums": "*fp32"}
+    types |= {"scale": "*fp32", "scale_sample": "*fp32"}
+    types |= dict.fromkeys(("rows", "rows_padded", "columns", "stride", "count", "row_blocks", "blocks"), "i32")
+    block = sample_pack8.BLOCK
+    constants = {
+        "IN": dtype, "BITS": SM90_8BIT.bits, "PADDING": repeated(0b1110), "TILE_ROWS": block.tile_rows,
+        "PAIRS": block.pairs, "EVEN": even, "WIDE": wide, "NATIVE": True, "CONVERTS": arch >= 89,
+        "WORDS": amax.MOST_PROGRAMS,
+    }  # fmt: skip
+    constants |= {} if summed else {"sums": None}
+    constants |= {"blocks": 1} if wide else {}
+    divisible = [
+        name
+        for name in ("gradient", "seed", "largest", "rows8", "packed", "sums", "rows_padded", "columns")
+        if name not in constants
+    ]
+    options = {"num_warps": block.warps} | ({} if wide else {"maxnreg": block.registers})
+    return compiled(sample_pack8.sample_pack8, types, constants, arch, divisible, **options)
+
+
 def codes(arch, source, mask, turned):
     """A contiguous matrix, or the transpose of one that is a single row of tiles: Triton makes sizes of 1 constants."""
     types = {"matrix": f"*{source}", "codes": "*i16"}
@@ -286,6 +308,12 @@ def main(arch):
             found[f"sample {dtype} {'even' if even else 'edges'}"] = sample(arch, dtype, even)
     found["sample wide"] = sample(arch, tl.bfloat16, False, wide=True)
     found["sample without seed and bias"] = sample(arch, tl.bfloat16, True, seeded=False, summed=False)
+    if arch >= 89:  # below, nothing is computed in fp8
+        for dtype in (tl.bfloat16, tl.float16, tl.float32):
+            found[f"sample8 {dtype} edges"] = sample8(arch, dtype, False)
+        found["sample8 bf16 even"] = sample8(arch, tl.bfloat16, True)
+        found["sample8 wide"] = sample8(arch, tl.bfloat16, False, wide=True)
+        found["sample8 without bias"] = sample8(arch, tl.bfloat16, True, summed=False)
     types = {"matrix": "*fp32", "out": "*bf16", "rows": "i32", "columns": "i32"}
     constants = {"ROWS": bias.SUMMED_ROWS, "COLUMNS": bias.SUMMED_COLUMNS, "STEPS": 2}
     found["sum_rows"] = compiled(bias.sum_rows, types, constants, arch, ["matrix", "out", "columns"], num_warps=4)

@@ -12,6 +12,10 @@ PROGRAM = Path(__file__).with_name("compiling.py")
 SPILLS = {(90, "pack aligned transposable bf16 even"): 24, (90, "pack aligned transposable bf16 edges"): 64}
 """Bytes that spill, by architecture and variant. Whether a block without spills is faster is not measured yet."""
 
+FEW = 48
+"""Bytes that sample8 may spill, a few registers: how many it is changes with ptxas. Its block limits registers, so that
+four programs fit on a multiprocessor."""
+
 
 @pytest.mark.parametrize("arch", [80, 90, 100])
 def test_all_variants_compile_and_none_spills_but_the_known_one(arch):
@@ -21,9 +25,11 @@ def test_all_variants_compile_and_none_spills_but_the_known_one(arch):
     done = subprocess.run([sys.executable, PROGRAM, str(arch)], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
     usage = json.loads(done.stdout)
-    assert len(usage) == 125
+    assert len(usage) == (131 if arch >= 89 else 125)  # below, dy is not sampled in fp8
     for name, taken in usage.items():
-        assert taken["stack"] == SPILLS.get((arch, name), 0), name
+        assert taken["stack"] == SPILLS.get((arch, name), 0) or (
+            name.startswith("sample8") and taken["stack"] <= FEW
+        ), name
         assert taken["registers"] <= taken.get("most registers", 255), name
         # Started without Triton: what was not folded away, in order, and two pointers for scratch memory.
         assert taken["launch"]["found"] == taken["launch"]["wanted"], name
@@ -34,6 +40,11 @@ def test_all_variants_compile_and_none_spills_but_the_known_one(arch):
             wide = stores(taken["moves"]).get("st.global.v4.b32", 0)
             assert name.startswith("amax") or wide > 0, name
             assert global_stores(taken["moves"]) - wide <= 1, name
+        if name.startswith("sample8"):
+            # dy in 16-byte pieces, e4m3 of it and of the sample in 8-byte ones.
+            assert taken["moves"].get("ld.global.v2.b64", 0) == (32 if "fp32" in name else 16), name
+            assert taken["moves"].get("st.global.v2.b32", 0) == 16, name
+            assert taken["moves"].get("st.global.b64", 0) == 8, name
         if name.startswith("pack many"):
             # As wide as where Triton knows that addresses and rows are aligned.
             alone = usage[name.replace("many", "aligned")]["moves"]

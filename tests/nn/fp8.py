@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from semisparse import SemiSparseLinear, SparseConfig
 from semisparse.reference import linear as reference
+from semisparse.reference import mvue_fp8
 from semisparse.reference.masks import from_codes
 from semisparse.testing import assert_bit_equal, small_integers
 
@@ -68,6 +69,9 @@ def by_equations(layer: SemiSparseLinear, x: Tensor, gradient: Tensor, *, dense:
     both_ways = mask is not None and layer.sparse_config.products["grad_input"] == "sparse fp8"
     dx = reference.fp8_grad_input(dy, weight, mask, x.dtype, sparse=both_ways)
     dw = reference.fp8_grad_weight(dy, tokens, weight.dtype)
+    if layer.sparse_config.grad_output is not None and not dense:
+        seed = 0 if layer.held_seed is None else int(layer.held_seed)
+        dw = mvue_fp8.grad_weight(dy, tokens, weight.dtype, seed)
     db = None if bias is None else dy.double().sum(0).to(bias.dtype)
     return Fp8Result(y.view(gradient.shape), dx.view(x.shape), dw, db)
 

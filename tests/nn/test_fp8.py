@@ -261,7 +261,7 @@ def test_bad_arguments_are_named_and_change_nothing() -> None:
     for arguments, message in (
         ({"mask": None}, "mask=None prunes nothing"),
         ({"precision": "fp16"}, "precision='fp16' is not one of None, 'fp8'"),
-        ({"precision": "fp8", "grad_output": "mvue"}, "does not work together with grad_output"),
+        ({"precision": "fp8", "mask": None, "grad_output": "mvue"}, "takes no grad_output"),
         ({"precision": "fp8", "mask": "soft"}, "mask='soft'"),
         ({"precision": "fp8", "mask": "soft", "scale": torch.tensor(1.0)}, "does not work together with scale"),
         ({"precision": "fp8", "mask": None, "codes": torch.zeros(24, 16, dtype=torch.int16)}, "takes no codes"),

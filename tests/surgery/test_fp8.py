@@ -156,8 +156,7 @@ def test_recipes_run_in_fp8_and_leave_dense_layers_alone(make, caplog) -> None:
 
 
 def test_recipes_without_a_form_in_fp8_say_so() -> None:
-    with pytest.raises(ConfigError, match="grad_output='mvue' do not work together yet"):
-        recipes.fst(precision="fp8")
+    assert recipes.fst(precision="fp8").config.products["grad_weight"] == "sparse fp8"
     with pytest.raises(ConfigError, match=r"config\.weight=None: recipes prune weights"):
         recipes.Recipe(name="dense", config=DENSE)
 

@@ -16,8 +16,9 @@ sampled gradient):
 
 The bias is one value per row of D, so only `forward` can add it in the engine's epilogue.
 
-`fp8_forward` and `fp8_grad_input` are the first two with float8_e4m3fn operands. Such products are without scale: what
-the codes stand for is multiplied, the sums go into bf16 or fp32, and scales and bias follow in a pass of their own.
+`fp8_forward` and `fp8_grad_input` are the first two with float8_e4m3fn operands, `fp8_sampled_weight` is the last one,
+with x^T (K, M) as the tensor that holds B. Such products are without scale: what the codes stand for is multiplied, the
+sums go into bf16 or fp32, and scales and bias follow in a pass of their own.
 """
 
 from dataclasses import dataclass, field, replace
@@ -272,3 +273,19 @@ def fp8_grad_input(tokens: int, out_features: int, in_features: int, out_dtype: 
     """
     columns = round_up(tokens, DENSE_MULTIPLE_8BIT)
     return Problem(in_features, out_features, columns, FP8, out_dtype=out_dtype)
+
+
+@lru_cache(_CACHED)
+def fp8_sampled_weight(tokens: int, out_features: int, in_features: int, out_dtype: torch.dtype) -> Problem:
+    """dW = S(dy8)^T x8 without scale, with A = S(dy8)^T (N x M), of float8_e4m3fn; D is dW itself, row-major.
+
+    Args:
+        tokens: M. The problem has M rounded up to a multiple of 32 as reduction; pad x8^T with columns of zeros.
+        out_features: N.
+        in_features: K.
+        out_dtype: Of dW, one of FP8_OUT_DTYPES.
+    """
+    reduction = round_up(tokens, sparse_multiple(FP8))
+    return Problem(
+        out_features, reduction, in_features, FP8, "column", "row", token_axis="reduction", out_dtype=out_dtype
+    )

@@ -84,7 +84,7 @@ def launch_sum(matrix: Tensor, out: Tensor) -> Launcher:
 
     Args:
         matrix: R x N, contiguous, fp32.
-        out: (N,), contiguous, fp16 or bf16.
+        out: (N,), contiguous, fp32, fp16 or bf16.
 
     Returns:
         What was launched. Its pointers are matrix and out.
@@ -93,8 +93,11 @@ def launch_sum(matrix: Tensor, out: Tensor) -> Launcher:
         ShapeError: The sizes differ.
         TensorError: A dtype or a memory layout does not fit.
     """
-    if matrix.dtype != torch.float32 or out.itemsize != 2 or not (matrix.is_contiguous() and out.is_contiguous()):
-        raise TensorError(f"matrix is {matrix.dtype}, out {out.dtype}; they must be contiguous, fp32 and fp16 or bf16")
+    known = (torch.float32, torch.float16, torch.bfloat16)
+    if matrix.dtype != torch.float32 or out.dtype not in known or not (matrix.is_contiguous() and out.is_contiguous()):
+        raise TensorError(
+            f"matrix is {matrix.dtype}, out {out.dtype}; use contiguous fp32, and fp32, fp16 or bf16 for out"
+        )
     rows, columns = matrix.shape
     if out.shape != (columns,):
         raise ShapeError(f"out has shape {tuple(out.shape)}; it must be ({columns},)")

@@ -47,6 +47,19 @@ def code(value):
 
 
 @triton.jit
+def code_at_random(size, sign, added):
+    """The e4m3 code (int32, 0 to 255) of an fp32 magnitude, rounded up or down: fp8.encode_at_random.
+
+    sign: int32, of which bit 31 counts; added: int32, a random number of the 20 bits that are cut off.
+    """
+    bounded = tl.minimum(size, 448.0)
+    lifted = bounded < 0.015625
+    whole = tl.where(lifted, bounded + 0.015625, bounded).to(tl.int32, bitcast=True)
+    found = ((whole + added) >> _MANTISSA) - tl.where(lifted, _BIAS + 8, _BIAS)
+    return tl.where(size < float("inf"), found | ((sign >> 24) & 0x80), 0x7F)
+
+
+@triton.jit
 def pack_two(low, high, NATIVE: tl.constexpr):
     """The codes of two fp32 values as a number of 16 bits (int32), the first value's below.
 

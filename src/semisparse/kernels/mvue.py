@@ -43,19 +43,31 @@ def philox(a, b, c, d, low, high, NATIVE: tl.constexpr):
 
 
 @triton.jit
-def uniforms(words, tile_row, tile_column, seed, NATIVE: tl.constexpr):
-    """The uniforms of a tile's four groups (fp32). words: its 8 words, by rows; seed: int64."""
+def random_words(words, tile_row, tile_column, seed, NATIVE: tl.constexpr):
+    """The random words (uint32) of a tile's four groups. words: its 8 words, by rows; seed: int64."""
     left, right = words[0].to(tl.uint32, bitcast=True), words[1].to(tl.uint32, bitcast=True)
     for i in tl.static_range(1, 4):
         left = left * _FOLD + words[2 * i].to(tl.uint32, bitcast=True)
         right = right * _FOLD + words[2 * i + 1].to(tl.uint32, bitcast=True)
     row = (tile_row + tl.zeros_like(words[0])).to(tl.uint32, bitcast=True)
     column = (tile_column + tl.zeros_like(words[0])).to(tl.uint32, bitcast=True)
-    drawn = philox(row, column, left, right, seed.to(tl.uint32), (seed >> 32).to(tl.uint32), NATIVE)
+    return philox(row, column, left, right, seed.to(tl.uint32), (seed >> 32).to(tl.uint32), NATIVE)
+
+
+@triton.jit
+def uniform(word):
+    """The uniform (fp32) of a random word."""
+    bits = (word >> _SHIFT).to(tl.int32, bitcast=True) | _ONE
+    return bits.to(tl.float32, bitcast=True) - _BELOW_ONE
+
+
+@triton.jit
+def uniforms(words, tile_row, tile_column, seed, NATIVE: tl.constexpr):
+    """The uniforms of a tile's four groups (fp32); arguments as random_words'."""
+    drawn = random_words(words, tile_row, tile_column, seed, NATIVE)
     numbers = ()
     for j in tl.static_range(4):
-        bits = (drawn[j] >> _SHIFT).to(tl.int32, bitcast=True) | _ONE
-        numbers = numbers + (bits.to(tl.float32, bitcast=True) - _BELOW_ONE,)
+        numbers = numbers + (uniform(drawn[j]),)
     return numbers
 
 
@@ -78,13 +90,11 @@ def _scaled(pair, least, DTYPE: tl.constexpr, NATIVE: tl.constexpr):
 
 
 @triton.jit
-def sample_group(low, high, uniform, DTYPE: tl.constexpr, NATIVE: tl.constexpr):
-    """The two kept values of a group as one word, and its metadata nibble.
+def choose(a, b, c, d, number):
+    """The places of the two kept entries of a group, first < second, and the least that a kept one becomes.
 
-    low, high: words of its first two and its last two values; uniform: above 0 and below 1.
+    a, b, c, d: magnitudes (fp32), NaN counted as +Inf; number: the group's uniform, above 0 and below 1.
     """
-    a, b = packed_values.word_scores(low, DTYPE, NATIVE)
-    c, d = packed_values.word_scores(high, DTYPE, NATIVE)
     upper, other_upper = tl.maximum(a, b), tl.maximum(c, d)
     rest = (tl.minimum(a, b) + tl.minimum(c, d)) + tl.minimum(upper, other_upper)
     largest = tl.maximum(upper, other_upper)
@@ -93,12 +103,24 @@ def sample_group(low, high, uniform, DTYPE: tl.constexpr, NATIVE: tl.constexpr):
     first_sum = tl.minimum(a, limit)
     second_sum = first_sum + tl.minimum(b, limit)
     third_sum = second_sum + tl.minimum(c, limit)
-    point = uniform * step
+    point = number * step
     one = tl.where(first_sum <= point, 1, 0) + tl.where(second_sum <= point, 1, 0) + tl.where(third_sum <= point, 1, 0)
     other = tl.where(first_sum - step <= point, 1, 0)
     other += tl.where(second_sum - step <= point, 1, 0)
     other += tl.where(third_sum - step <= point, 1, 0)
     first = tl.minimum(tl.minimum(one, other), 2)
     second = tl.maximum(tl.maximum(one, other), first + 1)
+    return first, second, tl.minimum(step, rest)
+
+
+@triton.jit
+def sample_group(low, high, number, DTYPE: tl.constexpr, NATIVE: tl.constexpr):
+    """The two kept values of a group as one word, and its metadata nibble.
+
+    low, high: words of its first two and its last two values; number: as choose's.
+    """
+    a, b = packed_values.word_scores(low, DTYPE, NATIVE)
+    c, d = packed_values.word_scores(high, DTYPE, NATIVE)
+    first, second, least = choose(a, b, c, d, number)
     pair = packed_values.permute_bytes(low, high, first * 0x22 + second * 0x2200 + 0x1010, NATIVE)
-    return _scaled(pair, tl.minimum(step, rest), DTYPE, NATIVE), first | (second << 2)
+    return _scaled(pair, least, DTYPE, NATIVE), first | (second << 2)

@@ -12,6 +12,7 @@ from semisparse.ops.fp8 import (
     rescale_formula,
 )
 from semisparse.ops.fp8_packed import fp8_linear, fp8_product, pack_fp8, unpack_fp8
+from semisparse.ops.fp8_sampling import fp8_sampled_product, sample_fp8
 from semisparse.ops.masks import prune, prune_tokens, tile_codes
 from semisparse.ops.packing import pack, pack_tokens, pack_transpose, unpack
 from semisparse.ops.packing_many import pack_many
@@ -30,6 +31,7 @@ __all__ = [
     "fp8_dense_product",
     "fp8_linear",
     "fp8_product",
+    "fp8_sampled_product",
     "pack",
     "pack_fp8",
     "pack_linear",
@@ -51,6 +53,7 @@ __all__ = [
     "rescale_formula",
     "sac_save_ops",
     "sample",
+    "sample_fp8",
     "sampled_grad_weight",
     "sampled_linear",
     "tile_codes",

@@ -223,13 +223,15 @@ def _fake_fp8_linear(
     mask: str | None,
     backend: Backend,
     dtype: torch.dtype,
+    grad_output: str | None = None,
+    seed: Tensor | None = None,
 ) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[0], dtype=dtype)
 
 
 @register(
     "fp8_linear(Tensor x, Tensor weight, Tensor? bias, Tensor x8, Tensor x8t, Tensor scale_x, Tensor w8, Tensor w8t,"
-    " Tensor scale_w, str? mask, str backend, ScalarType dtype) -> Tensor",
+    " Tensor scale_w, str? mask, str backend, ScalarType dtype, str? grad_output=None, Tensor? seed=None) -> Tensor",
     fake=_fake_fp8_linear,
     every_device=True,
     differentiable=True,
@@ -247,6 +249,8 @@ def fp8_linear(
     mask: str | None,
     backend: Backend,
     dtype: torch.dtype,
+    grad_output: str | None = None,
+    seed: Tensor | None = None,
 ) -> Tensor:
     """fp8_forward with a gradient formula, for exported graphs.
 
@@ -263,5 +267,7 @@ def fp8_linear(
         mask: What the weight was pruned with; None if it was not.
         backend: As SparseConfig's.
         dtype: Of the call, and of y.
+        grad_output: As SparseConfig's.
+        seed: As semi_sparse_linear's; read in the backward.
     """
     return fp8_forward(x.shape[0], weight.shape[0], bias, x8, scale_x, w8, scale_w, mask, backend, dtype)

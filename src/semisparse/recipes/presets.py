@@ -69,7 +69,7 @@ def fst(
         refresh_every: Applied steps for which masks are held.
         sparse_fraction: As in Recipe.
         grad_output: As in SparseConfig; None for a dense weight gradient.
-        precision: As in SparseConfig; "fp8" needs grad_output=None.
+        precision: As in SparseConfig; with "fp8", grad_output is sampled in fp8, too.
         backend: As in SparseConfig.
     """
     config = SparseConfig(grad_output=grad_output, precision=precision, backend=backend)

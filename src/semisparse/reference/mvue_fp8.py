@@ -23,7 +23,7 @@ from torch import Tensor
 
 from semisparse.pattern import GROUP
 from semisparse.reference import fp8, mvue
-from semisparse.reference.linear import pad_tokens
+from semisparse.reference.linear import Quantised, fp8_product, fp8_sums, pad_tokens, quantised
 from semisparse.reference.masks import check_shape
 from semisparse.sampling import ROUNDING_BITS
 
@@ -64,3 +64,10 @@ def sample(grad_output: Tensor, seed: Tensor | int) -> QuantisedSample:
     kept = is_first | is_second
     codes = torch.where(kept, fp8.encode_at_random(scaled * multiplier, random, ROUNDING_BITS), 0)
     return QuantisedSample(codes.view(padded.shape)[:tokens], kept.view(padded.shape), 1 / multiplier)
+
+
+def grad_weight(grad_output: Tensor, x: Tensor, result: torch.dtype, seed: Tensor | int) -> Tensor:
+    """dW = S(dy)8^T x8 * (2 sdy * sx), shape (N, K), in the dtype result; arguments as linear.fp8_grad_weight's."""
+    drawn, tokens = sample(grad_output, seed), quantised(x)
+    dy = Quantised(fp8.decode(drawn.codes).double().mT, drawn.scale)
+    return fp8_product(dy, Quantised(tokens.values.mT, tokens.scale), None, fp8_sums(result), result)
