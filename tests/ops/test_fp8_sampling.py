@@ -107,6 +107,12 @@ def test_the_product_is_that_with_the_sample(library, tokens: int, backend: str,
     assert_bit_equal(ops.fp8_sampled_product(on_cpu, x8t, N, backend, out_dtype) + 0.0, found + 0.0)
 
 
+def test_tokens_that_need_no_padding_are_not_copied() -> None:
+    x8t = ops.quantise(torch.randn(64, K), False, True)[1]
+    assert fp8_sampling._pad(x8t, (0, 0)).data_ptr() == x8t.data_ptr()
+    assert fp8_sampling._pad(x8t, (0, 16)).shape == (K, 80)
+
+
 def test_what_does_not_fit_is_named() -> None:
     with pytest.raises(ShapeError, match=r"grad_output has shape \(4, 48\); .*multiple of 32"):
         ops.sample_fp8(torch.zeros(4, 48), None, True, None)

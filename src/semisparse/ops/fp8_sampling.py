@@ -86,7 +86,9 @@ def _in_steps(
 
 
 def _pad(matrix: Tensor, sizes: tuple[int, ...]) -> Tensor:
-    """Zeros added to an e4m3 matrix; as bytes, because not every version of torch pads the dtype."""
+    """Zeros added to an e4m3 matrix, if any; as bytes, because not every version of torch pads the dtype."""
+    if not any(sizes):  # where pad would copy
+        return matrix
     return torch.nn.functional.pad(matrix.view(torch.uint8), sizes).view(FP8)
 
 
