@@ -19,7 +19,11 @@ from semisparse.surgery.conv1d import conv1d_to_linear, linear_to_conv1d
 from semisparse.surgery.densify import densify
 from semisparse.surgery.report import SwapReport
 from semisparse.surgery.swap import sparsify
-from semisparse.surgery.torchao import swap_linear_with_semi_sparse_linear, swap_semi_sparse_linear_with_linear
+from semisparse.surgery.torchao import (
+    not_swapped,
+    swap_linear_with_semi_sparse_linear,
+    swap_semi_sparse_linear_with_linear,
+)
 from semisparse.versions import __version__ as __version__
 
 __all__ = [
@@ -42,6 +46,7 @@ __all__ = [
     "densify",
     "linear_to_conv1d",
     "mask_statistics",
+    "not_swapped",
     "plan",
     "recipes",
     "register_flop_formulas",

@@ -15,9 +15,10 @@ from semisparse.gemm.autotune.algorithm import Choice
 from semisparse.gemm.dispatch import observed
 from semisparse.gemm.problem import Problem
 from semisparse.nn import SemiSparseBase
+from semisparse.nn.float8 import LOST
 from semisparse.operands import compute_dtype
 from semisparse.routes import why_masked_dense, why_not_fp8
-from semisparse.surgery.layers import semi_sparse_layers
+from semisparse.surgery.layers import lost_to_float8, semi_sparse_layers
 from semisparse.unchanged import unchanged
 
 
@@ -47,7 +48,7 @@ class CheckReport:
     """The result of one check; print() shows a table.
 
     Attributes:
-        rows: One per layer, in the model's order.
+        rows: One per layer, in the model's order; last, those that torchao's conversion to float8 replaced.
     """
 
     rows: tuple[CheckRow, ...]
@@ -111,8 +112,9 @@ def check(model: nn.Module, *inputs: Any, loss: Callable[[Any], Tensor] | None =
         ConfigError: There is nothing to differentiate.
         Exception: Whatever the model raises.
     """
-    layers = semi_sparse_layers(model)
-    if not layers:
+    layers: dict[str, SemiSparseBase] = semi_sparse_layers(model)
+    lost: dict[str, nn.Linear] = lost_to_float8(model)
+    if not layers and not lost:
         raise NoLayerMatchedError(
             f"model={type(model).__name__} has no semi-sparse layer to check; call sparsify first"
         )
@@ -120,8 +122,10 @@ def check(model: nn.Module, *inputs: Any, loss: Callable[[Any], Tensor] | None =
     with unchanged(model, (inputs, keywords)), probe.watching(), torch.enable_grad():
         output = model(*inputs, **keywords)
         _scalar(output, loss).backward()
-        gradients = {name: layer.weight.grad is not None for name, layer in layers.items()}
-    return CheckReport(tuple(probe.row(name, gradients[name]) for name in layers))
+        gradients = {name: layer.weight.grad is not None for name, layer in (layers | lost).items()}
+    rows = [probe.row(name, gradients[name]) for name in layers]
+    rows += [CheckRow(name, 0, "", "", gradients[name], f"no longer semi-sparse: {LOST}") for name in lost]
+    return CheckReport(tuple(rows))
 
 
 def _scalar(output: Any, loss: Callable[[Any], Tensor] | None) -> Tensor:

@@ -30,6 +30,7 @@ PUBLIC = {
     "densify",
     "linear_to_conv1d",
     "mask_statistics",
+    "not_swapped",
     "plan",
     "recipes",
     "register_flop_formulas",

@@ -13,6 +13,7 @@ from semisparse.flops import register_flop_formulas
 from semisparse.functional import semi_sparse_linear
 from semisparse.nn.copies import TRANSIENT, CopyableLinear
 from semisparse.nn.exporters import fx_call, refuse_onnx, refuse_script
+from semisparse.nn.float8 import note_swapped
 from semisparse.nn.refusals import bound_sparse, refusal
 from semisparse.nn.registry import swapped_class
 from semisparse.pattern import GROUP
@@ -138,6 +139,7 @@ class SemiSparseBase(CopyableLinear):
         linear.__class__ = swapped  # keeps outside references, hooks and optimizer state valid
         layer: Self = linear  # type: ignore[assignment]
         layer._set_config(config)
+        note_swapped(layer, True)
         return layer
 
     @classmethod
@@ -165,6 +167,7 @@ class SemiSparseBase(CopyableLinear):
         for name in ("sparse_config", "sparse_enabled", *HELD, *TRANSIENT):
             layer.__dict__.pop(name, None)
         layer.__class__ = dense_class  # type: ignore[assignment]
+        note_swapped(layer, False)
         return layer
 
     def pruned_weight(self) -> Tensor:

@@ -7,19 +7,31 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from semisparse.nn.float8 import IS_FLOAT8, derived_float8, is_float8
 from semisparse.nn.registry import OWN_ATTRIBUTES, is_registered
 from semisparse.pattern import GROUP
 from semisparse.reference.masks import FLOAT_DTYPES
 
 
-def refusal(layer: nn.Linear) -> str | None:
-    """Why layer cannot be made semi-sparse, as a message with the way out; None if it can."""
+def refusal(layer: nn.Linear, *, take_float8: bool = False) -> str | None:
+    """Why layer cannot be made semi-sparse, as a message with the way out; None if it can.
+
+    Args:
+        layer: Any linear layer.
+        take_float8: Whether torchao's Float8Linear counts as the nn.Linear that it was made of.
+    """
+    if is_float8(layer) and not take_float8:
+        return IS_FLOAT8
     if isinstance(layer, nn.modules.lazy.LazyModuleMixin):
         return "it is lazy, without sizes yet: run one forward first, then swap"
     reason = weight_refusal(layer)
     if reason is not None:
         return reason
-    if not is_registered(type(layer)):
+    if is_float8(layer):
+        reason = derived_float8(layer)
+        if reason is not None:
+            return reason
+    elif not is_registered(type(layer)):
         return (
             f"its type {type(layer).__name__} is a subclass of nn.Linear: if its forward is plain F.linear, "
             "call semisparse.register_linear on it; swap before wrapping with FSDP"

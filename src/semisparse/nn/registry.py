@@ -6,6 +6,7 @@ from typing import Any
 from torch import nn
 
 from semisparse.errors import ConfigError
+from semisparse.nn.float8 import is_float8_class
 
 _PLAIN_LINEARS: set[type[nn.Linear]] = {nn.Linear}
 _SWAPPED: dict[tuple[type[nn.Linear], type[nn.Linear]], type[Any]] = {}
@@ -42,7 +43,8 @@ def register_linear(cls: type[nn.Linear]) -> type[nn.Linear]:
         cls.
 
     Raises:
-        ConfigError: cls is not a dense subclass of nn.Linear, is lazy, or has a name that semi-sparse layers use.
+        ConfigError: cls is not a dense subclass of nn.Linear, is lazy, is torchao's Float8Linear (sparsify takes it
+            with take_float8=True), or has a name that semi-sparse layers use.
     """
     if not (isinstance(cls, type) and issubclass(cls, nn.Linear)) or hasattr(cls, "_sparse_forward"):
         raise ConfigError(f"cls={cls!r} must be a dense subclass of torch.nn.Linear")
@@ -50,6 +52,11 @@ def register_linear(cls: type[nn.Linear]) -> type[nn.Linear]:
         raise ConfigError(
             f"cls={cls.__name__} is lazy: its layers become another class at their first forward; register that one, "
             "and swap after a forward"
+        )
+    if is_float8_class(cls):
+        raise ConfigError(
+            f"cls={cls.__name__} computes in float8, not F.linear: pass take_float8=True to sparsify, which makes such "
+            "layers semi-sparse"
         )
     if taken := sorted(name for name in OWN_ATTRIBUTES if hasattr(cls, name)):
         raise ConfigError(f"cls={cls.__name__} has {taken}, which semi-sparse layers use themselves; rename them")

@@ -10,7 +10,8 @@ from semisparse import calls
 from semisparse.errors import NoLayerMatchedError, ScheduleError
 from semisparse.nn import SemiSparseBase, SemiSparseLinear
 from semisparse.nn.copies import copies_of
-from semisparse.surgery.layers import changed_since, semi_sparse_layers
+from semisparse.nn.float8 import LOST
+from semisparse.surgery.layers import changed_since, lost_to_float8, semi_sparse_layers
 
 # Layers that some schedule switches: copies among them need not follow another.
 _SCHEDULED: WeakSet[nn.Module] = WeakSet()
@@ -29,10 +30,13 @@ class ScheduledLayers:
 
     Raises:
         NoLayerMatchedError: model has no semi-sparse layer.
+        ScheduleError: torchao's conversion to float8 replaced a semi-sparse layer.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
+        for name in lost_to_float8(model):
+            raise ScheduleError(f"{name or '(root)'} was made semi-sparse, but {LOST}")
         self.by_name = semi_sparse_layers(model)
         if not self.by_name:
             raise NoLayerMatchedError(

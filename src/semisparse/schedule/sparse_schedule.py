@@ -49,7 +49,8 @@ class SparseSchedule:
     Raises:
         NoLayerMatchedError: model has no semi-sparse layer.
         ConfigError: pack, keep or seed is not one of its values.
-        ScheduleError: phases is not a list of Phase, or does not add up.
+        ScheduleError: phases is not a list of Phase, or does not add up; or torchao's conversion to float8 replaced a
+            layer after sparsify.
         RankMismatchError: The ranks hold different layers or phases; raised on all of them.
     """
 

@@ -15,6 +15,7 @@ from semisparse.config import SparseConfig
 from semisparse.errors import NoLayerMatchedError
 from semisparse.formats.layout import SPARSE_MULTIPLE
 from semisparse.nn import SemiSparseBase
+from semisparse.nn.float8 import is_float8
 from semisparse.nn.refusals import refusal
 from semisparse.routes import why_not_fp8
 from semisparse.surgery.coverage import share_outside_linear
@@ -27,6 +28,7 @@ class Candidates:
 
     Args:
         model: The module to examine.
+        take_float8: Whether torchao's Float8Linear may be swapped.
 
     Attributes:
         model: The same.
@@ -37,8 +39,9 @@ class Candidates:
         NoLayerMatchedError: It has no nn.Linear.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, take_float8: bool = False) -> None:
         check_module(model)
+        self._take_float8 = take_float8
         self.model = model
         self.layers: list[FoundLayer] = linear_layers(model)
         if not self.layers:
@@ -60,6 +63,9 @@ class Candidates:
         layer, notes = found.layer, []
         if id(layer) in self._verify:
             notes.append(self._verify[id(layer)])
+        if is_float8(layer):
+            in_fp8 = "" if config.precision is not None else ", in the dtype of the call without precision='fp8'"
+            notes.append(f"taken over from torchao's Float8Linear{in_fp8}; densify makes it a plain nn.Linear")
         if config.precision is not None and (reason := why_not_fp8(layer.weight, layer.weight.dtype)):
             notes.append(f"not in fp8: {reason}")
         whole = not (layer.in_features % SPARSE_MULTIPLE or layer.out_features % SPARSE_MULTIPLE)
@@ -68,7 +74,7 @@ class Candidates:
         return "; ".join(notes)
 
     def _examine(self, found: FoundLayer, known: dict[type, Uses]) -> None:
-        reason = _refusal(found)
+        reason = _refusal(found, self._take_float8)
         if reason is None:
             reading = reading_of(found, known)
             if reading is not None and reading.called:
@@ -81,10 +87,11 @@ class Candidates:
             self._refusals.setdefault(id(found.layer), reason)
 
 
-def _refusal(found: FoundLayer) -> str | None:
+def _refusal(found: FoundLayer, take_float8: bool) -> str | None:
     if isinstance(found.layer, SemiSparseBase):
         return "already semi-sparse: densify it first"
-    return _bypassed(found.parent, found.name.rpartition(".")[2]) or refusal(found.layer)
+    bypassed = _bypassed(found.parent, found.name.rpartition(".")[2])
+    return bypassed or refusal(found.layer, take_float8=take_float8)
 
 
 def _bypassed(parent: nn.Module | None, child: str) -> str | None:

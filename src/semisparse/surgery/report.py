@@ -79,8 +79,8 @@ class SwapReport:
 
 
 def _shown(config: SparseConfig | None) -> str:
-    """The settings that say something: neither None nor "auto"."""
+    """The settings that say something: neither None nor False nor "auto"."""
     if config is None:
         return ""
     values = [(field.name, getattr(config, field.name)) for field in fields(config)]
-    return " ".join(f"{name}={value}" for name, value in values if value not in (None, "auto"))
+    return " ".join(f"{name}={value}" for name, value in values if value not in (None, False, "auto"))

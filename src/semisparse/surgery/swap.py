@@ -11,6 +11,7 @@ from torch import nn
 from semisparse.config import SparseConfig
 from semisparse.errors import ConfigError, NoLayerMatchedError
 from semisparse.nn import SemiSparseActivationLinear, SemiSparseBase, SemiSparseLinear
+from semisparse.nn.float8 import is_float8, to_linear
 from semisparse.surgery.coverage import share_outside_linear
 from semisparse.surgery.named import configs_by_layer
 from semisparse.surgery.refusals import Candidates
@@ -34,11 +35,13 @@ def sparsify(
     config: SparseConfig | None = None,
     select: Selector | Iterable[Selector] | None = None,
     exclude: Selector | Iterable[Selector] | None = None,
+    *,
+    take_float8: bool = False,
 ) -> SwapReport: ...
 
 
 @overload
-def sparsify(model: nn.Module, config: Mapping[str, SparseConfig]) -> SwapReport: ...
+def sparsify(model: nn.Module, config: Mapping[str, SparseConfig], *, take_float8: bool = False) -> SwapReport: ...
 
 
 def sparsify(
@@ -46,6 +49,8 @@ def sparsify(
     config: SparseConfig | Mapping[str, SparseConfig] | None = None,
     select: Selector | Iterable[Selector] | None = None,
     exclude: Selector | Iterable[Selector] | None = None,
+    *,
+    take_float8: bool = False,
 ) -> SwapReport:
     """Make linear layers of model semi-sparse, in place, and report on every linear layer.
 
@@ -64,6 +69,9 @@ def sparsify(
             expression (searched), or a callable (name, module) -> bool. None selects every linear layer except those
             whose role or name says output head, patch embedding or adapter; the report names them.
         exclude: Layers to leave dense, in the same form; takes precedence over select.
+        take_float8: False leaves layers that torchao converted (Float8Linear) as they are. True lets them be selected
+            like any nn.Linear: the layer becomes semi-sparse with the same Parameters, config (normally with
+            precision="fp8") replaces torchao's settings, and densify makes it a plain nn.Linear, not a Float8Linear.
 
     Returns:
         One row per linear layer: what was done with it, its settings, and why if it stays dense.
@@ -73,17 +81,19 @@ def sparsify(
             would change (it lists the reasons).
         LayerRefusedError: The mapping names a layer, not by a glob, that must stay dense.
         ConfigError: A value is not a config or a selector, or a mapping comes together with select or exclude or gives
-            one tied layer two settings.
+            one tied layer two settings. Or take_float8 is not a bool.
     """
+    if not isinstance(take_float8, bool):
+        raise ConfigError(f"take_float8={take_float8!r} must be True or False")
     if isinstance(config, Mapping):
         if select is not None or exclude is not None:
             raise ConfigError("config is a mapping, which names the layers itself: leave out select and exclude")
-        candidates = Candidates(model)
+        candidates = Candidates(model, take_float8=take_float8)
         return _swap(candidates, *_by_names(candidates, config))
     config = SparseConfig() if config is None else config
     if not isinstance(config, SparseConfig):
         raise ConfigError(f"config={config!r} must be a SparseConfig or a mapping from layer names to SparseConfig")
-    candidates = Candidates(model)
+    candidates = Candidates(model, take_float8=take_float8)
     decide, remarks = by_selectors(candidates, config, select, exclude)
     outside = str(share_outside_linear(model))
     return _swap(candidates, decide, (*remarks, *([outside] if outside else [])))
@@ -175,6 +185,9 @@ def _swap(candidates: Candidates, decide: Callable[[FoundLayer], Decision], rema
         if first is not found:
             rows.append(LayerRow(found.name, *size, SKIPPED, f"the same layer as {first.name}, swapped there"))
         else:
+            note = candidates.note(found, config)
+            if is_float8(found.layer):
+                to_linear(found.layer)
             LAYER_CLASSES[config.operand].from_dense(found.layer, config)
-            rows.append(LayerRow(found.name, *size, SWAPPED, candidates.note(found, config), config))
+            rows.append(LayerRow(found.name, *size, SWAPPED, note, config))
     return SwapReport(tuple(rows), remarks)

@@ -1,4 +1,4 @@
-"""The two functions of torchao.sparsity.training, with the calls that its users have."""
+"""For users of torchao: the two functions of torchao.sparsity.training, and a filter for its conversions."""
 
 from collections.abc import Mapping
 
@@ -37,6 +37,21 @@ def swap_linear_with_semi_sparse_linear(
 def swap_semi_sparse_linear_with_linear(model: nn.Module) -> SwapReport:
     """Make every semi-sparse layer dense again: torchao's name for densify(model), with the errors listed there."""
     return densify(model)
+
+
+def not_swapped(module: nn.Module, name: str = "") -> bool:
+    """Whether module is not a semi-sparse layer: the filter that lets conversions of other libraries leave ours alone.
+
+        convert_to_float8_training(model, module_filter_fn=semisparse.not_swapped)
+
+    Without a filter torchao replaces semi-sparse layers, too: they are subclasses of nn.Linear. Combine it with a
+    filter of your own by `and`.
+
+    Args:
+        module: Any module.
+        name: Not used; such filters are called with it.
+    """
+    return not isinstance(module, SemiSparseBase)
 
 
 def _as_config(name: str, value: object) -> SparseConfig:
