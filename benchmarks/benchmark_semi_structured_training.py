@@ -1,8 +1,8 @@
 """Benchmarks of semi-structured training: whole steps (default), single linear layers (--linear; --eager for
 packing at each forward and per step alone), both beside torchao's float8 and with a sampled gradient (--compare),
-compiled layers between pointwise operations (--neighbours), noise of fp8 (--noise), where a step's time goes
-(--profile), what plans predict (--plan), where 2:4 does not help (--no-gain), host time of small layers (--host),
-packing (--pack), following the masks (--metrics).
+compiled layers between pointwise operations (--neighbours), products of many tokens, whole and in chunks (--large-m),
+noise of fp8 (--noise), where a step's time goes (--profile), what plans predict (--plan), where 2:4 does not help
+(--no-gain), host time of small layers (--host), packing (--pack), following the masks (--metrics).
 
     python benchmarks/benchmark_semi_structured_training.py [--card sam-vit-l ...] [--save [DIR]]
     python benchmarks/benchmark_semi_structured_training.py --linear [--mkn 13008,1024,4096 ...] [--save [DIR]]
@@ -10,6 +10,7 @@ packing (--pack), following the masks (--metrics).
     python benchmarks/benchmark_semi_structured_training.py --compare [--rows float8 2:4 mvue] [--card llama ...]
         [--mkn 16384,4096,11008 ...] [--save [DIR]]
     python benchmarks/benchmark_semi_structured_training.py --neighbours [--rows float8 ...] [--save [DIR]]
+    python benchmarks/benchmark_semi_structured_training.py --large-m [--mkn 131072,4096,11008 ...] [--save [DIR]]
     python benchmarks/benchmark_semi_structured_training.py --noise [--mkn 16384,4096,11008 ...] [--save [DIR]]
     python benchmarks/benchmark_semi_structured_training.py --profile [--card llama-4096 ...] [--save [DIR]]
     python benchmarks/benchmark_semi_structured_training.py --plan [--card llama gpt2 ...] [--save [DIR]]
@@ -58,6 +59,7 @@ def parser() -> argparse.ArgumentParser:
     which.add_argument("--no-gain", action="store_true", help="small layers, and whole steps that the host bounds")
     which.add_argument("--pack", action="store_true", help="the pack kernel alone, and all packs of a model")
     which.add_argument("--neighbours", action="store_true", help="compiled layers between pointwise operations")
+    which.add_argument("--large-m", action="store_true", help="products of many tokens, whole and in chunks")
     which.add_argument("--noise", action="store_true", help="what rounding to fp8 leaves of a layer's results")
     which.add_argument("--profile", action="store_true", help="where the milliseconds of a compiled step go")
     which.add_argument("--plan", action="store_true", help="what semisparse.plan predicts, and what is measured")
@@ -87,6 +89,8 @@ def chosen(options: argparse.Namespace) -> Iterable[jobs.Job]:
         return jobs.compared(options.card, options.mkn, options.rows or compare.DEFAULT_ROWS, rounds, toy)
     if options.neighbours:
         return jobs.between(options.mkn, options.rows, rounds, toy)
+    if options.large_m:
+        return jobs.many_tokens(options.mkn, rounds, toy)
     if options.noise:
         return jobs.noises(options.mkn, toy)
     if options.profile:

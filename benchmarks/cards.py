@@ -14,7 +14,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that the file runs as a script from anywhere
 
-from benchmarks import compare, compare_tables, fp8_tables, host_tables, picture, tables
+from benchmarks import compare, compare_tables, fp8_tables, host_tables, large_m, picture, tables
 from benchmarks.blocks import filled
 from benchmarks.launches import launch_note
 from benchmarks.models import CARDS as MODELS
@@ -260,6 +260,7 @@ def blocks() -> dict[str, str]:
         "pack-together": _block(load("pack-together"), host_tables.pack_together, "--pack ", TOGETHER),
         "metrics": _remade(tables.metrics(load("metrics")).markdown(), load("metrics"), "--metrics "),
         "neighbours": _block(load("neighbours"), fp8_tables.neighbours, "--neighbours ", fp8_tables.BETWEEN),
+        "large-m": _block(load("large-m"), large_m.table, "--large-m ", large_m.NOTE),
         "noise": _block(load("noise"), fp8_tables.noise, "--noise ", fp8_tables.NOISE),
         "profile": _block(load("profile"), fp8_tables.profile, "--profile ", fp8_tables.PROFILE),
         "no-gain-all": _block(small, tables.small_linear, "--no-gain "),

@@ -13,6 +13,7 @@ from benchmarks import (
     host,
     host_parts,
     host_tables,
+    large_m,
     linear,
     metrics,
     neighbours,
@@ -147,6 +148,19 @@ def between(
             "neighbours",
             lambda mkn=mkn: neighbours.benchmark(*mkn, rows or neighbours.ROW_NAMES, rounds),
             lambda found: [fp8_tables.neighbours([found])],
+        )
+
+
+def many_tokens(shapes: Sequence[tuple[int, int, int]], rounds: int, toy: bool) -> Iterator[Job]:
+    """Products whole and in chunks, up to each shape's tokens."""
+    for most, k, n in shapes or (((64, 64, 128),) if toy else large_m.SHAPES):
+        chunk = {"chunk": most // 4} if toy else {}
+        tokens = large_m.sizes(most)[2 if toy else 0 :]
+        yield Job(
+            f"large-m-{k}x{n}",
+            "large-m",
+            lambda tokens=tokens, k=k, n=n, chunk=chunk: large_m.benchmark(tokens, k, n, rounds, **chunk),
+            lambda found: [large_m.table([found])],
         )
 
 

@@ -34,7 +34,8 @@ def text() -> str:
     for path in sorted((ROOT / "benchmarks" / "results").glob("*.json")):
         for entry in json.loads(path.read_text()).get("tuning", {}).get("choices", []):
             key = {name: entry["key"][name] for name in CONDITIONS if name in entry["key"]}
-            choice = {name: entry["choice"][name] for name in ("algorithm", "sparse_algorithm")}
+            names = ("algorithm", "sparse_algorithm", "chunk")
+            choice = {name: entry["choice"][name] for name in names if name in entry["choice"]}
             if is_complete(entry["choice"]):
                 choices.setdefault(json.dumps(key), json.dumps({"key": key, "choice": choice}))
     return f'{{\n "schema": {SCHEMA},\n "choices": [\n  ' + ",\n  ".join(choices.values()) + "\n ]\n}\n"

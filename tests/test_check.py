@@ -171,6 +171,22 @@ def test_products_are_told_to_the_layer_that_ran_them(monkeypatch: pytest.Monkey
     assert not dispatch._observers
 
 
+def test_products_in_chunks_say_so() -> None:
+    from semisparse._check import _Probe
+    from semisparse.gemm import problem
+    from semisparse.gemm.autotune.algorithm import Choice
+
+    choice = Choice(4, 4, 5.0, 20.0, "disk", chunk=16, whole_us=9.5)
+    probe = _Probe({})
+    probe._now = ("0", "forward")
+    for tokens in (40, 16):
+        probe._saw(problem.forward(tokens, 32, 16, torch.bfloat16), 4, choice)
+    assert probe._products[probe._now] == [
+        "cuSPARSELt algorithm 4 in chunks of 16 tokens, 1.90x faster than whole (disk)",
+        "cuSPARSELt algorithm 4 (disk)",
+    ]
+
+
 def test_outputs_of_any_shape_and_a_loss() -> None:
     net = nn.Sequential(nn.Linear(16, 16))
     sparsify(net)

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from semisparse.errors import ConfigError, NoLayerMatchedError
 from semisparse.gemm.autotune.algorithm import Choice
+from semisparse.gemm.chunks import can_be_cut
 from semisparse.gemm.dispatch import observed
 from semisparse.gemm.problem import Problem
 from semisparse.nn import SemiSparseBase
@@ -185,6 +186,8 @@ class _Probe:
     def _saw(self, problem: Problem, algorithm: int | None, choice: Choice | None) -> None:
         if self._now is not None:
             ran = "masked dense" if algorithm is None else f"cuSPARSELt algorithm {algorithm}"
+            if algorithm is not None and choice is not None and choice.chunk and can_be_cut(problem, choice.chunk):
+                ran += f" {choice.way}"
             why = f" ({choice.source})" if choice is not None else ""
             self._products[self._now].append(ran + why)
 

@@ -36,6 +36,7 @@ def toy(label: str, **changes: bool) -> models.Card:
         (["--eager"], {"eager-linear-32x64x128"}),
         (["--host"], {"host-time", "host-parts"}),
         (["--no-gain", "--mkn", "32,64,64"], {"small-linear-32x64x64"}),
+        (["--large-m"], {"large-m-64x128"}),
         (["--pack"], {"pack-64x64", "pack-together"}),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

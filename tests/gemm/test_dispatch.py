@@ -80,7 +80,7 @@ def test_an_unknown_problem_is_offered_with_a_dense_alternative():
     ((given, dense_alternative),) = tuner.asked
     expected = given.out.clone()
     given.out.fill_(float("nan"))
-    dense_alternative()
+    dense_alternative(PRODUCTS[0], given)
     assert torch.equal(given.out, expected)
     assert library.products == [2]
 

@@ -80,7 +80,7 @@ def test_tuning_finds_a_right_algorithm(engine, dtype):
     a, b, out, _ = whole(problem)
     operands = Operands(engine.compress(a), b, out)
     choice = Autotuner(engine, None, shipped=tuple).choose(
-        problem, 0, operands, lambda: dense.product(problem, a, operands)
+        problem, 0, operands, lambda asked, given: dense.product(asked, a, given)
     )
     assert choice.sparse_algorithm is not None
     assert choice.dense_us is not None and choice.note == ""

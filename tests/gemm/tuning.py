@@ -12,23 +12,28 @@ FORWARD = problems.forward(24, 32, 48, torch.bfloat16)
 
 
 class Timed(Candidates):
-    """Real checks on the simulated library, made-up times: algorithm 4 is the fastest, dense takes `dense_us`."""
+    """Real checks on the simulated library, made-up times: algorithm 4 is the fastest, dense takes `dense_us`.
+
+    In chunks a product takes `chunk_share` of its time.
+    """
 
     made = 0
     dense_us = 50.0
+    chunk_share = 1.0
 
     def __init__(self, *arguments):
         super().__init__(*arguments)
         type(self).made += 1
 
-    def time(self, algorithm, repeats):
-        return self.dense_us if algorithm is None else 10.0 + abs(algorithm - 4)
+    def time(self, algorithm, repeats, chunk=None):
+        share = 1.0 if chunk is None else self.chunk_share
+        return self.dense_us if algorithm is None else share * (10.0 + abs(algorithm - 4))
 
 
 def call(tuner, problem=FORWARD, dense=True):
     a, b, out, bias = operands(problem)
     packed = tuner._engine.compress(a)
-    return tuner.choose(problem, -1, Operands(packed, b, out, bias), (lambda: None) if dense else None)
+    return tuner.choose(problem, -1, Operands(packed, b, out, bias), (lambda *given: None) if dense else None)
 
 
 def shipped_entry(algorithm=2, sparse_algorithm=2, **change):

@@ -1,4 +1,4 @@
-"""One call per product: the sparse engine with the chosen algorithm, or masked dense where that is faster."""
+"""One call per product: the sparse engine with the chosen algorithm, whole or in chunks, or masked dense."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,6 +12,7 @@ from semisparse.gemm import dense
 from semisparse.gemm.autotune.algorithm import Choice
 from semisparse.gemm.autotune.autotuner import Autotuner, autotuner
 from semisparse.gemm.autotune.candidates import MEMORY
+from semisparse.gemm.chunks import pieces
 from semisparse.gemm.engine import Engine
 from semisparse.gemm.engine import engine as process_engine
 from semisparse.gemm.operands import Operands
@@ -47,7 +48,8 @@ def multiply(
     """D = A B (+ bias) on the current stream.
 
     An A of more than 256 MiB is not unpacked to be timed: unpacking alone then moves so many bytes that the sparse
-    product is taken to be faster.
+    product is taken to be faster. Where the choice says so, a product of many tokens runs in chunks of them: each piece
+    is a product of its own, with its bits.
 
     Args:
         problem: The product.
@@ -77,8 +79,13 @@ def multiply(
         algorithm = choice.algorithm if backend == "auto" else choice.sparse_algorithm
         if algorithm is not None:
             engine = engine or process_engine()
-            engine.matmul(problem, algorithm, operands)
-            engine.python_products += 1
+            if choice.chunk is None:
+                engine.matmul(problem, algorithm, operands)
+                engine.python_products += 1
+            else:
+                for part, given in pieces(problem, operands, choice.chunk):
+                    engine.matmul(part, algorithm, given)
+                    engine.python_products += 1
         elif backend == "auto":
             dense.product(problem, unpack(operands.packed), operands)
         else:
@@ -100,8 +107,8 @@ def tell(problem: Problem, algorithm: int | None, choice: Choice | None) -> None
 def _chosen(problem: Problem, operands: Operands, unpack: Callable[[Tensor], Tensor], tuner: Autotuner) -> Choice:
     """The autotuner's choice for a problem that it does not know yet."""
 
-    def unpack_and_multiply() -> None:
-        dense.product(problem, unpack(operands.packed), operands)
+    def unpack_and_multiply(asked: Problem, given: Operands) -> None:
+        dense.product(asked, unpack(given.packed), given)
 
     too_large = problem.rows * problem.reduction * problem.dtype.itemsize > MEMORY
     index = operands.out.get_device()

@@ -18,6 +18,7 @@ from semisparse.formats.layout import ALIGNMENT
 from semisparse.gemm.addresses import addresses
 from semisparse.gemm.autotune.algorithm import Choice
 from semisparse.gemm.autotune.autotuner import autotuner
+from semisparse.gemm.chunks import can_be_cut
 from semisparse.gemm.engine import engine
 from semisparse.gemm.problem import Problem
 from semisparse.kernels.compiled import CompiledLaunch
@@ -118,8 +119,11 @@ def product(
     algorithm = None
     if choice is not None:
         algorithm = choice.algorithm if backend == "auto" else choice.sparse_algorithm
-    if algorithm is not None and not _add_plan(library, facts, asked, algorithm, index):
-        return
+    if algorithm is not None:
+        if choice is not None and choice.chunk is not None and can_be_cut(asked, choice.chunk):
+            return  # one plan would compute the whole product
+        if not _add_plan(library, facts, asked, algorithm, index):
+            return
     library.add_product(kind, index, DTYPE_CODES[asked.out_dtype], sizes, asked.bias, backend, facts)
 
 

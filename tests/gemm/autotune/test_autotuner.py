@@ -167,7 +167,7 @@ def test_a_problem_the_library_refuses_goes_dense_with_a_note(make_tuner):
     packed = torch.zeros(1, dtype=torch.uint8)
     library.refuse["matmul"] = 10
     _, b, out, _ = operands(FORWARD)
-    choice = tuner.choose(FORWARD, -1, Operands(packed, b, out), lambda: None)
+    choice = tuner.choose(FORWARD, -1, Operands(packed, b, out), lambda *given: None)
     assert (choice.algorithm, choice.sparse_algorithm) == (None, None)
     assert "NOT_SUPPORTED" in choice.note
 

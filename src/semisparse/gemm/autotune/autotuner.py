@@ -9,6 +9,9 @@ Tuning is off where SEMISPARSE_TUNE is 0 and while torch.use_deterministic_algor
 with a problem that has no measured choice. Then a stored choice is used, else a shipped one, else algorithm 0,
 unchecked. While a CUDA graph is captured, a problem with neither a stored nor a shipped choice raises EngineError.
 Where the engine cannot be used at all, the choice is masked dense, with the reason in its note.
+
+A problem of more tokens than a chunk is also timed in chunks of them (in_chunks.py), with the algorithm of a problem of
+chunk tokens, which is tuned for that if it has no choice yet.
 """
 
 import logging
@@ -16,7 +19,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -26,6 +29,7 @@ from semisparse.errors import ConfigError, EngineError
 from semisparse.formats.layout import FP8
 from semisparse.gemm.autotune.algorithm import Choice, clipped, one_line
 from semisparse.gemm.autotune.candidates import Candidates
+from semisparse.gemm.autotune.in_chunks import faster_way
 from semisparse.gemm.autotune.selection import SECONDS, Selection
 from semisparse.gemm.autotune.store import (
     Entry,
@@ -37,6 +41,7 @@ from semisparse.gemm.autotune.store import (
     shipped,
     to_document,
 )
+from semisparse.gemm.chunks import CHUNK, can_be_cut, pieces, sized
 from semisparse.gemm.engine import Engine, engine
 from semisparse.gemm.operands import Operands
 from semisparse.gemm.problem import Problem
@@ -56,7 +61,8 @@ few are reached in time; for bf16 all are, except at the largest problems."""
 
 _REMEMBERED = 8192  # problems whose choice is found without forming its key; past it all are looked up again
 
-Dense = Callable[[], object]
+Dense = Callable[[Problem, Operands], object]
+"""The whole masked-dense alternative, unpacking included, for a problem and its operands."""
 
 
 class Autotuner:
@@ -69,6 +75,7 @@ class Autotuner:
         clock: Seconds; tests inject a clock.
         shipped: The choices that ship with the package.
         seconds: Wall time that tuning one problem may take.
+        chunk: Tokens per piece of products that are tried in chunks.
     """
 
     def __init__(
@@ -76,12 +83,13 @@ class Autotuner:
         engine: Engine,
         store: Store | None,
         *,
-        make_candidates: Callable[[Engine, Problem, Operands, Dense | None], Candidates] = Candidates,
+        make_candidates: Callable[[Engine, Problem, Operands, Callable[[], object] | None], Candidates] = Candidates,
         clock: Callable[[], float] = time.perf_counter,
         shipped: Callable[[], Iterable[Entry]] = shipped,
         seconds: float = SECONDS,
+        chunk: int = CHUNK,
     ) -> None:
-        self._engine, self._store = engine, store
+        self._engine, self._store, self._chunk = engine, store, chunk
         self._make_candidates, self._clock, self._shipped, self._seconds = make_candidates, clock, shipped, seconds
         # One problem is decided at a time: two tuning runs on one GPU would disturb each other's times.
         self._deciding = threading.Lock()
@@ -96,15 +104,15 @@ class Autotuner:
     def choose(self, problem: Problem, index: int, operands: Operands, dense: Dense | None = None) -> Choice:
         """The choice for a problem on a device; where there is none yet, it is tuned on these operands.
 
-        Tuning takes about half a second and at most 256 MiB on the device, waits for the current stream only, and
-        leaves PyTorch's random numbers alone. Concurrent callers wait for one tuning run. On return operands.out may
-        hold scratch data: run the product afterwards.
+        Tuning takes about half a second, for a problem that is also tried in chunks up to 1.5 s, and at most 256 MiB on
+        the device. It waits for the current stream only, and leaves PyTorch's random numbers alone. Concurrent callers
+        wait for one tuning run. On return operands.out may hold scratch data: run the product afterwards.
 
         Args:
             problem: The product.
             index: Of the device.
             operands: Of this problem; out is overwritten.
-            dense: The whole masked-dense alternative, unpacking included; None where there is none.
+            dense: See Dense; None where there is none.
 
         Raises:
             EngineError: While a CUDA graph is captured, where there is no choice yet: run a warm-up step first.
@@ -207,6 +215,8 @@ class Autotuner:
         """Whether the library offers what a choice names; logs where it does not."""
         if choice.sparse_algorithm is None:
             return True
+        if choice.chunk is not None and can_be_cut(problem, choice.chunk):
+            problem = sized(problem, choice.chunk)
         try:
             offered, reason = self._engine.algorithms(problem, index), ""
         except EngineError as error:
@@ -239,13 +249,22 @@ class Autotuner:
             return _without_engine(one_line(error))
         return DEFAULT if DEFAULT.sparse_algorithm in offered else _without_engine("the library offers no algorithm")
 
+    def _chunk_algorithm(self, problem: Problem, index: int, operands: Operands, dense: Dense | None) -> int | None:
+        """The algorithm for pieces of a problem: that of its first piece. None where it is not to be cut."""
+        if not can_be_cut(problem, self._chunk):
+            return None
+        part, given = next(pieces(problem, operands, self._chunk))
+        return (self.known(part, index) or self._decide(part, index, given, dense, off=False)).sparse_algorithm
+
     def _tune(self, problem: Problem, index: int, operands: Operands, dense: Dense | None) -> Choice:
+        chunk_algorithm = self._chunk_algorithm(problem, index, operands, dense)
         logger.info("tuning %s on device %d", problem, index)
         self._engine.runtime.wait(index)  # work that the caller has queued must not count
         begin = self._clock()
         try:
             algorithms = _likely_first(self._engine.algorithms(problem, index), problem.dtype)
-            candidates = self._make_candidates(self._engine, problem, operands, dense)
+            whole_dense = None if dense is None else partial(dense, problem, operands)
+            candidates = self._make_candidates(self._engine, problem, operands, whole_dense)
         except EngineError as error:
             logger.warning("%s cannot be tuned: %s", problem, error)
             return Choice(None, None, None, None, "tuned", note=one_line(error))
@@ -253,8 +272,10 @@ class Autotuner:
         try:
             selection = Selection(candidates, self._clock, self._seconds - (self._clock() - begin))
             choice = selection.run(algorithms, dense is not None)
+            if chunk_algorithm is not None:
+                choice = faster_way(choice, candidates, chunk_algorithm, self._chunk, self._clock)
         finally:
-            candidates.close(None if choice is None else choice.sparse_algorithm)
+            candidates.close(None if choice is None or choice.chunk is not None else choice.sparse_algorithm)
         logger.info("tuned %s in %.2f s: %s", problem, self._clock() - begin, choice)
         return choice
 

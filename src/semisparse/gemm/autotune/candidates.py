@@ -16,7 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from semisparse.formats.layout import FP8, SPARSE_MULTIPLE, sparse_multiple
+from semisparse.formats.layout import FP8, SPARSE_MULTIPLE, round_up, sparse_multiple
+from semisparse.gemm.chunks import can_be_cut, pieces, sized
 from semisparse.gemm.engine import Engine
 from semisparse.gemm.operands import Operands
 from semisparse.gemm.problem import Problem, dense_multiple
@@ -63,22 +64,32 @@ class Candidates:
     ) -> None:
         self._engine, self._problem, self._operands, self._dense = engine, problem, operands, dense
         self._index = operands.out.get_device()
+        self._sample_parts: set[Problem] = set()
         self._sample = _roomy_sample(engine, problem, operands.out, memory)
 
-    def fault(self, algorithm: int) -> str | None:
-        """What is wrong with an algorithm's results, or None. Raises what the library or the allocator raises."""
+    def fault(self, algorithm: int, chunk: int | None = None) -> str | None:
+        """What is wrong with an algorithm's results, or None. Raises what the library or the allocator raises.
+
+        Args:
+            algorithm: Its id.
+            chunk: Tokens per piece; None for the whole product. The sample is then cut, too (_sample_chunk). A piece of
+                chunk tokens is also checked when its own problem is tuned.
+        """
         sample = self._sample
+        sample_chunk = None if chunk is None else self._sample_chunk(chunk)
         for repeat in range(_REPEATS):
             which = repeat % len(sample.biases)
             sample.out.fill_(float("nan"))
             given = Operands(sample.packed, sample.b, sample.out, sample.biases[which])
-            self._engine.matmul(sample.problem, algorithm, given)
+            self._run(sample.problem, algorithm, given, sample_chunk)
             if not torch.equal(_rows_of(sample.problem, sample.out, sample.rows), sample.expected[which]):
                 return f"wrong: differs from the dense product in run {repeat + 1}"
         rows = _spread(self._problem.rows, len(sample.rows), sample.rows.device)
         first: Tensor | None = None
         for repeat in range(_REPEATS):
-            self._engine.matmul(self._problem, algorithm, self._operands)
+            if chunk is not None:
+                self._operands.out.fill_(repeat)  # so that what no piece writes differs from run to run
+            self._run(self._problem, algorithm, self._operands, chunk)
             bits = _rows_of(self._problem, self._operands.out, rows)
             bits = bits.view(torch.int16 if bits.dtype.itemsize == 2 else torch.int32)
             if first is not None and not torch.equal(first, bits):
@@ -86,13 +97,19 @@ class Candidates:
             first = bits
         return None
 
-    def time(self, algorithm: int | None, repeats: int) -> float:
-        """Microseconds per call, back to back; algorithm None is the dense alternative."""
+    def time(self, algorithm: int | None, repeats: int, chunk: int | None = None) -> float:
+        """Microseconds per call, back to back.
+
+        Args:
+            algorithm: Its id; None is the dense alternative.
+            repeats: Calls.
+            chunk: Tokens per piece; None for the whole product.
+        """
         call = self._dense
         if algorithm is not None:
 
             def call() -> None:
-                self._engine.matmul(self._problem, algorithm, self._operands)
+                self._run(self._problem, algorithm, self._operands, chunk)
 
         assert call is not None, "selection asks for dense only where there is one"
         return self._engine.runtime.time(self._index, call, repeats)
@@ -102,6 +119,24 @@ class Candidates:
         self._engine.release(self._problem, self._index, keep)
         if self._sample.problem != self._problem:
             self._engine.release(self._sample.problem, self._index)
+        for part in self._sample_parts:
+            self._engine.release(part, self._index)
+
+    def _sample_chunk(self, chunk: int) -> int:
+        """Tokens per piece of the sample, which may have fewer than a chunk: two pieces.
+
+        The last one is the problem's own last piece where the sample has room for it, else half of the sample.
+        """
+        problem, last = self._sample.problem, self._problem.columns % chunk or chunk
+        half = round_up(-(-problem.columns // 2), dense_multiple(problem.dtype))
+        first = problem.columns - last if 2 * last <= problem.columns else half
+        if can_be_cut(problem, first):
+            self._sample_parts = {sized(problem, first), sized(problem, problem.columns - first)} - {self._problem}
+        return first
+
+    def _run(self, problem: Problem, algorithm: int, operands: Operands, chunk: int | None) -> None:
+        for part, given in pieces(problem, operands, chunk):
+            self._engine.matmul(part, algorithm, given)
 
 
 def within(problem: Problem, memory: int) -> Problem:

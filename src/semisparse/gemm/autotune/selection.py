@@ -18,10 +18,10 @@ SECONDS = 0.5
 NOT_REACHED = "not reached within the time limit"
 
 _FINALISTS = 3
-_ROUNDS = 5
+ROUNDS = 5
 # Microseconds and most calls of a batch: in the rough timing of all, and between the best, where it must be long enough
 # for a power-limited GPU to react. The limit on calls is for small problems, whose launches have to be queued first.
-_SCREEN, _FINAL = (2_000.0, 30), (10_000.0, 100)
+_SCREEN, FINAL = (2_000.0, 30), (10_000.0, 100)
 _FEWEST = 3
 
 _Result = TypeVar("_Result")
@@ -84,7 +84,7 @@ class Selection:
             if once is not None:
                 once = self._attempt(algorithm, self._candidates.time, algorithm, 1)
             if once is not None and once < 2 * min(times.values(), default=once):
-                once = self._attempt(algorithm, self._candidates.time, algorithm, _repeats(once, *_SCREEN))
+                once = self._attempt(algorithm, self._candidates.time, algorithm, repeats(once, *_SCREEN))
             if once is not None:
                 times[algorithm] = once
         return times
@@ -105,21 +105,21 @@ class Selection:
     def _finals(self, contenders: list[int | None]) -> dict[int | None, float]:
         """Median times, measured in turns, so that all contenders run at the same clock rate and temperature."""
         samples: dict[int | None, list[float]] = {contender: [] for contender in contenders}
-        repeats: dict[int | None, int] = {}
+        counts: dict[int | None, int] = {}
         for contender in contenders:
             once = self._attempt(contender, self._candidates.time, contender, 1)
             if once is not None:
-                repeats[contender] = _repeats(once, *_FINAL)
-        for _ in range(_ROUNDS):
-            for contender in [contender for contender in contenders if contender in repeats]:
-                measured = self._attempt(contender, self._candidates.time, contender, repeats[contender])
+                counts[contender] = repeats(once, *FINAL)
+        for _ in range(ROUNDS):
+            for contender in [contender for contender in contenders if contender in counts]:
+                measured = self._attempt(contender, self._candidates.time, contender, counts[contender])
                 if measured is None:
-                    del repeats[contender]
+                    del counts[contender]
                 else:
                     samples[contender].append(measured)
             if self._spent(1.0):
                 break
-        return {contender: statistics.median(samples[contender]) for contender in repeats}
+        return {contender: statistics.median(samples[contender]) for contender in counts}
 
     def _attempt(self, contender: int | None, call: Callable[..., _Result], *arguments: int | None) -> _Result | None:
         """The call's result, or None, with the reason noted, where the library refuses or memory runs out."""
@@ -138,5 +138,12 @@ class Selection:
         return self._clock() - self._begin > share * self._seconds
 
 
-def _repeats(once_us: float, batch_us: float, most: int) -> int:
+def repeats(once_us: float, batch_us: float, most: int) -> int:
+    """How many calls make a batch.
+
+    Args:
+        once_us: Microseconds of one call.
+        batch_us: Microseconds that a batch should take.
+        most: Calls of a batch, at most.
+    """
     return min(most, max(_FEWEST, round(batch_us / max(once_us, 1e-3))))
