@@ -64,8 +64,10 @@ RECIPES = {
     "RecipeSchedule",
     "StepAdamW",
     "dinov2",
+    "fastest",
     "fst",
     "s_ste",
+    "safest",
     "sr_ste",
     "step",
 }

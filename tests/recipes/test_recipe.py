@@ -10,11 +10,13 @@ import pytest
 
 from semisparse import SparseConfig
 from semisparse.errors import ConfigError
-from semisparse.recipes import PRESETS, Recipe, dinov2, fst, s_ste, sr_ste, step
+from semisparse.recipes import PRESETS, Recipe, dinov2, fastest, fst, s_ste, safest, sr_ste, step
 from tests.arch.source import ROOT
 
 DOCS = ROOT / "docs" / "recipes.md"
 WANTED: dict[str, dict[str, Any]] = {
+    "safest": {"mask": "transposable", "sparse_fraction": 0.7},
+    "fastest": {"mask": "transposable", "grad_output": "mvue", "precision": "fp8", "sparse_fraction": 0.7},
     "dinov2": {"mask": "transposable", "sparse_fraction": 0.7},
     "sr_ste": {"mask": "transposable", "decay": 2e-4},
     "fst": {
@@ -31,15 +33,18 @@ PLAIN = {"sparse_fraction": 1.0, "decay": 0.0, "refresh_every": 1, "dense_range"
 
 
 @pytest.mark.parametrize("name", WANTED)
-def test_a_preset_is_its_papers_recipe(name: str) -> None:
+def test_a_preset_has_the_settings_that_it_is_known_for(name: str) -> None:
     wanted = dict(WANTED[name])
-    layers = asdict(SparseConfig(weight=wanted.pop("mask"), grad_output=wanted.pop("grad_output", None)))
+    operands = {name: wanted.pop(name, None) for name in ("grad_output", "precision")}
+    layers = asdict(SparseConfig(weight=wanted.pop("mask"), **operands))
     assert PRESETS[name]().describe() == {"name": name, "config": layers, **PLAIN, **wanted}
 
 
 def test_the_docs_say_which_products_of_a_preset_are_sparse() -> None:
     rows = re.findall(
-        r"^\| ((?:`\w+`(?:, )?)+) \| (\w+) \| (\w+).*? \| (\w+)[^|]* \|$", DOCS.read_text(), flags=re.MULTILINE
+        r"^\| ((?:`\w+`(?:, )?)+) \| (\w+(?: fp8)?) \| (\w+(?: fp8)?).*? \| (\w+(?: fp8)?)[^|]* \|$",
+        DOCS.read_text(),
+        flags=re.MULTILINE,
     )
     said = {name: row[1:] for row in rows for name in re.findall(r"\w+", row[0])}
     assert said == {name: tuple(preset().config.products.values()) for name, preset in PRESETS.items()}
@@ -47,7 +52,15 @@ def test_the_docs_say_which_products_of_a_preset_are_sparse() -> None:
 
 
 def test_the_presets_are_all_named() -> None:
-    presets = {"dinov2": dinov2, "sr_ste": sr_ste, "fst": fst, "s_ste": s_ste, "step": step}
+    presets = {
+        "safest": safest,
+        "fastest": fastest,
+        "dinov2": dinov2,
+        "sr_ste": sr_ste,
+        "fst": fst,
+        "s_ste": s_ste,
+        "step": step,
+    }
     assert presets == PRESETS
 
 
@@ -63,9 +76,23 @@ def test_a_preset_takes_a_backend_and_its_own_settings(name: str) -> None:
         "dense_range": None,
     }
     assert fst(grad_output=None).config == SparseConfig()
+    assert fastest(grad_output=None).config == SparseConfig(precision="fp8")
+    assert safest(sparse_fraction=0.5).sparse_fraction == fastest(sparse_fraction=0.5).sparse_fraction == 0.5
     assert s_ste(grad_output=None).config == SparseConfig(weight="soft")
     assert sr_ste(weight="row").config.weight == "row"
     assert step(weight="transposable", dense_range=(0.2, 0.3)).dense_range == (0.2, 0.3)
+
+
+@pytest.mark.parametrize("name", WANTED)
+def test_printed_a_recipe_says_which_products_are_sparse_and_when(name: str) -> None:
+    recipe = PRESETS[name]()
+    said = str(recipe)
+    assert said.startswith(f"{name}: ")
+    assert all(f"{product} {how}" in said for product, how in recipe.config.products.items())
+    assert ("dense first" in said) == (recipe.dense_range is not None)
+    assert ("then dense" in said) == (recipe.sparse_fraction < 1)
+    assert ("decay" in said) == (recipe.decay > 0)
+    assert ("masks held" in said) == (recipe.refresh_every > 1)
 
 
 def test_a_recipe_cannot_be_changed_but_compared_copied_and_pickled() -> None:

@@ -136,7 +136,14 @@ def test_a_schedule_trains_sparse_and_then_dense_in_fp8(pack) -> None:
 
 
 @pytest.mark.parametrize(
-    "make", [recipes.dinov2, recipes.sr_ste, recipes.step, lambda **how: recipes.fst(grad_output=None, **how)]
+    "make",
+    [
+        recipes.dinov2,
+        recipes.sr_ste,
+        recipes.step,
+        lambda **how: recipes.fst(grad_output=None, **how),
+        lambda precision=None: recipes.fastest() if precision else recipes.safest(),
+    ],
 )
 def test_recipes_run_in_fp8_and_leave_dense_layers_alone(make, caplog) -> None:
     model = nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 64), nn.Linear(64, 32))

@@ -1,6 +1,7 @@
 """The named recipes. Each returns a Recipe; what it omits of its paper is documented here.
 
-`fst().config.products` says which products are sparse; in a dense phase none is. FST and S-STE sample the gradient of
+`safest` and `fastest` are the two to begin with; the others are papers'. `print(fst())` says which products of a layer
+are sparse (`fst().config.products`); in a dense phase none is. FST and S-STE sample the gradient of
 the output for a sparse weight gradient, as in their papers, but exactly (see SparseConfig) where the authors' code
 draws an approximation with a larger variance.
 """
@@ -10,6 +11,47 @@ from collections.abc import Callable
 from semisparse.config import Backend, GradOutput, Precision, SparseConfig
 from semisparse.masks import MaskName
 from semisparse.recipes.recipe import Recipe
+
+
+def safest(*, sparse_fraction: float = 0.7, backend: Backend = "auto") -> Recipe:
+    """Begin with this one: your 16-bit dtype, exact masks at every forward, sparse for 70 % of the steps, then dense.
+
+    The two products with the weight are sparse; the weight gradient is dense, so nothing is sampled and nothing rounded
+    beyond your dtype. The settings are dinov2's.
+
+    Measured: speed of layers and training steps in benchmarks/cards/compare.md, rows '2:4'; accuracy against dense
+    training in docs/accuracy.md, rows '70% sparse, then dense' and 'dinov2', over several seeds of small models. Most
+    end about where dense does; one setting of the ViT ends lower than was aimed for, the narrowest model loses most.
+
+    Args:
+        sparse_fraction: As in Recipe.
+        backend: As in SparseConfig.
+    """
+    config = SparseConfig(backend=backend)
+    return Recipe(name="safest", config=config, sparse_fraction=sparse_fraction)
+
+
+def fastest(
+    *, sparse_fraction: float = 0.7, grad_output: GradOutput | None = "mvue", backend: Backend = "auto"
+) -> Recipe:
+    """The schedule and masks of safest with all three products in fp8, and all three sparse while it is sparse.
+
+    Layers stay in fp8 in the dense phase. The weight gradient is of a 2:4 sample of the output's gradient, which has no
+    bias before rounding, but more noise. Layers that fp8 cannot take (see SparseConfig) compute as without it; the
+    report of sparsify says which.
+
+    Measured: speed in benchmarks/cards/compare.md, rows 'fp8 + 2:4' (grad_output=None) and, where a card has it,
+    'fp8 + 2:4 + mvue'. Accuracy in docs/accuracy.md, each part alone on one small language model: fp8 against torchao's
+    float8, and in 16 bits the sample against a dense weight gradient. fp8 and the sample together were not trained for
+    accuracy; take grad_output=None to stay with what was.
+
+    Args:
+        sparse_fraction: As in Recipe.
+        grad_output: As in SparseConfig; None for a dense weight gradient.
+        backend: As in SparseConfig.
+    """
+    config = SparseConfig(grad_output=grad_output, precision="fp8", backend=backend)
+    return Recipe(name="fastest", config=config, sparse_fraction=sparse_fraction)
 
 
 def dinov2(*, sparse_fraction: float = 0.7, precision: Precision | None = None, backend: Backend = "auto") -> Recipe:
@@ -119,6 +161,8 @@ def step(
 
 
 PRESETS: dict[str, Callable[..., Recipe]] = {
+    "safest": safest,
+    "fastest": fastest,
     "dinov2": dinov2,
     "sr_ste": sr_ste,
     "fst": fst,

@@ -81,6 +81,22 @@ class Recipe:
         """Whether the mask multiplies by a scale that is taken when the recipe starts."""
         return self.config.weight is not None and masks.get(self.config.weight).needs_scale
 
+    def __str__(self) -> str:
+        """The settings, which products of a layer are sparse, and when."""
+        said = [f"{self.name}: {self.config}"]
+        if self.dense_range is not None:
+            low, high = self.dense_range
+            said.append(f"dense first, sparse from a step between {low:.0%} and {high:.0%} of all")
+        elif self.sparse_fraction == 1:
+            said.append("sparse in all steps")
+        else:
+            said.append(f"sparse for the first {self.sparse_fraction:.0%} of the steps, then dense")
+        if self.decay:
+            said.append(f"pruned weights decay by {self.decay:g}")
+        if self.refresh_every > 1:
+            said.append(f"masks held for {self.refresh_every} applied steps")
+        return "; ".join(said)
+
     def describe(self) -> dict[str, Any]:
         """All settings as plain values."""
         return asdict(self)
