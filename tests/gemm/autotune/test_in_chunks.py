@@ -9,7 +9,8 @@ from semisparse.errors import EngineError
 from semisparse.gemm import dispatch
 from semisparse.gemm import problem as problems
 from semisparse.gemm.autotune.algorithm import Choice
-from semisparse.gemm.autotune.in_chunks import MARGIN
+from semisparse.gemm.autotune.in_chunks import MARGIN, faster_way
+from semisparse.gemm.autotune.selection import ROUNDS
 from semisparse.gemm.chunks import sized
 from semisparse.gemm.operands import Operands
 from tests.gemm.simulated import SimulatedLibrary, exact, operands, unpack
@@ -172,3 +173,22 @@ def test_the_log_says_how_chunks_compare(make_tuner, timed, caplog):
     call(make_tuner(chunk=CHUNK)[0], LONG)
     assert "in chunks of 16 tokens: 0.500 of the time of the whole product" in caplog.text
     assert "cuSPARSELt algorithm 4 in chunks of 16 tokens, 2.00x faster than whole" in caplog.text
+
+
+@pytest.mark.parametrize(("call_seconds", "rounds"), [(0.0, ROUNDS), (1.0, 1)])
+def test_slow_products_are_timed_in_one_round(call_seconds, rounds):
+    """On a card whose speed collapses one call may take a large part of a second."""
+    now, timed = [0.0], []
+
+    class Slow:
+        def fault(self, algorithm, chunk=None):
+            return None
+
+        def time(self, algorithm, repeats, chunk=None):
+            now[0] += repeats * call_seconds
+            timed.append((chunk, repeats))
+            return 1e6 if chunk is None else 5e5
+
+    choice = faster_way(WHOLE, Slow(), 3, CHUNK, lambda: now[0])
+    assert (choice.sparse_algorithm, choice.sparse_us, choice.whole_us) == (3, 5.0, 10.0)
+    assert [chunk for chunk, repeats in timed if repeats > 1] == [None, CHUNK] * rounds
