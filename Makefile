@@ -12,10 +12,11 @@ BENCH_ARGS ?=
 NATIVE ?= --optional
 TORCH ?= 2.11.0
 
-.PHONY: help demo test check native wheel test-torch test-gpu bench
+.PHONY: help demo test test-all check native wheel test-torch test-gpu bench
 help:
 	@echo "make demo      set everything up and train the small ViT dense, sparse then dense, and fully sparse"
 	@echo "make test      set everything up and run the tests"
+	@echo "make test-all  all of the cases of which 'make test' runs some"
 	@echo "make check     format, lint, types and import levels"
 	@echo "make native    build the native library (C++ compiler needed); make test and make check do that too"
 	@echo "make wheel     build the wheel with the native library into dist"
@@ -45,6 +46,10 @@ native: $(READY)
 test: native
 	@echo "test: no GPU needed; about six minutes on two cores; pytest prints a dot per test"
 	$(BIN)/python -m pytest -q -n auto
+
+test-all: native
+	@echo "test-all: every case that the interpreter can run, and kernels compiled for Ampere and Blackwell too; half an hour"
+	SEMISPARSE_EVERY_CASE=1 $(BIN)/python -m pytest -q -n auto
 
 check: native
 	@echo "check: format, lint, types, import levels; about half a minute"

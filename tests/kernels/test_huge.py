@@ -233,10 +233,12 @@ def test_metadata_of_the_transpose_further_apart_than_32_bits_reach():
 
 
 def test_the_last_codes_of_a_transpose_whose_lines_lie_further_apart_than_32_bits_reach():
-    rows, height = 2**26 + 112, 4 * quantise.BLOCK.fours  # 128 lines of a quarter of as many words
-    x, x8, x8t = untouched((rows, 128), BF16), *(untouched(size, torch.uint8) for size in ((rows, 128), (128, rows)))
+    columns, height = quantise.BLOCK.columns, 4 * quantise.BLOCK.fours
+    rows = 2**33 // columns + 112  # a program's lines, of a quarter of as many words, reach over 2^31 words
+    x = untouched((rows, columns), BF16)
+    x8, x8t = (untouched(size, torch.uint8) for size in ((rows, columns), (columns, rows)))
     first = (rows - 1) // height * height
-    x[first:] = torch.randn(rows - first, 128)
+    x[first:] = torch.randn(rows - first, columns)
     with only_programs((rows // height, 0)):
         quantise.launch(x, torch.tensor([0x43800000], dtype=torch.int32), x8, x8t, torch.empty(()))
     codes = fp8.quantise(x[first:], torch.tensor(1.0)).view(torch.uint8)
