@@ -12,6 +12,7 @@ noise of fp8 (--noise), where a step's time goes (--profile), what plans predict
     python benchmarks/benchmark_semi_structured_training.py --neighbours [--rows float8 ...] [--save [DIR]]
     python benchmarks/benchmark_semi_structured_training.py --large-m [--mkn 131072,4096,11008 ...] [--save [DIR]]
     python benchmarks/benchmark_semi_structured_training.py --noise [--mkn 16384,4096,11008 ...] [--save [DIR]]
+    python benchmarks/benchmark_semi_structured_training.py --fp8-kernels [--save [DIR]]
     python benchmarks/benchmark_semi_structured_training.py --profile [--card llama-4096 ...] [--save [DIR]]
     python benchmarks/benchmark_semi_structured_training.py --plan [--card llama gpt2 ...] [--save [DIR]]
     python benchmarks/benchmark_semi_structured_training.py --host [--save [DIR]]
@@ -61,6 +62,7 @@ def parser() -> argparse.ArgumentParser:
     which.add_argument("--neighbours", action="store_true", help="compiled layers between pointwise operations")
     which.add_argument("--large-m", action="store_true", help="products of many tokens, whole and in chunks")
     which.add_argument("--noise", action="store_true", help="what rounding to fp8 leaves of a layer's results")
+    which.add_argument("--fp8-kernels", action="store_true", help="the passes of fp8 over tensors, against copies")
     which.add_argument("--profile", action="store_true", help="where the milliseconds of a compiled step go")
     which.add_argument("--plan", action="store_true", help="what semisparse.plan predicts, and what is measured")
     which.add_argument("--metrics", action="store_true", help="what MaskMetrics costs beside a step")
@@ -93,6 +95,8 @@ def chosen(options: argparse.Namespace) -> Iterable[jobs.Job]:
         return jobs.many_tokens(options.mkn, rounds, toy)
     if options.noise:
         return jobs.noises(options.mkn, toy)
+    if options.fp8_kernels:
+        return jobs.fp8_passes(rounds, toy)
     if options.profile:
         return jobs.profiles(options.card, options.rows, toy)
     if options.plan:

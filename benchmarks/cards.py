@@ -262,6 +262,7 @@ def blocks() -> dict[str, str]:
         "neighbours": _block(load("neighbours"), fp8_tables.neighbours, "--neighbours ", fp8_tables.BETWEEN),
         "large-m": _block(load("large-m"), large_m.table, "--large-m ", large_m.NOTE),
         "noise": _block(load("noise"), fp8_tables.noise, "--noise ", fp8_tables.NOISE),
+        "fp8-kernels": _block(load("fp8-kernels"), fp8_tables.kernels, "--fp8-kernels ", fp8_tables.KERNELS),
         "profile": _block(load("profile"), fp8_tables.profile, "--profile ", fp8_tables.PROFILE),
         "no-gain-all": _block(small, tables.small_linear, "--no-gain "),
     }

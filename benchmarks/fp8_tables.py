@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.compare import DENSE
+from benchmarks.fp8_kernels import LARGEST
 from benchmarks.neighbours import ALONE
 from benchmarks.step_profile import by_kind
 from benchmarks.table import Table
@@ -16,6 +17,10 @@ BETWEEN = (
 NOISE = (
     "Signal to noise against fp64, in decibels; more is better. Both multiply the same masked weight. *spread*: "
     "gradients whose magnitudes spread as e^(2 n)."
+)
+KERNELS = (
+    "The passes of fp8 over a bf16 matrix, with a cold L2 cache. Each pass after the one for the largest magnitude is "
+    "the whole op less that one."
 )
 PROFILE = (
     "Milliseconds of the GPU per training step, by kind of kernel, from torch.profiler; under the profiler steps take "
@@ -45,6 +50,16 @@ def noise(results: Sequence[Result]) -> Table:
         for row, found in rows.items()
     ]
     return Table(("M x K x N", "gradient", "row", "y", "dx", "dW"), tuple(lines))
+
+
+def kernels(results: Sequence[Result]) -> Table:
+    """A line per size and pass."""
+    lines = []
+    for result in results:
+        us = {LARGEST: result["microseconds"][LARGEST], **result["second_pass_microseconds"]}
+        what = " x ".join(map(str, result["mn"]))
+        lines += [(what, name, f"{us[name]:.1f}", f"{result['rate_of_copy'][name]:.1%}") for name in us]
+    return Table(("M x N", "pass", "us", "share of the copy's rate"), tuple(lines))
 
 
 def profile(results: Sequence[Result]) -> Table:

@@ -9,6 +9,7 @@ from benchmarks import (
     compare_tables,
     eager_linear,
     end_to_end,
+    fp8_kernels,
     fp8_tables,
     host,
     host_parts,
@@ -172,6 +173,17 @@ def noises(shapes: Sequence[tuple[int, int, int]], toy: bool) -> Iterator[Job]:
             "noise",
             lambda mkn=mkn: noise.benchmark(*mkn),
             lambda found: [fp8_tables.noise([found])],
+        )
+
+
+def fp8_passes(rounds: int, toy: bool) -> Iterator[Job]:
+    """The passes of fp8 over tensors."""
+    for mn in fp8_kernels.TOY_SHAPES if toy else fp8_kernels.SHAPES:
+        yield Job(
+            f"fp8-kernels-{'x'.join(map(str, mn))}",
+            "fp8-kernels",
+            lambda mn=mn: fp8_kernels.benchmark(*mn, rounds),
+            lambda found: [fp8_tables.kernels([found])],
         )
 
 

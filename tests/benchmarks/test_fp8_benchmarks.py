@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import compare, float8, fp8_tables, models, neighbours, noise, step_profile
+from benchmarks import compare, float8, fp8_kernels, fp8_tables, models, neighbours, noise, step_profile
 
 MKN = (32, 64, 128)
 
@@ -52,6 +52,21 @@ def test_noise_is_that_of_the_bits_that_are_left(torchao: None) -> None:
         assert 4 < lost < 8  # a bit is 6 decibels
         assert rows[noise.TORCHAO]["y"] > rows[noise.OURS]["y"] + 10  # bf16 in place of torchao here
     assert len(fp8_tables.noise([noise.benchmark(*MKN)]).rows) == 2 * 4
+
+
+def test_a_pass_is_its_op_less_the_one_for_the_largest_magnitude(monkeypatch: pytest.MonkeyPatch) -> None:
+    def timed(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, neighbours.Timing]:
+        for call in calls.values():
+            call()
+        took = {"copy": 8e-3, fp8_kernels.LARGEST: 4e-3}  # of four matrices each, in ms
+        return {name: neighbours.Timing(took.get(name, 12e-3), 0, 0, 1) for name in calls}
+
+    monkeypatch.setattr(fp8_kernels, "interleaved", timed)
+    found = fp8_kernels.benchmark(64, 64, 1)
+    assert found["second_pass_microseconds"] == pytest.approx(dict.fromkeys(fp8_kernels.PASSES, 2.0))
+    assert found["rate_of_copy"]["round to both layouts"] == pytest.approx(1)  # as many bytes in as many microseconds
+    assert found["rate_of_copy"][fp8_kernels.LARGEST] == pytest.approx(1)
+    assert len(fp8_tables.kernels([found]).rows) == 1 + len(fp8_kernels.PASSES)
 
 
 def test_kernels_are_told_apart_by_their_names() -> None:
