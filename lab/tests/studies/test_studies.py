@@ -27,7 +27,7 @@ ROWS = {
 
 
 TEXT = ("gpt-stdlib", "gpt-mvue", "gpt-fp8")
-OTHER_SETTING = {"gpt-mvue": ("--training-bytes", "26000")}
+OTHER_SETTING = dict.fromkeys(("gpt-mvue", "gpt-fp8"), ("--training-bytes", "26000"))
 """What makes other runs of an experiment; --epochs 2 of those that are not named."""
 
 
