@@ -17,7 +17,7 @@ from benchmarks.eager_linear import packing_first
 from benchmarks.end_to_end import LONG, packing_after, seconds
 from benchmarks.launches import launches
 from benchmarks.linear import inputs, step
-from benchmarks.models import CARDS, sparsified
+from benchmarks.models import CARDS, Card, sparsified
 from benchmarks.timing import allocated, captured, device, interleaved, peak_memory, ratio, synchronize
 from semisparse import PackedWeights, Phase, SemiSparseLinear, SparseConfig, SparseSchedule, tuning
 
@@ -86,15 +86,11 @@ def linear(tokens: int, in_features: int, out_features: int, rows: Sequence[str]
     x, grad_output = inputs(tokens, in_features, out_features)
 
     def make(row: Row | None) -> Call:
-        layer = nn.Linear(in_features, out_features, device=device(), dtype=torch.bfloat16)
-        if row is None:
-            return step(layer, x, grad_output)
-        if row.config is None:
+        layer = layer_of(row, in_features, out_features)
+        if row is not None and row.config is None:
             return step(torch.compile(float8.converted(nn.Sequential(layer), ["0"])), x, grad_output)
-        sparse = SemiSparseLinear(in_features, out_features, device=device(), dtype=torch.bfloat16, config=row.config)
-        sparse.held_seed = torch.tensor(1, device=device())  # as a schedule sets it
-        call = step(sparse, x, grad_output)
-        return packing_first(PackedWeights(sparse), call) if row.per_step else call
+        call = step(layer, x, grad_output)
+        return packing_first(PackedWeights(layer), call) if row is not None and row.per_step else call
 
     step(nn.Linear(in_features, out_features, device=device(), dtype=torch.bfloat16), x, grad_output)()  # workspaces
     calls, memory, errors, compile_seconds = _built(rows, make, x)
@@ -133,11 +129,7 @@ def model(name: str, rows: Sequence[str], rounds: int, toy: bool = False) -> dic
     swapped = sparsified(card, toy)[1].swapped
 
     def make(row: Row | None) -> Call:
-        if row is None or row.config is None:
-            dense = card.build(toy)
-            built = dense if row is None else float8.converted(dense, swapped)
-        else:
-            built, _ = sparsified(card, toy, row.config)
+        built = model_of(row, card, swapped, toy)
         whole = card.step(card.compile(built), built, toy)
         if row is None or row.config is None:
             return whole
@@ -150,6 +142,24 @@ def model(name: str, rows: Sequence[str], rounds: int, toy: bool = False) -> dic
     calls, memory, errors, compile_seconds = _built(rows, make)
     facts = {"card": name, "label": card.label, "title": card.title, "swapped": len(swapped)}
     return {**facts, **_compared(calls, rounds), **_facts(rows, memory, errors, compile_seconds)}
+
+
+def layer_of(row: Row | None, in_features: int, out_features: int) -> nn.Module:
+    """A bf16 linear with bias as a row computes it; nn.Linear for dense, and for torchao before it is converted."""
+    factory: dict[str, Any] = {"device": device(), "dtype": torch.bfloat16}
+    if row is None or row.config is None:
+        return nn.Linear(in_features, out_features, **factory)
+    sparse = SemiSparseLinear(in_features, out_features, config=row.config, **factory)
+    sparse.held_seed = torch.tensor(1, device=device())  # as a schedule sets it
+    return sparse
+
+
+def model_of(row: Row | None, card: Card, swapped: Sequence[str], toy: bool) -> nn.Module:
+    """A card's model as a row computes the layers of these names."""
+    if row is not None and row.config is not None:
+        return sparsified(card, toy, row.config)[0]
+    dense = card.build(toy)
+    return dense if row is None else float8.converted(dense, swapped)
 
 
 def forget_compiled() -> None:

@@ -12,9 +12,7 @@ from typing import Any
 from torch import nn
 
 from benchmarks.timing import device
-
-INSTALL = "pip install torchao==0.18.0"
-RECIPE = "tensorwise"
+from semisparse_lab.train.float8 import INSTALL, RECIPE
 
 
 class MissingPeerError(RuntimeError):

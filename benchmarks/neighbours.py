@@ -13,11 +13,11 @@ import torch
 from torch import nn
 
 from benchmarks import float8
-from benchmarks.compare import DENSE, ROWS, Row, forget_compiled
+from benchmarks.compare import DENSE, ROWS, Row, forget_compiled, layer_of
 from benchmarks.launches import launches
 from benchmarks.linear import inputs
-from benchmarks.timing import Timing, device, interleaved, summary
-from semisparse import SemiSparseLinear, tuning
+from benchmarks.timing import Timing, interleaved, summary
+from semisparse import tuning
 
 Call = Callable[[], object]
 SHAPES = ((16384, 4096, 11008), (16384, 2048, 8192))
@@ -62,13 +62,7 @@ def benchmark(tokens: int, in_features: int, out_features: int, rows: Sequence[s
 
 
 def _layer(row: Row | None, in_features: int, out_features: int) -> nn.Module:
-    factory: dict[str, Any] = {"device": device(), "dtype": torch.bfloat16}
-    if row is None or row.config is None:
-        linear: nn.Module = nn.Linear(in_features, out_features, **factory)
-    else:
-        linear = SemiSparseLinear(in_features, out_features, config=row.config, **factory)
-        linear.held_seed = torch.tensor(1, device=device())  # as a schedule sets it
-    model = nn.Sequential(nn.SiLU(), linear, nn.SiLU())
+    model = nn.Sequential(nn.SiLU(), layer_of(row, in_features, out_features), nn.SiLU())
     return float8.converted(model, ["1"]) if row is not None and row.config is None else model
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from benchmarks import float8
-from benchmarks.compare import DENSE, ROWS, forget_compiled
+from benchmarks.compare import DENSE, ROWS, forget_compiled, model_of
 from benchmarks.models import CARDS, sparsified
 from benchmarks.timing import synchronize
 
@@ -58,13 +58,9 @@ def benchmark(card: str, rows: Sequence[str], toy: bool = False) -> dict[str, An
     found, tokens = {}, 0
     for name in (None, *sorted(rows, key=lambda name: ROWS[name].config is None)):
         row = None if name is None else ROWS[name]
-        if row is None or row.config is None:
-            dense = chosen.build(toy)
-            sizes = [tuple(dense.get_submodule(one).weight.shape) for one in names]
-            built: nn.Module = dense if row is None else float8.converted(dense, names)
-        else:
-            built, _ = sparsified(chosen, toy, row.config)
+        built = model_of(row, chosen, names, toy)
         if row is None:
+            sizes = [tuple(built.get_submodule(one).weight.shape) for one in names]
             tokens = _tokens(built, chosen.step(built, built, toy), names[0])
         step = chosen.step(chosen.compile(built), built, toy)
         found[DENSE if row is None else row.title] = _profiled(step)

@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 
 GPU_MISSING = not torch.cuda.is_available()  # asking this imports no triton (tests/arch/test_import_is_pure.py)
+EVERY_CASE = os.environ.get("SEMISPARSE_EVERY_CASE") == "1"
+"""Whether tests run that take too long for each change (`make test-all`)."""
 if GPU_MISSING:
     os.environ["TRITON_INTERPRET"] = "1"
 

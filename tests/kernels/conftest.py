@@ -1,15 +1,13 @@
 """Fewer cases where Triton's interpreter runs kernels, a thousand times slower than a GPU does."""
 
-import os
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import GPU_MISSING
+from tests.conftest import EVERY_CASE, GPU_MISSING
 
 FOLDER = Path(__file__).parent
-EVERY_CASE = "SEMISPARSE_EVERY_CASE"
 FEW = 4
 """Tests with at most as many cases keep all."""
 KEPT = 3
@@ -19,7 +17,7 @@ KEPT = 3
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out two cases in three of a test with many; on a GPU, or with SEMISPARSE_EVERY_CASE=1, all of them run."""
-    if not GPU_MISSING or os.environ.get(EVERY_CASE) == "1":
+    if EVERY_CASE or not GPU_MISSING:
         return
     ours = [item for item in items if item.path.parent == FOLDER]
     cases = Counter(_function(item) for item in ours)

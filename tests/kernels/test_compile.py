@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import EVERY_CASE
+
 PROGRAM = Path(__file__).with_name("compiling.py")
 SPILLS = {(90, "pack aligned transposable bf16 even"): 24, (90, "pack aligned transposable bf16 edges"): 64}
 """Bytes that spill, by architecture and variant. Whether a block without spills is faster is not measured yet."""
@@ -17,7 +19,6 @@ FEW = 48
 four programs fit on a multiprocessor."""
 
 
-EVERY_CASE = os.environ.get("SEMISPARSE_EVERY_CASE") == "1"
 OTHERS = pytest.mark.skipif(not EVERY_CASE, reason="takes two minutes; SEMISPARSE_EVERY_CASE=1 compiles for it")
 
 

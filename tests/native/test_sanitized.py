@@ -11,6 +11,7 @@ import pytest
 
 from csrc import build
 from tests.arch.source import ROOT
+from tests.conftest import EVERY_CASE
 from tests.native.building import SOURCES, compiler, locked, sanitized
 from tests.native.hot import BUILT
 
@@ -30,8 +31,8 @@ SETTINGS = {
 }
 
 
-EVERY_CASE = pytest.mark.skipif(
-    os.environ.get("SEMISPARSE_EVERY_CASE") != "1",
+FOR_EVERY_CASE = pytest.mark.skipif(
+    not EVERY_CASE,
     reason="walks stacks for a minute and a half; SEMISPARSE_EVERY_CASE=1 runs it",
 )
 
@@ -92,7 +93,7 @@ def lost(said: str) -> list[str]:
     return [leak for leak in leaks if re.search(r"semisparse|torch::stable|libtorch_cpu", leak)]
 
 
-@EVERY_CASE
+@FOR_EVERY_CASE
 @pytest.mark.slow
 def test_no_memory_is_lost_in_the_library() -> None:
     # Without what imports torch's compiler, which in torch 2.11 loses storages of its own.
@@ -137,7 +138,7 @@ def test_a_planted_defect_is_reported(defect: str, tmp_path: Path) -> None:
     assert REPORT.search(done.stdout)
 
 
-@EVERY_CASE
+@FOR_EVERY_CASE
 @pytest.mark.slow
 def test_a_planted_leak_is_found(tmp_path: Path) -> None:
     library = with_defect(tmp_path, "text.h", "if (handle_ != nullptr) torch_delete_string(handle_);", "")

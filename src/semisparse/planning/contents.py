@@ -40,18 +40,7 @@ class PlanRow:
 
 @dataclass(frozen=True)
 class PlanContents:
-    """The fields of a plan; what can be done with it is added by Plan.
-
-    Attributes:
-        rows: One per linear layer, in the model's order.
-        mode: "eager", "graph" or "compiled".
-        candidates: Settings that were compared with dense, by name.
-        machine: GPU and versions that it was measured with.
-        step: Of the whole dense step, if it is known.
-        predicted_ms: Of the planned step; None if the dense one is not known.
-        host_weight: Share of the host's time in the choice; None if the dense step's is not known.
-        remarks: What else to know.
-    """
+    """The fields of a plan, as Plan describes them; what can be done with it is added there."""
 
     rows: tuple[PlanRow, ...]
     mode: Mode

@@ -22,6 +22,10 @@ TextOption = Annotated[Path | None, typer.Option(help="A standard library (defau
 OutOption = Annotated[Path, typer.Option(help="Folder for results and card.")]
 SeedsOption = Annotated[int, typer.Option(min=1, max=1000, help="Seeds 0, 1, ... of each row.")]
 RowOption = Annotated[list[str] | None, typer.Option(help="Rows to run, by slug (default: all).")]
+PackagesOption = Annotated[Path | None, typer.Option(help="A folder of Python source (default: torch's parent).")]
+TrainingBytesOption = Annotated[
+    int | None, typer.Option(min=1, help="Bytes that a run trains on, at most (default: 60 million).")
+]
 EpochsOption = Annotated[int | None, typer.Option(help="Epochs of each run.")]
 SmallOption = Annotated[bool, typer.Option("--small", help="A tiny model and little data for one epoch.")]
 
@@ -68,13 +72,11 @@ def gpt_stdlib(
 
 def gpt_mvue(
     context: typer.Context,
-    data_dir: Annotated[Path | None, typer.Option(help="A folder of Python source (default: torch's parent).")] = None,
+    data_dir: PackagesOption = None,
     out: OutOption = Path("results-mvue"),
     seeds: SeedsOption = 3,
     row: RowOption = None,
-    training_bytes: Annotated[
-        int | None, typer.Option(min=1, help="Bytes that a run trains on, at most (default: 60 million).")
-    ] = None,
+    training_bytes: TrainingBytesOption = None,
     small: SmallOption = False,
     device: DeviceOption = Device.AUTO,
 ) -> None:
@@ -88,13 +90,11 @@ def gpt_mvue(
 
 def gpt_fp8(
     context: typer.Context,
-    data_dir: Annotated[Path | None, typer.Option(help="A folder of Python source (default: torch's parent).")] = None,
-    out: OutOption = Path("results-mvue"),
+    data_dir: PackagesOption = None,
+    out: OutOption = Path("results-fp8"),
     seeds: SeedsOption = 3,
     row: RowOption = None,
-    training_bytes: Annotated[
-        int | None, typer.Option(min=1, help="Bytes that a run trains on, at most (default: 60 million).")
-    ] = None,
+    training_bytes: TrainingBytesOption = None,
     small: SmallOption = False,
     device: DeviceOption = Device.AUTO,
 ) -> None:
