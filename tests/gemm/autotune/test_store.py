@@ -17,13 +17,14 @@ from semisparse.gemm.autotune.algorithm import Choice, from_record
 from semisparse.gemm.autotune.store import (
     Store,
     default_folder,
+    find_near,
     find_shipped,
     from_document,
     shipped,
     to_document,
 )
 from tests.gemm.autotune.test_algorithm import CHOICE, DENSE
-from tests.gemm.tuning import FORWARD, shipped_entry
+from tests.gemm.tuning import FORWARD, call, shipped_entry
 
 KEY = {
     "gpu": "NVIDIA H200", "sm_count": 132, "capability": "9.0", "driver": "580.65.06", "cuda": "13.0",
@@ -283,8 +284,40 @@ def test_a_shipped_choice_for_e4m3_applies_to_what_it_writes(make_tuner, out_dty
     assert (find_shipped([entry], key) is not None) == (out_dtype is torch.bfloat16)
 
 
-@pytest.mark.parametrize(("tokens", "applies"), [(11, False), (12, True), (24, True), (49, True), (50, False)])
-def test_a_shipped_choice_applies_to_half_to_twice_its_tokens(make_tuner, tokens, applies):
+@pytest.mark.parametrize(("tokens", "applies"), [(11, False), (12, True), (24, True), (48, True), (49, False)])
+def test_a_shipped_choice_is_near_from_half_to_twice_its_tokens(make_tuner, tokens, applies):
     key = make_tuner()[0].key(FORWARD, -1)
     assert key["columns"] == 24
-    assert (find_shipped([shipped_entry(columns=tokens)], key) is not None) == applies
+    assert (find_near([shipped_entry(columns=tokens)], key) is not None) == applies
+    assert (find_shipped([shipped_entry(columns=tokens)], key) is not None) == (tokens == 24)
+
+
+def test_the_nearest_shipped_choice_is_taken(make_tuner):
+    key = make_tuner()[0].key(FORWARD, -1)
+    entries = [shipped_entry(1, 1, columns=40), shipped_entry(2, 2, columns=20), shipped_entry(3, 3, rows=64)]
+    assert find_near(entries, key) == entries[1][1]
+
+
+def test_a_problem_in_the_shipped_table_is_not_measured_at_its_first_call(make_tuner, timed):
+    tuner, library, _ = make_tuner(shipped=[shipped_entry()])
+    choice = call(tuner)
+    assert (choice.algorithm, choice.source, timed.made, library.products) == (2, "shipped", 0, [])
+    assert tuner.known(FORWARD, -1) is tuner.find(FORWARD, -1) is choice  # final, unlike what stands in for tuning
+    assert (tuner.choices(), tuner._store._folder.exists()) == ([], False)
+
+
+def test_with_all_the_shipped_table_does_not_replace_tuning(make_tuner, monkeypatch):
+    monkeypatch.setenv("SEMISPARSE_TUNE", "all")
+    assert call(make_tuner(shipped=[shipped_entry()])[0]).source == "tuned"
+
+
+def test_what_was_measured_goes_before_what_is_shipped(make_tuner):
+    call(make_tuner()[0])
+    assert call(make_tuner(shipped=[shipped_entry()])[0]).source == "disk"
+
+
+def test_a_shipped_choice_that_is_only_near_or_not_offered_does_not_replace_tuning(make_tuner):
+    for entry in (shipped_entry(columns=20), shipped_entry(77, 77)):
+        tuner = make_tuner(shipped=[entry], stored=False)[0]
+        assert tuner.find(FORWARD, -1) is None
+        assert call(tuner).source == "tuned"

@@ -14,6 +14,8 @@ from tests.gemm.simulated import operands
 from tests.gemm.tuning import FORWARD, call, shipped_entry
 
 BF16 = torch.bfloat16
+NEAR = 40
+"""A bucket of tokens that is not FORWARD's, and less than twice as large."""
 
 # ---- tuning switched off
 
@@ -57,7 +59,7 @@ def test_without_tuning_a_refused_problem_goes_dense(make_tuner):
 @off
 @pytest.mark.usefixtures("no_tuning")
 def test_without_tuning_the_shipped_table_serves_before_the_default(make_tuner, caplog):
-    choice = call(make_tuner(shipped=[shipped_entry()])[0])
+    choice = call(make_tuner(shipped=[shipped_entry(columns=NEAR)])[0])
     assert (choice.algorithm, choice.source) == (2, "shipped")
     assert call(make_tuner(shipped=[shipped_entry(gpu="Another")])[0]) is DEFAULT
     assert call(make_tuner(shipped=[shipped_entry(77, 77)])[0]) is DEFAULT
@@ -91,6 +93,17 @@ def test_a_default_is_neither_written_nor_shared(make_tuner, monkeypatch):
     assert not tuner._store._folder.exists()
 
 
+def test_inside_a_pause_nothing_is_measured_and_after_it_again(make_tuner, timed):
+    tuner, _, _ = make_tuner()
+    with tuner.paused():
+        assert call(tuner) is DEFAULT
+        with tuner.paused():
+            pass
+        assert tuner.off
+    assert timed.made == 0
+    assert call(tuner).source == "tuned"
+
+
 # ---- capture
 
 
@@ -108,12 +121,12 @@ def test_a_cold_capture_raises_and_names_the_way_out(make_tuner, timed):
     assert tuner.choose(FORWARD, -1, given) is warm
 
 
-def test_a_cold_capture_uses_what_is_stored_or_shipped(make_tuner):
-    tuner, _, runtime = make_tuner(shipped=[shipped_entry()])
+def test_a_cold_capture_uses_what_is_stored_or_near_what_is_shipped(make_tuner):
+    tuner, _, runtime = make_tuner(shipped=[shipped_entry(columns=NEAR)])
     runtime.is_capturing = True
     assert call(tuner).source == "shipped"
     runtime.is_capturing = False
-    assert call(tuner).source == "tuned"  # a shipped choice does not replace tuning
+    assert call(tuner).source == "tuned"  # of another bucket: not instead of tuning
     tuner, _, runtime = make_tuner()
     runtime.is_capturing = True
     assert call(tuner).source == "disk"

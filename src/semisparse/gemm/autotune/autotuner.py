@@ -5,10 +5,14 @@ a second. Problems whose token counts fall into one bucket share the result; N a
 process, for all threads and layers, and on disk (store.py). A stored choice is never timed again. `state` and
 `load_state` carry choices from one rank to the others, so that all ranks sum in the same order.
 
-Tuning is off where SEMISPARSE_TUNE is 0 and while torch.use_deterministic_algorithms is on; both are read at each call
-with a problem that has no measured choice. Then a stored choice is used, else a shipped one, else algorithm 0,
-unchecked. While a CUDA graph is captured, a problem with neither a stored nor a shipped choice raises EngineError.
-Where the engine cannot be used at all, the choice is masked dense, with the reason in its note.
+A problem that was measured nowhere else, and is in the table that ships for this GPU and library version with the same
+token bucket, takes that choice without being timed, unless SEMISPARSE_TUNE is "all". It is neither stored nor shared.
+
+Tuning is off where SEMISPARSE_TUNE is 0, while torch.use_deterministic_algorithms is on, and inside `paused`; these are
+looked at in each call with a problem that has no choice yet. Then the shipped choice with the nearest token count, from
+half to twice as many, is used for now, else algorithm 0, unchecked. While a CUDA graph is captured, a problem without a
+stored or such a shipped choice raises EngineError. Where the engine cannot be used at all, the choice is masked dense,
+with the reason in its note.
 
 A problem of more tokens than a chunk is also timed in chunks of them (in_chunks.py), with the algorithm of a problem of
 chunk tokens, which is tuned for that if it has no choice yet.
@@ -18,7 +22,8 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache, partial
 from typing import Any
 
@@ -36,6 +41,7 @@ from semisparse.gemm.autotune.store import (
     Key,
     Store,
     canonical,
+    find_near,
     find_shipped,
     from_document,
     shipped,
@@ -96,6 +102,7 @@ class Autotuner:
         self._measured: dict[str, Entry] = {}  # by canonical key; what state() carries
         self._known: dict[tuple[Problem, int], Choice] = {}  # the same by problem and device, for the hot path
         self._provisional: dict[tuple[Problem, int], Choice] = {}  # unmeasured, until tuning is on again
+        self._pauses = 0
 
     def known(self, problem: Problem, index: int) -> Choice | None:
         """The choice for a problem on a device where this process has a final one, else None; one look-up."""
@@ -116,7 +123,7 @@ class Autotuner:
 
         Raises:
             EngineError: While a CUDA graph is captured, where there is no choice yet: run a warm-up step first.
-            ConfigError: SEMISPARSE_TUNE is neither 0 nor 1.
+            ConfigError: SEMISPARSE_TUNE is not 0, 1 or all.
         """
         choice = self._known.get((problem, index))
         if choice is not None:
@@ -124,12 +131,51 @@ class Autotuner:
         verdict = self._engine.available(index)
         if not verdict.ok:
             return _remember(self._known, problem, index, _without_engine(verdict.reason))
-        off = _tuning_is_off()
+        off = self.off
         if off and (provisional := self._provisional.get((problem, index))):
             return provisional
         with self._deciding:
             choice = self._known.get((problem, index))  # another thread may have decided meanwhile
             return choice or self._decide(problem, index, operands, dense, off)
+
+    def find(self, problem: Problem, index: int) -> Choice | None:
+        """The choice for a problem on a device that needs no measurement: known, stored or shipped; else None.
+
+        Args:
+            problem: The product.
+            index: Of the device.
+
+        Returns:
+            The choice, which later calls follow; masked dense, with the reason, where there is no engine.
+        """
+        choice = self._known.get((problem, index))
+        if choice is not None:
+            return choice
+        verdict = self._engine.available(index)
+        if not verdict.ok:
+            return _remember(self._known, problem, index, _without_engine(verdict.reason))
+        with self._deciding:
+            return self._found(problem, index, self.key(problem, index))
+
+    @property
+    def off(self) -> bool:
+        """Whether nothing is measured now.
+
+        Raises:
+            ConfigError: SEMISPARSE_TUNE is not 0, 1 or all.
+        """
+        return _setting() == "0" or torch.are_deterministic_algorithms_enabled() or self._pauses > 0
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Measure nothing inside the block, on any thread; problems without a choice run as where tuning is off."""
+        with self._deciding:
+            self._pauses += 1
+        try:
+            yield
+        finally:
+            with self._deciding:
+                self._pauses -= 1
 
     def key(self, problem: Problem, index: int) -> Key:
         """All that a choice depends on, as JSON values: device, driver, versions, dtype, orders and shape bucket."""
@@ -190,16 +236,29 @@ class Autotuner:
 
     def _decide(self, problem: Problem, index: int, operands: Operands, dense: Dense | None, off: bool) -> Choice:
         key = self.key(problem, index)
+        choice = self._found(problem, index, key)
+        if choice is not None:
+            return choice
+        if off or self._engine.runtime.capturing():
+            return self._unmeasured(problem, index, key, off)
+        choice = self._tune(problem, index, operands, dense)
+        # A choice with a note was disturbed by something that the next run may not meet.
+        if self._store is not None and not choice.note:
+            self._store.save(key, choice)
+        self._measured[canonical(key)] = key, choice
+        return _remember(self._known, problem, index, choice)
+
+    def _found(self, problem: Problem, index: int, key: Key) -> Choice | None:
+        """What is stored or, with the same bucket of tokens, shipped."""
         name = canonical(key)
         choice = self._stored(name, key, problem, index)
-        if choice is None:
-            if off or self._engine.runtime.capturing():
-                return self._unmeasured(problem, index, key, off)
-            choice = self._tune(problem, index, operands, dense)
-            # A choice with a note was disturbed by something that the next run may not meet.
-            if self._store is not None and not choice.note:
-                self._store.save(key, choice)
-        self._measured[name] = key, choice
+        if choice is not None:
+            self._measured[name] = key, choice
+            return _remember(self._known, problem, index, choice)
+        choice = None if _setting() == "all" else find_shipped(self._shipped(), key)
+        if choice is None or not self._offered(choice, problem, index):
+            return None
+        logger.info("not tuned: %s by %s", problem, choice)
         return _remember(self._known, problem, index, choice)
 
     def _stored(self, name: str, key: Key, problem: Problem, index: int) -> Choice | None:
@@ -230,8 +289,8 @@ class Autotuner:
         return False
 
     def _unmeasured(self, problem: Problem, index: int, key: Key, off: bool) -> Choice:
-        """A shipped choice or the default. Not kept among the measured ones: tuning may be switched on later."""
-        choice = find_shipped(self._shipped(), key)
+        """A near shipped choice or the default. Not kept among the known ones: tuning may be switched on later."""
+        choice = find_near(self._shipped(), key)
         if choice is None or not self._offered(choice, problem, index):
             if not off:
                 raise EngineError(
@@ -300,11 +359,14 @@ def _likely_first(algorithms: Iterable[int], dtype: torch.dtype) -> list[int]:
     return sorted(algorithms, key=lambda number: likely.index(number) if number in likely else len(likely))
 
 
-def _tuning_is_off() -> bool:
+def _setting() -> str:
     value = os.environ.get(VARIABLE, "1")
-    if value not in ("0", "1"):
-        raise ConfigError(f"{VARIABLE}={value!r} is neither 0 (never tune) nor 1 (tune a problem at its first call)")
-    return value == "0" or torch.are_deterministic_algorithms_enabled()
+    if value not in ("0", "1", "all"):
+        raise ConfigError(
+            f"{VARIABLE}={value!r} is not 0 (never tune), 1 (tune a problem at its first call, unless its choice ships "
+            "with the package) or all (also then)"
+        )
+    return value
 
 
 @cache

@@ -12,6 +12,7 @@ any number of processes may write at once, and a reader sees a complete file or 
 import hashlib
 import json
 import logging
+import math
 import os
 import tempfile
 import warnings
@@ -153,14 +154,25 @@ def shipped() -> tuple[Entry, ...]:
 
 
 def find_shipped(entries: Iterable[Entry], key: Mapping[str, object]) -> Choice | None:
-    """The first choice whose key agrees with a tuning key, its tokens up to a factor of two, or None."""
+    """The first choice whose conditions a tuning key fulfils, its tokens in the same bucket, or None."""
+    return next((choice for conditions, choice in entries if _agrees(conditions, key, "")), None)
+
+
+def find_near(entries: Iterable[Entry], key: Mapping[str, object]) -> Choice | None:
+    """As find_shipped, but with the nearest token count, from half to twice as many."""
     axis = str(key["token_axis"])
-    for conditions, choice in entries:
-        exact = all(key.get(name) == value for name, value in conditions.items() if name != axis)
-        if exact and _near(conditions[axis], key[axis]):
-            return choice
-    return None
+    distances = [(_distance(conditions[axis], key[axis]), choice) for conditions, choice in entries
+                 if _agrees(conditions, key, axis)]  # fmt: skip
+    distance, choice = min(distances, key=lambda pair: pair[0], default=(math.inf, None))
+    return choice if distance <= 2 else None
 
 
-def _near(tokens: object, others: object) -> bool:
-    return isinstance(tokens, int) and isinstance(others, int) and tokens // 2 <= others <= 2 * tokens
+def _agrees(conditions: Mapping[str, object], key: Mapping[str, object], but: str) -> bool:
+    return all(key.get(name) == value for name, value in conditions.items() if name != but)
+
+
+def _distance(tokens: object, others: object) -> float:
+    """By what factor the larger number is larger."""
+    if not (isinstance(tokens, int) and isinstance(others, int)):
+        return math.inf
+    return max(tokens, others) / min(tokens, others)
