@@ -18,7 +18,7 @@ TARGET = ROOT / "src" / "semisparse" / "gemm" / "autotune" / "shipped.json"
 MOST_UNREACHED = 10
 CONDITIONS = (
     "gpu", "cusparselt", "dtype", "out_dtype", "b_order", "d_order", "token_axis", "bias", "rows", "reduction",
-    "columns",
+    "columns", "way", "tokens", "out_features", "in_features",
 )  # fmt: skip
 
 
@@ -34,7 +34,7 @@ def text() -> str:
     for path in sorted((ROOT / "benchmarks" / "results").glob("*.json")):
         for entry in json.loads(path.read_text()).get("tuning", {}).get("choices", []):
             key = {name: entry["key"][name] for name in CONDITIONS if name in entry["key"]}
-            names = ("algorithm", "sparse_algorithm", "chunk")
+            names = ("algorithm", "sparse_algorithm", "chunk", "decides")
             choice = {name: entry["choice"][name] for name in names if name in entry["choice"]}
             if is_complete(entry["choice"]):
                 choices.setdefault(json.dumps(key), json.dumps({"key": key, "choice": choice}))

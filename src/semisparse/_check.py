@@ -15,6 +15,7 @@ from semisparse.gemm.autotune.algorithm import Choice
 from semisparse.gemm.chunks import can_be_cut
 from semisparse.gemm.dispatch import observed
 from semisparse.gemm.problem import Problem
+from semisparse.gemm.weight_gradient import WeightGradient
 from semisparse.nn import SemiSparseBase
 from semisparse.nn.float8 import LOST
 from semisparse.operands import compute_dtype
@@ -183,13 +184,17 @@ class _Probe:
         yield layer.register_forward_pre_hook(before, with_kwargs=True)
         yield layer.register_forward_hook(after, always_call=True)
 
-    def _saw(self, problem: Problem, algorithm: int | None, choice: Choice | None) -> None:
-        if self._now is not None:
+    def _saw(self, problem: Problem | WeightGradient, algorithm: int | None, choice: Choice | None) -> None:
+        if self._now is None:
+            return
+        if isinstance(problem, WeightGradient):
+            ran = "dense fp8 instead of a sampled dW"
+        else:
             ran = "masked dense" if algorithm is None else f"cuSPARSELt algorithm {algorithm}"
             if algorithm is not None and choice is not None and choice.chunk and can_be_cut(problem, choice.chunk):
                 ran += f" {choice.way}"
-            why = f" ({choice.source})" if choice is not None else ""
-            self._products[self._now].append(ran + why)
+        why = f" ({choice.source})" if choice is not None else ""
+        self._products[self._now].append(ran + why)
 
     def row(self, name: str, gradient: bool) -> CheckRow:
         """The result for one layer."""

@@ -1,7 +1,7 @@
 """The gradient formulas of the fp8 linear layer, in the forms that autograd.py describes.
 
 y = x8 W8~^T, dx = dy8 W8~, dW = dy8^T x8, each times the scales of its operands; db is the sum of dy before rounding.
-With grad_output="mvue", dW = S(dy)8^T x8, with the sample of dy before rounding.
+With grad_output="mvue", dW = S(dy)8^T x8, with the sample of dy before rounding, unless the op finds it slower.
 The operands of the functions are those of ops.fp8_linear, which functional_fp8.py makes.
 """
 
@@ -37,11 +37,9 @@ def _backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
     rows, columns = ctx.weight_shape
     if needs[1] and ctx.sampled:
         bias_dtype = ctx.bias_dtype if needs[2] else None
-        dy8, packed, summed, scale_dy, scale = ops.sample_fp8(grad_output.detach(), seed, needs[0], bias_dtype)
-        sums = ops.fp8_sampled_product(packed, x8t, rows, ctx.backend, sums_dtype(ctx.weight_dtype))
-        grad_weight = rescaled(sums, scale, scale_x, None, rows, ctx.weight_dtype)
+        given = grad_output.detach(), x8t, scale_x, seed, needs[0], bias_dtype, ctx.backend, ctx.weight_dtype
+        grad_weight, summed, dy8, scale_dy = ops.fp8_sampled_grad_weight(*given)
         grad_bias = summed if needs[2] else None
-        del packed, sums
     elif needs[0] or needs[1]:
         dy8, dy8t, scale_dy = ops.quantise(grad_output.detach(), needs[0], needs[1])
     if needs[1] and not ctx.sampled:

@@ -47,7 +47,8 @@ class SparseConfig:
             each four tokens are kept, with probabilities that make the variance smallest (arXiv 2203.10991), and scaled
             up. dx and the bias gradient are those of dy itself. Needs a pruned weight. A schedule gives each layer and
             rank random numbers of its own; without one they follow from the gradient's values alone. In fp8 what is
-            kept is rounded at random, too, which leaves the mean unbiased to 2^-13 of a value.
+            kept is rounded at random, too, which leaves the mean unbiased to 2^-13 of a value; and with backend="auto"
+            dW is a dense fp8 product of dy itself where that measured faster than sampling.
         precision: None, the dtype of the call. "fp8" computes all three products in e4m3: x, W~ and dy are each
             multiplied by a power of two (one per tensor, from its largest magnitude at this call) and rounded; products
             are accumulated in a wider type and scaled back. The mask is chosen before rounding. Dense phases stay in
@@ -143,6 +144,7 @@ class SparseConfig:
 
         Keys: "forward" (y), "grad_input" (dx), "grad_weight" (dW). Values: "sparse", "dense", or "masked dense" where a
         2:4 operand is multiplied as a dense one because of backend="dense"; with precision="fp8" followed by "fp8".
+        With backend="auto" what measured slower is not sparse; check says what ran.
         """
         if self.activation is not None:
             pruned = {"forward": True, "grad_input": False, "grad_weight": True}

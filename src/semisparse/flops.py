@@ -47,6 +47,10 @@ def _fp8_sampled_product(packed: Shape, x8t: Shape, out_features: int, *_: Any, 
     return 2 * prod(x8t) * out_features
 
 
+def _fp8_sampled_grad_weight(grad_output: Shape, x8t: Shape, *_: Any, **__: Any) -> int:
+    return 2 * prod(x8t) * grad_output[1]
+
+
 def _fp8_dense_product(a8: Shape, b8: Shape, *_: Any, **__: Any) -> int:
     return 2 * prod(a8) * b8[0]
 
@@ -64,6 +68,7 @@ def flop_formulas() -> dict[Any, Callable[..., int]]:
         registered.fp8_product: _fp8_product,
         registered.fp8_dense_product: _fp8_dense_product,
         registered.fp8_sampled_product: _fp8_sampled_product,
+        registered.fp8_sampled_grad_weight: _fp8_sampled_grad_weight,
         registered.fp8_linear: _linear,
         registered.sampled_linear: _linear,
         registered.sampled_grad_weight: _sampled_grad_weight,

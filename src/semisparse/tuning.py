@@ -1,8 +1,10 @@
 """Choices of the autotuner: read them for a report, keep them for a later run, share them between ranks.
 
 The first call with a problem (sizes, dtype, storage orders) measures which algorithm of cuSPARSELt, or masked dense, is
-fastest. Ranks that measure separately may choose differently. Every choice is right, but algorithms sum in different
-orders, so results may then differ between ranks in the last bit. `share` makes all ranks use the same choices.
+fastest; or, of a weight gradient in fp8 with grad_output="mvue", whether it is sampled at all. Ranks that measure
+separately may choose differently. Every choice is right, but algorithms sum in different orders, so results may then
+differ between ranks in the last bit, and one rank may sample what another does not. `share` makes all ranks use the
+same choices.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ def choices() -> list[tuple[dict[str, object], Choice]]:
 
     Returns:
         (key, choice) per problem. The key holds all that the choice depends on, as JSON values: GPU, driver, versions,
-        dtype, storage orders and sizes, with the token count rounded up to its bucket.
+        dtype, storage orders and sizes, with the token count rounded up to its bucket. Of the choice whether a weight
+        gradient is sampled, "way" in the key and `decides` of the choice tell.
     """
     return autotuner().choices()
 

@@ -1,7 +1,8 @@
 """fp8 with grad_output="mvue" on a GPU: the specification's sample, in eager, compiled and captured steps."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,7 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from semisparse import SemiSparseLinear, check, ops
+from semisparse import SemiSparseLinear, SparseConfig, check, native, ops, tuning
+from semisparse.errors import EngineError
+from semisparse.gemm import dispatch
+from semisparse.gemm.autotune.autotuner import Autotuner, autotuner
+from semisparse.gemm.autotune.ways import SAMPLED
+from semisparse.gemm.engine import engine
+from semisparse.gemm.weight_gradient import WeightGradient
+from semisparse.ops import prepare
+from semisparse.reference import linear as reference
 from semisparse.reference import mvue_fp8
 from semisparse.testing import assert_as_good_as_torch, assert_bit_equal
 from tests.nn.fp8 import Fp8Result, K, N, assert_results_equal, by_equations, fp8_inputs, fp8_layer, run
@@ -78,7 +87,7 @@ def on_cpu(found: Fp8Result) -> Fp8Result:
     return Fp8Result(*(None if one is None else one.detach().cpu() for one in found))
 
 
-@pytest.mark.parametrize("backend", ["auto", "cusparselt", "dense"])
+@pytest.mark.parametrize("backend", ["cusparselt", "dense"])
 @pytest.mark.parametrize("mask", ["transposable", "row"])
 @pytest.mark.parametrize("leading", [(0,), (1,), (13,), (2, 16), (200,)], ids=str)
 def test_a_layer_computes_the_equations(leading: tuple[int, ...], mask: str, backend: str) -> None:
@@ -89,12 +98,62 @@ def test_a_layer_computes_the_equations(leading: tuple[int, ...], mask: str, bac
 
 @pytest.mark.parametrize("dtype", [BF16, torch.float16], ids=str)
 def test_fp32_parameters_under_autocast(dtype: torch.dtype) -> None:
-    layer, there = pair(dtype=torch.float32)
+    layer, there = pair(dtype=torch.float32, backend="cusparselt")
     x, dy = fp8_inputs(13, dtype=torch.float32, grad_dtype=dtype)
     x, dy = x / 1024, dy / 1024
     with torch.autocast("cuda", dtype):
         found = run(there, x.cuda(), dy.cuda())
     assert_results_equal(on_cpu(found), by_equations(layer, x, dy))
+
+
+@pytest.fixture(params=["sampled", "whole"])
+def way(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Which way to dW the autotuner of this process knows for a layer of K x N with 13 or 200 tokens."""
+    state = tuning.state()
+    for tokens in (13, 200):
+        gradient = WeightGradient(tokens, N, K, BF16, BF16, bias=True)
+        choice = replace(SAMPLED, algorithm=0 if request.param == "sampled" else None)
+        entry = {"key": autotuner().key(gradient, 0), "choice": choice.to_record()}
+        tuning.load_state({"schema": 1, "choices": [entry]})
+    yield request.param
+    autotuner()._measured.clear()
+    tuning.load_state(state)
+
+
+@pytest.mark.parametrize("call", ["eager", "compiled", "recomputed"])
+@pytest.mark.parametrize("mask", ["transposable", "row"])
+def test_auto_follows_the_choice_in_every_kind_of_step(way: str, mask: str, call: str) -> None:
+    """With the same compiled code for both ways, since an op chooses."""
+    torch._dynamo.reset()
+    layer, there = pair(mask)
+    other = None if call == "eager" else CALLS[call](there)
+    for tokens in (13, 200):
+        x, dy = fp8_inputs(tokens)
+        expected = by_equations(layer, x, dy)
+        if way == "whole":
+            expected = expected._replace(grad_weight=reference.fp8_grad_weight(dy, x, BF16))
+        assert_results_equal(on_cpu(run(there, x.cuda(), dy.cuda(), other)), expected)
+    (row,) = check(there, fp8_inputs(13)[0].cuda()).rows
+    assert ("dense fp8 instead of a sampled dW (shared)" in row.backward) is (way == "whole")
+    torch._dynamo.reset()
+
+
+def test_auto_measures_both_ways_once_and_not_in_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = SemiSparseLinear(256, 512, config=SparseConfig(precision="fp8", grad_output="mvue")).cuda().to(BF16)
+    tuner = Autotuner(engine(), None, shipped=tuple)
+    for module in (dispatch, prepare):
+        monkeypatch.setattr(module, "autotuner", lambda: tuner)
+    native.forget_products()  # of an earlier test, which C++ would start without asking
+    x = torch.randn(4096, 256, device="cuda", dtype=BF16)
+    gradient = WeightGradient(4096, 512, 256, BF16, BF16, bias=True)
+    run(layer, x, torch.randn(4096, 512, device="cuda", dtype=BF16))
+    choice = tuner.known(gradient, 0)
+    assert choice is not None and choice.source == "tuned" and choice.sparse_us and choice.dense_us and not choice.note
+    graph = torch.cuda.CUDAGraph()
+    x8t = ops.quantise(x, False, True)[1]
+    new, scale = gradient_of(4096, 512, torch.float32), torch.ones((), device="cuda")
+    with pytest.raises(EngineError, match="run one warm-up step"), torch.cuda.graph(graph):
+        ops.fp8_sampled_grad_weight(new, x8t, scale, None, True, None, "auto", BF16)
 
 
 def real_inputs(tokens: int) -> tuple[Tensor, Tensor]:

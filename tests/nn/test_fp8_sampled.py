@@ -130,7 +130,7 @@ def test_what_is_frozen_costs_nothing(frozen: str) -> None:
         assert (leaf.grad is None) is not leaf.requires_grad
         if leaf.grad is not None:
             assert_bit_equal(leaf.grad + 0.0, expected[place] + 0.0)
-    assert counter.counts["sample_fp8"] == (frozen != "weight")
+    assert counter.counts["fp8_sampled_grad_weight"] == (frozen != "weight")
 
 
 @pytest.mark.parametrize("bad", [torch.inf, torch.nan])

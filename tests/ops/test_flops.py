@@ -57,9 +57,14 @@ def test_each_product_counts_as_the_dense_one(bias):
 def test_the_sampled_product_in_fp8_counts_tokens_as_padded_to_16():
     sample = ops.sample_fp8(torch.zeros(M, 64), None, False, None)[1]
     x8t = ops.quantise(torch.zeros(M, K), False, True)[1]
-    with FlopCounterMode(display=False) as counter:
-        ops.fp8_sampled_product(sample, x8t, 64, "auto", torch.bfloat16)
-    assert counter.get_total_flops() == 2 * 32 * 64 * K
+    whole = torch.zeros(M, 64), x8t, torch.ones(()), None, True, None, "auto", torch.bfloat16
+    for product in (
+        lambda: ops.fp8_sampled_product(sample, x8t, 64, "auto", torch.bfloat16),
+        lambda: ops.fp8_sampled_grad_weight(*whole),
+    ):
+        with FlopCounterMode(display=False) as counter:
+            product()
+        assert counter.get_total_flops() == 2 * 32 * 64 * K
 
 
 @pytest.mark.filterwarnings("ignore:a layer with a pruned activation")
@@ -113,7 +118,7 @@ def test_registering_again_changes_nothing_and_a_formula_that_was_registered_bef
     monkeypatch.setattr(flop_counter, "flop_registry", dict(mine))
     register_flop_formulas()
     assert flop_counter.flop_registry[torch.ops.semisparse.packed_linear] is next(iter(mine.values()))
-    assert len(flop_counter.flop_registry) == 12
+    assert len(flop_counter.flop_registry) == 13
 
 
 def test_importing_registers_nothing_and_does_not_import_the_counter():

@@ -8,12 +8,9 @@ from semisparse import ops
 from semisparse.errors import ShapeError, TensorError
 from semisparse.formats.layout import SM90_8BIT, packed_bytes
 from semisparse.formats.packed import PackedFormat
-from semisparse.gemm import dispatch
-from semisparse.gemm.autotune.autotuner import Autotuner
-from semisparse.ops import fp8_sampling, packing, products
+from semisparse.ops import fp8_sampling
 from semisparse.reference import fp8, mvue_fp8
 from semisparse.testing import assert_bit_equal, small_integers
-from tests.gemm.simulated import make_engine
 
 SEED = torch.tensor(-77)
 TOKENS = [0, 1, 13, 40]
@@ -78,24 +75,11 @@ def test_cuda_computes_the_same_by_the_kernels_and_without_them(packer: str, mon
         assert_bit_equal(codes_of(found[1], len(given)) & 0x7F, codes_of(wanted[1], len(given)) & 0x7F)
 
 
-@pytest.fixture
-def library(monkeypatch):
-    monkeypatch.setenv("SEMISPARSE_TUNE", "0")
-    engine, library, _ = make_engine()
-    tuner = Autotuner(engine, None, shipped=tuple)
-    for module in (packing, products, fp8_sampling):
-        monkeypatch.setattr(module, "packed_format", lambda *_: PackedFormat("compressor", None, "simulated"))
-        monkeypatch.setattr(module, "engine", lambda: engine)
-    monkeypatch.setattr(dispatch, "process_engine", lambda: engine)
-    monkeypatch.setattr(dispatch, "autotuner", lambda: tuner)
-    return library
-
-
 @on_the_cpu
 @pytest.mark.parametrize("out_dtype", [torch.float32, BF16], ids=str)
 @pytest.mark.parametrize("backend", ["cusparselt", "dense"])
 @pytest.mark.parametrize("tokens", TOKENS)
-def test_the_product_is_that_with_the_sample(library, tokens: int, backend: str, out_dtype: torch.dtype) -> None:
+def test_the_product_is_that_with_the_sample(simulated_fp8, tokens: int, backend: str, out_dtype: torch.dtype) -> None:
     gradient = small_integers((tokens, N), seed=3, limit=2, dtype=BF16)
     x8t = ops.quantise(small_integers((tokens, K), seed=1), False, True)[1]
     packed = fp8_sampling._cuda_sample_fp8(gradient, SEED, False, None)[1]

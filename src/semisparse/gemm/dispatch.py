@@ -1,5 +1,6 @@
 """One call per product: the sparse engine with the chosen algorithm, whole or in chunks, or masked dense."""
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -17,11 +18,16 @@ from semisparse.gemm.engine import Engine
 from semisparse.gemm.engine import engine as process_engine
 from semisparse.gemm.operands import Operands
 from semisparse.gemm.problem import Problem
+from semisparse.gemm.weight_gradient import WeightGradient
 
-Observer = Callable[[Problem, int | None, Choice | None], None]
-"""Called after each product with its problem, the algorithm that ran (None: masked dense) and the choice followed."""
+Observer = Callable[[Problem | WeightGradient, int | None, Choice | None], None]
+"""Called after each product with its problem, the algorithm that ran (None: masked dense) and the choice followed.
+
+A weight gradient that was chosen not to be sampled is told with its description, None and the choice.
+"""
 
 _observers: list[Observer] = []
+_timing = threading.local()
 
 
 @contextmanager
@@ -98,8 +104,46 @@ def multiply(
     return choice
 
 
-def tell(problem: Problem, algorithm: int | None, choice: Choice | None) -> None:
+def samples(
+    gradient: WeightGradient,
+    index: int,
+    sampled: Callable[[], object],
+    whole: Callable[[], object],
+    *,
+    tuner: Autotuner | None = None,
+) -> Choice:
+    """Which way leads to a weight gradient, measured at the first call. Observers hear of it where it is not sampled.
+
+    Args:
+        gradient: What is computed.
+        index: Of the device.
+        sampled: Computes it from a sample; called to be timed.
+        whole: The same from all of dy.
+        tuner: Default: the process's autotuner.
+
+    Returns:
+        The choice; its algorithm is None where dy is not sampled.
+
+    Raises:
+        EngineError, ConfigError: As Autotuner.choose_way.
+    """
+    tuner = tuner or autotuner()
+    choice = tuner.known(gradient, index)
+    if choice is None:
+        _timing.quiet = True  # products that are timed did not run for the caller
+        try:
+            choice = tuner.choose_way(gradient, index, sampled, whole)
+        finally:
+            _timing.quiet = False
+    if _observers and choice.algorithm is None:
+        tell(gradient, None, choice)
+    return choice
+
+
+def tell(problem: Problem | WeightGradient, algorithm: int | None, choice: Choice | None) -> None:
     """Call the observers for a product that was started."""
+    if getattr(_timing, "quiet", False):
+        return
     for observer in _observers:
         observer(problem, algorithm, choice)
 

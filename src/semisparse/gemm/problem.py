@@ -134,6 +134,22 @@ class Problem:
         size[self.token_axis] = bucket_of(self.tokens)
         return replace(self, rows=size["rows"], reduction=size["reduction"], columns=size["columns"])
 
+    def key(self) -> dict[str, object]:
+        """The fields as JSON values, as stored choices name them."""
+        # Named only where it is not the operands', so that keys of earlier versions stay what they are.
+        out = {} if self.out_dtype is self.dtype else {"out_dtype": _name_of(self.out_dtype)}
+        return {
+            "dtype": _name_of(self.dtype),
+            **out,
+            "b_order": self.b_order,
+            "d_order": self.d_order,
+            "bias": self.bias,
+            "token_axis": self.token_axis,
+            "rows": self.rows,
+            "reduction": self.reduction,
+            "columns": self.columns,
+        }
+
     def refusal(self) -> str | None:
         """Why the sparse engine cannot take sizes or storage, or None where it can.
 
@@ -152,12 +168,15 @@ class Problem:
 
     def __str__(self) -> str:
         bias = " + bias" if self.bias else ""
-        dtype = str(self.dtype).removeprefix("torch.")
-        out = "" if self.out_dtype is self.dtype else f" -> {str(self.out_dtype).removeprefix('torch.')}"
+        out = "" if self.out_dtype is self.dtype else f" -> {_name_of(self.out_dtype)}"
         return (
             f"{self.rows}x{self.reduction} (2:4) times {self.reduction}x{self.columns} ({self.b_order}-major) "
-            f"into {self.d_order}-major{bias}, {dtype}{out}"
+            f"into {self.d_order}-major{bias}, {_name_of(self.dtype)}{out}"
         )
+
+
+def _name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def dense_multiple(dtype: torch.dtype) -> int:

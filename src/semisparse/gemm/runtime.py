@@ -12,8 +12,8 @@ import torch
 
 from semisparse.versions import driver_version, package_version
 
-_SPIN_CYCLES_PER_CALL = 100_000
-"""GPU cycles to spin per call queued behind the spin: about 60 us, more than any call here costs the host."""
+_SPIN_CYCLES_PER_LAUNCH = 100_000
+"""GPU cycles to spin per launch queued behind the spin: about 60 us, more than any here costs the host."""
 
 
 class CudaRuntime:
@@ -79,7 +79,7 @@ class CudaRuntime:
         """Wait for the work queued so far on the current stream of a device."""
         torch.cuda.current_stream(index).synchronize()
 
-    def time(self, index: int, call: Callable[[], object], repeats: int) -> float:
+    def time(self, index: int, call: Callable[[], object], repeats: int, launches: int = 1) -> float:
         """Device time per call of a back-to-back batch on the current stream. Waits for this stream only.
 
         A spin kernel in front keeps the device busy until the batch is queued, so the host's launch cost is not in the
@@ -89,13 +89,14 @@ class CudaRuntime:
             index: Of the device.
             call: Launches the work.
             repeats: Calls in the batch.
+            launches: Kernels of a call, at most.
 
         Returns:
             Microseconds.
         """
         stream = torch.cuda.current_stream(index)
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        torch.cuda._sleep(repeats * _SPIN_CYCLES_PER_CALL)
+        torch.cuda._sleep(repeats * launches * _SPIN_CYCLES_PER_LAUNCH)
         begin.record(stream)
         for _ in range(repeats):
             call()

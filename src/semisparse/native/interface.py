@@ -64,7 +64,7 @@ class Interface:
         Args:
             kind: Which product.
             device: Index of the device.
-            dtype: Code of the result's dtype.
+            dtype: Code of the result's dtype; for a way, of dW's and, 8 bits higher, of dy's.
             sizes: Tokens (before padding), out_features and in_features of the op's call.
             bias: Whether the call has a bias.
             backend: As the call names it.

@@ -16,13 +16,17 @@ DTYPE_CODES = {torch.float16: 5, torch.float32: 6, torch.bfloat16: 15, torch.flo
 
 
 class ProductKind(IntEnum):
-    """Which product of gemm/problem.py an entry is."""
+    """Which product of gemm/problem.py an entry is, or which way to a weight gradient."""
 
     WEIGHT = 0
     TOKENS = 1
     GRAD_WEIGHT = 2
     SAMPLED = 3
     FP8 = 4
+    FP8_SAMPLED = 5
+    # Not products, but which way leads to a weight gradient: its entries have no facts.
+    SAMPLED_WAY = 6
+    WHOLE_WAY = 7
 
 
 class LaunchKind(IntEnum):
@@ -39,6 +43,7 @@ class LaunchKind(IntEnum):
     QUANTISE = 8
     PACK_FP8 = 9
     RESCALE = 10
+    SAMPLE_FP8 = 11
 
 
 class Functions(ctypes.Structure):

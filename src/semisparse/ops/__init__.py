@@ -12,6 +12,7 @@ from semisparse.ops.fp8 import (
     rescale_formula,
 )
 from semisparse.ops.fp8_packed import fp8_linear, fp8_product, pack_fp8, unpack_fp8
+from semisparse.ops.fp8_sampled_grad import fp8_sampled_grad_weight
 from semisparse.ops.fp8_sampling import fp8_sampled_product, sample_fp8
 from semisparse.ops.masks import prune, prune_tokens, tile_codes
 from semisparse.ops.packing import pack, pack_tokens, pack_transpose, unpack
@@ -31,6 +32,7 @@ __all__ = [
     "fp8_dense_product",
     "fp8_linear",
     "fp8_product",
+    "fp8_sampled_grad_weight",
     "fp8_sampled_product",
     "pack",
     "pack_fp8",

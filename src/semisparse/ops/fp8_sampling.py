@@ -13,12 +13,14 @@ from semisparse.formats.layout import FP8, SM90_8BIT, SPARSE_MULTIPLE_8BIT, pack
 from semisparse.formats.packed import packed_format
 from semisparse.gemm import problem
 from semisparse.gemm.engine import engine
+from semisparse.native.structures import LaunchKind, ProductKind
+from semisparse.ops import prepare
 from semisparse.ops.fp8 import fp8_dense_product, largest_of, quantise
 from semisparse.ops.fp8_packed import unpack_fp8
 from semisparse.ops.packing import pack_pruned
 from semisparse.ops.products import multiply, padded
 from semisparse.ops.register import register
-from semisparse.ops.sampling import _checked
+from semisparse.ops.sampling import _checked as checked_seed
 from semisparse.reference import mvue_fp8 as reference
 from semisparse.reference import packing as reference_packing
 
@@ -37,7 +39,7 @@ def _check_gradient(grad_output: Tensor) -> None:
 
 def _fake_sample_fp8(grad_output: Tensor, seed: Tensor | None, rows: bool, bias_dtype: torch.dtype | None) -> _Sampled:
     _check_gradient(grad_output)
-    _checked(seed, grad_output)
+    checked_seed(seed, grad_output)
     out_features, tokens = grad_output.shape[1], round_up(grad_output.shape[0], SPARSE_MULTIPLE_8BIT)
     dy8 = grad_output.new_empty((tokens, out_features) if rows else (0,), dtype=FP8)
     packed = grad_output.new_empty(packed_bytes(out_features, tokens, 1), dtype=torch.uint8)
@@ -49,7 +51,7 @@ def _fake_sample_fp8(grad_output: Tensor, seed: Tensor | None, rows: bool, bias_
 def _cuda_sample_fp8(grad_output: Tensor, seed: Tensor | None, rows: bool, bias_dtype: torch.dtype | None) -> _Sampled:
     """By two kernels or, where they cannot write the format, drawn by PyTorch and then packed as any matrix."""
     _check_gradient(grad_output)
-    key = _checked(seed, grad_output)
+    key = checked_seed(seed, grad_output)
     written = packed_format(grad_output.get_device(), FP8, engine())
     if written.packer != "kernel" or written.layout is None or not grad_output.numel():
         drawn, dy8, bias, scale, scale_sample = _in_steps(grad_output, key, rows, bias_dtype)
@@ -65,10 +67,22 @@ def _cuda_sample_fp8(grad_output: Tensor, seed: Tensor | None, rows: bool, bias_
     largest = largest_of(gradient, copied=gradient is not grad_output)
     shape = kernel.sum_rows(gradient.shape[0]), gradient.shape[1]
     sums = None if bias_dtype is None else gradient.new_empty(shape, dtype=torch.float32)
-    into = dy8 if rows else None, packed, sums, (scale, scale_sample)
-    kernel.launch(gradient, seed, largest, *into, layout=written.layout)
+    given = gradient, seed, largest, dy8 if rows else None, packed, sums
+    sampler = kernel.launch(*given, (scale, scale_sample), layout=written.layout)
+    if gradient is grad_output:
+        prepare.launch(
+            LaunchKind.SAMPLE_FP8,
+            sampler,
+            (*given, scale, scale_sample),
+            dtypes=(gradient.dtype, FP8 if rows else None),
+            sizes=(*gradient.shape, gradient.stride(0)),
+            given=(seed is not None, sums is not None),
+            sizes_in_bytes=(packed.numel(), 0 if sums is None else sums.nbytes),
+        )
     if sums is not None:
-        summing.launch_sum(sums, bias)
+        adder = summing.launch_sum(sums, bias)
+        kinds = sums.dtype, bias.dtype
+        prepare.launch(LaunchKind.SUM_ROWS, adder, (sums, bias), dtypes=kinds, sizes=(*shape, 0))
     return dy8, packed, bias, scale, scale_sample
 
 
@@ -116,7 +130,7 @@ def sample_fp8(grad_output: Tensor, seed: Tensor | None, rows: bool, bias_dtype:
         ShapeError, TensorError: grad_output is not such a matrix, or seed is not a key.
     """
     _check_gradient(grad_output)
-    drawn, dy8, bias, scale, scale_sample = _in_steps(grad_output, _checked(seed, grad_output), rows, bias_dtype)
+    drawn, dy8, bias, scale, scale_sample = _in_steps(grad_output, checked_seed(seed, grad_output), rows, bias_dtype)
     packed = SM90_8BIT.encode(reference_packing.pack(drawn.codes.mT, drawn.kept.mT, torch.uint8))
     return dy8, packed, bias, scale, scale_sample
 
@@ -148,7 +162,11 @@ def _cuda_fp8_sampled_product(
         return x8t.new_zeros(out_features, in_features, dtype=out_dtype)
     asked = problem.fp8_sampled_weight(tokens, out_features, in_features, out_dtype)
     out = x8t.new_empty(asked.d_shape, dtype=out_dtype)
-    multiply(asked, packed, padded(_pad(x8t, (0, tokens - x8t.shape[1])), in_features), out, None, backend)
+    wide = _pad(x8t, (0, tokens - x8t.shape[1]))
+    choice = multiply(asked, packed, padded(wide, in_features), out, None, backend)
+    if wide is x8t:
+        sizes = tokens, out_features, in_features
+        prepare.product(ProductKind.FP8_SAMPLED, asked, out.get_device(), sizes, choice, backend)
     return out
 
 

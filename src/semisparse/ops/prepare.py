@@ -21,6 +21,7 @@ from semisparse.gemm.autotune.autotuner import autotuner
 from semisparse.gemm.chunks import can_be_cut
 from semisparse.gemm.engine import engine
 from semisparse.gemm.problem import Problem
+from semisparse.gemm.weight_gradient import WeightGradient
 from semisparse.kernels.compiled import CompiledLaunch
 from semisparse.native.foreign import functions
 from semisparse.native.interface import Interface
@@ -125,6 +126,23 @@ def product(
         if not _add_plan(library, facts, asked, algorithm, index):
             return
     library.add_product(kind, index, DTYPE_CODES[asked.out_dtype], sizes, asked.bias, backend, facts)
+
+
+def way(gradient: WeightGradient, index: int, choice: Choice) -> None:
+    """Hand over which way leads to a weight gradient with backend "auto".
+
+    Args:
+        gradient: What was computed.
+        index: Of the CUDA device.
+        choice: What was followed.
+    """
+    library = _connected()
+    if library is None or autotuner().known(gradient, index) is not choice:
+        return  # as in product
+    kind = ProductKind.WHOLE_WAY if choice.algorithm is None else ProductKind.SAMPLED_WAY
+    dtypes = DTYPE_CODES[gradient.out_dtype] | DTYPE_CODES[gradient.dtype] << 8
+    sizes = gradient.tokens, gradient.out_features, gradient.in_features
+    library.add_product(kind, index, dtypes, sizes, gradient.bias, "auto", ProductFacts())
 
 
 def _add_plan(library: Interface, facts: ProductFacts, asked: Problem, algorithm: int, index: int) -> bool:

@@ -1,16 +1,30 @@
 """Which algorithm computes a problem and why, and how that is written to JSON and read back."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
+import torch
+
+from semisparse.formats.layout import FP8
 from semisparse.gemm.problem import DENSE_MULTIPLE_8BIT
 
 Source = Literal["tuned", "disk", "shared", "shipped", "default"]
+Decides = Literal["algorithm", "sampling"]
 
 _IDS = range(2**31)  # the library's ids are int32
 _CHUNKS = range(DENSE_MULTIPLE_8BIT, 2**31, DENSE_MULTIPLE_8BIT)
 _LONGEST_TEXT = 200
+
+
+_LIKELY = {
+    torch.bfloat16: (17, 20, 12, 0, 15, 14, 1),
+    torch.float16: (6, 5, 27, 1, 28, 7, 13),
+    FP8: (8, 16, 17, 19, 21, 6, 18),
+}
+"""Algorithms tried first: the fastest on one H200. The first use of an fp16 kernel takes 0.15 to 0.25 s there, so that
+few are reached in time; for bf16 all are, except at the largest problems."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +44,9 @@ class Choice:
         chunk: Tokens per piece where the sparse product is faster in pieces (gemm/chunks.py); sparse_algorithm and
             sparse_us are then of the pieces. None: whole.
         whole_us: Microseconds of the fastest whole sparse product beside the pieces; None where not measured.
+        decides: "algorithm": the above. "sampling": whether a weight gradient (gemm/weight_gradient.py) is computed
+            from a sample; algorithm is then 0 if it is, and None if it is a dense fp8 product. sparse_us and dense_us
+            are the times of both ways as wholes.
     """
 
     algorithm: int | None
@@ -41,11 +58,13 @@ class Choice:
     note: str = ""
     chunk: int | None = None
     whole_us: float | None = None
+    decides: Decides = "algorithm"
 
     def to_record(self) -> dict[str, Any]:
         """As JSON values, without the source, which is known to the reader."""
         # Named only where there are chunks, so that records of whole products are those of earlier versions.
         cut = {} if self.chunk is None else {"chunk": self.chunk, "whole_us": self.whole_us}
+        decides = {} if self.decides == "algorithm" else {"decides": self.decides}
         return {
             "algorithm": self.algorithm,
             "sparse_algorithm": self.sparse_algorithm,
@@ -54,6 +73,7 @@ class Choice:
             "rejected": {str(algorithm): reason for algorithm, reason in self.rejected},
             "note": self.note,
             **cut,
+            **decides,
         }
 
     @property
@@ -65,11 +85,14 @@ class Choice:
         return f"in chunks of {self.chunk} tokens{gain}"
 
     def __str__(self) -> str:
-        if self.algorithm is not None:
+        if self.decides == "sampling":
+            what = "dense fp8 instead of sampled" if self.algorithm is None else "sampled"
+        elif self.algorithm is not None:
             what = f"cuSPARSELt algorithm {self.algorithm} {self.way}".rstrip()
         else:
             what = "masked dense" if self.sparse_algorithm is not None else "masked dense (no sparse algorithm works)"
-        times = [f"{us:.1f} us {name}" for name, us in (("sparse", self.sparse_us), ("dense", self.dense_us)) if us]
+        sparse = "sampled" if self.decides == "sampling" else "sparse"
+        times = [f"{us:.1f} us {name}" for name, us in ((sparse, self.sparse_us), ("dense", self.dense_us)) if us]
         return f"{what} ({', '.join([*times, self.source])})"
 
 
@@ -101,7 +124,10 @@ def from_record(record: dict[str, Any], source: Source) -> Choice:
     if chunk is not None and (type(chunk) is not int or chunk not in _CHUNKS or sparse is None):
         raise ValueError(f"chunk={chunk!r} is not a number of tokens per sparse product that is a multiple of 16")
     whole_us = None if chunk is None else _time(record, "whole_us")
-    return Choice(algorithm, sparse, *times, source, rejected, note, chunk, whole_us)
+    decides = record.get("decides", "algorithm")
+    if decides not in get_args(Decides):
+        raise ValueError(f"decides={decides!r} is not one of {', '.join(map(repr, get_args(Decides)))}")
+    return Choice(algorithm, sparse, *times, source, rejected, note, chunk, whole_us, decides)
 
 
 def _time(record: dict[str, Any], name: str) -> float | None:
@@ -121,3 +147,14 @@ def one_line(error: BaseException) -> str:
 def clipped(text: str) -> str:
     """text cut to the length that a choice keeps, with a question mark for each character that is not printable."""
     return "".join(letter if letter.isprintable() else "?" for letter in text[:_LONGEST_TEXT])
+
+
+def likely_first(algorithms: Iterable[int], dtype: torch.dtype) -> list[int]:
+    """Algorithms of an engine in the order in which they are tried.
+
+    Args:
+        algorithms: Their ids.
+        dtype: Of the operands.
+    """
+    likely = _LIKELY[dtype]
+    return sorted(algorithms, key=lambda number: likely.index(number) if number in likely else len(likely))

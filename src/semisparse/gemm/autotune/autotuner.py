@@ -16,6 +16,9 @@ with the reason in its note.
 
 A problem of more tokens than a chunk is also timed in chunks of them (in_chunks.py), with the algorithm of a problem of
 chunk tokens, which is tuned for that if it has no choice yet.
+
+Whether a weight gradient in fp8 is sampled at all (ways.py) is a choice like any other: measured once, kept, shared,
+taken from a table, and not measured while a graph is captured. Where nothing is measured it is sampled.
 """
 
 import logging
@@ -31,8 +34,7 @@ import torch
 
 from semisparse import native
 from semisparse.errors import ConfigError, EngineError
-from semisparse.formats.layout import FP8
-from semisparse.gemm.autotune.algorithm import Choice, clipped, one_line
+from semisparse.gemm.autotune.algorithm import Choice, Decides, clipped, likely_first, one_line
 from semisparse.gemm.autotune.candidates import Candidates
 from semisparse.gemm.autotune.in_chunks import faster_way
 from semisparse.gemm.autotune.selection import SECONDS, Selection
@@ -47,28 +49,25 @@ from semisparse.gemm.autotune.store import (
     shipped,
     to_document,
 )
+from semisparse.gemm.autotune.ways import SAMPLED, Way, Ways, faster_of
 from semisparse.gemm.chunks import CHUNK, can_be_cut, pieces, sized
 from semisparse.gemm.engine import Engine, engine
 from semisparse.gemm.operands import Operands
 from semisparse.gemm.problem import Problem
+from semisparse.gemm.weight_gradient import WeightGradient
 
 logger = logging.getLogger(__name__)
 
 VARIABLE = "SEMISPARSE_TUNE"
 DEFAULT = Choice(0, 0, None, None, "default")
 
-_LIKELY = {
-    torch.bfloat16: (17, 20, 12, 0, 15, 14, 1),
-    torch.float16: (6, 5, 27, 1, 28, 7, 13),
-    FP8: (8, 16, 17, 19, 21, 6, 18),
-}
-"""Algorithms tried first: the fastest on one H200. The first use of an fp16 kernel takes 0.15 to 0.25 s there, so that
-few are reached in time; for bf16 all are, except at the largest problems."""
-
 _REMEMBERED = 8192  # problems whose choice is found without forming its key; past it all are looked up again
 
 Dense = Callable[[Problem, Operands], object]
 """The whole masked-dense alternative, unpacking included, for a problem and its operands."""
+
+Asked = Problem | WeightGradient
+"""What is chosen for: the algorithm of a product, or the way to a weight gradient."""
 
 
 class Autotuner:
@@ -97,16 +96,17 @@ class Autotuner:
     ) -> None:
         self._engine, self._store, self._chunk = engine, store, chunk
         self._make_candidates, self._clock, self._shipped, self._seconds = make_candidates, clock, shipped, seconds
-        # One problem is decided at a time: two tuning runs on one GPU would disturb each other's times.
-        self._deciding = threading.Lock()
+        # One problem is decided at a time: two tuning runs on one GPU would disturb each other's times. The way to a
+        # weight gradient is measured with products of its own, which may have to be tuned inside.
+        self._deciding = threading.RLock()
         self._measured: dict[str, Entry] = {}  # by canonical key; what state() carries
-        self._known: dict[tuple[Problem, int], Choice] = {}  # the same by problem and device, for the hot path
-        self._provisional: dict[tuple[Problem, int], Choice] = {}  # unmeasured, until tuning is on again
+        self._known: dict[tuple[Asked, int], Choice] = {}  # the same by problem and device, for the hot path
+        self._provisional: dict[tuple[Asked, int], Choice] = {}  # unmeasured, until tuning is on again
         self._pauses = 0
 
-    def known(self, problem: Problem, index: int) -> Choice | None:
+    def known(self, asked: Asked, index: int) -> Choice | None:
         """The choice for a problem on a device where this process has a final one, else None; one look-up."""
-        return self._known.get((problem, index))
+        return self._known.get((asked, index))
 
     def choose(self, problem: Problem, index: int, operands: Operands, dense: Dense | None = None) -> Choice:
         """The choice for a problem on a device; where there is none yet, it is tuned on these operands.
@@ -125,24 +125,47 @@ class Autotuner:
             EngineError: While a CUDA graph is captured, where there is no choice yet: run a warm-up step first.
             ConfigError: SEMISPARSE_TUNE is not 0, 1 or all.
         """
-        choice = self._known.get((problem, index))
+        return self._choice(problem, index, lambda: self._tune(problem, index, operands, dense))
+
+    def choose_way(self, gradient: WeightGradient, index: int, sampled: Way, whole: Way) -> Choice:
+        """The way to a weight gradient on a device; where there is none yet, both are called and timed.
+
+        Takes about half a second, and once more that for the sparse product if it was not tuned. Else as choose.
+
+        Args:
+            gradient: What is computed.
+            index: Of the device.
+            sampled: See Way.
+            whole: The same from all of dy.
+
+        Returns:
+            A choice that decides "sampling".
+
+        Raises:
+            EngineError, ConfigError: As choose.
+        """
+        ways = Ways(self._engine.runtime, gradient, index, sampled, whole)
+        return self._choice(gradient, index, lambda: faster_of(ways, self._clock, self._seconds))
+
+    def _choice(self, asked: Asked, index: int, tune: Callable[[], Choice]) -> Choice:
+        choice = self._known.get((asked, index))
         if choice is not None:
             return choice
         verdict = self._engine.available(index)
         if not verdict.ok:
-            return _remember(self._known, problem, index, _without_engine(verdict.reason))
+            return _remember(self._known, asked, index, _without_engine(verdict.reason, asked))
         off = self.off
-        if off and (provisional := self._provisional.get((problem, index))):
+        if off and (provisional := self._provisional.get((asked, index))):
             return provisional
         with self._deciding:
-            choice = self._known.get((problem, index))  # another thread may have decided meanwhile
-            return choice or self._decide(problem, index, operands, dense, off)
+            choice = self._known.get((asked, index))  # another thread may have decided meanwhile
+            return choice or self._decide(asked, index, tune, off)
 
-    def find(self, problem: Problem, index: int) -> Choice | None:
+    def find(self, problem: Asked, index: int) -> Choice | None:
         """The choice for a problem on a device that needs no measurement: known, stored or shipped; else None.
 
         Args:
-            problem: The product.
+            problem: The product, or the weight gradient.
             index: Of the device.
 
         Returns:
@@ -153,7 +176,7 @@ class Autotuner:
             return choice
         verdict = self._engine.available(index)
         if not verdict.ok:
-            return _remember(self._known, problem, index, _without_engine(verdict.reason))
+            return _remember(self._known, problem, index, _without_engine(verdict.reason, problem))
         with self._deciding:
             return self._found(problem, index, self.key(problem, index))
 
@@ -177,24 +200,10 @@ class Autotuner:
             with self._deciding:
                 self._pauses -= 1
 
-    def key(self, problem: Problem, index: int) -> Key:
+    def key(self, problem: Asked, index: int) -> Key:
         """All that a choice depends on, as JSON values: device, driver, versions, dtype, orders and shape bucket."""
-        bucket = problem.bucket
-        # Named only where it is not the operands', so that keys of earlier versions stay what they are.
-        out = {} if problem.out_dtype is problem.dtype else {"out_dtype": _dtype_name(problem.out_dtype)}
-        return {
-            **self._engine.runtime.identity(index),
-            "cusparselt": self._engine.available(index).version,
-            "dtype": _dtype_name(problem.dtype),
-            **out,
-            "b_order": problem.b_order,
-            "d_order": problem.d_order,
-            "bias": problem.bias,
-            "token_axis": problem.token_axis,
-            "rows": bucket.rows,
-            "reduction": bucket.reduction,
-            "columns": bucket.columns,
-        }
+        machine = {**self._engine.runtime.identity(index), "cusparselt": self._engine.available(index).version}
+        return {**machine, **problem.bucket.key()}
 
     def state(self) -> dict[str, Any]:
         """All measured choices of this process as JSON values, for `load_state` on another rank or in a later run."""
@@ -234,21 +243,21 @@ class Autotuner:
         """(key, choice) of each problem bucket with a measured choice, for reports."""
         return list(self._measured.values())
 
-    def _decide(self, problem: Problem, index: int, operands: Operands, dense: Dense | None, off: bool) -> Choice:
-        key = self.key(problem, index)
-        choice = self._found(problem, index, key)
+    def _decide(self, asked: Asked, index: int, tune: Callable[[], Choice], off: bool) -> Choice:
+        key = self.key(asked, index)
+        choice = self._found(asked, index, key)
         if choice is not None:
             return choice
         if off or self._engine.runtime.capturing():
-            return self._unmeasured(problem, index, key, off)
-        choice = self._tune(problem, index, operands, dense)
+            return self._unmeasured(asked, index, key, off)
+        choice = tune()
         # A choice with a note was disturbed by something that the next run may not meet.
         if self._store is not None and not choice.note:
             self._store.save(key, choice)
         self._measured[canonical(key)] = key, choice
-        return _remember(self._known, problem, index, choice)
+        return _remember(self._known, asked, index, choice)
 
-    def _found(self, problem: Problem, index: int, key: Key) -> Choice | None:
+    def _found(self, problem: Asked, index: int, key: Key) -> Choice | None:
         """What is stored or, with the same bucket of tokens, shipped."""
         name = canonical(key)
         choice = self._stored(name, key, problem, index)
@@ -261,7 +270,7 @@ class Autotuner:
         logger.info("not tuned: %s by %s", problem, choice)
         return _remember(self._known, problem, index, choice)
 
-    def _stored(self, name: str, key: Key, problem: Problem, index: int) -> Choice | None:
+    def _stored(self, name: str, key: Key, problem: Asked, index: int) -> Choice | None:
         """From this process (its own, or another rank's), else from disk; only what the library offers here."""
         _, choice = self._measured.get(name, (None, None))
         if choice is not None and self._offered(choice, problem, index):
@@ -270,8 +279,14 @@ class Autotuner:
         choice = None if self._store is None else self._store.load(key)
         return choice if choice is not None and self._offered(choice, problem, index) else None
 
-    def _offered(self, choice: Choice, problem: Problem, index: int) -> bool:
+    def _offered(self, choice: Choice, problem: Asked, index: int) -> bool:
         """Whether the library offers what a choice names; logs where it does not."""
+        decides: Decides = "sampling" if isinstance(problem, WeightGradient) else "algorithm"
+        if choice.decides != decides:
+            logger.warning("ignored a choice (source %r): it decides %r for %s", choice.source, choice.decides, problem)
+            return False
+        if isinstance(problem, WeightGradient):
+            return True
         if choice.sparse_algorithm is None:
             return True
         if choice.chunk is not None and can_be_cut(problem, choice.chunk):
@@ -288,7 +303,7 @@ class Autotuner:
         )  # fmt: skip
         return False
 
-    def _unmeasured(self, problem: Problem, index: int, key: Key, off: bool) -> Choice:
+    def _unmeasured(self, problem: Asked, index: int, key: Key, off: bool) -> Choice:
         """A near shipped choice or the default. Not kept among the known ones: tuning may be switched on later."""
         choice = find_near(self._shipped(), key)
         if choice is None or not self._offered(choice, problem, index):
@@ -301,7 +316,9 @@ class Autotuner:
         logger.info("not tuned: %s by %s", problem, choice)
         return _remember(self._provisional, problem, index, choice)
 
-    def _default(self, problem: Problem, index: int) -> Choice:
+    def _default(self, problem: Asked, index: int) -> Choice:
+        if isinstance(problem, WeightGradient):
+            return SAMPLED
         try:
             offered = self._engine.algorithms(problem, index)
         except EngineError as error:
@@ -313,7 +330,8 @@ class Autotuner:
         if not can_be_cut(problem, self._chunk):
             return None
         part, given = next(pieces(problem, operands, self._chunk))
-        return (self.known(part, index) or self._decide(part, index, given, dense, off=False)).sparse_algorithm
+        tune = partial(self._tune, part, index, given, dense)
+        return (self.known(part, index) or self._decide(part, index, tune, off=False)).sparse_algorithm
 
     def _tune(self, problem: Problem, index: int, operands: Operands, dense: Dense | None) -> Choice:
         chunk_algorithm = self._chunk_algorithm(problem, index, operands, dense)
@@ -321,7 +339,7 @@ class Autotuner:
         self._engine.runtime.wait(index)  # work that the caller has queued must not count
         begin = self._clock()
         try:
-            algorithms = _likely_first(self._engine.algorithms(problem, index), problem.dtype)
+            algorithms = likely_first(self._engine.algorithms(problem, index), problem.dtype)
             whole_dense = None if dense is None else partial(dense, problem, operands)
             candidates = self._make_candidates(self._engine, problem, operands, whole_dense)
         except EngineError as error:
@@ -339,24 +357,16 @@ class Autotuner:
         return choice
 
 
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _remember(table: dict[tuple[Problem, int], Choice], problem: Problem, index: int, choice: Choice) -> Choice:
+def _remember(table: dict[tuple[Asked, int], Choice], problem: Asked, index: int, choice: Choice) -> Choice:
     if len(table) >= _REMEMBERED:
         table.clear()
     table[problem, index] = choice
     return choice
 
 
-def _without_engine(reason: str) -> Choice:
-    return Choice(None, None, None, None, "default", note=clipped(reason))
-
-
-def _likely_first(algorithms: Iterable[int], dtype: torch.dtype) -> list[int]:
-    likely = _LIKELY[dtype]
-    return sorted(algorithms, key=lambda number: likely.index(number) if number in likely else len(likely))
+def _without_engine(reason: str, asked: Asked | None = None) -> Choice:
+    decides: Decides = "sampling" if isinstance(asked, WeightGradient) else "algorithm"
+    return Choice(None, None, None, None, "default", note=clipped(reason), decides=decides)
 
 
 def _setting() -> str:

@@ -4,13 +4,13 @@ Knows neither CUDA nor tensors: checking, timing and the clock are passed in.
 """
 
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Protocol, TypeVar
 
 import torch
 
 from semisparse.errors import EngineError
-from semisparse.gemm.autotune.algorithm import Choice, clipped, one_line
+from semisparse.gemm.autotune.algorithm import Choice, Decides, clipped, one_line
 
 SECONDS = 0.5
 """Wall time that tuning one problem may take: half for a rough timing of all candidates, a quarter for checking."""
@@ -23,6 +23,8 @@ ROUNDS = 5
 # for a power-limited GPU to react. The limit on calls is for small problems, whose launches have to be queued first.
 _SCREEN, FINAL = (2_000.0, 30), (10_000.0, 100)
 _FEWEST = 3
+
+_MASKED_DENSE: Mapping[int | None, str] = {None: "masked dense"}
 
 _Result = TypeVar("_Result")
 
@@ -47,10 +49,21 @@ class Selection:
         candidates: Checks and times them.
         clock: Seconds.
         seconds: Wall time that it may take from here on.
+        names: Of the candidates in notes, where they are not algorithms and the masked-dense product.
+        decides: As Choice's.
     """
 
-    def __init__(self, candidates: CandidatesLike, clock: Callable[[], float], seconds: float = SECONDS) -> None:
+    def __init__(
+        self,
+        candidates: CandidatesLike,
+        clock: Callable[[], float],
+        seconds: float = SECONDS,
+        names: Mapping[int | None, str] = _MASKED_DENSE,
+        decides: Decides = "algorithm",
+    ) -> None:
         self._candidates, self._clock, self._seconds = candidates, clock, seconds
+        self._names: Mapping[int | None, str] = names
+        self._decides: Decides = decides
         self._begin = clock()
         self._rejected: dict[int, str] = {}
         self._note = ""
@@ -63,11 +76,11 @@ class Selection:
         dense_us = medians.pop(None, None)
         rejected = tuple(sorted(self._rejected.items()))
         if not medians:
-            return Choice(None, None, None, dense_us, "tuned", rejected, self._note)
+            return Choice(None, None, None, dense_us, "tuned", rejected, self._note, decides=self._decides)
         fastest = min(medians, key=lambda algorithm: medians[algorithm])
         sparse_us = medians[fastest]
         chosen = None if dense_us is not None and dense_us <= sparse_us else fastest
-        return Choice(chosen, fastest, sparse_us, dense_us, "tuned", rejected, self._note)
+        return Choice(chosen, fastest, sparse_us, dense_us, "tuned", rejected, self._note, decides=self._decides)
 
     def _screen(self, algorithms: Iterable[int]) -> dict[int, float]:
         """Time every candidate once, correct or not.
@@ -130,7 +143,7 @@ class Selection:
             if contender is not None:
                 self._rejected[contender] = reason
             if contender is None or isinstance(error, torch.OutOfMemoryError):
-                who = "masked dense" if contender is None else f"algorithm {contender}"
+                who = self._names.get(contender, f"algorithm {contender}")
                 self._note = clipped(f"{who} could not be timed: {reason}")
             return None
 
