@@ -44,6 +44,10 @@ class PlanError(SemiSparseError, ValueError):
     """There is no GPU to measure a plan on, or a plan's file is damaged, or it is the plan of another model."""
 
 
+class BenchError(SemiSparseError, ValueError):
+    """The file of a self-check cannot be written, is not there, or is damaged."""
+
+
 class RankMismatchError(SemiSparseError, RuntimeError):
     """The ranks of a data-parallel group hold different layers, settings or held masks."""
 

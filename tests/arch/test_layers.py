@@ -8,7 +8,7 @@ import pytest
 from tests.arch.source import FILES, NAMES, PACKAGE, imported, module_name
 
 LEVELS = {
-    1: {"errors", "arguments", "config", "masks", "pattern", "reference", "sampling", "versions"},
+    1: {"errors", "arguments", "config", "exactness", "masks", "pattern", "reference", "sampling", "versions"},
     2: {"formats", "kernels", "gemm", "native"},
     3: {
         "calls",
@@ -33,6 +33,7 @@ LEVELS = {
         "_check",
         "_plan",
         "planning",
+        "selfcheck",
         "checkpoint",
         "unchanged",
         "environment",

@@ -43,6 +43,7 @@ PUBLIC = {
     "tuning",
 }
 ERRORS = {
+    "BenchError",
     "CheckpointError",
     "ConfigError",
     "EngineError",

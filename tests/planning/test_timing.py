@@ -87,7 +87,7 @@ def test_what_cannot_be_captured_is_left_out_of_graphs_and_timed_as_it_is_otherw
 
 
 def test_blocks_are_interleaved_so_that_a_slow_drift_does_not_flatter_the_first(device: Device) -> None:
-    timing._interleaved({name: device.call(name, 20.0, 0.0) for name in "ab"})
+    timing.interleaved({name: device.call(name, 20.0, 0.0) for name in "ab"})
     blocks = [name for name, before in zip(device.order, [None, *device.order], strict=False) if name != before]
     assert blocks == ["a", "b"] * (1 + timing.ROUNDS)
 
@@ -99,7 +99,7 @@ def test_a_block_that_was_disturbed_does_not_count(device: Device) -> None:
         taken.append(100.0 if 40 < len(taken) < 60 else 10.0)
         device.now += taken[-1]
 
-    assert timing._interleaved({"": call})[""] == pytest.approx(10.0)
+    assert timing.interleaved({"": call})[""] == pytest.approx(10.0)
     assert statistics.mean(taken) > 11
 
 

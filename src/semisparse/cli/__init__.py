@@ -1,1 +1,1 @@
-"""The command line: `semisparse env`, `check` and `plan`. Needs the cli extra."""
+"""The command line: `semisparse env`, `check`, `plan` and `bench`. Needs the cli extra."""

@@ -16,6 +16,7 @@ def build_app() -> "typer.Typer":
     import rich  # noqa: F401  (imported here so that a missing package is reported before a command runs)
 
     import semisparse
+    from semisparse.cli.bench import bench
     from semisparse.cli.check import check
     from semisparse.cli.common import application
     from semisparse.cli.env import env
@@ -25,6 +26,7 @@ def build_app() -> "typer.Typer":
     app.command()(env)
     app.command()(check)
     app.command()(plan)
+    app.command()(bench)
     return app
 
 

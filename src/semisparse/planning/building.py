@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import count
 from types import FunctionType
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -92,7 +93,7 @@ class Bench:
         """The pointwise functions of mode "compiled" alone, forward and backward."""
         x, dh = self._x, torch.ones_like(self._x)
         y = self._dy.clone().requires_grad_(self._any_gradient)
-        alone = self._compile(_own_code(lambda x, y: (F.silu(x), F.silu(y))))
+        alone = self._compile(own_code(lambda x, y: (F.silu(x), F.silu(y))))
 
         def call() -> None:
             x.grad = y.grad = None
@@ -116,7 +117,7 @@ class Bench:
         return self.problem.grad_input or self.problem.grad_weight
 
     def _between_pointwise(self, layer: nn.Linear) -> Callable[..., object]:
-        return self._compile(_own_code(lambda x: F.silu(layer(F.silu(x)))))
+        return self._compile(own_code(lambda x: F.silu(layer(F.silu(x)))))
 
     def _call(self, forward: Callable[..., object], tensors: list[Tensor]) -> Call:
         x, dy, backward = self._x, self._dy, self._any_gradient
@@ -150,8 +151,12 @@ class Bench:
         return torch.autocast(self.device.type, self.dtype)
 
 
-def _own_code(function: Callable[..., object]) -> FunctionType:
-    """The function with a code object of its own: torch.compile limits how often it compiles one code object."""
-    assert isinstance(function, FunctionType)
-    code = function.__code__.replace(co_name=f"planned_{next(_numbers)}")
-    return FunctionType(code, function.__globals__, code.co_name, function.__defaults__, function.__closure__)
+def own_code(function: Callable[..., object]) -> FunctionType:
+    """The function with a code object of its own: torch.compile limits how often it compiles one code object.
+
+    Args:
+        function: A plain function or lambda.
+    """
+    plain = cast(FunctionType, function)
+    code = plain.__code__.replace(co_name=f"planned_{next(_numbers)}")
+    return FunctionType(code, plain.__globals__, code.co_name, plain.__defaults__, plain.__closure__)

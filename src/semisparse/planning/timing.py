@@ -88,8 +88,8 @@ def cuda_times(calls: Mapping[str, Call], mode: Mode) -> dict[str, Times]:
         except RuntimeError as error:
             logger.info("%s cannot be captured in a CUDA graph: %s", name, error)
     if mode == "graph":
-        return {name: Times(ms, ms) for name, ms in _interleaved(graphs).items()}
-    ms = _interleaved({**calls, **{f"graph: {name}": graph for name, graph in graphs.items()}})
+        return {name: Times(ms, ms) for name, ms in interleaved(graphs).items()}
+    ms = interleaved({**calls, **{f"graph: {name}": graph for name, graph in graphs.items()}})
     return {name: Times(ms[name], ms.get(f"graph: {name}"), host_ms(call)) for name, call in calls.items()}
 
 
@@ -104,7 +104,7 @@ def step_times(step: Call) -> Times:
     """
     for _ in range(3):
         step()
-    return Times(_interleaved({"": step}, block_seconds=10 * BLOCK_SECONDS)[""], None, host_ms(step, calls=1))
+    return Times(interleaved({"": step}, block_seconds=10 * BLOCK_SECONDS)[""], None, host_ms(step, calls=1))
 
 
 def host_ms(call: Call, calls: int = _HOST_CALLS) -> float:
@@ -140,8 +140,13 @@ def _captured(call: Call) -> Call:
     return graph.replay
 
 
-def _interleaved(calls: Mapping[str, Call], block_seconds: float = BLOCK_SECONDS) -> dict[str, float]:
-    """Milliseconds of one call each, the median over ROUNDS blocks."""
+def interleaved(calls: Mapping[str, Call], block_seconds: float = BLOCK_SECONDS) -> dict[str, float]:
+    """Milliseconds of one call each on the current GPU, the median over ROUNDS blocks that take turns.
+
+    Args:
+        calls: Name -> what enqueues one call.
+        block_seconds: That each block is sustained for.
+    """
     counts = {}
     for name, call in calls.items():
         _run(call, 3)

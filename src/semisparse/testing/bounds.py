@@ -1,13 +1,11 @@
 """How exact a result must be: the same bits, or an error at most twice PyTorch's own. There are no free tolerances."""
 
-import math
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
-ERROR_RATIO = 2.0
-"""Allowed maximum error, in units of plain PyTorch's maximum error in the same dtype (FlashAttention's test rule)."""
+from semisparse.exactness import ERROR_RATIO, half_unit, largest, own_error
 
 _BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
 
@@ -40,8 +38,8 @@ def assert_as_good_as_torch(
     finite = exact.isfinite() & torch64.isfinite()
     if not torch.equal(ours64[~finite].nan_to_num(nan=0.5), torch64[~finite].nan_to_num(nan=0.5)):
         raise AssertionError("Inf or NaN are in other places than in PyTorch's result")
-    error, torch_error = (_largest((result - exact)[finite]) for result in (ours64, torch64))
-    allowed = max(torch_error, _half_unit(_largest(exact[finite]), ours.dtype))
+    error = largest((ours64 - exact)[finite])
+    allowed = own_error(same_dtype_result.detach()[finite], exact[finite])
     others = iter(samples)
     while not error <= ERROR_RATIO * allowed:
         sample = next(others, None)
@@ -68,8 +66,8 @@ def assert_same_up_to_rounding(ours: Tensor, expected: Tensor, *, operations: in
         AssertionError: The results differ by more, or in shape or dtype.
     """
     _assert_same_kind(ours, expected)
-    error = _largest(ours.detach().double() - expected.detach().double())
-    allowed = operations * 2 * _half_unit(_largest(expected.detach().double()), ours.dtype)
+    error = largest(ours.detach().double() - expected.detach().double())
+    allowed = operations * 2 * half_unit(largest(expected.detach().double()), ours.dtype)
     if not error <= allowed:
         raise AssertionError(
             f"largest difference {error:.3e} exceeds {allowed:.3e}, {operations} units in {ours.dtype}"
@@ -112,16 +110,6 @@ def _as_bits(tensor: Tensor) -> Tensor:
     return torch.where(tensor.isnan(), torch.nan, tensor).contiguous().view(_BITS[tensor.element_size()])
 
 
-def _half_unit(value: float, dtype: torch.dtype) -> float:
-    """Half the distance between neighbours of dtype at value (0 at 0)."""
-    _, exponent = math.frexp(value)
-    return math.ldexp(torch.finfo(dtype).eps, exponent - 2) if value else 0.0
-
-
 def _sample_error(result: Tensor, exact: Tensor) -> float:
     difference = result.detach().double() - exact.detach()
-    return _largest(difference[difference.isfinite()])
-
-
-def _largest(difference: Tensor) -> float:
-    return float(difference.abs().max()) if difference.numel() else 0.0
+    return largest(difference[difference.isfinite()])
