@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
-from semisparse.gemm.autotune.algorithm import Choice
 from semisparse.planning.candidates import DENSE
 from semisparse.selfcheck.contents import Check, Report
 
@@ -133,17 +132,14 @@ def _left_out(report: Report) -> Iterable[str]:
 
 
 def _choices(report: Report) -> Table:
-    made = _table("rows x reduction x columns", "dtype", "choice", "source")
+    figures = ("sparse us", "dense us")
+    made = _table("rows x reduction x columns", "dtype", "choice", *figures, "source", right=figures)
     for key, choice in report.choices:
         size = " x ".join(str(key.get(name, "?")) for name in ("rows", "reduction", "columns"))
-        made.add_row(size, str(key.get("dtype", "?")), _chosen(choice), choice.source)
+        what = "dense" if choice.algorithm is None else f"algorithm {choice.algorithm} {choice.way}".rstrip()
+        times = ("" if us is None else f"{us:.0f}" for us in (choice.sparse_us, choice.dense_us))
+        made.add_row(size, str(key.get("dtype", "?")), what, *times, choice.source)
     return made
-
-
-def _chosen(choice: Choice) -> str:
-    times = [f"{us:.0f} us {name}" for name, us in (("sparse", choice.sparse_us), ("dense", choice.dense_us)) if us]
-    what = "masked dense" if choice.algorithm is None else f"algorithm {choice.algorithm} {choice.way}".rstrip()
-    return f"{what} ({', '.join(times)})" if times else what
 
 
 def _model(report: Report) -> "Iterable[RenderableType]":

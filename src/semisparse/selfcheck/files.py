@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from semisparse.errors import BenchError
-from semisparse.gemm.autotune.algorithm import from_record
+from semisparse.gemm.autotune.algorithm import Source, from_record
 from semisparse.gemm.autotune.store import replace_file
 from semisparse.planning import problems, store
 from semisparse.selfcheck.contents import (
@@ -32,7 +32,6 @@ LARGEST = 4 * 2**20
 """Bytes of a file that is read; a whole one has about 60,000."""
 
 _LONGEST_TEXT, _LONGEST_LIST = 1000, 1000
-_SOURCES = ("tuned", "disk", "shared", "shipped", "default")
 _STARTED = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ")
 
 
@@ -129,7 +128,7 @@ def from_document(content: Any) -> Report:
         [_check(one) for one in _list(content["checks"])],
         [_layout(one) for one in _list(content["layouts"])],
         [_layer(one) for one in _list(content["layers"])],
-        [(_key(one["key"]), from_record(one["choice"], _among(one["source"], _SOURCES)))
+        [(_key(one["key"]), from_record(one["choice"], _among(one["source"], get_args(Source))))
          for one in _list(content["choices"])],
         None if content["model"] is None else _model(content["model"]),
     )  # fmt: skip
