@@ -85,6 +85,8 @@ def benchmark(name: str, rounds: int, toy: bool = False) -> Result:
         "printed": str(plan),
         "predicted_ms": plan.predicted_ms,
         "error": plan.predicted_ms / times[PLAN].median_ms - 1,
+        # Where the plan was tried in the whole step, what the layers' times alone had said.
+        "error_by_layers": None if plan.by_layers_ms is None else plan.by_layers_ms / times[PLAN].median_ms - 1,
         # The card's clock drifts between the plan and the blocks that are compared: the same in units of dense steps.
         "error_of_ratio": (plan.predicted_ms / plan.step.ms) / (times[PLAN].median_ms / times[DENSE].median_ms) - 1,
         "times_ms": {variant: timing.as_dict() for variant, timing in times.items()},

@@ -151,7 +151,7 @@ def test_a_plan_from_elsewhere_says_so(path: Path, monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize(
     "change",
     [
-        {"schema": 2},
+        {"schema": 1},
         {"mode": "fast"},
         {"candidates": {"2:4": {"weight": "3:4"}}},
         {"candidates": {}},

@@ -1,6 +1,8 @@
 """semisparse.plan: which linear layers of a model gain from what, measured on this GPU."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,19 +11,26 @@ from torch import nn
 
 from semisparse.arguments import check_choice
 from semisparse.config import SparseConfig
-from semisparse.errors import ConfigError, PlanError
+from semisparse.errors import ConfigError, PlanError, SemiSparseError
+from semisparse.gemm.autotune.algorithm import one_line
 from semisparse.planning import collect
 from semisparse.planning.candidates import DENSE, as_candidates
-from semisparse.planning.choosing import MARGIN, Choice, Measured, choose, predicted, summed
+from semisparse.planning.choosing import MARGIN, Choice, Measured, predicted, ranked, summed
 from semisparse.planning.contents import PlanRow
 from semisparse.planning.measuring import Measurer, distinct, logger
 from semisparse.planning.problems import LayerUse
 from semisparse.planning.result import Plan
 from semisparse.planning.store import PlanStore, machine
 from semisparse.planning.timing import Mode, Times, step_times
+from semisparse.planning.trial import Trial, tried
 from semisparse.surgery.selection import Selector
 
 __all__ = ["Plan", "plan"]
+
+_TRIED = 3
+"""Choices that are tried in the whole step: each takes about three seconds."""
+TRIAL_MARGIN = 0.01
+"""A choice must save this share of the whole step when it is tried in it."""
 
 
 def plan(
@@ -41,9 +50,9 @@ def plan(
 ) -> Plan:
     """Measure which linear layers of model gain from which settings, forward and backward, on this GPU.
 
-    One forward finds the layers' problems: tokens, sizes, dtypes, and which gradients are needed. Each distinct problem
-    is then timed once, on layers of its own, all candidates interleaved, with pruning, packing, casts and host time.
-    The model stays as it is; on meta, the inputs are, too. What activation checkpointing recomputes is not counted.
+    One forward finds the layers' problems: tokens, sizes, dtypes, needed gradients. Each distinct problem is then timed
+    once, on layers of its own, all candidates interleaved, with pruning, packing, casts and host time. The model stays
+    as it is; on meta, the inputs are, too. What activation checkpointing recomputes is not counted.
 
     Args:
         model: A dense model. Call plan as you train: in the same autocast, in train mode.
@@ -57,8 +66,9 @@ def plan(
         select: As sparsify's. Default: every linear layer except heads, patch embeddings and adapters.
         exclude: As sparsify's.
         step: The dense training step, to predict the planned one: its milliseconds, or a callable without arguments,
-            which is run and timed (it trains); then also where the host bounds it.
-        seconds: Budget for measuring. What is not reached stays dense and says so. Default: no limit.
+            which is run and timed (it trains); then also where the host bounds it. In mode "eager" the best choices
+            are tried in it, swapped into model and out again, and only what makes the step faster is planned.
+        seconds: Budget for measuring layers. What is not reached stays dense and says so. Default: no limit.
         device: CUDA device to measure on. Default: the model's, or the current one.
         progress: Gets a line of text per problem; print, for example.
         cache: Whether times are kept in $XDG_CACHE_HOME/semisparse/plans (or ~/.cache) and read there; or a folder.
@@ -75,15 +85,14 @@ def plan(
     """
     check_choice("mode", mode, Mode)
     settings = as_candidates(candidates)
-    if seconds is not None and not (isinstance(seconds, (int, float)) and seconds > 0):
-        raise ConfigError(f"seconds={seconds!r} must be a positive number of seconds, or None for no limit")
+    _check_budget(seconds)
     uses = uses_of(model, inputs, keywords, tokens, select, exclude)
     where = _where(model, device)
     with torch.cuda.device(where):
         dense = step_times(step) if callable(step) else step
         store = None if cache is False else PlanStore(None if cache is True else Path(cache))
-        measurer = Measurer(settings, mode, where, store, seconds, progress)
-        return planned(uses, measurer, _given(dense))
+        trial = partial(tried, model, step) if callable(step) and mode == "eager" else None
+        return planned(uses, Measurer(settings, mode, where, store, seconds, progress), _given(dense), trial)
 
 
 def uses_of(
@@ -106,29 +115,64 @@ def uses_of(
     return collect.from_forward(model, inputs, keywords, select, exclude)
 
 
-def planned(uses: Sequence[LayerUse], measurer: Measurer, step: Times | None = None) -> Plan:
+def planned(
+    uses: Sequence[LayerUse], measurer: Measurer, step: Times | None = None, trial: Trial | None = None
+) -> Plan:
     """Measure what layers ask for, and choose.
 
     Args:
         uses: Of a model, or made by hand.
         measurer: How to measure.
         step: Of the dense step, if known.
+        trial: Tries choices in the step, if it can be done.
     """
     kind = measurer.device.type
     with torch.random.fork_rng([measurer.device] if kind == "cuda" else []), torch.autocast(kind, enabled=False):
         found = measurer.measure(distinct(uses))
     layers = [summed(use, found) for use in uses]
-    choice = choose(layers, measurer.candidates, measurer.mode, step)
+    choices = ranked(layers, measurer.candidates, measurer.mode, step)
+    choice, remarks = choices[0], tuple[str, ...]()
+    by_layers = None if step is None else predicted(layers, choice, step)
+    expected = by_layers
+    if trial is not None and step is not None and set(choice.names) != {DENSE}:
+        try:
+            choice, base, expected, told = _fastest(choices, layers, measurer, trial)
+            step = replace(step, ms=base)
+            by_layers = predicted(layers, choice, step)
+            remarks = (told,)
+        except (SemiSparseError, torch.OutOfMemoryError) as error:
+            remarks = (f"No choice could be tried in the whole step: {one_line(error)}",)
     rows = tuple(_row(index, layers, choice, measurer.candidates) for index in range(len(layers)))
+    facts = machine(measurer.device)
     return Plan(
-        rows,
-        measurer.mode,
-        dict(measurer.candidates),
-        machine(measurer.device),
-        step,
-        None if step is None else predicted(layers, choice, step),
-        choice.host_weight,
+        rows, measurer.mode, dict(measurer.candidates), facts, step, expected, choice.host_weight, remarks, by_layers
     )
+
+
+def _fastest(
+    choices: Sequence[Choice], layers: Sequence[Measured], measurer: Measurer, trial: Trial
+) -> tuple[Choice, float, float, str]:
+    """Try the best choices: the fastest, the milliseconds of the dense step and of its own, and what was found."""
+    dense = next(choice for choice in choices if set(choice.names) == {DENSE})
+    better = choices[: min(choices.index(dense), _TRIED)]
+    measurer.progress(f"trying {len(better)} choices in the whole step")
+    variants = [
+        {
+            layer.use.name: measurer.candidates[name]
+            for layer, name in zip(layers, choice.names, strict=True)
+            if name != DENSE
+        }
+        for choice in better
+    ]
+    base, *times = trial([{}, *variants])
+    listed = ", ".join(
+        f"{ms:.2f} ms with {len(configs)} layers swapped" for ms, configs in zip(times, variants, strict=True)
+    )
+    told = f"Tried in the whole step: {base:.2f} ms dense, {listed}."
+    best = min(range(len(times)), key=lambda index: times[index])
+    if times[best] < (1 - TRIAL_MARGIN) * base:
+        return better[best], base, times[best], told
+    return replace(dense, tried=True), base, base, told
 
 
 def _row(index: int, layers: Sequence[Measured], choice: Choice, candidates: Mapping[str, SparseConfig]) -> PlanRow:
@@ -151,11 +195,18 @@ def _why_dense(layer: Measured, choice: Choice) -> str:
     best = min(others, key=lambda name: others[name].ms if weight is None else others[name].on_device)
     dense = layer.times[DENSE]
     ratio = others[best].ms / dense.ms if weight is None else others[best].on_device / dense.on_device
+    if ratio < 1 - MARGIN and choice.tried:
+        return f"{best} takes {ratio:.2f} of dense's time on the GPU, but the whole step was not faster"
     if ratio < 1 - MARGIN:
         return f"{best} takes {ratio:.2f} of dense's time on the GPU, but costs the host more than the step gains"
     if ratio < 1:
         return f"the fastest, {best}, takes {ratio:.3f} of dense's time, which is within {MARGIN:.0%}"
     return f"the fastest, {best}, takes {ratio:.2f} of dense's time"
+
+
+def _check_budget(seconds: float | None) -> None:
+    if seconds is not None and not (isinstance(seconds, (int, float)) and seconds > 0):
+        raise ConfigError(f"seconds={seconds!r} must be a positive number of seconds, or None for no limit")
 
 
 def _where(model: nn.Module, device: torch.device | str | None) -> torch.device:

@@ -86,37 +86,51 @@ class Choice:
         names: Candidate of each layer, in their order.
         casts: Of the inputs that are rounded once for several layers, how much of each layer's time that saves.
         host_weight: Share of host time in the costs that were compared; None if the step's times are not known.
+        tried: Whether others were tried in the whole step, and none was faster.
     """
 
     names: tuple[str, ...]
     casts: tuple[Times | None, ...]
     host_weight: float | None = None
+    tried: bool = False
 
 
 def choose(
     layers: Sequence[Measured], candidates: Mapping[str, SparseConfig], mode: Mode, step: Times | None
 ) -> Choice:
-    """Choose for all layers.
+    """The best of ranked()."""
+    return ranked(layers, candidates, mode, step)[0]
+
+
+def ranked(
+    layers: Sequence[Measured], candidates: Mapping[str, SparseConfig], mode: Mode, step: Times | None
+) -> list[Choice]:
+    """Choices for all layers, all of them different, the one with the fastest predicted step first.
 
     Args:
         layers: In the model's order.
         candidates: Settings by name.
         mode: How the step runs; a captured eager step shares no casts.
         step: Of the dense step, or None.
+
+    Returns:
+        One choice if the step's host time is not known. Else one or more, of which one leaves all layers dense.
     """
     groups = _groups(layers, shares=mode != "graph")
     if step is None or step.host_ms is None:
-        return _chosen(layers, groups, candidates, lambda times: times.ms, None)
+        return [_chosen(layers, groups, candidates, lambda times: times.ms, None)]
     weights = _WEIGHTS if mode != "graph" else [0.0]
-    choices = []
+    choices: dict[tuple[str, ...], Choice] = {}
     for weight in weights:
 
         def cost(times: Times, weight: float = weight) -> float:
             return (1 - weight) * times.on_device + weight * times.on_host
 
-        choices.append(_chosen(layers, groups, candidates, cost, weight))
-    choices.append(Choice((DENSE,) * len(layers), (None,) * len(layers), 0.0))
-    return min(choices, key=lambda choice: predicted(layers, choice, step))
+        choice = _chosen(layers, groups, candidates, cost, weight)
+        choices.setdefault(choice.names, choice)
+    dense = Choice((DENSE,) * len(layers), (None,) * len(layers), 0.0)
+    choices.setdefault(dense.names, dense)
+    return sorted(choices.values(), key=lambda choice: predicted(layers, choice, step))
 
 
 def predicted(layers: Sequence[Measured], choice: Choice, step: Times) -> float:

@@ -50,6 +50,7 @@ class PlanContents:
     predicted_ms: float | None = None
     host_weight: float | None = None
     remarks: tuple[str, ...] = ()
+    by_layers_ms: float | None = None
 
     @property
     def configs(self) -> dict[str, SparseConfig]:

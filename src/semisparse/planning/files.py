@@ -17,7 +17,7 @@ from semisparse.planning.contents import PlanContents, PlanRow
 from semisparse.planning.store import machine, times
 from semisparse.planning.timing import Mode, Times
 
-SCHEMA = 1
+SCHEMA = 2
 """Version of the file; others are not read."""
 
 
@@ -43,6 +43,7 @@ def document(plan: PlanContents) -> dict[str, Any]:
         "predicted_ms": plan.predicted_ms,
         "host_weight": plan.host_weight,
         "remarks": list(plan.remarks),
+        "by_layers_ms": plan.by_layers_ms,
         "rows": [_row_record(row) for row in plan.rows],
     }
 
@@ -84,6 +85,7 @@ def read(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
             "predicted_ms": _number(content["predicted_ms"]),
             "host_weight": _number(content["host_weight"]),
             "remarks": tuple(_text(remark) for remark in content["remarks"]),
+            "by_layers_ms": _number(content["by_layers_ms"]),
         }
         return fields, [_row(record, candidates) for record in content["rows"]]
     except OSError as error:

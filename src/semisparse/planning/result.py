@@ -27,9 +27,10 @@ class Plan(PlanContents):
         candidates: Settings that were compared with dense, by name.
         machine: GPU and versions that it was measured with.
         step: Of the whole dense step, if it is known.
-        predicted_ms: Of the planned step; None if the dense one is not known.
+        predicted_ms: Of the planned step; None if the dense one is not known. Measured, if the plan was tried.
         host_weight: Share of the host's time in the choice; None if the dense step's is not known.
-        remarks: What else to know.
+        remarks: What else to know, such as what was tried in the whole step.
+        by_layers_ms: What the layers' times alone predict of the planned step.
     """
 
     def differences(self, model: nn.Module) -> dict[str, str]:

@@ -24,6 +24,7 @@ Call = Callable[[], object]
 BLOCK_SECONDS = 0.1
 WARM_SHARE = 0.25
 ROUNDS = 5
+_STEADY_SECONDS, _STEADY_SHARE = (3.0, 15.0), 0.003
 _HOST_CALLS = 10
 """Launches of so few calls fit into the queue of a stream (about 1000), so that the host does not wait for the GPU."""
 
@@ -104,6 +105,7 @@ def step_times(step: Call) -> Times:
     """
     for _ in range(3):
         step()
+    _until_steady(step)
     return Times(interleaved({"": step}, block_seconds=10 * BLOCK_SECONDS)[""], None, host_ms(step, calls=1))
 
 
@@ -140,6 +142,28 @@ def _captured(call: Call) -> Call:
     return graph.replay
 
 
+def calls_per_block(call: Call, block_seconds: float = BLOCK_SECONDS) -> int:
+    """How many calls fill a block; runs a few.
+
+    Args:
+        call: Enqueues work.
+        block_seconds: Of a block.
+    """
+    _run(call, 3)
+    return max(3, round(1000 * block_seconds / max(_run(call, 3) / 3, 1e-3)) + 1)
+
+
+def block_ms(call: Call, count: int) -> float:
+    """Milliseconds of one call in a block that has warmed up.
+
+    Args:
+        call: Enqueues work.
+        count: Calls in the block.
+    """
+    _run(call, max(1, round(count * WARM_SHARE)))
+    return _run(call, count) / count
+
+
 def interleaved(calls: Mapping[str, Call], block_seconds: float = BLOCK_SECONDS) -> dict[str, float]:
     """Milliseconds of one call each on the current GPU, the median over ROUNDS blocks that take turns.
 
@@ -147,16 +171,27 @@ def interleaved(calls: Mapping[str, Call], block_seconds: float = BLOCK_SECONDS)
         calls: Name -> what enqueues one call.
         block_seconds: That each block is sustained for.
     """
-    counts = {}
-    for name, call in calls.items():
-        _run(call, 3)
-        counts[name] = max(3, round(1000 * block_seconds / max(_run(call, 3) / 3, 1e-3)) + 1)
+    counts = {name: calls_per_block(call, block_seconds) for name, call in calls.items()}
     blocks: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(ROUNDS):
         for name, call in calls.items():
-            _run(call, max(1, round(counts[name] * WARM_SHARE)))
-            blocks[name].append(_run(call, counts[name]) / counts[name])
+            blocks[name].append(block_ms(call, counts[name]))
     return {name: statistics.median(values) for name, values in blocks.items()}
+
+
+def _until_steady(step: Call) -> None:
+    """Run steps until half a second of them takes as long as the half before: a cold GPU clocks higher.
+
+    A compiled Llama-style step took 131 ms on an H100 right after compiling, and 139 ms in the long run that followed.
+    """
+    least, most = _STEADY_SECONDS
+    count, spent, before = calls_per_block(step, 5 * BLOCK_SECONDS), 0.0, 0.0
+    while spent < 1000 * most:
+        taken = _run(step, count)
+        spent += taken
+        if spent > 1000 * least and abs(taken - before) < _STEADY_SHARE * taken:
+            return
+        before = taken
 
 
 def _run(call: Call, count: int) -> float:

@@ -1,0 +1,113 @@
+"""Trying choices in the whole step: a simulated clock tells what a step takes with the layers that are swapped."""
+
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from torch import nn
+
+from semisparse import SparseConfig
+from semisparse._plan import planned, uses_of
+from semisparse.errors import PlanError
+from semisparse.nn.base import SemiSparseBase
+from semisparse.planning import timing, trial
+from semisparse.planning.timing import Times
+from semisparse.planning.trial import Configs, tried
+from tests.planning.simulated import SimulatedTimer, measurer
+
+PLAIN, SAMPLED = SparseConfig(), SparseConfig(grad_output="mvue")
+
+
+class Net:
+    """A model, its step, and a clock: every step takes 10 ms, and `each` more per swapped layer that it calls."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, each: float) -> None:
+        self.model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32))
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1)
+        self.each, self.now, self.seen = each, 0.0, set[tuple[str, ...]]()
+        monkeypatch.setattr(timing, "_run", self._run)
+
+    def step(self) -> None:
+        self.model(torch.ones(8, 32)).sum().backward()
+        self.optimizer.step()
+        swapped = self.swapped()
+        self.seen.add(tuple(str(layer.sparse_config.grad_output) for layer in swapped))
+        self.now += 10 + self.each * len(swapped)
+
+    def swapped(self) -> list[SemiSparseBase]:
+        return [layer for layer in self.model if isinstance(layer, SemiSparseBase)]
+
+    def _run(self, call: Callable[[], object], count: int) -> float:
+        before = self.now
+        call()  # as often as asked for would be slow
+        return (self.now - before) * count
+
+
+def test_each_variant_is_timed_in_the_step_and_the_model_is_dense_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = Net(monkeypatch, each=2.0)
+    before = net.model[0].weight.clone()
+    assert tried(net.model, net.step, [{}, {"0": PLAIN}, {"0": PLAIN, "1": SAMPLED}]) == [10.0, 12.0, 14.0]
+    assert net.seen == {(), ("None",), ("None", "mvue")}
+    assert [type(layer) for layer in net.model] == [nn.Linear, nn.Linear]
+    assert not torch.equal(net.model[0].weight, before), "the steps train"
+
+
+def test_a_step_that_does_not_run_the_model_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    net, other = Net(monkeypatch, each=2.0), Net(monkeypatch, each=2.0)
+    with pytest.raises(PlanError, match="does not run the layers of model"):
+        tried(other.model, net.step, [{}, {"0": PLAIN}])
+    assert not other.swapped()
+
+
+def test_an_error_of_the_step_comes_through_and_the_model_is_dense_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = Net(monkeypatch, each=2.0)
+
+    def step() -> None:
+        if net.swapped():
+            raise ValueError("of the step")
+        net.step()
+
+    with pytest.raises(ValueError, match="of the step"):
+        tried(net.model, step, [{}, {"0": PLAIN}])
+    assert not net.swapped()
+
+
+STEP = Times(100.0, None, 60.0)
+
+
+def choices(attempt: trial.Trial) -> tuple[Sequence[str], object]:
+    """A plan of two layers whose candidates save time on the device, and one of them host time, too."""
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)).to(torch.bfloat16)
+    timer = SimulatedTimer({"dense": 1.0, "2:4": 0.5}, {"dense": 1.0, "2:4": 2.0})
+    x = torch.ones(64, 64, dtype=torch.bfloat16)
+    plan = planned(uses_of(model, (x,), {}, None), measurer(timer, ["2:4"]), STEP, attempt)
+    return [row.choice for row in plan], plan
+
+
+@pytest.mark.parametrize(
+    ("ms", "chosen", "predicted"), [(80.0, "2:4", 80.0), (99.5, "dense", 98.0 + 2), (130.0, "dense", 100.0)]
+)
+def test_what_the_trial_measured_decides(ms: float, chosen: str, predicted: float) -> None:
+    asked: list[Configs] = []
+
+    def attempt(variants: Sequence[Configs]) -> list[float]:
+        asked.extend(variants)
+        return [100.0 + 1e-9, *[ms] * (len(variants) - 1)]
+
+    found, plan = choices(attempt)
+    assert asked[0] == {} and all(asked[1:]) and set(found) == {chosen}
+    assert plan.predicted_ms == pytest.approx(predicted) and plan.by_layers_ms is not None
+    assert "Tried in the whole step: 100.00 ms dense" in str(plan) and f"{ms:.2f} ms with 2 layers" in str(plan)
+    if chosen == "dense":
+        assert "but the whole step was not faster" in str(plan)
+
+
+def test_a_trial_that_fails_is_said_and_the_layers_times_decide() -> None:
+    def attempt(variants: Sequence[Configs]) -> list[float]:
+        raise PlanError("step is of another model")
+
+    found, plan = choices(attempt)
+    assert set(found) == {"2:4"} and plan.predicted_ms == plan.by_layers_ms
+    assert "No choice could be tried in the whole step: PlanError: step is of another model" in " ".join(
+        str(plan).split()
+    )
