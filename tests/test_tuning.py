@@ -1,7 +1,7 @@
 """The public door to the autotuner's choices."""
 
 import json
-from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -50,11 +50,29 @@ def test_without_ranks_there_is_nothing_to_share() -> None:
         tuning.share()
 
 
-def test_all_ranks_use_the_choices_of_all_and_the_lowest_rank_decides(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("GLOO_SOCKET_IFNAME", loopback())
-    torch.multiprocessing.spawn(ranks.worker, args=(str(tmp_path),), nprocs=ranks.WORLD)
-    found = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(ranks.WORLD)]
-    assert [record["known"] for record in found] == [{"both": 3, "first": 1, "second": 7}] * 2
-    assert [record["counts"] for record in found] == [[2, 3], [0, 3]]
+@pytest.fixture(scope="module")
+def ranked(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What two ranks found; they are started once for all tests."""
+    folder = tmp_path_factory.mktemp("ranks")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("GLOO_SOCKET_IFNAME", loopback())
+        torch.multiprocessing.spawn(ranks.worker, args=(str(folder),), nprocs=ranks.WORLD)
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(ranks.WORLD)]
+
+
+def test_all_ranks_use_the_choices_of_all_and_the_lowest_rank_decides(ranked: list[dict[str, Any]]) -> None:
+    assert [record["known"] for record in ranked] == [{"both": 3, "first": 1, "second": 7}] * 2
+    assert [record["counts"] for record in ranked] == [[2, 3], [0, 3]]
+
+
+def test_ranks_that_tune_a_model_divide_the_work_and_end_with_the_same_choices(ranked: list[dict[str, Any]]) -> None:
+    first, second = ranked
+    assert first["outcomes"] == second["outcomes"] == ["tuned"] * 4
+    assert first["measured"] == second["measured"] == 2
+    assert first["choices"] == second["choices"] == [(columns, 4) for columns in (8, 16, 24, 32)]
+
+
+def test_a_rank_that_fails_ends_all_ranks(ranked: list[dict[str, Any]]) -> None:
+    first, second = ranked
+    assert first["error"] == "RuntimeError: mine"
+    assert second["error"] == "RankMismatchError: rank 0 of the group failed while tuning: RuntimeError: mine"

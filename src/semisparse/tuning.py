@@ -1,28 +1,78 @@
 """Choices of the autotuner: read them for a report, keep them for a later run, share them between ranks.
 
 The first call with a problem (sizes, dtype, storage orders) measures which algorithm of cuSPARSELt, or masked dense, is
-fastest; or, of a weight gradient in fp8 with grad_output="mvue", whether it is sampled at all. Ranks that measure
-separately may choose differently. Every choice is right, but algorithms sum in different orders, so results may then
-differ between ranks in the last bit, and one rank may sample what another does not. `share` makes all ranks use the
-same choices.
+fastest; or, of a weight gradient in fp8 with grad_output="mvue", whether it is sampled at all. `tune` does that for a
+whole model, before the first step. Ranks that measure separately may choose differently. Every choice is right, but
+algorithms sum in different orders, so results may then differ between ranks in the last bit, and one rank may sample
+what another does not. `share` makes all ranks use the same choices, and so does `tune`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
+from torch import nn
 
+from semisparse._tune import tuned
 from semisparse.errors import ConfigError
 from semisparse.gemm.autotune.algorithm import Choice
 from semisparse.gemm.autotune.autotuner import autotuner
 from semisparse.gemm.autotune.store import canonical
+from semisparse.planning.ranks import Ranks
+from semisparse.planning.tuned import TunedProblem, TuningReport
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["Choice", "choices", "load_state", "share", "state"]
+__all__ = ["Choice", "TunedProblem", "TuningReport", "choices", "load_state", "share", "state", "tune"]
+
+logger = logging.getLogger(__name__)
+
+
+def tune(
+    model: nn.Module,
+    *inputs: Any,
+    seconds: float | None = None,
+    progress: Callable[[str], None] = logger.info,
+    group: ProcessGroup | None = None,
+    **keywords: Any,
+) -> TuningReport:
+    """Choose the algorithms of all products of a model's semi-sparse layers now, instead of at the first steps.
+
+    One forward finds the distinct problems of a step: forward, input gradient and weight gradient, in 16 bits and fp8,
+    of layers in a dense phase, too. Problems without a choice are measured on random operands, for about half a second
+    each. Choices are kept where those of first calls are. Parameters, buffers, gradients, hooks and random number
+    generators stay as they are, which needs memory for one copy of the model.
+
+    A collective call where torch.distributed is initialized: ranks share what they know, divide what is missing among
+    those that miss it, and share again, so that all use the same choices.
+
+    Args:
+        model: With semi-sparse layers. Call tune as you train: in the same autocast, in train mode.
+        *inputs: Of one forward, at the size of a training step.
+        seconds: Budget, for each rank. A problem that is begun is finished; what is not reached is left out and said to
+            be. Default: no limit.
+        progress: Gets a line of text per measured problem; print, for example.
+        group: The ranks that tune together; default: all of them.
+        **keywords: Of the forward. Names that are arguments of tune itself cannot be passed on.
+
+    Returns:
+        Per problem: tuned now, measured before, from the table that ships with the package, or left out and why; and
+        the layers that have no product to tune. Without rows where the inputs reach no sparse product.
+
+    Raises:
+        NoLayerMatchedError: model has no semi-sparse layer.
+        ConfigError: seconds is not a positive number, or SEMISPARSE_TUNE is not among its values.
+        RankMismatchError: Another rank failed.
+        Exception: Whatever the model's forward or progress raises.
+    """
+    if seconds is not None and not (type(seconds) in (int, float) and seconds > 0):
+        raise ConfigError(f"seconds={seconds!r} must be a positive number of seconds, or None for no limit")
+    active = dist.is_available() and dist.is_initialized() and dist.get_rank(group) >= 0
+    return tuned(model, inputs, keywords, seconds, progress, Ranks(group, lambda: share(group), active))
 
 
 def choices() -> list[tuple[dict[str, object], Choice]]:

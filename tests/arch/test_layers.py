@@ -32,6 +32,7 @@ LEVELS = {
         "tuning",
         "_check",
         "_plan",
+        "_tune",
         "planning",
         "selfcheck",
         "checkpoint",

@@ -72,7 +72,7 @@ RECIPES = {
     "sr_ste",
     "step",
 }
-TUNING = {"Choice", "choices", "load_state", "share", "state"}
+TUNING = {"Choice", "TunedProblem", "TuningReport", "choices", "load_state", "share", "state", "tune"}
 TESTING = {
     "DTYPES",
     "HALF_DTYPES",

@@ -49,7 +49,23 @@ def from_forward(
         ConfigError: model is not a module, or a selector is none.
         Exception: Whatever the model raises; the hooks are gone then, too.
     """
-    layers = _layers(model, select, exclude)
+    return calls_of(model, _layers(model, select, exclude), inputs, keywords)
+
+
+def calls_of(
+    model: nn.Module, layers: list[tuple[FoundLayer, str]], inputs: tuple[Any, ...], keywords: Mapping[str, Any]
+) -> tuple[LayerUse, ...]:
+    """As from_forward(), for layers that the caller chose.
+
+    Args:
+        model: On any device, meta included.
+        layers: Linear layers of it, semi-sparse ones too, each with why it stays dense, or "".
+        inputs: Of the forward.
+        keywords: Of the forward.
+
+    Raises:
+        Exception: Whatever the model raises; the hooks are gone then, too.
+    """
     probe = _Probe(layers)
     with unchanged(model, (inputs, keywords)), probe.watching(), torch.enable_grad():
         model(*inputs, **keywords)
