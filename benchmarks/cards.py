@@ -14,7 +14,17 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that the file runs as a script from anywhere
 
-from benchmarks import compare, compare_tables, fp8_tables, host_tables, large_m, picture, tables
+from benchmarks import (
+    bench_cards,
+    compare,
+    compare_tables,
+    decisions,
+    fp8_tables,
+    host_tables,
+    large_m,
+    picture,
+    tables,
+)
 from benchmarks.blocks import filled
 from benchmarks.launches import launch_note
 from benchmarks.models import CARDS as MODELS
@@ -28,7 +38,7 @@ from semisparse_lab.report.curves import curves
 
 RESULTS, CARDS = ROOT / "benchmarks" / "results", ROOT / "benchmarks" / "cards"
 ACCURACY = RESULTS / "accuracy"
-PAGES = tuple(ROOT / name for name in ("README.md", "docs/speed.md", "docs/accuracy.md"))
+PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("speed", "accuracy", "plan", "cards")))
 MASK_STUDY = ("signed-greedy", "greedy", "sparse-100")
 ON_PAGE = ("vit-fashion-mnist", "vit-fashion-mnist-long", "dino-fashion-mnist", "gpt-stdlib")
 TEXT_ONCE = ("gpt-mvue", "gpt-fp8")
@@ -244,12 +254,13 @@ def accuracy_summary() -> str:
 def blocks() -> dict[str, str]:
     """Name -> text of each generated block of the pages."""
     linear, small, steps, slow = load("linear"), load("small-linear"), gaining_steps(), no_gain_steps()
-    losing = tables.losing([*slow, *small, *linear])
     every = [result for results in accuracy().values() for result in results]
     made = {
         "speed": _speed_block(steps),
         "compare": _compare_block(),
-        "no-gain": f"{losing.markdown()}\n\n{short_origin([*slow, *small, *linear])}",
+        "no-gain": _no_gain_block([*slow, *small, *linear]),
+        "decisions": _decisions_block(),
+        "gpus": bench_cards.block(),
         "accuracy": f"{accuracy_summary()} Measured on {gpus(every)}.",
         "models": _models_block(),
         "eager-linear": _block(load("eager-linear"), host_tables.eager_linear, "--eager "),
@@ -287,6 +298,24 @@ def _speed_block(steps: list[Result]) -> str:
     compared = load("compare-model")
     shown = [tables.end_to_end_short(steps), *([compare_tables.short(compared)] if compared else [])]
     return "\n\n".join([*(table.markdown() for table in shown), short_origin([*steps, *compared])])
+
+
+def _no_gain_block(results: list[Result]) -> str:
+    """What plans avoided on whole models; while there are no plans, steps and layers that lose."""
+    avoided = decisions.avoided(load("plan"))
+    if avoided.rows:
+        return f"{avoided.markdown()}\n\n{decisions.NOTE} {short_origin(load('plan'))}"
+    return f"{tables.losing(results).markdown()}\n\n{short_origin(results)}"
+
+
+def _decisions_block() -> str:
+    results = load("plan")
+    if not results:
+        return _missing("--plan ")
+    shown = [decisions.NOTE, decisions.decided(results).markdown()]
+    if why := decisions.reasons(results):
+        shown += ["Why layers stay dense, as the plans say:", why]
+    return _remade("\n\n".join(shown), results, "--plan ")
 
 
 def _compare_block() -> str:

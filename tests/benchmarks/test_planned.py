@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks import benchmark_semi_structured_training as program
-from benchmarks import models, planned, planned_models, table
+from benchmarks import decisions, models, planned, planned_models, table
 from semisparse import Plan
 from semisparse.planning.timing import Times
 from tests.benchmarks.test_compare import build, training
@@ -35,6 +35,8 @@ def test_a_plan_is_made_applied_and_judged_beside_dense_and_everything_swapped(
     assert [row["choice"] for row in result["plan"]["rows"]] == ["2:4 + mvue"] * 2
     (tmp_path / "plan.json").write_text(json.dumps(result["plan"]))
     assert str(Plan.load(tmp_path / "plan.json")) == result["printed"]
+    (row,) = decisions.decided([result]).rows
+    assert row[0] == "one" and row[-2] == "2 2:4 + mvue of 2"
     assert max(map(len, capsys.readouterr().out.splitlines())) <= table.WIDTH
 
 

@@ -1,5 +1,6 @@
 """The parts of a self-check: layers and a model at toy size, and what happens where one raises or time runs out."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -36,7 +37,7 @@ def test_the_choices_are_those_of_the_layers(monkeypatch: pytest.MonkeyPatch) ->
         ({"rows": 64, "reduction": 32, "columns": 16}, choice),
         ({"rows": 64, "reduction": 64, "columns": 16}, choice),
     ]
-    monkeypatch.setattr(layers.tuning, "choices", lambda: entries)
+    monkeypatch.setattr(layers, "autotuner", lambda: SimpleNamespace(used=lambda: entries))
     assert layers.choices_of([LinearProblem(*TOY[0])]) == entries[:1]
 
 

@@ -136,7 +136,10 @@ def _choices(report: Report) -> Table:
     made = _table("rows x reduction x columns", "dtype", "choice", *figures, "source", right=figures)
     for key, choice in report.choices:
         size = " x ".join(str(key.get(name, "?")) for name in ("rows", "reduction", "columns"))
-        what = "dense" if choice.algorithm is None else f"algorithm {choice.algorithm} {choice.way}".rstrip()
+        if choice.decides == "sampling":
+            what = "dW not sampled" if choice.algorithm is None else "dW sampled"
+        else:
+            what = "dense" if choice.algorithm is None else f"algorithm {choice.algorithm} {choice.way}".rstrip()
         times = ("" if us is None else f"{us:.0f}" for us in (choice.sparse_us, choice.dense_us))
         made.add_row(size, str(key.get("dtype", "?")), what, *times, choice.source)
     return made

@@ -208,12 +208,5 @@ def _published_table() -> Any:
     for heading in ("bf16, 2:4", "fp8, 2:4 / dense fp8", "fp8 + 2:4 / dense bf16"):
         table.add_column(heading, justify="right")
     for one in PUBLISHED:
-        table.add_row(one.gpu, _spread(one.bf16, one.bf16_spread), _spread(one.fp8, one.fp8_spread),
-                      _spread(one.fp8_over_bf16, None))  # fmt: skip
+        table.add_row(one.gpu, *one.cells)
     return table
-
-
-def _spread(value: float | None, spread: tuple[float, float] | None) -> str:
-    if value is None:
-        return ""
-    return f"{value:.2f}" + (f" ({spread[0]:.2f} to {spread[1]:.2f})" if spread else "")

@@ -83,6 +83,17 @@ class Published:
     fp8_spread: tuple[float, float] | None = None
     fp8_over_bf16: float | None = None
 
+    @property
+    def cells(self) -> tuple[str, str, str]:
+        """The three ratios as text, with percentiles where there are some; "" where there is no ratio."""
+        return _cell(self.bf16, self.bf16_spread), _cell(self.fp8, self.fp8_spread), _cell(self.fp8_over_bf16, None)
+
+
+def _cell(value: float | None, spread: tuple[float, float] | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:.2f}" + (f" ({spread[0]:.2f} to {spread[1]:.2f})" if spread else "")
+
 
 PUBLISHED = (
     Published("A100 PCIe (sm80)", 1.61, (1.20, 1.68)),

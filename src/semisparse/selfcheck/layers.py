@@ -3,8 +3,9 @@
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from semisparse import tuning
 from semisparse.gemm.autotune.algorithm import Choice
+from semisparse.gemm.autotune.autotuner import autotuner
+from semisparse.gemm.autotune.store import canonical
 from semisparse.planning.measuring import Measurer
 from semisparse.planning.problems import LinearProblem
 from semisparse.selfcheck.contents import LayerTimes
@@ -41,8 +42,9 @@ def choices_of(problems: Sequence[LinearProblem]) -> list[tuple[dict[str, object
         problems: That ran in this process.
     """
     features = [{problem.in_features, problem.out_features} for problem in problems]
+    found = {canonical(key): (key, choice) for key, choice in autotuner().used()}
     return [
         (key, choice)
-        for key, choice in tuning.choices()
+        for key, choice in found.values()
         if any(wanted <= {key.get("rows"), key.get("reduction"), key.get("columns")} for wanted in features)
     ]

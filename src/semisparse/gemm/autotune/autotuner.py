@@ -243,6 +243,10 @@ class Autotuner:
         """(key, choice) of each problem bucket with a measured choice, for reports."""
         return list(self._measured.values())
 
+    def used(self) -> list[Entry]:
+        """The same of each problem that was asked for, shipped choices included."""
+        return [(self.key(asked, index), choice) for (asked, index), choice in list(self._known.items())]
+
     def _decide(self, asked: Asked, index: int, tune: Callable[[], Choice], off: bool) -> Choice:
         key = self.key(asked, index)
         choice = self._found(asked, index, key)

@@ -1,0 +1,63 @@
+"""What plans decided on named models, and what it was worth: tables of docs/plan.md and README, from plan-*.json."""
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from benchmarks.origin import gpu
+from benchmarks.planned import DENSE, EVERY, PLAN
+from benchmarks.table import Table
+
+Result = dict[str, Any]
+
+NOTE = (
+    "Whole training steps with optimizer, all variants of a model interleaved in one process; figures are dense time / "
+    "this time. *planned*: `plan.apply(model)`. *all NAME*: every selected layer swapped, whatever the plan says."
+)
+_COLUMNS = ("model, compiled where it does not say eager", "dense ms", "planned", *(f"all {name}" for name in EVERY))
+
+
+def decided(results: Sequence[Result]) -> Table:
+    """Every model: what the plan swaps, and what that and swapping everything are worth."""
+    rows = tuple((*_figures(result), swapped(result), gpu(result)) for result in _in_order(results))
+    return Table((*_COLUMNS, "swapped", "GPU"), rows)
+
+
+def avoided(results: Sequence[Result]) -> Table:
+    """The models on which swapping every layer loses, at least in one way."""
+    losing = [result for result in _in_order(results) if any(ratio < 1 for ratio in _everything(result))]
+    return Table((*_COLUMNS, "GPU"), tuple((*_figures(result), gpu(result)) for result in losing))
+
+
+def reasons(results: Sequence[Result]) -> str:
+    """Why layers stay dense, as the plans say, a line per model; nothing of layers that no plan would swap."""
+    lines = []
+    for result in _in_order(results):
+        whys = Counter(row["why"] for row in result["plan"]["rows"] if row["times"] and row["choice"] == DENSE)
+        if whys:
+            said = "; ".join(f"{count}x {why}" for why, count in whys.most_common(3))
+            lines.append(f"- {result['label']}: {said}.")
+    return "\n".join(lines)
+
+
+def swapped(result: Result) -> str:
+    """How many of the layers that a plan could swap it does, by candidate."""
+    rows = [row for row in result["plan"]["rows"] if row["times"]]
+    chosen = Counter(row["choice"] for row in rows if row["choice"] != DENSE)
+    named = ", ".join(f"{count} {name}" for name, count in chosen.most_common())
+    return f"{named or 'none'} of {len(rows)}"
+
+
+def _figures(result: Result) -> tuple[str, ...]:
+    ratios = result["ratio_to_dense"]
+    cells = (f"**{ratios[name]:.2f}**" if name in ratios else "" for name in (PLAN, *(f"all {one}" for one in EVERY)))
+    return (result["label"], f"{result['times_ms'][DENSE]['median_ms']:.1f}", *cells)
+
+
+def _everything(result: Result) -> list[float]:
+    return [ratio for name, ratio in result["ratio_to_dense"].items() if name.startswith("all ")]
+
+
+def _in_order(results: Sequence[Result]) -> list[Result]:
+    """The model that gains most first."""
+    return sorted(results, key=lambda result: -result["ratio_to_dense"][PLAN])

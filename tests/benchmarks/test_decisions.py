@@ -1,0 +1,52 @@
+"""The tables that are made of plans' results."""
+
+from typing import Any
+
+import pytest
+
+from benchmarks import cards, decisions, store, table
+
+SAVED = {"dense": {}, "2:4": {}}
+
+
+def result(label: str, planned: float, everything: float, choices: list[str]) -> dict[str, Any]:
+    rows = [
+        {"choice": choice, "times": SAVED, "why": "" if choice != "dense" else "it is slower"} for choice in choices
+    ]
+    head = {"choice": "dense", "times": {}, "why": "output head"}
+    return {
+        "label": label,
+        "times_ms": {"dense": {"median_ms": 10.0}},
+        "ratio_to_dense": {"dense": 1.0, "planned": planned, "all 2:4": everything},
+        "plan": {"rows": [*rows, head]},
+        "provenance": store.provenance() | {"gpu": "NVIDIA H100 80GB HBM3"},
+    }
+
+
+RESULTS = [
+    result("small", 1.0, 0.8, ["dense", "dense"]),
+    result("large", 1.4, 1.2, ["fp8 + 2:4", "fp8 + 2:4", "2:4", "dense"]),
+]
+
+
+def test_every_model_is_shown_with_what_was_swapped_the_one_that_gains_most_first() -> None:
+    assert [row[0] for row in decisions.decided(RESULTS).rows] == ["large", "small"]
+    assert decisions.decided(RESULTS).rows[0][1:] == (
+        "10.0", "**1.40**", "**1.20**", "", "2 fp8 + 2:4, 1 2:4 of 4", "H100",
+    )  # fmt: skip
+    assert decisions.decided(RESULTS).rows[1][5] == "none of 2"
+    assert decisions.reasons(RESULTS).splitlines() == ["- large: 1x it is slower.", "- small: 2x it is slower."]
+
+
+def test_only_models_that_lose_stand_where_it_does_not_help(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [row[0] for row in decisions.avoided(RESULTS).rows] == ["small"]
+    monkeypatch.setattr(cards, "load", lambda kind: RESULTS if kind == "plan" else store.load(kind))
+    made = cards.blocks()
+    assert "| small | 10.0 |" in made["no-gain"] and "| large |" not in made["no-gain"]
+    assert "| large | 10.0 |" in made["decisions"] and "--plan --save" in made["decisions"]
+    assert max(len(line) for line in made["decisions"].splitlines() if line.startswith("|")) <= table.WIDTH + 2
+
+
+def test_without_plans_the_page_names_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cards, "load", lambda kind: [] if kind == "plan" else store.load(kind))
+    assert cards.blocks()["decisions"] == f"Not measured yet: `{cards.COMMAND} --plan --save`."
