@@ -304,6 +304,7 @@ def test_a_problem_in_the_shipped_table_is_not_measured_at_its_first_call(make_t
     assert (choice.algorithm, choice.source, timed.made, library.products) == (2, "shipped", 0, [])
     assert tuner.known(FORWARD, -1) is tuner.find(FORWARD, -1) is choice  # final, unlike what stands in for tuning
     assert (tuner.choices(), tuner._store._folder.exists()) == ([], False)
+    assert tuner.used() == [(tuner.key(FORWARD, -1), choice)]
 
 
 def test_with_all_the_shipped_table_does_not_replace_tuning(make_tuner, monkeypatch):
