@@ -52,6 +52,7 @@ def test_what_was_found_on_a_gpu_fits_80_columns(tmp_path: Path) -> None:
     assert line.split()[5::4] == ["dense", "1.00"]
     assert any("verified" in line and "kernel" in line for line in lines)
     assert any(line.split()[-5:] == ["algorithm", "17", "100", "150", "tuned"] for line in lines)
+    assert "4096 x 13312 x 1024 bfloat16 dW dense 90 80 shipped" in [" ".join(line.split()) for line in lines]
     assert any(line.split() == ["2:4", "12.80", "1.250"] for line in lines)
     assert "model: raised: RuntimeError: no" in lines
     assert any("fp8 + 2:4 + mvue: out of memory" in line for line in lines)

@@ -15,6 +15,7 @@ def report(capability: tuple[int, int] = (9, 0), name: str = "NVIDIA H100 80GB H
     layers = [LayerTimes(problem, measurement(problem)) for problem in problems]
     layers[0].measurement.dropped["fp8 + 2:4 + mvue"] = "out of memory"
     key: dict[str, object] = {"dtype": "bfloat16", "rows": 4096, "reduction": 1024, "columns": 13312, "bias": True}
+    way: dict[str, object] = {"dtype": "bfloat16", "tokens": 13312, "out_features": 4096, "in_features": 1024}
     return Report(
         "2026-11-26T12:00:00Z",
         False,
@@ -28,6 +29,7 @@ def report(capability: tuple[int, int] = (9, 0), name: str = "NVIDIA H100 80GB H
         [Check("2:4, bf16", "pass", 0.01, 0.02, "dx", "twice"), Check("fp8", "skipped", reason="needs 8.9")],
         [Layout("bfloat16", "verified", "kernel", (0, 32, 33), "verified"), Layout("float16", "failed", "", (), "no")],
         layers,
-        [(key, Choice(17, 17, 100.0, 150.0, "tuned"))],
+        [(key, Choice(17, 17, 100.0, 150.0, "tuned")),
+         (way, Choice(None, 0, 90.0, 80.0, "shipped", decides="sampling"))],
         ModelTimes("2 MLPs", "compiled", "", {"dense": 16.0, "2:4": 12.8}, {"dense fp8": "the budget was spent"}),
     )  # fmt: skip

@@ -37,8 +37,9 @@ def test_the_choices_are_those_of_the_layers(monkeypatch: pytest.MonkeyPatch) ->
         ({"rows": 64, "reduction": 32, "columns": 16}, choice),
         ({"rows": 64, "reduction": 64, "columns": 16}, choice),
     ]
+    entries.insert(1, ({"out_features": 64, "in_features": 32, "tokens": 16}, choice))
     monkeypatch.setattr(layers, "autotuner", lambda: SimpleNamespace(used=lambda: entries))
-    assert layers.choices_of([LinearProblem(*TOY[0])]) == entries[:1]
+    assert layers.choices_of([LinearProblem(*TOY[0])]) == entries[:2]
 
 
 def toy_model(**how: Any) -> Any:

@@ -135,9 +135,11 @@ def _choices(report: Report) -> Table:
     figures = ("sparse us", "dense us")
     made = _table("rows x reduction x columns", "dtype", "choice", *figures, "source", right=figures)
     for key, choice in report.choices:
-        size = " x ".join(str(key.get(name, "?")) for name in ("rows", "reduction", "columns"))
-        if choice.decides == "sampling":
-            what = "dW not sampled" if choice.algorithm is None else "dW sampled"
+        sampling = choice.decides == "sampling"
+        names = ("out_features", "tokens", "in_features") if sampling else ("rows", "reduction", "columns")
+        size = " x ".join(str(key.get(name, "?")) for name in names)
+        if sampling:
+            what = "dW dense" if choice.algorithm is None else "dW sampled"
         else:
             what = "dense" if choice.algorithm is None else f"algorithm {choice.algorithm} {choice.way}".rstrip()
         times = ("" if us is None else f"{us:.0f}" for us in (choice.sparse_us, choice.dense_us))

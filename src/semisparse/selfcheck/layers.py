@@ -13,6 +13,9 @@ from semisparse.selfcheck.contents import LayerTimes
 SHAPES = ((13008, 1024, 4096), (13008, 4096, 1024), (16384, 2048, 8192), (16384, 4096, 11008))
 """M x K x N: ViT-L's MLP, and two Llama-like MLPs."""
 
+_SIZES = ("rows", "reduction", "columns", "out_features", "in_features")
+"""In keys of products, and of the choice whether a weight gradient is sampled."""
+
 
 def time_layers(
     measurer: Measurer,
@@ -46,5 +49,5 @@ def choices_of(problems: Sequence[LinearProblem]) -> list[tuple[dict[str, object
     return [
         (key, choice)
         for key, choice in found.values()
-        if any(wanted <= {key.get("rows"), key.get("reduction"), key.get("columns")} for wanted in features)
+        if any(wanted <= {key.get(name) for name in _SIZES} for wanted in features)
     ]
