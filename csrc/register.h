@@ -2,6 +2,7 @@
 #pragma once
 
 #include "fp8.h"
+#include "fp8_sampling.h"
 #include "ops.h"
 #include "sampling.h"
 
@@ -28,6 +29,9 @@ void register_ops() {
   library.impl("unpack_fp8", TORCH_BOX(&unpack_fp8<Device>));
   library.impl("fp8_product", TORCH_BOX(&fp8_product<Device>));
   library.impl("fp8_dense_product", TORCH_BOX(&fp8_dense_product<Device>));
+  library.impl("sample_fp8", TORCH_BOX(&sample_fp8<Device>));
+  library.impl("fp8_sampled_product", TORCH_BOX(&fp8_sampled_product<Device>));
+  library.impl("fp8_sampled_grad_weight", TORCH_BOX(&fp8_sampled_grad_weight<Device>));
   library.impl("rescale", TORCH_BOX(&rescale<Device>));
   library.impl("rescale_", TORCH_BOX(&rescale_in_place<Device>));
 }

@@ -1,15 +1,19 @@
 """C++ implements the ops of fp8 on CUDA: the bits of the Python implementations, in layers and graphs, too."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from semisparse import native, ops
+from semisparse import native, ops, tuning
 from semisparse.formats.layout import FP8
+from semisparse.gemm.autotune.autotuner import autotuner
+from semisparse.gemm.autotune.ways import SAMPLED
 from semisparse.gemm.dispatch import observed
-from semisparse.ops import fp8, fp8_packed
+from semisparse.gemm.weight_gradient import WeightGradient
+from semisparse.ops import fp8, fp8_packed, fp8_sampled_grad, fp8_sampling
 from semisparse.testing import assert_bit_equal
 from tests.gpu.test_native import asked, pytestmark  # noqa: F401 - a fixture, and what all tests here need
 from tests.nn.fp8 import MASKS, assert_results_equal, fp8_inputs, fp8_layer, run
@@ -122,6 +126,58 @@ def test_rescale(asked: list[str], bias: torch.dtype | None, dtype: torch.dtype)
     assert_bit_equal(y, expected)
 
 
+@EACH_DTYPE
+def test_sample(asked: list[str], dtype: torch.dtype) -> None:  # noqa: F811
+    seed = torch.tensor(-7, device="cuda")
+    for tokens in (1, 13, 32, 5003):
+        wide = torch.randn(tokens, 2 * N, device="cuda").to(dtype)
+        for dy in (wide, wide[:, :N], wide[:, N:].contiguous()):
+            for given in ((dy, seed, True, torch.float32), (dy, None, False, BF16), (dy, seed, True, None)):
+                assert_same(natively(asked, "sample_fp8", *given), fp8_sampling._cuda_sample_fp8(*given))
+    dy = wide.mT.contiguous().mT
+    assert_same(ops.sample_fp8(dy, seed, True, None), fp8_sampling._cuda_sample_fp8(dy, seed, True, None))
+
+
+@modern
+@pytest.mark.parametrize("out_dtype", [BF16, torch.float32], ids=str)
+@pytest.mark.parametrize("backend", ["cusparselt", "dense"])
+def test_sampled_product(asked: list[str], backend: str, out_dtype: torch.dtype) -> None:  # noqa: F811
+    for tokens in (32, 224):
+        packed = ops.sample_fp8(codes(tokens, N).to(BF16), None, False, None)[1]
+        given = packed, codes(K, tokens), N, backend, out_dtype
+        before = native.started(), native.started_dense()
+        expected = fp8_sampling._cuda_fp8_sampled_product(*given)
+        assert_same(natively(asked, "fp8_sampled_product", *given), expected)
+        started = native.started() - before[0], native.started_dense() - before[1]
+        assert started[backend == "dense"] > 0 and started[backend != "dense"] == 0
+
+
+@modern
+@EACH_DTYPE
+@pytest.mark.parametrize("bias", [torch.float32, None], ids=str)
+@pytest.mark.parametrize("way", ["sampled", "whole", "cusparselt"])
+def test_sampled_weight_gradient(
+    asked: list[str],  # noqa: F811
+    way: str,
+    bias: torch.dtype | None,
+    dtype: torch.dtype,
+) -> None:
+    backend, scale = "auto" if way != "cusparselt" else way, torch.tensor(0.25, device="cuda")
+    state = tuning.state()
+    for tokens in (20, 32, 224):
+        for out_dtype in (dtype, torch.float16):
+            asking = WeightGradient(tokens, N, K, dtype, out_dtype, bias is not None)
+            choice = replace(SAMPLED, algorithm=None if way == "whole" else 0)
+            entry = {"key": autotuner().key(asking, 0), "choice": choice.to_record()}
+            tuning.load_state({"schema": 1, "choices": [entry]})
+            dy = codes(tokens, N).to(dtype)
+            given = dy, codes(K, -(-tokens // 16) * 16), scale, None, True, bias, backend, out_dtype
+            expected = fp8_sampled_grad._cuda_fp8_sampled_grad_weight(*given)
+            assert_same(natively(asked, "fp8_sampled_grad_weight", *given), expected)
+    autotuner()._measured.clear()
+    tuning.load_state(state)
+
+
 @modern
 @pytest.mark.parametrize("mask", MASKS)
 def test_a_layer_asks_python_for_nothing_and_computes_the_same(
@@ -141,15 +197,17 @@ def test_a_layer_asks_python_for_nothing_and_computes_the_same(
 
 @modern
 def test_a_replayed_graph_reads_what_is_there_then(asked: list[str]) -> None:  # noqa: F811
-    weight, x = torch.randn(N, K, device="cuda"), torch.randn(208, K, device="cuda").to(BF16)
+    weight, x = torch.randn(N, K, device="cuda"), torch.randn(224, K, device="cuda").to(BF16)
 
     def all_ops() -> tuple[Tensor, ...]:
         packed, _, scale_w = ops.pack_fp8(weight, "transposable", None)
         x8, x8t, scale_x = ops.quantise(x, True, True)
         sums = ops.fp8_product(x8, packed, N, "cusparselt", BF16)
-        y = ops.rescale(sums, scale_x, scale_w, None, 208, BF16)
+        y = ops.rescale(sums, scale_x, scale_w, None, 224, BF16)
         ops.rescale_(sums, scale_x, scale_w, None)
-        return y, sums, ops.fp8_dense_product(x8t, x8t, torch.float32, scale_x, None)
+        dense = ops.fp8_dense_product(x8t, x8t, torch.float32, scale_x, None)
+        gradients = ops.fp8_sampled_grad_weight(y, x8t, scale_x, None, True, torch.float32, "cusparselt", BF16)
+        return y, sums, dense, *gradients
 
     all_ops()
     graph = torch.cuda.CUDAGraph()
@@ -159,7 +217,7 @@ def test_a_replayed_graph_reads_what_is_there_then(asked: list[str]) -> None:  #
     assert asked == []
     for seed in range(2):
         torch.manual_seed(seed)
-        x.copy_(torch.randn(208, K))
+        x.copy_(torch.randn(224, K))
         weight.copy_(torch.randn(N, K))
         graph.replay()
         with observed(lambda *_: None):

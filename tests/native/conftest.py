@@ -16,7 +16,7 @@ from semisparse.gemm import dispatch
 from semisparse.gemm.autotune.algorithm import Choice
 from semisparse.gemm.engine import Engine
 from semisparse.native.loading import LIBRARY
-from semisparse.ops import fp8_packed, packing, prepare, products, sampling
+from semisparse.ops import fp8_packed, fp8_sampled_grad, fp8_sampling, packing, prepare, products, sampling
 from tests.gemm import simulated
 from tests.gemm.simulated import SimulatedLibrary, make_engine
 from tests.native.foreign import sm90_pack, sm90_unpack
@@ -53,6 +53,14 @@ def choice() -> Choice:
     return Choice(0, 0, None, None, "tuned")
 
 
+def _without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The parts of fp8_sampled_grad_weight without kernels, which take seconds in the interpreter."""
+    parts = {"sample_fp8": ops.sample_fp8, "quantise": ops.quantise, "rescale": ops.rescale}
+    parts |= {"dense_product": ops.fp8_dense_product, "rescale_in_place": ops.rescale_}
+    for name, function in parts.items():
+        monkeypatch.setattr(fp8_sampled_grad, f"_cuda_{name}", function)
+
+
 @pytest.fixture
 def bench(settings: dict[str, Any], choice: Choice, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
     """Nothing is prepared at first. Python's products run on the engine, and hand their plans over."""
@@ -69,7 +77,8 @@ def bench(settings: dict[str, Any], choice: Choice, monkeypatch: pytest.MonkeyPa
     for module in (packing, products, sampling):
         monkeypatch.setattr(module, "packed_format", written)
     monkeypatch.setattr(products, "_cuda_pack", ops.pack)
-    for module in (products, prepare, sampling, fp8_packed):
+    _without_kernels(monkeypatch)
+    for module in (products, prepare, sampling, fp8_packed, fp8_sampling):
         monkeypatch.setattr(module, "engine", lambda: engine)
     monkeypatch.setattr(dispatch, "process_engine", lambda: engine)
     for module in (dispatch, prepare):

@@ -138,6 +138,16 @@ class Kernel:
             if place in given:
                 write(given[place], result)
 
+    def sample_fp8(self, given: dict[int, int]) -> None:
+        gradient = self.matrix(given[0])
+        assert read(given[2], (3,), torch.int32).max() == fp8.largest_magnitude(gradient).view(torch.int32)
+        seed = read(given[1], (), torch.int64) if 1 in given else None
+        dy8, packed, sums, *scales = ops.sample_fp8(gradient, seed, True, torch.float32)
+        ones = torch.ones_like(sums)
+        for place, result in ((3, dy8), (4, packed), (5, torch.stack([sums - 2, ones, ones])), *enumerate(scales, 6)):
+            if place in given:
+                write(given[place], result)
+
     def rescale(self, given: dict[int, int]) -> None:
         rows, columns, code = self.sizes
         dtype = next(dtype for dtype, number in (DTYPE_CODES | {None: 0}).items() if number == code)
@@ -151,6 +161,7 @@ FP8_KINDS = {
     LaunchKind.QUANTISE: Kernel.quantise,
     LaunchKind.PACK_FP8: Kernel.pack_fp8,
     LaunchKind.RESCALE: Kernel.rescale,
+    LaunchKind.SAMPLE_FP8: Kernel.sample_fp8,
 }
 
 

@@ -15,7 +15,7 @@ from semisparse import masks, ops
 from semisparse.formats.layout import FP8, SM90_8BIT, SM90_16BIT, packed_bytes
 from semisparse.native.interface import Interface
 from semisparse.native.structures import DTYPE_CODES, LaunchFacts, LaunchKind
-from semisparse.ops import fp8, fp8_packed, packing, products, register, sampling
+from semisparse.ops import fp8, fp8_packed, fp8_sampled_grad, fp8_sampling, packing, products, register, sampling
 from tests.native.building import cpu_library
 from tests.native.foreign import Foreign, Kernel
 
@@ -37,6 +37,9 @@ FAKES = {
     "unpack_fp8": fp8_packed._fake_unpack_fp8,
     "fp8_product": fp8_packed._fake_fp8_product,
     "fp8_dense_product": fp8._fake_dense_product,
+    "sample_fp8": fp8_sampling._fake_sample_fp8,
+    "fp8_sampled_product": fp8_sampling._fake_fp8_sampled_product,
+    "fp8_sampled_grad_weight": fp8_sampled_grad._fake_fp8_sampled_grad_weight,
     "rescale": fp8._fake_rescale,
     "rescale_": fp8._fake_rescale_in_place,
 }
@@ -56,6 +59,9 @@ PYTHON: dict[str, Callable[..., Any]] = {
     "unpack_fp8": ops.unpack_fp8,
     "fp8_product": fp8_packed._cuda_fp8_product,
     "fp8_dense_product": ops.fp8_dense_product,
+    "sample_fp8": ops.sample_fp8,
+    "fp8_sampled_product": fp8_sampling._cuda_fp8_sampled_product,
+    "fp8_sampled_grad_weight": fp8_sampled_grad._cuda_fp8_sampled_grad_weight,
     "rescale": ops.rescale,
     "rescale_": ops.rescale_,
 }
@@ -70,8 +76,9 @@ POINTERS_OF_FP8: dict[LaunchKind, Callable[[str, tuple[bool, bool]], list[int]]]
     LaunchKind.QUANTISE: lambda _, given: [0, 1, *[2] * given[0], *[3] * given[1], 4],
     LaunchKind.PACK_FP8: lambda mask, given: [0, *[1] * given[0], 2, 3, 4, *[5] * masks.get(mask).both_ways],
     LaunchKind.RESCALE: lambda _, given: [0, 1, 2, *[3] * given[0], 4],
+    LaunchKind.SAMPLE_FP8: lambda _, given: [0, *[1] * given[0], 2, 3, 4, *[5] * given[1], 6, 7],
 }
-"""Which addresses of a call the kernels of fp8 take."""
+"""Which addresses of a call the kernels of fp8 take; the gradient in e4m3 is left out where it is not written."""
 
 
 class Hot:
@@ -156,6 +163,8 @@ class Hot:
         if kind in POINTERS_OF_FP8:
             pointers = POINTERS_OF_FP8[kind](mask, given)
         read, written = dtypes
+        if kind is LaunchKind.SAMPLE_FP8 and written is None:
+            pointers.remove(3)
         function = len(self.foreign.kernels) + 1
         self.foreign.kernels[function] = Kernel(kind, read or torch.uint8, written, sizes, mask, tuple(pointers))
         facts = LaunchFacts(function=function, threads=128, shared_bytes=1024, parameter_count=len(pointers) + 5)
@@ -175,6 +184,10 @@ class Hot:
                 LaunchKind.QUANTISE: (padded * columns * given[0], padded * columns * given[1]),
                 LaunchKind.PACK_FP8: (packed_bytes(rows, columns, 1), packed_bytes(columns, rows, 1) * both),
                 LaunchKind.RESCALE: (0, 0),
+                LaunchKind.SAMPLE_FP8: (
+                    packed_bytes(columns, -(-rows // 32) * 32, 1),
+                    SUM_ROWS * columns * 4 * given[1],
+                ),
             }[kind]
         for number, source in enumerate(pointers):
             facts.source[number] = source

@@ -11,14 +11,14 @@ from semisparse import errors, ops
 from semisparse.formats.layout import FP8, SM90_8BIT
 from semisparse.formats.packed import PackedFormat
 from semisparse.gemm.autotune.algorithm import Choice
-from semisparse.kernels import prune_pack8
+from semisparse.kernels import prune_pack8, sample_pack8
 from semisparse.native.structures import LaunchKind
 from semisparse.ops import fp8 as fp8_ops
-from semisparse.ops import fp8_packed, packing, prepare
+from semisparse.ops import fp8_packed, fp8_sampling, packing, prepare
 from semisparse.testing import assert_bit_equal
 from tests.native.conftest import Bench
-from tests.native.fp8 import BF16, OPS, K, M, N, arguments, codes, prepare_kernels
-from tests.native.hot import POINTERS_OF_FP8, shifted
+from tests.native.fp8 import BF16, OPS, PLANNED, K, M, N, arguments, codes, prepare_kernels
+from tests.native.hot import POINTERS_OF_FP8, SUM_ROWS, shifted
 
 DTYPES = [torch.float32, torch.float16, BF16]
 EACH_DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -163,7 +163,7 @@ OTHERS: list[tuple[str, int, Callable[[Any], Any]]] = [
 def test_a_call_that_differs_is_pythons(bench: Bench, name: str, place: int, change: Callable[[Any], Any]) -> None:
     given = arguments(name)
     prepare_kernels(bench, name, given)
-    if name == "fp8_product":
+    if name in PLANNED:
         by_python(bench, name, given)
     other = (*given[:place], change(given[place]), *given[place + 1 :])
     before = copied(other)
@@ -179,11 +179,11 @@ def test_a_call_that_differs_is_pythons(bench: Bench, name: str, place: int, cha
 def test_misaligned_operands_are_pythons(bench: Bench, name: str, place: int) -> None:
     given = arguments(name)
     prepare_kernels(bench, name, given)
-    if name == "fp8_product":
+    if name in PLANNED:
         by_python(bench, name, given)
     before, other = copied(given), (*given[:place], shifted(given[place]), *given[place + 1 :])
     bench.hot.asked.clear()
-    if (name, place) == ("fp8_product", 1):
+    if (name, place) in (("fp8_product", 1), ("fp8_sampled_product", 0)):
         with pytest.raises(errors.TensorError, match="16-byte aligned"):
             getattr(bench.hot.ops, name)(*other)
     else:
@@ -216,7 +216,7 @@ def test_wrong_operands_raise_pythons_typed_errors(
 ) -> None:
     given = arguments(name)
     prepare_kernels(bench, name, given)
-    if name == "fp8_product":
+    if name in PLANNED:
         by_python(bench, name, given)
     bench.hot.asked.clear()
     with pytest.raises(error):
@@ -228,9 +228,9 @@ def test_wrong_operands_raise_pythons_typed_errors(
 def test_what_is_watched_or_refused_is_pythons(bench: Bench, name: str) -> None:
     given = arguments(name)
     prepare_kernels(bench, name, given)
-    if name == "fp8_product":
+    if name in PLANNED:
         by_python(bench, name, given)
-    own = {"fp8_product": "matmul", "fp8_dense_product": "scaled_mm"}.get(name, "launch_kernel")
+    own = {"fp8_dense_product": "scaled_mm", **dict.fromkeys(PLANNED, "matmul")}.get(name, "launch_kernel")
     for failing in (own, "open_guard", "current_stream"):
         bench.hot.foreign.failing.add(failing)
         assert_as_on_the_cpu(by_python(bench, name, copied(given)), name, given)
@@ -271,6 +271,19 @@ def write_packed(
             buffer.copy_(result)
 
 
+def write_sample(
+    gradient: Tensor, seed: Tensor | None, _: Tensor, rows8: Tensor | None, packed: Tensor, sums: Tensor | None,
+    scales: tuple[Tensor, Tensor], **__: Any,
+) -> None:  # fmt: skip
+    """As the kernel that samples; tests/kernels/test_sample_pack8.py runs it."""
+    dy8, sample, summed, *both = ops.sample_fp8(gradient, seed, True, torch.float32)
+    for buffer, result in zip((rows8, packed, *scales), (dy8, sample, *both), strict=True):
+        if buffer is not None:
+            buffer.view(-1).view(torch.uint8).copy_(result.view(-1).view(torch.uint8))
+    if sums is not None:
+        sums.zero_()[0].copy_(summed)
+
+
 @pytest.fixture
 def handed(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> list[LaunchKind]:
     """Launches that Python hands over while its kernels run in the interpreter; C++ gets stand-ins."""
@@ -283,22 +296,26 @@ def handed(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> list[LaunchKind]:
         assert kind is LaunchKind.LARGEST or tuple(facts.bytes) == what.get("sizes_in_bytes", (0, 0))
         if kind in POINTERS_OF_FP8:
             there = [place for place, pointer in enumerate(pointers) if pointer is not None]
-            assert there == POINTERS_OF_FP8[kind](mask, given)
+            left_out = kind is LaunchKind.SAMPLE_FP8 and what["dtypes"][1] is None
+            assert there == [place for place in POINTERS_OF_FP8[kind](mask, given) if not (left_out and place == 3)]
 
     monkeypatch.setattr(prepare, "launch", launch)
     by_kernel = PackedFormat("kernel", SM90_8BIT, "simulated")
-    for module in (packing, fp8_packed):
+    for module in (packing, fp8_packed, fp8_sampling):
         monkeypatch.setattr(module, "packed_format", lambda *_: by_kernel)
     monkeypatch.setattr(prune_pack8, "launch", write_packed)
+    monkeypatch.setattr(sample_pack8, "launch", write_sample)
+    monkeypatch.setattr(sample_pack8, "sum_rows", lambda _: SUM_ROWS)
     in_place = {"rescale_": fp8_ops._cuda_rescale_in_place}
-    for name in ("quantise", "pack_fp8", "unpack_fp8", "rescale", "rescale_"):
-        module = fp8_packed if "pack" in name else fp8_ops
+    modules = {"pack_fp8": fp8_packed, "unpack_fp8": fp8_packed, "sample_fp8": fp8_sampling}
+    for name in ("quantise", "pack_fp8", "unpack_fp8", "rescale", "rescale_", "sample_fp8"):
+        module = modules.get(name, fp8_ops)
         bench.hot.python[name] = in_place.get(name) or getattr(module, f"_cuda_{name}")
     return found
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="kernels of CPU tensors need the interpreter")
-@pytest.mark.parametrize("name", ["quantise", "pack_fp8", "unpack_fp8", "rescale", "rescale_"])
+@pytest.mark.parametrize("name", ["quantise", "pack_fp8", "unpack_fp8", "rescale", "rescale_", "sample_fp8"])
 def test_an_op_finds_what_python_handed_over(bench: Bench, handed: list[LaunchKind], name: str) -> None:
     given = arguments(name)
     variants = [given]
@@ -310,10 +327,14 @@ def test_an_op_finds_what_python_handed_over(bench: Bench, handed: list[LaunchKi
         variants += [(given[0], "transposable", ops.tile_codes(given[0], "transposable"))]
     elif name.startswith("rescale"):
         variants += [(*given[:3], None, *given[4:])]
+    elif name == "sample_fp8":
+        variants = [(given[0].float(), None, False, BF16), (torch.cat([given[0]] * 2, 1)[:, :N], None, False, None)]
+        variants.append((torch.cat([given[0]] * 2), *given[1:]))
     for one in variants:
         by_python(bench, name, copied(one) if one[0].is_contiguous() else one)
         assert_as_on_the_cpu(by_cpp(bench, name, copied(one) if one[0].is_contiguous() else one), name, copied(one))
-    assert len(handed) == len(variants) * (2 if name in ("quantise", "pack_fp8") else 1)
+    kernels = {"quantise": 2, "pack_fp8": 2, "sample_fp8": 3}.get(name, 1)
+    assert len(handed) == len(variants) * kernels - (name == "sample_fp8")  # one of these without a bias
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="kernels of CPU tensors need the interpreter")
@@ -325,6 +346,8 @@ def test_what_a_kernel_reads_from_a_copy_or_does_not_do_is_not_handed_over(
         by_python(bench, "quantise", (matrix, True, True))
     for matrix in (weight.mT.contiguous().mT, shifted(weight)):
         by_python(bench, "pack_fp8", (matrix, "transposable", None))
+    for matrix in (x.mT.contiguous().mT, shifted(x), x[:0]):
+        by_python(bench, "sample_fp8", (matrix, None, True, None))
     y, scale, _, bias, _, _ = arguments("rescale")
     for rows in (y.mT.contiguous().mT, y[:0], y[:, :40]):
         by_python(bench, "rescale", (rows, scale, scale, bias[: rows.shape[1]], rows.shape[0], BF16))

@@ -19,6 +19,7 @@ FILES = (
     "test_asked.py",
     "test_dense_products.py",
     "test_fp8.py",
+    "test_fp8_sampling.py",
     "test_packing.py",
     "test_products.py",
     "test_structures.py",

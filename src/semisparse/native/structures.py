@@ -5,7 +5,7 @@ from enum import IntEnum
 
 import torch
 
-INTERFACE = 7
+INTERFACE = 8
 """csrc/interface.h's number: a library of another one is never used."""
 
 MOST_PARAMETERS = 32

@@ -109,6 +109,7 @@ def _cuda_fp8_sampled_grad_weight(
     dtype: torch.dtype,
 ) -> _Gradients:
     _check_fit(grad_output, x8t, seed)
+    grad_output = grad_output.detach()
     sampled = partial(_sampled, grad_output, x8t, scale_x, seed, rows, bias_dtype, backend, dtype)
     (tokens, out_features), index = grad_output.shape, grad_output.get_device()
     if backend != "auto" or not tokens:
@@ -126,6 +127,7 @@ def _cuda_fp8_sampled_grad_weight(
     " ScalarType? bias_dtype, str backend, ScalarType dtype) -> (Tensor, Tensor, Tensor, Tensor)",
     fake=_fake_fp8_sampled_grad_weight,
     cuda=_cuda_fp8_sampled_grad_weight,
+    hot=True,
 )
 def fp8_sampled_grad_weight(
     grad_output: Tensor,

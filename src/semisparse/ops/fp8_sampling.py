@@ -111,6 +111,7 @@ def _pad(matrix: Tensor, sizes: tuple[int, ...]) -> Tensor:
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake=_fake_sample_fp8,
     cuda=_cuda_sample_fp8,
+    hot=True,
 )
 def sample_fp8(grad_output: Tensor, seed: Tensor | None, rows: bool, bias_dtype: torch.dtype | None) -> _Sampled:
     """dy and the packed transpose of S(dy) in e4m3, and the bias gradient; on CUDA in one pass after amax.
@@ -174,6 +175,7 @@ def _cuda_fp8_sampled_product(
     "fp8_sampled_product(Tensor packed, Tensor x8t, SymInt out_features, str backend, ScalarType out_dtype) -> Tensor",
     fake=_fake_fp8_sampled_product,
     cuda=_cuda_fp8_sampled_product,
+    hot=True,
 )
 def fp8_sampled_product(
     packed: Tensor, x8t: Tensor, out_features: int, backend: Backend, out_dtype: torch.dtype
