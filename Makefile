@@ -27,12 +27,13 @@ help:
 # pip's own output shows progress: a bar on a terminal, lines in a pipe.
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-$(READY): pyproject.toml lab/pyproject.toml constraints.txt constraints-triton.txt
-	@echo "setup: makes $(VENV) with $(PYTHON), then pip downloads and installs PyTorch and about 60 other packages there."
+$(READY): pyproject.toml lab/pyproject.toml constraints.txt constraints-triton.txt constraints-torchtitan.txt
+	@echo "setup: makes $(VENV) with $(PYTHON), then pip downloads and installs PyTorch and about 90 other packages there."
 	@echo "setup: 2 GB on disk; two or three minutes on a fast connection, longer on a slow one; no sudo, nothing outside $(VENV)"
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install -c constraints.txt -e '.[dev]' -e ./lab
 	$(BIN)/python -c 'import triton' 2>/dev/null || $(PIP) install -r constraints-triton.txt
+	$(PIP) install --no-deps -r constraints-torchtitan.txt
 	@touch $(READY)
 	@echo "setup: done; it is not repeated until the lists of packages change"
 

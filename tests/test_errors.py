@@ -24,9 +24,9 @@ def test_there_are_errors_to_check() -> None:
 
 
 @pytest.mark.parametrize("cls", RAISED, ids=lambda cls: cls.__name__)
-def test_each_is_ours_and_also_a_value_or_runtime_error(cls: type[Exception]) -> None:
+def test_each_is_ours_and_also_a_value_runtime_or_import_error(cls: type[Exception]) -> None:
     assert issubclass(cls, errors.SemiSparseError)
-    assert issubclass(cls, (ValueError, RuntimeError))
+    assert issubclass(cls, (ValueError, RuntimeError, ImportError))
     assert cls.__doc__
     with pytest.raises(errors.SemiSparseError, match="said"):
         raise cls("said")

@@ -17,6 +17,7 @@ from semisparse.schedule.phases import Phase
 from semisparse.schedule.sparse_schedule import SparseSchedule
 from semisparse.surgery.conv1d import conv1d_to_linear, linear_to_conv1d
 from semisparse.surgery.densify import densify
+from semisparse.surgery.layers import semi_sparse_layers
 from semisparse.surgery.report import SwapReport
 from semisparse.surgery.swap import sparsify
 from semisparse.surgery.torchao import (
@@ -53,6 +54,7 @@ __all__ = [
     "register_linear",
     "reuse_packed",
     "sac_save_ops",
+    "semi_sparse_layers",
     "sparsify",
     "swap_linear_with_semi_sparse_linear",
     "swap_semi_sparse_linear_with_linear",

@@ -1,4 +1,4 @@
-"""Exceptions of semisparse. Each is also a ValueError or a RuntimeError, so that existing handlers catch it.
+"""Exceptions of semisparse. Each is also a ValueError, RuntimeError or ImportError, so that existing handlers catch it.
 
 Every message names the argument, the value that was given and a way out.
 """
@@ -54,6 +54,10 @@ class RankMismatchError(SemiSparseError, RuntimeError):
 
 class EngineError(SemiSparseError, RuntimeError):
     """The sparse GEMM engine cannot be used here, rejected a product, or was asked to tune during a graph capture."""
+
+
+class MissingPackageError(SemiSparseError, ImportError):
+    """An integration cannot import the package that it is for; the message has the line for pip."""
 
 
 class TokenMixingWarning(UserWarning):

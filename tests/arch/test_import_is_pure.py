@@ -50,7 +50,8 @@ assert state == (torch.get_num_threads(), torch.get_default_dtype(), torch.are_d
                  torch.is_grad_enabled(), torch.initial_seed(), len(sys.meta_path), len(sys.path_hooks))
 assert not torch.cuda.is_initialized()
 guests = {name.split(".")[0] for name in set(sys.modules) - modules} & {
-    "triton", "typer", "click", "rich", "matplotlib", "sklearn", "nvmath", "safetensors", "hypothesis", "pytest"}
+    "triton", "typer", "click", "rich", "matplotlib", "sklearn", "nvmath", "safetensors", "hypothesis", "pytest",
+    "transformers", "accelerate", "lightning", "torchtitan", "timm"}
 assert not guests, guests
 print("pure")
 """
@@ -67,7 +68,9 @@ def probe(extra: str) -> str:
     return PROBE.replace("# EXTRA", extra)
 
 
-@pytest.mark.parametrize("extra", ["", "import semisparse.testing, semisparse.reference, semisparse.ops"])
+@pytest.mark.parametrize(
+    "extra", ["", "import semisparse.testing, semisparse.reference, semisparse.ops, semisparse.integrations.run"]
+)
 def test_importing_defines_names_and_nothing_else(extra: str) -> None:
     result = run(probe(extra))
     assert result.stdout.strip() == "pure", result.stderr

@@ -40,7 +40,7 @@ LEVELS = {
         "environment",
         "",
     },
-    6: {"cli"},
+    6: {"cli", "integrations"},
 }
 LEVEL_OF = {name: level for level, names in LEVELS.items() for name in names}
 # Imports that the levels would allow and that are forbidden all the same: what is tested and its specification,

@@ -1,5 +1,6 @@
 """The frozen list of public names, and that each of them is documented: by a docstring and in docs/public.md."""
 
+import ast
 import inspect
 import re
 
@@ -8,7 +9,7 @@ import pytest
 import semisparse
 import semisparse.testing
 from semisparse import errors, recipes, tuning
-from tests.arch.source import ROOT
+from tests.arch.source import PACKAGE, ROOT
 
 PUBLIC = {
     "CheckReport",
@@ -37,6 +38,7 @@ PUBLIC = {
     "register_linear",
     "reuse_packed",
     "sac_save_ops",
+    "semi_sparse_layers",
     "sparsify",
     "swap_linear_with_semi_sparse_linear",
     "swap_semi_sparse_linear_with_linear",
@@ -49,6 +51,7 @@ ERRORS = {
     "EngineError",
     "ExportError",
     "LayerRefusedError",
+    "MissingPackageError",
     "NoLayerMatchedError",
     "PlanError",
     "RankMismatchError",
@@ -71,6 +74,11 @@ RECIPES = {
     "safest",
     "sr_ste",
     "step",
+}
+INTEGRATIONS = {
+    "huggingface": {"SparseCallback"},
+    "lightning": {"SparseCallback"},
+    "torchtitan": {"ScheduleHook", "SemiSparseConverter"},
 }
 TUNING = {"Choice", "TunedProblem", "TuningReport", "choices", "load_state", "share", "state", "tune"}
 TESTING = {
@@ -107,12 +115,22 @@ def test_the_testing_names_are_these() -> None:
     assert set(semisparse.testing.__all__) == TESTING
 
 
+def test_the_names_of_the_integrations_are_these() -> None:
+    for host, names in INTEGRATIONS.items():  # read, because their packages need not be installed
+        body = ast.parse((PACKAGE / "integrations" / f"{host}.py").read_text()).body
+        listed = [
+            node.value for node in body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"
+        ]
+        assert set(ast.literal_eval(listed[0])) == names
+
+
 def test_the_page_of_public_names_lists_each_of_them_once() -> None:
     listed = re.findall(
         r"^\| `semisparse\.([\w.]+)` \| \S", (ROOT / "docs" / "public.md").read_text(), flags=re.MULTILINE
     )
     names = [*PUBLIC, *(f"recipes.{name}" for name in RECIPES), *(f"testing.{name}" for name in TESTING)]
     names += [f"tuning.{name}" for name in TUNING]
+    names += [f"integrations.{host}.{name}" for host, own in INTEGRATIONS.items() for name in own]
     names += [f"errors.{name}" for name in ERRORS - PUBLIC]
     assert sorted(listed) == sorted(names)
 

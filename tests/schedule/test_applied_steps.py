@@ -349,3 +349,23 @@ def test_a_step_that_the_host_did_not_count_is_not_counted_later() -> None:
     opt.step()
     assert not schedule.step(skipped=True)
     assert not schedule.step()
+
+
+@pytest.mark.parametrize("how", ["load_state_dict", "resume_at"])
+def test_loading_a_checkpoint_is_not_a_step(how: str) -> None:
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    schedule = SparseSchedule.sparse_then_dense(model, 4)
+    model.load_state_dict({name: value + 1 for name, value in model.state_dict().items()})
+    if how == "resume_at":
+        schedule.resume_at(2)
+    else:
+        schedule.load_state_dict(schedule.state_dict() | {"applied_steps": 2})
+    counted = []
+    for micro_batch in range(4):
+        model(torch.randn(4, 16)).square().sum().backward()
+        if micro_batch % 2:
+            optimizer.step()
+            optimizer.zero_grad()
+        counted.append(schedule.step())
+    assert counted == [False, True, False, True]

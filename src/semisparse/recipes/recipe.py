@@ -81,6 +81,11 @@ class Recipe:
         """Whether the mask multiplies by a scale that is taken when the recipe starts."""
         return self.config.weight is not None and masks.get(self.config.weight).needs_scale
 
+    @property
+    def counts_only(self) -> bool:
+        """Whether a running recipe has no state but its counter, so that resume_at is enough to continue it."""
+        return not self.needs_scale and self.refresh_every == 1 and self.dense_range is None
+
     def __str__(self) -> str:
         """The settings, which products of a layer are sparse, and when."""
         said = [f"{self.name}: {self.config}"]

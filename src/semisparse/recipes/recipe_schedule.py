@@ -136,7 +136,7 @@ class RecipeSchedule(SparseSchedule):
             ScheduleError: The recipe has more state, or has ended, or applied_steps is not a number of steps.
         """
         self._check_running()
-        if self._parts.held is not None or self._parts.switch is not None:
+        if not self.recipe.counts_only:
             raise ScheduleError(
                 f"the recipe {self.recipe.name} has more state than a counter: save state_dict() and load it instead"
             )

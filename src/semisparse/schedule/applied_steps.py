@@ -94,6 +94,11 @@ class StepEvidence:
         # No optimizer was ever seen. Gradients that are still there: a micro-batch of an unfinished step.
         return changed is None or all(parameter.grad is None for parameter in self.model.parameters())
 
+    def begin_anew(self) -> None:
+        """Observe from now on, after a state was loaded: its count has what came before, and loading writes weights."""
+        self._fired, self._overflows = False, []
+        self._versions, self._samples = self._versions_now(), self._samples_now()
+
     def saw_a_step(self) -> bool:
         """Whether any optimizer step of the model was seen so far."""
         return self._ever_fired or self._any_compiled

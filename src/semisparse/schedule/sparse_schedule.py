@@ -292,6 +292,7 @@ class SparseSchedule:
         check_count("applied_steps", applied_steps)
         self._applied_steps = applied_steps
         self._seeds.place(applied_steps)
+        self._evidence.begin_anew()
         self._apply()
         self.refresh()
 
@@ -317,6 +318,7 @@ class SparseSchedule:
     def _restore(self, saved: tuple[int, float | None, int]) -> None:
         self._applied_steps, self._evidence.last_scale, self._seeds.seed = saved
         self._seeds.place(self._applied_steps)
+        self._evidence.begin_anew()
 
     def __repr__(self) -> str:
         plan = " -> ".join(f"{phase.steps} {phase.kind}" for phase in self._phases)

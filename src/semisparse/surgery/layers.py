@@ -11,7 +11,15 @@ from semisparse.surgery.selection import plain_names
 
 
 def semi_sparse_layers(model: nn.Module) -> dict[str, SemiSparseBase]:
-    """The semi-sparse layers of model by name, each once; names without the segments that wrappers insert."""
+    """The semi-sparse layers of a model by name; empty before sparsify and after densify.
+
+    Args:
+        model: Any module. A layer with two names is given once, under the first. Segments that wrappers insert
+            (torch.compile, FSDP1, DistributedDataParallel) are left out of names.
+
+    Raises:
+        ConfigError: model is not a module.
+    """
     return {name: module for name, module in plain_names(model).items() if isinstance(module, SemiSparseBase)}
 
 

@@ -29,7 +29,12 @@ def _role_of(found: FoundLayer, tables: list[Tensor]) -> str | None:
     weight = found.layer._parameters.get("weight")
     if weight is not None and any(share_memory(weight, table) for table in tables):
         return "left dense by its role: its weight is tied to an embedding; name it in select to swap it"
-    for segment in clean_name(found.name).split("."):
+    return role_of_name(clean_name(found.name))
+
+
+def role_of_name(name: str) -> str | None:
+    """Why a layer with this name stays dense by default; None if the name says nothing."""
+    for segment in name.split("."):
         if segment in ROLES:
             return f"left dense by its name: {segment!r} says {ROLES[segment]}; name it in select to swap it"
     return None

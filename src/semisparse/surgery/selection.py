@@ -103,19 +103,22 @@ def as_selectors(value: Selector | Iterable[Selector] | None, argument: str) -> 
 
 
 def matches(selector: Selector, found: FoundLayer) -> bool:
-    """Whether selector selects the layer. A string is a glob over the whole name if is_glob, otherwise a substring."""
+    """Whether selector selects the layer; a string as in text_matches."""
     for name in {found.name, clean_name(found.name)}:
         if isinstance(selector, re.Pattern):
             hit = selector.search(name) is not None
         elif not isinstance(selector, str):
             hit = bool(selector(name, found.layer))
-        elif is_glob(selector):
-            hit = fnmatch.fnmatchcase(name, selector)
         else:
-            hit = selector in name
+            hit = text_matches(selector, name)
         if hit:
             return True
     return False
+
+
+def text_matches(text: str, name: str) -> bool:
+    """Whether a string selects a name: as a glob over the whole name if is_glob, otherwise as a substring."""
+    return fnmatch.fnmatchcase(name, text) if is_glob(text) else text in name
 
 
 def is_glob(text: str) -> bool:
