@@ -14,9 +14,10 @@ from semisparse._plan import planned, uses_of
 from semisparse.errors import ConfigError, NoLayerMatchedError, PlanError
 from semisparse.nn import SemiSparseLinear
 from semisparse.planning import files
+from semisparse.planning.packing import Packing
 from semisparse.planning.text import WIDTH
 from semisparse.planning.timing import Times
-from tests.planning.simulated import SHARES, SimulatedTimer, dense_ms, measurer
+from tests.planning.simulated import PACK_MS, SHARES, SimulatedTimer, dense_ms, measurer
 
 
 class Model(nn.Module):
@@ -75,6 +76,19 @@ def test_a_known_step_is_predicted_and_the_host_is_weighed() -> None:
     )
     assert bound.predicted_ms is not None and bound.predicted_ms <= 200.0
     assert all(row.choice not in ("2:4", "fp8 + 2:4") for row in bound)
+
+
+def test_packing_and_accumulation_are_part_of_the_plan_and_of_the_predicted_step(tmp_path: Path) -> None:
+    one, per_step = made(candidates="fp8 + 2:4", step=Times(2000.0)), Packing("per_step", 4)
+    plan = made(candidates="fp8 + 2:4", step=Times(2000.0), packing=per_step)
+    swapped, apart = len(plan.configs), PACK_MS / 8
+    assert swapped == len(one.configs) == 6
+    assert plan.saving_ms == 4 * one.saving_ms - swapped * apart
+    assert plan.predicted_ms == 2000.0 - plan.saving_ms
+    assert "Weights are packed once per step, all together; 4 micro-batches per step." in str(plan).splitlines()
+    assert "Weights are packed at each forward." in str(one).splitlines()
+    plan.save(tmp_path / "plan.json")
+    assert Plan.load(tmp_path / "plan.json") == plan
 
 
 def test_its_text_fits_80_columns_and_joins_layers_that_are_alike() -> None:
@@ -151,7 +165,10 @@ def test_a_plan_from_elsewhere_says_so(path: Path, monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize(
     "change",
     [
-        {"schema": 1},
+        {"schema": 2},
+        {"packing": {"pack": "never", "accumulation": 1}},
+        {"packing": {"pack": "per_step", "accumulation": 0.5}},
+        {"packing": None},
         {"mode": "fast"},
         {"candidates": {"2:4": {"weight": "3:4"}}},
         {"candidates": {}},
@@ -194,7 +211,7 @@ def test_without_a_gpu_it_says_what_to_do_instead() -> None:
 def test_wrong_arguments_are_refused_before_anything_runs() -> None:
     model = Model()
     x = torch.ones(16, 32, dtype=torch.bfloat16)
-    for wrong in ({"mode": "fast"}, {"candidates": ["3:4"]}, {"seconds": 0}):
+    for wrong in ({"mode": "fast"}, {"candidates": ["3:4"]}, {"seconds": 0}, {"pack": "never"}, {"accumulation": 0}):
         with pytest.raises(ConfigError):
             semisparse.plan(model, x, **wrong)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="tokens is given, and inputs as well"):

@@ -18,11 +18,13 @@ from semisparse.planning.candidates import DENSE, as_candidates
 from semisparse.planning.choosing import MARGIN, Choice, Measured, predicted, ranked, summed
 from semisparse.planning.contents import PlanRow
 from semisparse.planning.measuring import Measurer, distinct, logger
+from semisparse.planning.packing import Packing
 from semisparse.planning.problems import LayerUse
 from semisparse.planning.result import Plan
 from semisparse.planning.store import PlanStore, machine
 from semisparse.planning.timing import Mode, Times, step_times
 from semisparse.planning.trial import Trial, tried
+from semisparse.schedule.step_packing import Pack
 from semisparse.surgery.selection import Selector
 
 __all__ = ["Plan", "plan"]
@@ -37,6 +39,8 @@ def plan(
     model: nn.Module,
     *inputs: Any,
     mode: Mode = "eager",
+    pack: Pack = "each_forward",
+    accumulation: int = 1,
     candidates: Iterable[str] | Mapping[str, SparseConfig] | None = None,
     tokens: collect.Tokens | None = None,
     select: Selector | Iterable[Selector] | None = None,
@@ -56,18 +60,19 @@ def plan(
 
     Args:
         model: A dense model. Call plan as you train: in the same autocast, in train mode.
-        *inputs: Of one forward, at the size of a training step.
-        mode: How you train: "eager", "graph" (a captured step) or "compiled" (then a layer is timed between two
-            pointwise functions, minus these).
+        *inputs: Of one forward, at the size of a micro-batch: of a training step, unless it accumulates.
+        mode: How you train: "eager", "graph" (a captured step) or "compiled" (timed between pointwise functions).
+        pack: When you pack, as SparseSchedule's: "each_forward", or "per_step", all weights together.
+        accumulation: Micro-batches per optimizer step; times are those of a step.
         candidates: Names of "dense fp8", "2:4", "2:4 + mvue", "fp8 + 2:4" and "fp8 + 2:4 + mvue" (default: all there
             are), or settings by names of your own. Accuracy is not measured here.
-        tokens: Instead of inputs: M of all layers, or by layer name or glob; an M may be a mapping from M to how often
-            a step calls the layer with it. Layers that are not named then stay dense.
+        tokens: Instead of inputs: M of all layers, or by layer name or glob; or mappings from an M to how often the
+            layer is called with it. Layers that are not named then stay dense.
         select: As sparsify's. Default: every linear layer except heads, patch embeddings and adapters.
         exclude: As sparsify's.
-        step: The dense training step, to predict the planned one: its milliseconds, or a callable without arguments,
-            which is run and timed (it trains); then also where the host bounds it. In mode "eager" the best choices
-            are tried in it, swapped into model and out again, and only what makes the step faster is planned.
+        step: The whole dense step, to predict the planned one: its milliseconds, or a callable without arguments, which
+            is run and timed (it trains), the host's share, too. In mode "eager" the best choices are tried in it,
+            swapped into model and out again, and only what makes the step faster is planned.
         seconds: Budget for measuring layers. What is not reached stays dense and says so. Default: no limit.
         device: CUDA device to measure on. Default: the model's, or the current one.
         progress: Gets a line of text per problem; print, for example.
@@ -84,15 +89,27 @@ def plan(
         Exception: Whatever the model's forward raises; its hooks are gone then.
     """
     check_choice("mode", mode, Mode)
-    settings = as_candidates(candidates)
+    settings, packing = as_candidates(candidates), Packing(pack, accumulation)
     _check_budget(seconds)
     uses = uses_of(model, inputs, keywords, tokens, select, exclude)
     where = _where(model, device)
     with torch.cuda.device(where):
-        dense = step_times(step) if callable(step) else step
-        store = None if cache is False else PlanStore(None if cache is True else Path(cache))
-        trial = partial(tried, model, step) if callable(step) and mode == "eager" else None
-        return planned(uses, Measurer(settings, mode, where, store, seconds, progress), _given(dense), trial)
+        return _in_step(model, step, uses, Measurer(settings, mode, where, _store(cache), seconds, progress, packing))
+
+
+def _in_step(
+    model: nn.Module, step: Callable[[], object] | float | None, uses: Sequence[LayerUse], measurer: Measurer
+) -> Plan:
+    """Time the step, if it can be run, and plan; in mode "eager" with a trial of the best choices."""
+    if not callable(step):
+        return planned(uses, measurer, _given(step))
+    dense = step_times(step)
+    trial = partial(tried, model, step, pack=measurer.packing.pack) if measurer.mode == "eager" else None
+    return planned(uses, measurer, dense, trial)
+
+
+def _store(cache: bool | Path) -> PlanStore | None:
+    return None if cache is False else PlanStore(None if cache is True else Path(cache))
 
 
 def uses_of(
@@ -129,7 +146,7 @@ def planned(
     kind = measurer.device.type
     with torch.random.fork_rng([measurer.device] if kind == "cuda" else []), torch.autocast(kind, enabled=False):
         found = measurer.measure(distinct(uses))
-    layers = [summed(use, found) for use in uses]
+    layers = [summed(use, found, measurer.packing.accumulation) for use in uses]
     choices = ranked(layers, measurer.candidates, measurer.mode, step)
     choice, remarks = choices[0], tuple[str, ...]()
     by_layers = None if step is None else predicted(layers, choice, step)
@@ -145,7 +162,16 @@ def planned(
     rows = tuple(_row(index, layers, choice, measurer.candidates) for index in range(len(layers)))
     facts = machine(measurer.device)
     return Plan(
-        rows, measurer.mode, dict(measurer.candidates), facts, step, expected, choice.host_weight, remarks, by_layers
+        rows,
+        measurer.mode,
+        dict(measurer.candidates),
+        facts,
+        step,
+        expected,
+        choice.host_weight,
+        remarks,
+        by_layers,
+        measurer.packing,
     )
 
 

@@ -80,14 +80,27 @@ def test_a_known_layer_serves_up_to_twice_or_half_its_tokens() -> None:
 def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """A GPU whose times are made up."""
 
-    def measured(uses: Any, mode: Any, candidates: Any, seconds: Any) -> Any:
+    def measured(uses: Any, mode: Any, packing: Any, candidates: Any, seconds: Any) -> Any:
         from semisparse._plan import planned
 
-        return planned(uses, measurer(candidates=as_candidates(candidates), mode=mode))
+        return planned(uses, measurer(candidates=as_candidates(candidates), mode=mode, packing=packing))
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr("semisparse.planning.files.here", dict)
     monkeypatch.setattr(command, "_measured", measured)
+
+
+def test_packing_per_step_and_accumulation_go_into_the_plan(gpu: None) -> None:
+    shape = ("--shapes", "16,64,64", "--json")
+    content = json.loads(semisparse("plan", *shape, "--pack", "per_step", "--accumulation", "4").out)
+    assert content["packing"] == {"pack": "per_step", "accumulation": 4}
+    assert semisparse("plan", *shape, "--pack", "never").code == WRONG_INPUT
+    assert semisparse("plan", *shape, "--accumulation", "0").code == WRONG_INPUT
+
+
+def test_without_a_gpu_it_says_that_other_packing_was_not_measured(measured: None) -> None:
+    out = semisparse("plan", "--shapes", "128,64,32", "--accumulation", "4").out
+    assert "measured with packing at each forward, for one micro-batch" in out
 
 
 def test_with_a_gpu_it_measures_and_chooses(gpu: None, tmp_path: Path) -> None:

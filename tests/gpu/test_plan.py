@@ -7,7 +7,10 @@ import torch
 from torch import nn
 
 import semisparse
-from semisparse.planning.candidates import default_candidates
+from semisparse.planning.candidates import as_candidates, default_candidates
+from semisparse.planning.measuring import Measurer
+from semisparse.planning.packing import Packing
+from semisparse.planning.problems import LinearProblem
 from semisparse.planning.timing import Mode
 
 pytestmark = [
@@ -36,6 +39,22 @@ def test_every_candidate_is_measured_and_a_second_plan_is_read_from_disk(mode: M
     again = semisparse.plan(net, x, mode=mode, cache=tmp_path, progress=lines.append)
     assert lines[2:] == ["2 of 2 problems were measured before"]
     assert again.rows == plan.rows
+
+
+@pytest.mark.parametrize("mode", ["eager", "graph", "compiled"])
+def test_packing_per_step_is_timed_apart_from_the_calls(mode: Mode) -> None:
+    device, problem = torch.device("cuda", torch.cuda.current_device()), LinearProblem(512, 256, 512)
+    settings = as_candidates(["dense fp8", "2:4", "2:4 + mvue", "fp8 + 2:4"])
+    how = Measurer(settings, mode, device, packing=Packing("per_step", 4))
+    found = how.measure([problem])[problem]
+    assert not found.dropped
+    assert list(found.packs) == ["2:4", "2:4 + mvue", "fp8 + 2:4"]  # a dense layer rounds its weight at each forward
+    for times in found.packs.values():
+        assert times.ms > 0 and times.device_ms and times.held_bytes >= 256 * 512
+    net, x = model(), torch.randn(512, 256, device="cuda", dtype=torch.bfloat16)
+    plan = semisparse.plan(net, x, mode=mode, pack="per_step", accumulation=4, candidates="2:4", cache=False)
+    assert all(row.times.keys() == {"dense", "2:4"} for row in plan)
+    assert "4 micro-batches per step" in str(plan)
 
 
 def test_a_step_is_timed_and_predicted_and_the_plan_is_applied(tmp_path: Path) -> None:

@@ -6,13 +6,13 @@ from typing import Any
 import torch
 
 from semisparse.planning.candidates import as_candidates
-from semisparse.planning.measuring import CAST, WITHOUT, Measurer
+from semisparse.planning.measuring import CAST, PACK, WITHOUT, Measurer
 from semisparse.planning.problems import LinearProblem
 from semisparse.planning.store import Measurement
 from semisparse.planning.timing import Call, Mode, Times
 
 CPU = torch.device("cpu")
-POINTWISE, CAST_MS = 0.25, 0.125
+POINTWISE, CAST_MS, PACK_MS = 0.25, 0.125, 1.0
 SHARES = {"dense": 1.0, "dense fp8": 0.75, "2:4": 0.875, "2:4 + mvue": 0.8125, "fp8 + 2:4": 0.5}
 """Each candidate's time of dense's."""
 
@@ -46,6 +46,8 @@ class SimulatedTimer:
                 found[name] = Times(extra, extra, 0.0)
             elif name == CAST:
                 found[name] = Times(CAST_MS, CAST_MS, 0.0)
+            elif name.startswith(PACK):
+                found[name] = Times(PACK_MS, PACK_MS, 0.0)
             elif name in self.shares:
                 ms = dense_ms(problem) * self.shares[name] + extra
                 found[name] = Times(ms, ms, self.host.get(name, 0.0))

@@ -1,5 +1,6 @@
 """The choice: brute force over all choices judges it where layers share inputs and where the host counts."""
 
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -25,6 +26,18 @@ def test_calls_are_weighted() -> None:
     found = summed(use, {SMALL: measurement(SMALL), LARGE: measurement(LARGE)})
     assert found.times["2:4"].ms == 0.875 * (SMALL.tokens * 32 * 32 + 3 * LARGE.tokens * 64 * 64) / 2**12
     assert found.cast is not None and found.cast.ms == 4 * 0.125
+
+
+def test_a_step_of_several_micro_batches_packs_once() -> None:
+    use, pack = LayerUse("x", 32, 32, ((SMALL, 1.0), (LARGE, 3.0))), Times(8.0, 8.0, 0.5, 64)
+    parts = {problem: replace(measurement(problem), packs={"2:4": pack}) for problem in (SMALL, LARGE)}
+    parts[SMALL].times["2:4"] = replace(parts[SMALL].times["2:4"], held_bytes=10)
+    once, four = summed(use, parts), summed(use, parts, 4)
+    assert four.times["dense"].ms == 4 * once.times["dense"].ms
+    assert four.times["2:4"].ms - 8.0 == 4 * (once.times["2:4"].ms - 8.0)
+    assert four.times["2:4"].host_ms == once.times["2:4"].host_ms == 0.5
+    assert four.times["2:4"].held_bytes == once.times["2:4"].held_bytes == 10 + 64, "a micro-batch at a time"
+    assert four.cast is not None and once.cast is not None and four.cast.ms == 4 * once.cast.ms
 
 
 def test_a_candidate_needs_times_for_every_problem() -> None:

@@ -7,15 +7,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from semisparse import SparseConfig
+from semisparse import SparseConfig, ops
 from semisparse.errors import ConfigError
 from semisparse.planning import building, measuring
 from semisparse.planning.building import Bench
 from semisparse.planning.candidates import as_candidates, default_candidates
-from semisparse.planning.measuring import CAST, NO_MEMORY, WITHOUT, distinct
+from semisparse.planning.measuring import CAST, NO_MEMORY, PACK, WITHOUT, distinct
+from semisparse.planning.packing import Packing
 from semisparse.planning.problems import LayerUse, LinearProblem
 from semisparse.planning.store import PlanStore
-from tests.planning.simulated import CPU, POINTWISE, SHARES, SimulatedTimer, dense_ms, measurer
+from semisparse.planning.timing import Times
+from tests.planning.simulated import CPU, PACK_MS, POINTWISE, SHARES, SimulatedTimer, dense_ms, measurer
 
 SMALL, LARGE = LinearProblem(16, 32, 32), LinearProblem(16, 64, 64)
 
@@ -98,6 +100,56 @@ def test_a_candidate_without_memory_is_dropped_and_said(monkeypatch: pytest.Monk
     assert found[SMALL].dropped["fp8 + 2:4"] == NO_MEMORY and "2:4" in found[SMALL].times
     assert found[LARGE].dropped == {"dense": NO_MEMORY}
     assert not list(tmp_path.iterdir()), "another time there may be more memory"
+
+
+def test_where_memory_runs_out_while_timing_the_last_candidate_is_dropped_and_said() -> None:
+    class Scarce(SimulatedTimer):
+        most = 2
+
+        def __call__(self, problem: LinearProblem, calls: Any, mode: Any) -> dict[str, Times]:
+            if len(calls) > self.most:
+                raise torch.OutOfMemoryError
+            return super().__call__(problem, calls, mode)
+
+    timer = Scarce()
+    found = measurer(timer, ["2:4", "2:4 + mvue", "fp8 + 2:4"]).measure([SMALL])[SMALL]
+    assert list(found.times) == ["dense", "2:4"] and not found.final
+    assert found.dropped == {"2:4 + mvue": NO_MEMORY, "fp8 + 2:4": NO_MEMORY}
+    timer.most = 0
+    assert measurer(timer, "2:4").measure([SMALL])[SMALL].dropped == {"dense": NO_MEMORY}
+
+
+@pytest.mark.parametrize("mode", ["eager", "compiled"])
+def test_per_step_the_call_uses_what_was_packed_and_packing_is_timed_apart(mode: Any) -> None:
+    timer = SimulatedTimer()
+    how = measurer(timer, ["2:4", "dense fp8", "fp8 + 2:4"], mode, packing=Packing("per_step"))
+    found = how.measure([SMALL])[SMALL]
+    assert PACK + "fp8 + 2:4" in timer.names[0]
+    # On the CPU 16 bits take the masked-dense route, which packs nothing, as does a layer without a mask.
+    assert {name: times.ms for name, times in found.packs.items()} == {"fp8 + 2:4": PACK_MS / building._TOGETHER}
+    assert found.times["fp8 + 2:4"].ms == SHARES["fp8 + 2:4"] * dense_ms(SMALL)
+
+
+def test_a_call_after_packing_per_step_packs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    built = Bench(SMALL, "eager", CPU, per_step=True).build(SparseConfig(precision="fp8"))
+    assert built.packed is not None and built.packed.count == built.packed.weights.layers == building._TOGETHER
+    packed: list[str] = []
+    whole = ops.pack_fp8
+    monkeypatch.setattr(ops, "pack_fp8", lambda weight, mask, codes: packed.append(mask) or whole(weight, mask, codes))
+    built.call()
+    built.call()
+    assert packed == []
+    Bench(SMALL, "eager", CPU).build(SparseConfig(precision="fp8")).call()
+    assert packed == ["transposable"]
+
+
+def test_times_of_packing_come_back_from_disk_and_are_not_those_of_packing_at_each_forward(tmp_path: Path) -> None:
+    first, again, other = SimulatedTimer(), SimulatedTimer(), SimulatedTimer()
+    per_step: dict[str, Any] = {"store": PlanStore(tmp_path), "packing": Packing("per_step")}
+    found = measurer(first, "fp8 + 2:4", **per_step).measure([SMALL])
+    assert measurer(again, "fp8 + 2:4", **per_step).measure([SMALL]) == found and not again.seen
+    assert not measurer(other, "fp8 + 2:4", store=PlanStore(tmp_path)).measure([SMALL])[SMALL].packs
+    assert other.seen == [SMALL]
 
 
 def test_a_candidate_that_fails_or_does_not_apply_is_left_out_with_its_reason() -> None:

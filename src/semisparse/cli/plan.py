@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -10,6 +10,7 @@ from semisparse.cli.common import console, typed_errors
 
 if TYPE_CHECKING:
     from semisparse import Plan
+    from semisparse.planning.packing import Packing
     from semisparse.planning.problems import LayerUse, LinearProblem
 
 _LARGEST = 2**31
@@ -22,6 +23,8 @@ def plan(
     timm: Annotated[str | None, typer.Option(metavar="NAME", help="A model of timm instead.")] = None,
     batch: Annotated[int, typer.Option(help="Images per step of the timm model.")] = 64,
     mode: Annotated[str, typer.Option(help="How you train: eager, graph (captured) or compiled.")] = "eager",
+    pack: Annotated[str, typer.Option(help="When you pack: each_forward or per_step.")] = "each_forward",
+    accumulation: Annotated[int, typer.Option(help="Micro-batches per optimizer step.")] = 1,
     candidates: Annotated[
         list[str] | None, typer.Option(help="What to compare with dense: 2:4, for example. Default: all.")
     ] = None,
@@ -34,18 +37,20 @@ def plan(
         import torch
 
         from semisparse.arguments import check_choice
+        from semisparse.planning.packing import Packing
         from semisparse.planning.timing import Mode
 
         check_choice("mode", mode, Mode)
+        packing = Packing(cast(Any, pack), accumulation)
         uses = _uses([*(shapes or []), *(more or [])], timm, batch)
         if torch.cuda.is_available():
-            made = _measured(uses, mode, candidates, seconds)
+            made = _measured(uses, mode, packing, candidates, seconds)
             if save is not None:
                 made.save(save)
             _print_plan(made, as_json)
         else:
             _refuse_save(save)
-            _print_known(uses, mode, as_json)
+            _print_known(uses, mode, packing, as_json)
 
 
 def _uses(shapes: list[str], timm: str | None, batch: int) -> "tuple[LayerUse, ...]":
@@ -98,7 +103,13 @@ def _of_timm(name: str, batch: int) -> "tuple[LayerUse, ...]":
         return from_forward(model, (images,), {})
 
 
-def _measured(uses: "tuple[LayerUse, ...]", mode: Any, candidates: list[str] | None, seconds: float | None) -> "Plan":
+def _measured(
+    uses: "tuple[LayerUse, ...]",
+    mode: Any,
+    packing: "Packing",
+    candidates: list[str] | None,
+    seconds: float | None,
+) -> "Plan":
     import torch
 
     from semisparse._plan import planned
@@ -110,7 +121,7 @@ def _measured(uses: "tuple[LayerUse, ...]", mode: Any, candidates: list[str] | N
         typer.echo(line, err=True)
 
     device = torch.device("cuda", torch.cuda.current_device())
-    return planned(uses, Measurer(as_candidates(candidates), mode, device, PlanStore(), seconds, tell))
+    return planned(uses, Measurer(as_candidates(candidates), mode, device, PlanStore(), seconds, tell, packing))
 
 
 def _print_plan(made: "Plan", as_json: bool) -> None:
@@ -145,11 +156,12 @@ def _refuse_save(save: Path | None) -> None:
         raise PlanError(f"save={str(save)!r}: there is no CUDA GPU here, so there is no plan to keep")
 
 
-def _print_known(uses: "tuple[LayerUse, ...]", mode: Any, as_json: bool) -> None:
+def _print_known(uses: "tuple[LayerUse, ...]", mode: Any, packing: "Packing", as_json: bool) -> None:
     """What we measured near these layers, by GPU, and published ratios of other GPUs."""
     from dataclasses import asdict
 
     from semisparse.planning import known
+    from semisparse.planning.packing import EACH_FORWARD
 
     problems = list(dict.fromkeys(problem for use in uses if not use.stays for problem, _ in use.calls))
     gpus = list(dict.fromkeys(layer.gpu for layer in known.known_layers()))
@@ -161,11 +173,20 @@ def _print_known(uses: "tuple[LayerUse, ...]", mode: Any, as_json: bool) -> None
             for problem, layer in near.items()
         ]
         published = [asdict(one) for one in known.PUBLISHED]
-        content = {"gpu": None, "mode": mode, "layers": layers, "published": published, "source": known.SOURCE}
+        content = {
+            "gpu": None,
+            "mode": mode,
+            "packing": asdict(EACH_FORWARD),
+            "layers": layers,
+            "published": published,
+            "source": known.SOURCE,
+        }
         typer.echo(json.dumps(content, indent=1))
         return
     out = console()
     out.print("No CUDA GPU here: nothing was measured, and this is no plan.\n")
+    if packing != EACH_FORWARD:
+        out.print("What follows was measured with packing at each forward, for one micro-batch.\n")
     for gpu, near in found.items():
         versions = ", ".join(sorted({layer.torch for layer in known.known_layers() if layer.gpu == gpu}))
         out.print(

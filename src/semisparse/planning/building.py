@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from semisparse import ops
 from semisparse.config import SparseConfig
-from semisparse.nn import SemiSparseLinear
+from semisparse.nn import PackedWeights, SemiSparseLinear
 from semisparse.operands import as_tokens
 from semisparse.planning.problems import DTYPES, LinearProblem
 from semisparse.planning.timing import Call, Mode
@@ -26,6 +26,10 @@ compile_static: Compile = partial(torch.compile, dynamic=False)
 
 _numbers = count()
 
+_TOGETHER, _TOGETHER_BYTES = 8, 2**28
+"""Weights of a layer's size that are packed together, where so many bytes are enough for them: the launch of a small
+weight is shared with others, and a large one takes the GPU as long as alone."""
+
 
 @dataclass(frozen=True)
 class Built:
@@ -35,11 +39,30 @@ class Built:
         layer: The layer.
         call: Its forward and backward.
         held: Bytes on the GPU that one forward leaves allocated for the backward, result included.
+        packed: How its weight is packed per step; None if that is part of the call, or nothing is packed.
     """
 
     layer: nn.Linear
     call: Call
     held: Callable[[], int]
+    packed: "PackedTogether | None" = None
+
+
+@dataclass(frozen=True)
+class PackedTogether:
+    """Packing several weights alike in one launch, as packing per step does with those of a model.
+
+    Attributes:
+        weights: The owner of the packed weights, which lives as long as the layer's call is used.
+        call: Packs all of them.
+        count: How many there are.
+        held: Bytes on the GPU that the packed weight of one layer takes.
+    """
+
+    weights: PackedWeights
+    call: Call
+    count: int
+    held: int
 
 
 class Bench:
@@ -53,12 +76,18 @@ class Bench:
         mode: How it is run.
         device: Where.
         compile: What compiles.
+        per_step: Whether calls use weights that are packed beforehand, per step.
     """
 
     def __init__(
-        self, problem: LinearProblem, mode: Mode, device: torch.device, compile: Compile = compile_static
+        self,
+        problem: LinearProblem,
+        mode: Mode,
+        device: torch.device,
+        compile: Compile = compile_static,
+        per_step: bool = False,
     ) -> None:
-        self.problem, self.mode, self.device, self._compile = problem, mode, device, compile
+        self.problem, self.mode, self.device, self._compile, self._per_step = problem, mode, device, compile, per_step
         self.dtype = DTYPES[problem.dtype]
         generator = torch.Generator(device).manual_seed(0)
         shape = problem.tokens, problem.in_features
@@ -76,18 +105,11 @@ class Bench:
             SemiSparseError: There is no such layer.
             torch.OutOfMemoryError: It does not fit.
         """
-        problem = self.problem
-        sizes, weight_dtype = (problem.in_features, problem.out_features), DTYPES[problem.weight_dtype]
-        layer: nn.Linear
-        if config is None:
-            layer = nn.Linear(*sizes, bias=problem.bias, device=self.device, dtype=weight_dtype)
-        else:
-            layer = SemiSparseLinear(*sizes, bias=problem.bias, device=self.device, dtype=weight_dtype, config=config)
-            if config.grad_output is not None:
-                layer.held_seed = torch.tensor(1, device=self.device)  # as a schedule sets it
-        layer.requires_grad_(problem.grad_weight)
+        layer, packed = self._layer(config), None
+        if isinstance(layer, SemiSparseLinear) and self._per_step:
+            packed = self._packed(layer)
         forward = self._between_pointwise(layer) if self.mode == "compiled" else layer
-        return Built(layer, self._call(forward, [self._x, *layer.parameters()]), lambda: self._held(forward))
+        return Built(layer, self._call(forward, [self._x, *layer.parameters()]), lambda: self._held(forward), packed)
 
     def without_linear(self) -> Call:
         """The pointwise functions of mode "compiled" alone, forward and backward."""
@@ -112,6 +134,35 @@ class Bench:
         x, columns = as_tokens(self._x).detach(), self.problem.grad_weight
         return lambda: ops.quantise(x, True, columns)
 
+    def _layer(self, config: SparseConfig | None) -> nn.Linear:
+        problem = self.problem
+        sizes, weight_dtype = (problem.in_features, problem.out_features), DTYPES[problem.weight_dtype]
+        layer: nn.Linear
+        if config is None:
+            layer = nn.Linear(*sizes, bias=problem.bias, device=self.device, dtype=weight_dtype)
+        else:
+            layer = SemiSparseLinear(*sizes, bias=problem.bias, device=self.device, dtype=weight_dtype, config=config)
+            if config.grad_output is not None:
+                layer.held_seed = torch.tensor(1, device=self.device)  # as a schedule sets it
+        return layer.requires_grad_(problem.grad_weight)
+
+    def _packed(self, layer: SemiSparseLinear) -> PackedTogether | None:
+        """The weight of layer packed, together with others alike; None if this layer packs none."""
+        size = layer.weight.numel() * layer.weight.element_size()
+        count = max(1, min(_TOGETHER, _TOGETHER_BYTES // size))
+        others = [self._layer(layer.sparse_config) for _ in range(count - 1)]
+        weights = PackedWeights(nn.ModuleList([layer, *others]))
+
+        def pack() -> None:
+            with self._autocast():
+                weights.pack()
+
+        before = self._allocated()
+        pack()
+        if not weights.layers:
+            return None
+        return PackedTogether(weights, pack, count, (self._allocated() - before) // count)
+
     @property
     def _any_gradient(self) -> bool:
         return self.problem.grad_input or self.problem.grad_weight
@@ -133,14 +184,15 @@ class Bench:
         return call
 
     def _held(self, forward: Callable[..., object]) -> int:
-        if self.device.type != "cuda":
-            return 0
-        before = torch.cuda.memory_allocated(self.device)
+        before = self._allocated()
         with self._autocast(), self._gradients():
             y = forward(self._x)
-        held = torch.cuda.memory_allocated(self.device) - before
+        held = self._allocated() - before
         del y
         return held
+
+    def _allocated(self) -> int:
+        return torch.cuda.memory_allocated(self.device) if self.device.type == "cuda" else 0
 
     def _gradients(self) -> AbstractContextManager[object]:
         return torch.set_grad_enabled(self._any_gradient)

@@ -7,7 +7,7 @@ weighs both times, and the weights are those of the fastest predicted step.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from semisparse.config import SparseConfig
 from semisparse.planning.candidates import DENSE
@@ -48,12 +48,15 @@ class Measured:
         return self.dropped.get(DENSE, "not measured")
 
 
-def summed(use: LayerUse, found: Mapping[LinearProblem, Measurement]) -> Measured:
-    """The times of one layer, weighted by its calls; a candidate needs times for all of its problems.
+def summed(use: LayerUse, found: Mapping[LinearProblem, Measurement], accumulation: int = 1) -> Measured:
+    """The times of one layer per step, weighted by its calls; a candidate needs times for all of its problems.
+
+    A weight that is packed per step is packed once, however often the layer is called.
 
     Args:
         use: The layer.
         found: Of all of its problems, unless it stays dense anyway.
+        accumulation: Micro-batches per step, each with the layer's calls.
     """
     if use.stays:
         return Measured(use)
@@ -65,17 +68,27 @@ def summed(use: LayerUse, found: Mapping[LinearProblem, Measurement]) -> Measure
     casts = [(part.cast, calls) for part, calls in parts]
     return Measured(
         use,
-        {name: _sum([(part.times[name], calls) for part, calls in parts]) for name in names},
-        _sum([(cast, calls) for cast, calls in casts if cast is not None]) if all(cast for cast, _ in casts) else None,
+        {name: _with_packing(name, parts, accumulation) for name in names},
+        _sum([(cast, calls) for cast, calls in casts if cast is not None], accumulation)
+        if all(cast for cast, _ in casts)
+        else None,
         dropped,
     )
 
 
-def _sum(parts: Sequence[tuple[Times, float]]) -> Times:
+def _with_packing(name: str, parts: Sequence[tuple[Measurement, float]], accumulation: int) -> Times:
+    total = _sum([(part.times[name], calls) for part, calls in parts], accumulation)
+    packs = [part.packs[name] for part, _ in parts if name in part.packs]
+    return plus(total, max(packs, key=lambda times: times.ms)) if packs else total
+
+
+def _sum(parts: Sequence[tuple[Times, float]], accumulation: int) -> Times:
+    """All calls of a step; what one micro-batch holds is let go of before the next."""
     total = Times(0.0, 0.0, 0.0)
     for times, calls in parts:
         total = plus(total, times, calls)
-    return total
+    held = total.held_bytes
+    return replace(plus(Times(0.0, 0.0, 0.0), total, accumulation), held_bytes=held)
 
 
 @dataclass(frozen=True)

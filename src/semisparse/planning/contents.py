@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from semisparse.config import SparseConfig
 from semisparse.planning.candidates import DENSE
+from semisparse.planning.packing import EACH_FORWARD, Packing
 from semisparse.planning.problems import LinearProblem
 from semisparse.planning.timing import Mode, Times
 
@@ -17,7 +18,7 @@ class PlanRow:
         name: The layer's name; "" for the root.
         in_features: K.
         out_features: N.
-        calls: Each distinct problem and how often a step computes it.
+        calls: Each distinct problem and how often a micro-batch computes it; a step without accumulation is one.
         choice: The chosen candidate's name, or "dense".
         config: Its settings; None for dense.
         times: Milliseconds and bytes per step by candidate, all calls together. Empty if it was not measured.
@@ -51,6 +52,7 @@ class PlanContents:
     host_weight: float | None = None
     remarks: tuple[str, ...] = ()
     by_layers_ms: float | None = None
+    packing: Packing = EACH_FORWARD
 
     @property
     def configs(self) -> dict[str, SparseConfig]:

@@ -14,10 +14,11 @@ from semisparse.gemm.autotune.store import replace_file
 from semisparse.planning import problems
 from semisparse.planning.candidates import DENSE
 from semisparse.planning.contents import PlanContents, PlanRow
+from semisparse.planning.packing import Packing
 from semisparse.planning.store import machine, times
 from semisparse.planning.timing import Mode, Times
 
-SCHEMA = 2
+SCHEMA = 3
 """Version of the file; others are not read."""
 
 
@@ -44,6 +45,7 @@ def document(plan: PlanContents) -> dict[str, Any]:
         "host_weight": plan.host_weight,
         "remarks": list(plan.remarks),
         "by_layers_ms": plan.by_layers_ms,
+        "packing": asdict(plan.packing),
         "rows": [_row_record(row) for row in plan.rows],
     }
 
@@ -86,6 +88,7 @@ def read(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
             "host_weight": _number(content["host_weight"]),
             "remarks": tuple(_text(remark) for remark in content["remarks"]),
             "by_layers_ms": _number(content["by_layers_ms"]),
+            "packing": Packing(**content["packing"]),
         }
         return fields, [_row(record, candidates) for record in content["rows"]]
     except OSError as error:

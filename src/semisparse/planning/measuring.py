@@ -4,7 +4,7 @@ import gc
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from semisparse.config import SparseConfig
 from semisparse.gemm.autotune.algorithm import one_line
 from semisparse.planning.building import Bench, Built, Compile, compile_static
 from semisparse.planning.candidates import DENSE, obstacle
+from semisparse.planning.packing import EACH_FORWARD, Packing
 from semisparse.planning.problems import LayerUse, LinearProblem
 from semisparse.planning.store import Measurement, PlanStore, machine
 from semisparse.planning.timing import Call, Mode, Times, cuda_times, plus
@@ -22,7 +23,7 @@ logger = logging.getLogger(__name__)
 Timer = Callable[[LinearProblem, Mapping[str, Call], Mode], Mapping[str, Times]]
 """Times calls of a problem; a call that it leaves out cannot be run in this mode."""
 
-CAST, WITHOUT = "(cast)", "(without the linear)"
+CAST, WITHOUT, PACK = "(cast)", "(without the linear)", "(packing) "
 NO_MEMORY = "out of memory"
 
 
@@ -37,6 +38,7 @@ class Measurer:
         store: Where times outlive the process; None for nowhere.
         seconds: Budget; what is not measured by then is said to be so. None for no limit.
         progress: Told one line per problem.
+        packing: When weights are packed; its accumulation is not measured.
         timer: Times the calls.
         clock: Seconds.
         compile: torch.compile for mode "compiled".
@@ -48,6 +50,7 @@ class Measurer:
     store: PlanStore | None = None
     seconds: float | None = None
     progress: Callable[[str], None] = logger.info
+    packing: Packing = EACH_FORWARD
     timer: Timer = lambda problem, calls, mode: cuda_times(calls, mode)
     clock: Callable[[], float] = time.monotonic
     compile: Compile = compile_static
@@ -80,13 +83,11 @@ class Measurer:
         if late():
             return Measurement({}, dropped={DENSE: unmeasured}, final=False)
         try:
-            bench = Bench(problem, self.mode, self.device, self.compile)
+            bench = Bench(problem, self.mode, self.device, self.compile, self.packing.per_step)
             result = self._compared(bench, late, unmeasured)
         except torch.OutOfMemoryError:
             result = Measurement({}, dropped={DENSE: NO_MEMORY}, final=False)
-        if self.device.type == "cuda":
-            gc.collect()  # layers and graphs of this problem, some of which are in reference cycles
-            torch.cuda.empty_cache()
+        self._free()
         if self.store is not None:
             self.store.save(self._key(problem), result)
         return result
@@ -115,22 +116,48 @@ class Measurer:
             except Exception as error:  # one candidate is left out, with its reason, and not the whole plan
                 dropped[name] = f"failed: {one_line(error)}"
                 transient.add(name)
-        calls = {name: made.call for name, made in built.items()}
-        if any(self.candidates[name].precision is not None for name in built if name != DENSE):
-            calls[CAST] = bench.cast()
-        if self.mode == "compiled":
-            calls[WITHOUT] = bench.without_linear()
-        timed = dict(self.timer(bench.problem, calls, self.mode))
+        timed = self._timed(bench, built, dropped, transient)
         without, cast = timed.pop(WITHOUT, None), timed.pop(CAST, None)
-        held = {name: made.held() for name, made in built.items()}
-        times = {}
-        for name in built:
-            if name not in timed:
+        times, packs = {}, {}
+        for name, made in built.items():
+            packed = made.packed
+            if name not in timed or (packed is not None and PACK + name not in timed):
                 dropped[name] = "it cannot be captured in a CUDA graph"
                 continue
             one = timed[name] if without is None else plus(timed[name], without, -1)
-            times[name] = Times(one.ms, one.device_ms, one.host_ms, held[name])
-        return Measurement(times if DENSE in times else {}, cast, dropped, not transient)
+            times[name] = Times(one.ms, one.device_ms, one.host_ms, made.held())
+            if packed is not None:
+                each = plus(Times(0.0, 0.0, 0.0), timed[PACK + name], 1 / packed.count)
+                packs[name] = replace(each, held_bytes=packed.held)
+        return Measurement(times if DENSE in times else {}, cast, dropped, not transient, packs)
+
+    def _timed(
+        self, bench: Bench, built: dict[str, Built], dropped: dict[str, str], transient: set[str]
+    ) -> dict[str, Times]:
+        """Time what was built; where memory runs out, without the candidate that was built last, until it is enough."""
+        while True:
+            calls = {name: made.call for name, made in built.items()}
+            if any(self.candidates[name].precision is not None for name in built if name != DENSE):
+                calls[CAST] = bench.cast()
+            if self.mode == "compiled":
+                calls[WITHOUT] = bench.without_linear()
+            calls |= {PACK + name: made.packed.call for name, made in built.items() if made.packed is not None}
+            try:
+                return dict(self.timer(bench.problem, calls, self.mode))
+            except torch.OutOfMemoryError:
+                if list(built) == [DENSE]:
+                    raise
+                name = next(reversed(built))
+                built.pop(name)
+                dropped[name] = NO_MEMORY
+                transient.add(name)
+            calls.clear()
+            self._free()
+
+    def _free(self) -> None:
+        if self.device.type == "cuda":
+            gc.collect()  # layers and graphs of a problem, some of which are in reference cycles
+            torch.cuda.empty_cache()
 
     def _wait(self) -> None:
         if self.device.type == "cuda":
@@ -145,6 +172,8 @@ class Measurer:
             "mode": self.mode,
             "candidates": {name: str(config) for name, config in self.candidates.items()},
             "machine": machine(self.device),
+            # Named only where it is not at each forward, so that keys of earlier plans stay what they are.
+            **({"pack": self.packing.pack} if self.packing.per_step else {}),
         }
 
 

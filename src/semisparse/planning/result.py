@@ -31,6 +31,7 @@ class Plan(PlanContents):
         host_weight: Share of the host's time in the choice; None if the dense step's is not known.
         remarks: What else to know, such as what was tried in the whole step.
         by_layers_ms: What the layers' times alone predict of the planned step.
+        packing: When weights are packed and how many micro-batches a step has; the times are for that.
     """
 
     def differences(self, model: nn.Module) -> dict[str, str]:

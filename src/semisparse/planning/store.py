@@ -33,6 +33,8 @@ class Measurement:
         times: By candidate; dense is among them unless the whole problem could not be measured.
         cast: Of rounding the input to fp8 alone; None where no candidate does.
         dropped: Candidate -> why it has no times.
+        packs: Candidate -> of packing the layer's weight once, and the bytes that it takes; only those whose times do
+            not include it, because they pack per step.
         final: Whether the same would be found again: nothing ran out of memory or time, and nothing failed.
     """
 
@@ -40,6 +42,7 @@ class Measurement:
     cast: Times | None = None
     dropped: dict[str, str] = field(default_factory=dict)
     final: bool = True
+    packs: dict[str, Times] = field(default_factory=dict)
 
     def to_record(self) -> dict[str, Any]:
         """As JSON values."""
@@ -47,6 +50,7 @@ class Measurement:
             "times": {name: asdict(times) for name, times in self.times.items()},
             "cast": None if self.cast is None else asdict(self.cast),
             "dropped": self.dropped,
+            "packs": {name: asdict(times) for name, times in self.packs.items()},
         }
 
 
@@ -64,6 +68,7 @@ def measurement(record: Mapping[str, Any]) -> Measurement:
         {str(name): times(one) for name, one in record["times"].items()},
         None if cast is None else times(cast),
         {str(name): str(why) for name, why in record["dropped"].items()},
+        packs={str(name): times(one) for name, one in record.get("packs", {}).items()},
     )
 
 

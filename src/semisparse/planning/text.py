@@ -73,6 +73,7 @@ def sums(plan: PlanContents) -> list[str]:
     if plan.extra_bytes:
         lines.append(f"Kept for the backward beyond dense: {plan.extra_bytes / _GIB:+.2f} GiB.")
     lines.append(f"{len(plan.configs)} of {len(plan.rows)} linear layers are swapped.")
+    lines.append(str(plan.packing))
     lines.append(f"Measured in mode {plan.mode} on {plan.machine.get('GPU', 'an unknown GPU')}.")
     return [line for text in (*lines, *plan.remarks) for line in _wrapped(text, "")]
 

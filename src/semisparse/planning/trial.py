@@ -15,6 +15,7 @@ from semisparse.config import SparseConfig
 from semisparse.errors import PlanError
 from semisparse.planning.timing import BLOCK_SECONDS, ROUNDS, Call, block_ms, calls_per_block
 from semisparse.schedule import Phase, SparseSchedule
+from semisparse.schedule.step_packing import Pack
 from semisparse.surgery.densify import densify
 from semisparse.surgery.layers import semi_sparse_layers
 from semisparse.surgery.swap import sparsify
@@ -28,7 +29,7 @@ _LONG = 2**40
 _STEP_BLOCK_SECONDS = 5 * BLOCK_SECONDS
 
 
-def tried(model: nn.Module, step: Call, variants: Sequence[Configs]) -> list[float]:
+def tried(model: nn.Module, step: Call, variants: Sequence[Configs], pack: Pack = "each_forward") -> list[float]:
     """Milliseconds of a training step with each variant swapped into model: medians, interleaved and sustained.
 
     The model is dense again afterwards, whatever happens; its weights are those that the steps have trained.
@@ -37,6 +38,7 @@ def tried(model: nn.Module, step: Call, variants: Sequence[Configs]) -> list[flo
         model: Dense.
         step: Enqueues one training step of model, eagerly, with its optimizer's.
         variants: Settings by layer name; an empty one is the dense model.
+        pack: As SparseSchedule's.
 
     Raises:
         PlanError: step does not run the layers of model: it may replay a graph, or run a copy.
@@ -44,33 +46,34 @@ def tried(model: nn.Module, step: Call, variants: Sequence[Configs]) -> list[flo
     """
     counts = []
     for configs in variants:
-        with training(model, step, configs) as call:
+        with training(model, step, configs, pack) as call:
             if configs and not _runs(model, call):
                 raise PlanError("step does not run the layers of model: it may replay a graph, or run a copy of model")
             counts.append(calls_per_block(call, _STEP_BLOCK_SECONDS))
     blocks: list[list[float]] = [[] for _ in variants]
     for _ in range(ROUNDS):
         for times, count, configs in zip(blocks, counts, variants, strict=True):
-            with training(model, step, configs) as call:
+            with training(model, step, configs, pack) as call:
                 times.append(block_ms(call, count))
     return [statistics.median(times) for times in blocks]
 
 
 @contextmanager
-def training(model: nn.Module, step: Call, configs: Configs) -> Iterator[Call]:
+def training(model: nn.Module, step: Call, configs: Configs, pack: Pack) -> Iterator[Call]:
     """The step with layers of model made semi-sparse and with a schedule's; the model is dense again at the end.
 
     Args:
         model: Dense.
         step: As tried's.
         configs: Settings by layer name; may be empty.
+        pack: As SparseSchedule's.
     """
     if not configs:
         yield step
         return
     sparsify(model, configs)
     try:
-        schedule = SparseSchedule(model, [Phase("sparse", _LONG)], process_group=False)
+        schedule = SparseSchedule(model, [Phase("sparse", _LONG)], process_group=False, pack=pack)
 
         def scheduled() -> None:
             step()
