@@ -23,6 +23,7 @@ from benchmarks import (
     planned,
     step_profile,
     tables,
+    tuned,
 )
 from benchmarks.models import GAINS, NO_GAIN
 from benchmarks.planned_models import PLANNED
@@ -207,6 +208,12 @@ def plans(cards: Sequence[str], rounds: int, toy: bool) -> Iterator[Job]:
             lambda card=card: planned.benchmark(card, rounds, toy),
             lambda found: [planned.table([found])],
         )
+
+
+def tunings(shapes: Sequence[tuple[int, int, int]], toy: bool) -> Iterator[Job]:
+    """Tuning of common linear shapes, for the table that ships."""
+    asked = shapes or (linear.TOY_SHAPES if toy else tuned.SHAPES)
+    yield Job("tuned-layers", "tuned", lambda: tuned.benchmark(asked), lambda found: [tuned.table([found])])
 
 
 def no_gain(cards: Sequence[str], shapes: Sequence[tuple[int, int, int]], rounds: int, toy: bool) -> Iterator[Job]:

@@ -37,6 +37,7 @@ def toy(label: str, **changes: bool) -> models.Card:
         (["--host"], {"host-time", "host-parts"}),
         (["--no-gain", "--mkn", "32,64,64"], {"small-linear-32x64x64"}),
         (["--large-m"], {"large-m-64x128"}),
+        (["--tune"], {"tuned-layers"}),
         (["--pack"], {"pack-64x64", "pack-together"}),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
