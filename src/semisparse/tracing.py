@@ -29,6 +29,12 @@ def recording() -> bool:
 
 
 @constant
+def exporting_to_onnx() -> bool:
+    """Whether an ONNX export is running. (torch.compile itself takes torch.onnx.is_in_onnx_export() for false.)"""
+    return torch.onnx.is_in_onnx_export()
+
+
+@constant
 def transforming() -> bool:
     """Whether a torch.func transform is active. (torch.compile cannot trace the query itself.)"""
     return torch._C._functorch.maybe_current_level() is not None

@@ -108,8 +108,8 @@ def test_a_dense_run_can_be_continued_sparse_and_saved(tmp_path: Path) -> None:
     assert (tmp_path / "checkpoint-6").exists()
 
 
-def test_training_again_begins_anew(tmp_path: Path) -> None:
-    run = trainer(tmp_path, SparseCallback(HALF))
+def test_training_again_begins_anew_also_with_hooks_on_the_optimizer_that_accelerate_wraps(tmp_path: Path) -> None:
+    run = trainer(tmp_path, SparseCallback(recipes.sr_ste(sparse_fraction=0.5)))
     run.train()
     run.train()
     assert phases(run) == 2 * (SPARSE + DENSE)

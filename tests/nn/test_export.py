@@ -159,6 +159,12 @@ def test_onnx_is_told_to_densify(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.export.export(net().eval(), (X,))
 
 
+def test_the_strict_capture_of_the_onnx_exporter_is_told_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: True)
+    with pytest.raises(RuntimeError, match=r"ONNX has no operator.*weights='masked'"):
+        torch.export.export(net().eval(), (X,), strict=True)
+
+
 def test_gradients_pass_an_exported_layer_that_does_not_train() -> None:
     model = nn.Sequential(nn.Linear(16, 16), SemiSparseActivationLinear(16, 16), nn.Linear(16, 16))
     model[1].requires_grad_(False)

@@ -5,11 +5,11 @@ torch.export needs no code here: the ops have registered fakes and gradient form
 
 from typing import Any, NoReturn
 
-import torch
 from torch import nn
 from torch.fx import Proxy
 
 from semisparse.errors import ExportError
+from semisparse.tracing import exporting_to_onnx
 
 
 def fx_call(layer: nn.Module, input: Proxy) -> Any:
@@ -50,7 +50,7 @@ def refuse_script(layer: nn.Module) -> NoReturn:
 
 def refuse_onnx() -> None:
     """Raise ExportError if an ONNX export is running."""
-    if torch.onnx.is_in_onnx_export():
+    if exporting_to_onnx():
         raise ExportError(
             "ONNX has no operator for pruning: call semisparse.densify(model, weights='masked') before the export"
         )
