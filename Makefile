@@ -31,7 +31,7 @@ $(READY): pyproject.toml lab/pyproject.toml constraints.txt constraints-triton.t
 	@echo "setup: makes $(VENV) with $(PYTHON), then pip downloads and installs PyTorch and about 90 other packages there."
 	@echo "setup: 2 GB on disk; two or three minutes on a fast connection, longer on a slow one; no sudo, nothing outside $(VENV)"
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install -c constraints.txt -e '.[dev]' -e ./lab
+	$(PIP) install -c constraints.txt -e '.[dev]' -e './lab[text]'
 	$(BIN)/python -c 'import triton' 2>/dev/null || $(PIP) install -r constraints-triton.txt
 	$(PIP) install --no-deps -r constraints-torchtitan.txt
 	@touch $(READY)

@@ -5,14 +5,14 @@ torchao is not among the packages that the benchmarks need. It is imported only 
 
 import importlib
 from collections.abc import Collection
-from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from torch import nn
 
 from benchmarks.timing import device
-from semisparse_lab.train.float8 import INSTALL, RECIPE
+from semisparse_lab.train import float8 as lab
+from semisparse_lab.train.float8 import INSTALL
 
 
 class MissingPeerError(RuntimeError):
@@ -46,15 +46,7 @@ def converted(model: nn.Module, names: Collection[str]) -> nn.Module:
         RuntimeError: Other layers than these were converted.
     """
     checked_version()
-    float8 = _training()
-    config = replace(float8.Float8LinearConfig.from_recipe_name(RECIPE), emulate=device() == "cpu")
-    made: nn.Module = float8.convert_to_float8_training(
-        model, config=config, module_filter_fn=lambda module, name: name in names
-    )
-    done = {name for name, module in made.named_modules() if type(module).__name__ == "Float8Linear"}
-    if done != set(names):
-        raise RuntimeError(f"torchao converted {sorted(done)} instead of {sorted(names)}")
-    return made
+    return lab.converted(model, names, emulate=device() == "cpu")
 
 
 def _training() -> Any:

@@ -54,7 +54,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_every_experiment_is_tried() -> None:
     group = typer.main.get_command(build_app()).commands["experiment"]
-    assert group.commands.keys() == ROWS.keys()
+    assert group.commands.keys() - {"llama-linux"} == ROWS.keys()  # that one has a test of its own
 
 
 @pytest.mark.slow

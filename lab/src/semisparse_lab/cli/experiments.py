@@ -10,6 +10,7 @@ import typer
 
 from semisparse.cli.common import typed_errors
 from semisparse_lab.cli.common import Device, DeviceOption, end_if_diverged
+from semisparse_lab.cli.llama_linux import llama_linux
 
 if TYPE_CHECKING:
     from semisparse_lab.experiment import Experiment
@@ -133,6 +134,7 @@ def build_group() -> typer.Typer:
         ("gpt-mvue", gpt_mvue),
         ("gpt-fp8", gpt_fp8),
         ("dino-fashion-mnist", dino_fashion_mnist),
+        ("llama-linux", llama_linux),
     ):
         group.command(name)(command)
     return group

@@ -6,8 +6,9 @@ import typer
 
 import semisparse_lab
 from semisparse.cli.common import application
-from semisparse_lab.cli import experiments
+from semisparse_lab.cli import data, experiments
 from semisparse_lab.cli.evaluate import evaluate
+from semisparse_lab.cli.llama_linux import card
 from semisparse_lab.cli.train import train
 
 
@@ -15,8 +16,9 @@ def build_app() -> typer.Typer:
     """The typer application with its commands."""
     about = "Experiments with 2:4 sparse training: see what it does to accuracy and speed."
     app = application("semisparse-lab", semisparse_lab.__version__, about)
-    for command in (train, evaluate):
+    for command in (train, evaluate, card):
         app.command()(command)
+    app.add_typer(data.build_group(), name="data")
     app.add_typer(experiments.build_group(), name="experiment")
     return app
 

@@ -4,7 +4,7 @@ torchao is not among the packages that the lab needs. It is imported only where 
 """
 
 import importlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -64,6 +64,28 @@ def masked_float8(model: nn.Module) -> Iterator[None]:
         for layer in layers:
             del layer.torchao
             layer.__class__ = SemiSparseLinear
+
+
+def converted(model: nn.Module, names: Collection[str], *, emulate: bool = False) -> nn.Module:
+    """model with the linears of these names converted in place, as torchao wants it before it is compiled.
+
+    Args:
+        model: Of plain nn.Linear layers.
+        names: Of the layers.
+        emulate: Compute in higher precision with rounded operands, as a CPU must.
+
+    Raises:
+        ConfigError: torchao is not there.
+        RuntimeError: Other layers than these were converted.
+    """
+    config = replace(_module("config").Float8LinearConfig.from_recipe_name(RECIPE), emulate=emulate)
+    made: nn.Module = _module("float8_linear_utils").convert_to_float8_training(
+        model, config=config, module_filter_fn=lambda module, name: name in names
+    )
+    done = {name for name, module in made.named_modules() if type(module).__name__ == "Float8Linear"}
+    if done != set(names):
+        raise RuntimeError(f"torchao converted {sorted(done)} instead of {sorted(names)}")
+    return made
 
 
 def _module(name: str) -> Any:

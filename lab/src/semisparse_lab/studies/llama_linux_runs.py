@@ -1,0 +1,300 @@
+"""Running llama-linux: times of each arm first, then one file per run, in the order of importance, until time is up."""
+
+import contextlib
+import json
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from semisparse.errors import ConfigError
+from semisparse_lab.checks import shown
+from semisparse_lab.data.tokens import TokenSets
+from semisparse_lab.errors import OutputExistsError
+from semisparse_lab.report.run_document import finite, write_document
+from semisparse_lab.report.timed_document import Document, provenance, timed_document
+from semisparse_lab.strict_json import read
+from semisparse_lab.studies.llama_linux import NAME, TITLE, Arm, Budget, Ended, Settings, train_arm
+from semisparse_lab.studies.llama_linux import arms as every_arm
+from semisparse_lab.tasks.next_token import NextToken
+from semisparse_lab.train.results import PeakMemory
+from semisparse_lab.train.timed import TimedRun
+
+Say = Callable[[str], None]
+_NO_MEMORY = PeakMemory(None, "read at the end of a run")
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One run.
+
+    Attributes:
+        arm: How layers compute.
+        seed: Of weights and batches.
+        budget: What the arms have in equal parts.
+        steps: Of this run.
+        seconds: That it is predicted to take, all told; None if its arm has no times yet.
+        path: Of its file.
+    """
+
+    arm: Arm
+    seed: int
+    budget: Budget
+    steps: int
+    seconds: float | None
+    path: Path
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        return f"{self.arm.title}, seed {self.seed}, {self.steps} steps (equal {self.budget})"
+
+
+def jobs(
+    arms: Sequence[Arm], seeds: Iterable[int], budget: Budget, chosen: Settings, tokens: TokenSets, folder: Path
+) -> list[Job]:
+    """The runs, one seed of every arm before the next seed.
+
+    Args:
+        arms: In the order of importance.
+        seeds: In order.
+        budget: As Budget.
+        chosen: Their settings.
+        tokens: Their text.
+        folder: With the times of the arms, and for the results.
+
+    Raises:
+        ConfigError: With budget "seconds", if an arm has no times there.
+        OutputExistsError: A file in folder was made with other settings.
+    """
+    for path in sorted(folder.glob(f"{NAME}.*.seed*.json")):
+        _read_as(path, chosen.document(tokens))
+    times = {
+        arm.slug: _read_as(path, _timed_settings(chosen)) for arm in arms if (path := _times_path(folder, arm)).exists()
+    }
+    if budget == "seconds" and (path := _times_path(folder, first := every_arm()[0])).exists():
+        times[first.slug] = _read_as(path, _timed_settings(chosen))
+    made = []
+    for seed in seeds:
+        for arm in arms:
+            steps = chosen.steps if budget == "tokens" else _fitting(arm, chosen, times)
+            known = times.get(arm.slug)
+            seconds = None if known is None else predicted(known, arm, steps, chosen.scores)
+            path = folder / f"{NAME}.{arm.slug}.{budget}.seed{seed}.json"
+            made.append(Job(arm, seed, budget, steps, seconds, path))
+    return made
+
+
+def measure(
+    arm: Arm, steps: int, chosen: Settings, tokens: TokenSets, folder: Path, begun: float, say: Say = print
+) -> Path:
+    """Time an arm for some steps of each of its phases, and write folder/llama-linux.ARM.times.json.
+
+    Args:
+        arm: How layers compute.
+        steps: Of each phase.
+        chosen: The settings.
+        tokens: The text.
+        folder: For the file.
+        begun: time.perf_counter() when the process began or the arm before ended, for the time to get ready.
+        say: Told of the times, in a line.
+
+    Returns:
+        The path of the file.
+    """
+    ready = time.perf_counter() - begun
+    halved, both = arm, steps
+    if arm.recipe is not None:
+        halved, both = replace(arm, recipe=replace(arm.recipe, sparse_fraction=0.5)), 2 * steps
+    ended = train_arm(halved, 0, chosen, tokens, both)
+    run = ended.run
+    document = {
+        "kind": "times",
+        "settings": _timed_settings(chosen),
+        "arm": arm.slug,
+        "seconds_per_step": {phase.kind: phase.seconds_per_step for phase in run.phases},
+        "start_seconds": sum(run.start_seconds),
+        "score_seconds": run.score_seconds / len(run.scores),
+        "final_seconds": ended.final_seconds,
+        "ready_seconds": ready,
+        "peak_memory": asdict(ended.peak_memory),
+        "sparse_products": {phase.kind: phase.sparse_products for phase in run.phases},
+        **provenance(),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    write_document(_times_path(folder, arm), finite(document))
+    each = ", ".join(
+        f"{1000 * seconds:.2f} ms per {kind} step" for kind, seconds in document["seconds_per_step"].items()
+    )
+    say(f"{arm.title}: {each}, {document['start_seconds']:.0f} s to compile, {document['score_seconds']:.1f} s a score")
+    return _times_path(folder, arm)
+
+
+def predicted(times: Document, arm: Arm, steps: int, scores: int) -> float:
+    """Seconds that a run of an arm takes, from its times: to get ready, to compile, to train and to score.
+
+    Args:
+        times: What measure wrote.
+        arm: How layers compute.
+        steps: Of the run.
+        scores: On its way.
+    """
+    begin = times["ready_seconds"] + times["start_seconds"] + times["final_seconds"]
+    return float(begin + scores * times["score_seconds"] + steps * mean_step(times, arm))
+
+
+def mean_step(times: Document, arm: Arm) -> float:
+    """Seconds per step of a whole run, from the seconds of its phases."""
+    share = 0.0 if arm.recipe is None else arm.recipe.sparse_fraction
+    each = times["seconds_per_step"]
+    return float(share * each.get("sparse", 0.0) + (1 - share) * each.get("dense", 0.0))
+
+
+def listed(todo: Sequence[Job], tokens: TokenSets, chosen: Settings) -> str:
+    """The runs with their predicted seconds, as a Markdown table.
+
+    Args:
+        todo: The runs.
+        tokens: Their text.
+        chosen: Their settings.
+    """
+    most = NextToken(tokens, chosen.model.context, chosen.train.batch_size).most_steps
+    lines = ["| run | steps | of the text | predicted seconds | |", "|---|--:|--:|--:|---|"]
+    for job in todo:
+        seconds = "no times yet" if job.seconds is None else f"{job.seconds:.0f}"
+        state = "there" if job.path.exists() else "too long for the text" if job.steps > most else ""
+        lines.append(f"| {job.path.name} | {job.steps} | {job.steps / most:.0%} | {seconds} | {state} |")
+    total = sum(job.seconds or 0 for job in todo if not job.path.exists())
+    share = chosen.model.multiplications()
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"{total:.0f} s are still to do. {share['block_linears'] / sum(share.values()):.1%} of the model's "
+            "multiplications are in the linear layers in which the arms differ.",
+        ]
+    )
+
+
+def run_jobs(
+    todo: Iterable[Job], chosen: Settings, tokens: TokenSets, deadline: float = math.inf, say: Say = print
+) -> list[Path]:
+    """Train what is not there yet and write a file per run; returns the paths of those that are there at the end.
+
+    While a run trains, PATH.partial has what it has so far. A run that is predicted to end after the deadline is not
+    started, and one that meets it stops; its partial file stays.
+
+    Args:
+        todo: The runs, in order.
+        chosen: Their settings.
+        tokens: Their text.
+        deadline: By time.monotonic().
+        say: Told of each run, in a line.
+    """
+    there = []
+    for job in todo:
+        left = deadline - time.monotonic()
+        if job.path.exists():
+            say(f"{job.name}: there already, skipped")
+            there.append(job.path)
+        elif left <= 0 or (job.seconds is not None and job.seconds > left):
+            takes = "" if job.seconds is None else f", it takes about {job.seconds:.0f} s"
+            say(f"{job.name}: not started, {max(0.0, left):.0f} s are left{takes}")
+        elif _run(job, chosen, tokens, deadline, say):
+            there.append(job.path)
+    return there
+
+
+def _run(job: Job, chosen: Settings, tokens: TokenSets, deadline: float, say: Say) -> bool:
+    """Train one run; whether it has a result."""
+    begun, partial = time.perf_counter(), job.path.with_suffix(".partial")
+    job.path.parent.mkdir(parents=True, exist_ok=True)
+
+    def document(ended: Ended) -> Document:
+        facts = {
+            "experiment": NAME, "title": TITLE, "arm": job.arm.slug, "arm_title": job.arm.title,
+            "order": [arm.slug for arm in every_arm()].index(job.arm.slug), "seed": job.seed,
+            "budget": job.budget, "steps": job.steps, "settings": chosen.document(tokens),
+            "recipe": None if job.arm.recipe is None else job.arm.recipe.describe(),
+            "tokens_per_step": chosen.train.batch_size * chosen.model.context,
+            "multiplications": chosen.model.multiplications(),
+            "wall_seconds": time.perf_counter() - begun,
+        }  # fmt: skip
+        return timed_document(facts, asdict(ended))
+
+    def watch(run: TimedRun) -> bool:
+        last = run.scores[-1]
+        unfinished = Ended(run, None, None, 0.0, _NO_MEMORY, 0)
+        write_document(partial, document(unfinished))
+        say(
+            f"{job.name}: step {last.step}, {last.seconds:.1f} s of training, "
+            f"validation {last.score.bits_per_byte:.4f} bits per byte"
+        )
+        return time.monotonic() < deadline and math.isfinite(last.score.nats_per_token)
+
+    ended = train_arm(job.arm, job.seed, chosen, tokens, job.steps, watch)
+    _check_sparse(job, ended.run)
+    last = ended.run.scores[-1].score.nats_per_token if ended.run.scores else math.nan
+    if not ended.run.finished and math.isfinite(last):
+        say(f"{job.name}: time is up; {partial.name} has what there is")
+        return False
+    write_document(job.path, document(ended))
+    with contextlib.suppress(OSError):
+        partial.unlink()
+    if ended.test is None:
+        say(f"{job.name}: diverged")
+    else:
+        say(f"{job.name}: test {ended.test.bits_per_byte:.4f} bits per byte, {ended.run.seconds:.1f} s of training")
+    return True
+
+
+def _check_sparse(job: Job, run: TimedRun) -> None:
+    """A sparse phase on a GPU must have multiplied sparse."""
+    for phase in run.phases:
+        if phase.kind == "sparse" and not phase.sparse_products and torch.cuda.is_available():
+            raise ConfigError(
+                f"{job.name}: no sparse product ran in steps {phase.start} to {phase.end}; `semisparse env` says why"
+            )
+
+
+def _fitting(arm: Arm, chosen: Settings, times: dict[str, Document]) -> int:
+    """Steps of an arm that take the seconds of the first arm's run."""
+    first = every_arm()[0]
+    for needed in (first, arm):
+        if needed.slug not in times:
+            raise ConfigError(f"budget='seconds' needs the times of arm {needed.slug!r}; run with --time-only 60 first")
+    return round(chosen.steps * mean_step(times[first.slug], first) / mean_step(times[arm.slug], arm))
+
+
+def _times_path(folder: Path, arm: Arm) -> Path:
+    return folder / f"{NAME}.{arm.slug}.times.json"
+
+
+def _timed_settings(chosen: Settings) -> dict[str, Any]:
+    """What the seconds of a step depend on, besides the arm."""
+    return {
+        "model": asdict(chosen.model),
+        "batch_size": chosen.train.batch_size,
+        "layers": chosen.train.layers,
+        "score_windows": chosen.score_windows,
+        "compiled": chosen.compiled,
+    }
+
+
+def _read_as(path: Path, wanted: dict[str, Any]) -> Document:
+    """The document at path, if it was made with the settings in wanted."""
+    try:
+        found = read(path)
+    except (OSError, ValueError) as error:
+        raise OutputExistsError(f"{path} is there but not a result: {error}; move it away") from error
+    other = found.get("settings") if isinstance(found, dict) else None
+    if other != json.loads(json.dumps(wanted)):
+        raise OutputExistsError(
+            f"{path} was made with settings={shown(other)}, not {wanted}; choose another folder or move it away"
+        )
+    made: Document = found
+    return made
