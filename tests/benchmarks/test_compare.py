@@ -53,7 +53,8 @@ def torchao(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     monkeypatch.setattr(float8, "_training", lambda: made)
     monkeypatch.setattr(float8, "version", lambda name: "0.18.0")
-    monkeypatch.setattr(float8, "replace", lambda config, emulate: config)
+    monkeypatch.setattr(float8.lab, "_module", lambda name: made)
+    monkeypatch.setattr(float8.lab, "replace", lambda config, emulate: config)
 
 
 @pytest.fixture(autouse=True)
