@@ -12,6 +12,7 @@ from lab.tests.toy_kernel import write_toy_tokens
 from semisparse.errors import ConfigError
 from semisparse_lab.data.tokens import TokenSets, load_tokens
 from semisparse_lab.errors import OutputExistsError
+from semisparse_lab.studies import llama_linux_runs
 from semisparse_lab.studies.llama_linux import Arm, arms, chosen_arms, numbers, settings, train_arm
 from semisparse_lab.studies.llama_linux_runs import jobs, listed, measure, run_jobs
 
@@ -36,6 +37,26 @@ def test_an_arm_that_is_never_sparse_is_the_dense_arm_bit_for_bit(tokens: TokenS
     assert [point.loss for point in same.run.curve] == [point.loss for point in dense.run.curve]
     assert same.test == dense.test and same.validation == dense.validation
     assert other.test != dense.test
+
+
+def test_a_dense_start_moves_the_sparse_phase_and_a_held_mask_is_the_recipes(tokens: TokenSets) -> None:
+    moved = replace(SETTINGS, dense_start=0.2, sparse_fraction=0.5)
+    run = train_arm(chosen_arms("bf16-24", 0.5)[0], 0, moved, tokens, 10).run
+    assert [(phase.kind, phase.end) for phase in run.phases] == [("dense", 2), ("sparse", 7), ("dense", 10)]
+    assert all(arm.recipe.refresh_every == 40 for arm in arms(refresh_every=40) if arm.recipe is not None)
+    with pytest.raises(ConfigError, match="choose one"):
+        replace(moved, refresh_every=40)
+
+
+def test_torchao_changes_the_process_and_no_other_arm_follows_it(
+    tokens: TokenSets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said, dense, float8 = list[str](), *arms()[:2]
+    monkeypatch.setattr(llama_linux_runs, "_run", lambda job, *_: True)
+    compiled = replace(SETTINGS, compiled=True)
+    todo = jobs([dense, float8], [0, 1], "tokens", compiled, tokens, tmp_path)
+    assert run_jobs(todo, compiled, tokens, say=said.append) == [todo[0].path, todo[1].path, todo[3].path]
+    assert len(said) == 1 and "call again" in said[0]
 
 
 def test_arms_differ_in_precision_and_sparse_products_alone() -> None:
@@ -81,14 +102,15 @@ def test_runs_of_equal_seconds_have_the_steps_that_their_times_allow(tokens: Tok
     with pytest.raises(ConfigError, match="--time-only"):
         jobs(chosen, [0], "seconds", SETTINGS, tokens, tmp_path)
     for arm in chosen:
-        path = measure(arm, 5, SETTINGS, tokens, tmp_path, 0.0, lambda line: None)
+        path = measure(arm, 5, SETTINGS, tokens, tmp_path, 4.0, lambda line: None)
         times = json.loads(path.read_text())
         assert times["seconds_per_step"].keys() == ({"dense"} if arm.recipe is None else {"sparse", "dense"})
         times["seconds_per_step"] = {"dense": 3.0} if arm.recipe is None else {"sparse": 1.0, "dense": 8 / 3}
-        times |= {"start_seconds": 10.0, "score_seconds": 2.0, "final_seconds": 1.0, "ready_seconds": 4.0}
+        times |= {"start_seconds": 10.0, "score_seconds": 2.0, "final_seconds": 1.0}
         path.write_text(json.dumps(times))
     dense, sparse = jobs(chosen, [0], "seconds", SETTINGS, tokens, tmp_path)
     assert (dense.steps, sparse.steps) == (10, 20)  # 0.7 * 1 + 0.3 * 8 / 3 is half of 3
+    assert dense.path.name.endswith(".tokens.seed0.json") and sparse.path.name.endswith(".seconds.seed0.json")
     assert dense.seconds == sparse.seconds == pytest.approx(10 + SETTINGS.scores * 2 + 1 + 4 + 30)
 
 

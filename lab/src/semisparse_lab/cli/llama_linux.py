@@ -32,6 +32,9 @@ def llama_linux(
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 4e-4,
     hold: Annotated[float, typer.Option(help="Share of the steps that it stays there, before half a cosine.")] = 0.67,
     sparse_fraction: Annotated[float, typer.Option(help="Share of the steps that is 2:4.")] = 0.7,
+    dense_start: Annotated[float, typer.Option(help="Share of the steps that is dense before these.")] = 0.0,
+    refresh_every: Annotated[int, typer.Option(min=1, help="Steps for which a mask is held.")] = 1,
+    layers: Annotated[str, typer.Option(help="Layers that the arms differ in: part of their names.")] = "blocks",
     minutes: Annotated[float | None, typer.Option(min=0.01, help="Start and train nothing after this long.")] = None,
     time_only: Annotated[int | None, typer.Option(min=20, help="Only time so many steps of each phase.")] = None,
     list_runs: Annotated[bool, typer.Option("--list", help="Only print the runs and their predicted seconds.")] = False,
@@ -48,14 +51,15 @@ def llama_linux(
         from semisparse_lab.studies import llama_linux_runs as runs
 
         chosen = study.settings(
-            device.value, small=small, steps=steps, lr=lr, hold_fraction=hold, sparse_fraction=sparse_fraction
-        )
-        found = study.chosen_arms(arms, sparse_fraction)
+            device.value, small=small, steps=steps, lr=lr, hold=hold, layers=layers,
+            sparse_fraction=sparse_fraction, dense_start=dense_start, refresh_every=refresh_every,
+        )  # fmt: skip
+        found = study.chosen_arms(arms, sparse_fraction, refresh_every)
         tokens = load_tokens(data_dir, chosen.train.device)
         if time_only is not None:
-            for arm in found:
-                kept.append(runs.measure(arm, time_only, chosen, tokens, out, begun, typer.echo))
-                begun = time.perf_counter()
+            ready = time.perf_counter() - begun
+            for arm in sorted(found, key=lambda arm: arm.float8):  # torchao changes how a process compiles
+                kept.append(runs.measure(arm, time_only, chosen, tokens, out, ready, typer.echo))
             return
         todo = runs.jobs(found, study.numbers(seeds), budget.value, chosen, tokens, out)
         if list_runs:

@@ -62,10 +62,18 @@ class Compared:
 
 
 def by_budget(results: Sequence[Document]) -> dict[str, list[ArmRuns]]:
-    """The arms of each budget, in the order of the study: results carry it as "order"."""
+    """The arms of each budget, in the order of the study: results carry it as "order".
+
+    The first arm's runs of equal tokens have as many steps as its runs of equal seconds would, and stand for them.
+
+    Args:
+        results: The runs.
+    """
     found: dict[str, dict[str, list[Document]]] = {}
+    budgets = {result["budget"] for result in results}
     for result in sorted(results, key=lambda result: (result["order"], result["seed"])):
-        found.setdefault(result["budget"], {}).setdefault(result["arm"], []).append(result)
+        for budget in [result["budget"]] if result["order"] else budgets:
+            found.setdefault(budget, {}).setdefault(result["arm"], []).append(result)
     return {
         budget: [
             ArmRuns(

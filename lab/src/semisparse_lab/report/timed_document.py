@@ -1,6 +1,7 @@
 """A timed run as a JSON document, from which the card of time to loss is made; and reading such documents."""
 
 from datetime import UTC, datetime
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,18 @@ Document = dict[str, Any]
 
 
 def provenance() -> Document:
-    """Machine, versions and commit of this process."""
+    """When it is, and machine, versions and commit of this process."""
+    return {"created": datetime.now(UTC).isoformat(timespec="seconds"), **_process()}
+
+
+@cache
+def _process() -> Document:
+    """Machine, versions and commit; read once, because a run that is timed asks often."""
     try:
         torchao = version("torchao")
     except PackageNotFoundError:
         torchao = None
     return {
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": commit(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "environment": environment().facts,

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from semisparse import SparseSchedule, sparsify
 from semisparse.errors import ConfigError
 from semisparse.recipes import Recipe, RecipeSchedule, fastest, safest
+from semisparse_lab.checks import check_counts, check_ranges
 from semisparse_lab.data.tokens import TokenSets
 from semisparse_lab.models.llama import LlamaConfig, build_llama
 from semisparse_lab.tasks.next_token import NextToken, TextScore, next_token_loss
@@ -47,34 +48,40 @@ class Arm:
     float8: bool = False
 
 
-def arms(sparse_fraction: float = 0.7) -> tuple[Arm, ...]:
+def arms(sparse_fraction: float = 0.7, refresh_every: int = 1) -> tuple[Arm, ...]:
     """The arms, the one that the others are compared with first.
 
     Args:
         sparse_fraction: Share of the steps that are 2:4.
+        refresh_every: As Recipe's.
     """
     share = f"{sparse_fraction:.0%} of the steps"
     fp8 = fastest(sparse_fraction=sparse_fraction, grad_output=None)
-    return (
+    found = (
         Arm("bf16", "dense bf16"),
         Arm("float8", "torchao float8", float8=True),
         Arm("fp8-24", f"fp8 + 2:4 for {share}, then fp8", fp8),
         Arm("bf16-24", f"2:4 for {share}, then dense", safest(sparse_fraction=sparse_fraction)),
         Arm("fp8-24-mvue", f"fp8 + 2:4 + mvue for {share}, then fp8", fastest(sparse_fraction=sparse_fraction)),
     )
+    return tuple(
+        arm if arm.recipe is None else replace(arm, recipe=replace(arm.recipe, refresh_every=refresh_every))
+        for arm in found
+    )
 
 
-def chosen_arms(slugs: str, sparse_fraction: float = 0.7) -> list[Arm]:
+def chosen_arms(slugs: str, sparse_fraction: float = 0.7, refresh_every: int = 1) -> list[Arm]:
     """The arms with these slugs, in their order; all for an empty text.
 
     Args:
         slugs: With commas between them.
         sparse_fraction: As arms'.
+        refresh_every: As arms'.
 
     Raises:
         ConfigError: A slug belongs to none, or comes twice.
     """
-    known = {arm.slug: arm for arm in arms(sparse_fraction)}
+    known = {arm.slug: arm for arm in arms(sparse_fraction, refresh_every)}
     names = [name.strip() for name in slugs.split(",")] if slugs else list(known)
     for name in names:
         if name not in known or names.count(name) > 1:
@@ -107,8 +114,11 @@ class Settings:
             pattern of the linear layers that the arms differ in.
         steps: Of the first arm, and of every arm with budget "tokens".
         sparse_fraction: As arms'.
+        refresh_every: As arms'.
+        dense_start: Share of the steps that are dense before the sparse ones; not with refresh_every.
         scores: Number of scores on the way of a run, about.
         score_windows: Windows of each of them.
+        final_windows: Windows of the scores at the end, on the validation set and on the test set.
         compiled: Whether the training step is compiled.
     """
 
@@ -116,9 +126,19 @@ class Settings:
     train: TrainConfig = field(default_factory=TrainConfig)
     steps: int = 4500
     sparse_fraction: float = 0.7
+    refresh_every: int = 1
+    dense_start: float = 0.0
     scores: int = 30
     score_windows: int = 128
+    final_windows: int = 512
     compiled: bool = True
+
+    def __post_init__(self) -> None:
+        check_counts(self, ("steps", "refresh_every", "scores", "score_windows", "final_windows"))
+        check_ranges(self, ("sparse_fraction",))
+        check_ranges(self, ("dense_start",), high=1 - self.sparse_fraction)
+        if self.dense_start and self.refresh_every > 1:
+            raise ConfigError(f"dense_start={self.dense_start} and refresh_every={self.refresh_every}: choose one")
 
     def document(self, tokens: TokenSets) -> dict[str, Any]:
         """All of it but the seed, and the checksum of the text, as plain JSON values."""
@@ -133,7 +153,14 @@ class Settings:
 
 
 def settings(
-    device: str = "auto", *, small: bool = False, steps: int | None = None, lr: float = 4e-4, **changes: float
+    device: str = "auto",
+    *,
+    small: bool = False,
+    steps: int | None = None,
+    lr: float = 4e-4,
+    hold: float = 0.67,
+    layers: str = "blocks",
+    **changes: Any,
 ) -> Settings:
     """The settings of the study.
 
@@ -142,36 +169,33 @@ def settings(
         small: A tiny model, to see it work.
         steps: As Settings'.
         lr: Peak learning rate.
-        changes: Further settings of TrainConfig, and sparse_fraction.
+        hold: Share of the steps that it stays there after the warm-up, before half a cosine.
+        layers: As TrainConfig's.
+        changes: Of Settings.
 
     Raises:
         ConfigError: A setting is outside its range.
     """
     place = resolve_device(device)
-    share = changes.pop("sparse_fraction", 0.7)
     train = TrainConfig(
         epochs=1,
         batch_size=2 if small else 8,
         lr=lr,
         warmup_fraction=0.03,
-        hold_fraction=0.67,
+        hold_fraction=hold,
         weight_decay=0.1,
         betas=(0.9, 0.95),
         clip=1.0,
-        layers="blocks",
+        layers=layers,
         device=str(place),
         precision="bf16" if place.type == "cuda" else "fp32",
     )
     tiny = LlamaConfig(vocabulary=512, context=16, width=32, hidden=64, depth=1, heads=2)
-    return Settings(
-        model=tiny if small else LlamaConfig(),
-        train=replace(train, **changes),  # type: ignore[arg-type]
-        steps=steps or (20 if small else 4500),
-        sparse_fraction=share,
-        scores=5 if small else 30,
-        score_windows=4 if small else 128,
-        compiled=place.type == "cuda",
+    sizes: dict[str, Any] = (
+        {"model": tiny, "steps": 20, "scores": 5, "score_windows": 4, "final_windows": 8} if small else {}
     )
+    sizes |= {} if steps is None else {"steps": steps}
+    return Settings(train=train, compiled=place.type == "cuda", **sizes, **changes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,7 +204,7 @@ class Ended:
 
     Attributes:
         run: Curve, scores on the way, times.
-        validation: Score on all of the validation set at the end; None if the run did not finish.
+        validation: Score on the validation set at the end; None if the run did not finish.
         test: The same on the test set, which is read here alone.
         final_seconds: Of these two scores.
         peak_memory: Of the run.
@@ -211,7 +235,6 @@ def train_arm(
     Raises:
         ConfigError: The text is too short or has too many tokens, or torchao is missing.
     """
-
     config = replace(chosen.train, seed=seed)
     device = resolve_device(config.device)
     if tokens.vocabulary > chosen.model.vocabulary:
@@ -229,9 +252,7 @@ def train_arm(
     if arm.recipe is not None:
         sparsify(model, arm.recipe.config, select=config.layers)
     optimizer = adamw(model, config)
-    schedule: SparseSchedule | None = None
-    if arm.recipe is not None:
-        schedule = RecipeSchedule(arm.recipe, model, optimizer, steps, seed=seed)
+    schedule = None if arm.recipe is None else _schedule(arm.recipe, model, optimizer, steps, chosen, seed)
     batches = task.batches(steps, torch.Generator().manual_seed(seed))
     run = train_timed(
         model,
@@ -248,13 +269,22 @@ def train_arm(
     if run.finished:
         model.eval()
         with torch.no_grad(), autocast(device, config.precision):
-            scores = {part: task.score(model, part) for part in scores}
+            scores = {part: task.score(model, part, chosen.final_windows) for part in scores}
     return Ended(run, scores["validation"], scores["test"], perf_counter() - begun, memory.peak(), parameters)
 
 
 def linears(model: nn.Module, pattern: str) -> list[str]:
     """Names of the linear layers that contain pattern."""
     return [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and pattern in name]
+
+
+def _schedule(
+    recipe: Recipe, model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, chosen: Settings, seed: int
+) -> SparseSchedule:
+    """The recipe's schedule; with a dense start one of the same layers and masks."""
+    if chosen.dense_start:
+        return SparseSchedule.dense_sparse_dense(model, steps, chosen.dense_start, recipe.sparse_fraction, seed=seed)
+    return RecipeSchedule(recipe, model, optimizer, steps, seed=seed)
 
 
 def _loss(model: nn.Module, compiled: bool) -> Loss:

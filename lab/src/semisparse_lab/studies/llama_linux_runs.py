@@ -59,6 +59,8 @@ def jobs(
 ) -> list[Job]:
     """The runs, one seed of every arm before the next seed.
 
+    The first arm's run of equal seconds is the one of equal tokens, which has as many steps.
+
     Args:
         arms: In the order of importance.
         seeds: In order.
@@ -84,13 +86,14 @@ def jobs(
             steps = chosen.steps if budget == "tokens" else _fitting(arm, chosen, times)
             known = times.get(arm.slug)
             seconds = None if known is None else predicted(known, arm, steps, chosen.scores)
-            path = folder / f"{NAME}.{arm.slug}.{budget}.seed{seed}.json"
-            made.append(Job(arm, seed, budget, steps, seconds, path))
+            kind: Budget = "tokens" if arm.slug == every_arm()[0].slug else budget
+            path = folder / f"{NAME}.{arm.slug}.{kind}.seed{seed}.json"
+            made.append(Job(arm, seed, kind, steps, seconds, path))
     return made
 
 
 def measure(
-    arm: Arm, steps: int, chosen: Settings, tokens: TokenSets, folder: Path, begun: float, say: Say = print
+    arm: Arm, steps: int, chosen: Settings, tokens: TokenSets, folder: Path, ready: float, say: Say = print
 ) -> Path:
     """Time an arm for some steps of each of its phases, and write folder/llama-linux.ARM.times.json.
 
@@ -100,26 +103,27 @@ def measure(
         chosen: The settings.
         tokens: The text.
         folder: For the file.
-        begun: time.perf_counter() when the process began or the arm before ended, for the time to get ready.
+        ready: Seconds that it took to load packages and text.
         say: Told of the times, in a line.
 
     Returns:
         The path of the file.
     """
-    ready = time.perf_counter() - begun
     halved, both = arm, steps
     if arm.recipe is not None:
         halved, both = replace(arm, recipe=replace(arm.recipe, sparse_fraction=0.5)), 2 * steps
-    ended = train_arm(halved, 0, chosen, tokens, both)
+    brief = replace(chosen, scores=2, final_windows=chosen.score_windows, dense_start=0.0, sparse_fraction=0.5)
+    ended = train_arm(halved, 0, brief, tokens, both)
     run = ended.run
+    score_seconds = run.score_seconds / len(run.scores)
     document = {
         "kind": "times",
         "settings": _timed_settings(chosen),
         "arm": arm.slug,
         "seconds_per_step": {phase.kind: phase.seconds_per_step for phase in run.phases},
         "start_seconds": sum(run.start_seconds),
-        "score_seconds": run.score_seconds / len(run.scores),
-        "final_seconds": ended.final_seconds,
+        "score_seconds": score_seconds,
+        "final_seconds": ended.final_seconds * chosen.final_windows / chosen.score_windows,
         "ready_seconds": ready,
         "peak_memory": asdict(ended.peak_memory),
         "sparse_products": {phase.kind: phase.sparse_products for phase in run.phases},
@@ -130,7 +134,7 @@ def measure(
     each = ", ".join(
         f"{1000 * seconds:.2f} ms per {kind} step" for kind, seconds in document["seconds_per_step"].items()
     )
-    say(f"{arm.title}: {each}, {document['start_seconds']:.0f} s to compile, {document['score_seconds']:.1f} s a score")
+    say(f"{arm.title}: {each}, {document['start_seconds']:.0f} s to compile, {score_seconds:.1f} s a score")
     return _times_path(folder, arm)
 
 
@@ -186,7 +190,8 @@ def run_jobs(
     """Train what is not there yet and write a file per run; returns the paths of those that are there at the end.
 
     While a run trains, PATH.partial has what it has so far. A run that is predicted to end after the deadline is not
-    started, and one that meets it stops; its partial file stays.
+    started, and one that meets it stops; its partial file stays. torchao changes how a process compiles, so that after
+    its arm no other one is started.
 
     Args:
         todo: The runs, in order.
@@ -195,7 +200,7 @@ def run_jobs(
         deadline: By time.monotonic().
         say: Told of each run, in a line.
     """
-    there = []
+    there, changed = [], False
     for job in todo:
         left = deadline - time.monotonic()
         if job.path.exists():
@@ -204,8 +209,12 @@ def run_jobs(
         elif left <= 0 or (job.seconds is not None and job.seconds > left):
             takes = "" if job.seconds is None else f", it takes about {job.seconds:.0f} s"
             say(f"{job.name}: not started, {max(0.0, left):.0f} s are left{takes}")
-        elif _run(job, chosen, tokens, deadline, say):
-            there.append(job.path)
+        elif changed and not job.arm.float8:
+            say(f"{job.name}: not started, torchao has changed how this process compiles; call again")
+        else:
+            changed = job.arm.float8 and chosen.compiled
+            if _run(job, chosen, tokens, deadline, say):
+                there.append(job.path)
     return there
 
 
@@ -228,6 +237,7 @@ def _run(job: Job, chosen: Settings, tokens: TokenSets, deadline: float, say: Sa
 
     def watch(run: TimedRun) -> bool:
         last = run.scores[-1]
+        _check_sparse(job, run)
         unfinished = Ended(run, None, None, 0.0, _NO_MEMORY, 0)
         write_document(partial, document(unfinished))
         say(
@@ -237,7 +247,6 @@ def _run(job: Job, chosen: Settings, tokens: TokenSets, deadline: float, say: Sa
         return time.monotonic() < deadline and math.isfinite(last.score.nats_per_token)
 
     ended = train_arm(job.arm, job.seed, chosen, tokens, job.steps, watch)
-    _check_sparse(job, ended.run)
     last = ended.run.scores[-1].score.nats_per_token if ended.run.scores else math.nan
     if not ended.run.finished and math.isfinite(last):
         say(f"{job.name}: time is up; {partial.name} has what there is")
@@ -281,6 +290,7 @@ def _timed_settings(chosen: Settings) -> dict[str, Any]:
         "batch_size": chosen.train.batch_size,
         "layers": chosen.train.layers,
         "score_windows": chosen.score_windows,
+        "refresh_every": chosen.refresh_every,
         "compiled": chosen.compiled,
     }
 
