@@ -124,7 +124,7 @@ class Settings:
 
     model: LlamaConfig = field(default_factory=LlamaConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
-    steps: int = 4500
+    steps: int = 3000
     sparse_fraction: float = 0.7
     refresh_every: int = 1
     dense_start: float = 0.0
@@ -191,10 +191,9 @@ def settings(
         precision="bf16" if place.type == "cuda" else "fp32",
     )
     tiny = LlamaConfig(vocabulary=512, context=16, width=32, hidden=64, depth=1, heads=2)
-    sizes: dict[str, Any] = (
-        {"model": tiny, "steps": 20, "scores": 5, "score_windows": 4, "final_windows": 8} if small else {}
-    )
-    sizes |= {} if steps is None else {"steps": steps}
+    sizes: dict[str, Any] = {} if steps is None else {"steps": steps}
+    if small:
+        sizes = {"model": tiny, "steps": 20, "scores": 5, "score_windows": 4, "final_windows": 8, **sizes}
     return Settings(train=train, compiled=place.type == "cuda", **sizes, **changes)
 
 

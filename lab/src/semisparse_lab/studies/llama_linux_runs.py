@@ -9,8 +9,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from semisparse.errors import ConfigError
 from semisparse_lab.checks import shown
 from semisparse_lab.data.tokens import TokenSets
@@ -237,7 +235,8 @@ def _run(job: Job, chosen: Settings, tokens: TokenSets, deadline: float, say: Sa
 
     def watch(run: TimedRun) -> bool:
         last = run.scores[-1]
-        _check_sparse(job, run)
+        if chosen.train.device != "cpu":
+            _check_sparse(job, run)
         unfinished = Ended(run, None, None, 0.0, _NO_MEMORY, 0)
         write_document(partial, document(unfinished))
         say(
@@ -264,7 +263,7 @@ def _run(job: Job, chosen: Settings, tokens: TokenSets, deadline: float, say: Sa
 def _check_sparse(job: Job, run: TimedRun) -> None:
     """A sparse phase on a GPU must have multiplied sparse."""
     for phase in run.phases:
-        if phase.kind == "sparse" and not phase.sparse_products and torch.cuda.is_available():
+        if phase.kind == "sparse" and not phase.sparse_products:
             raise ConfigError(
                 f"{job.name}: no sparse product ran in steps {phase.start} to {phase.end}; `semisparse env` says why"
             )
