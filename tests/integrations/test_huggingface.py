@@ -81,6 +81,21 @@ def test_a_run_counts_steps_not_batches_and_ends_with_plain_layers(full: tuple[P
     assert logged == [1, 1, 1, 0, 0, 0, 0, 0]  # of the step that comes next
 
 
+def test_a_callback_that_is_moved_to_the_front_reaches_every_reporter(tmp_path: Path) -> None:
+    class Reporter(TrainerCallback):
+        seen: tuple[float, ...] = ()
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            self.seen += (logs["semisparse/applied_steps"],) if "loss" in logs else ()
+
+    run, reporter = trainer(tmp_path, None, max_steps=2), Reporter()
+    run.add_callback(reporter)
+    run.add_callback(SparseCallback())
+    run.callback_handler.callbacks.insert(0, run.pop_callback(SparseCallback))
+    run.train()
+    assert reporter.seen == (1, 2)
+
+
 @pytest.mark.parametrize("restore", [False, True])
 def test_a_resumed_run_continues_bit_for_bit(full: tuple[Path, Trainer], restore: bool, tmp_path: Path) -> None:
     folder, whole = full

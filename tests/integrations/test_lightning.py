@@ -98,16 +98,31 @@ def test_checkpoints_that_do_not_fit_are_refused_or_continued_by_their_step(tmp_
     assert model.seen[::2] == ["sparse", *DENSE]
 
 
-def test_a_step_that_the_scaler_skipped_does_not_count() -> None:
+@pytest.mark.parametrize("recipe", [HALF, recipes.sr_ste(sparse_fraction=0.5)], ids=lambda recipe: recipe.name)
+def test_a_step_that_the_scaler_skipped_does_not_count(recipe: recipes.Recipe) -> None:
     class Overflows(Toy):
         def training_step(self, batch: Tensor, index: int) -> Tensor:
             return super().training_step(batch, index) * (torch.inf if index == 2 else 1)
 
-    callback, scaler = SparseCallback(HALF), torch.amp.GradScaler("cpu", init_scale=2.0)
+    callback, scaler = SparseCallback(recipe), torch.amp.GradScaler("cpu", init_scale=2.0)
     fit(model := Overflows(), callback, plugins=[MixedPrecision("16-mixed", "cpu", scaler=scaler)])
     assert callback.schedule is not None
     assert callback.schedule.applied_steps == 7
     assert model.seen[::2].count("sparse") == 5
+
+
+def test_manual_optimization_counts_its_steps() -> None:
+    class Manual(Toy):
+        automatic_optimization = False
+
+        def training_step(self, batch: Tensor, index: int) -> None:
+            optimizer = self.optimizers()
+            optimizer.zero_grad()
+            self.manual_backward(super().training_step(batch, index))
+            optimizer.step()
+
+    fit(model := Manual(), SparseCallback(HALF), accumulate_grad_batches=1)
+    assert model.seen == SPARSE + DENSE
 
 
 def test_a_model_that_configure_model_builds_is_swapped_then() -> None:
@@ -130,7 +145,7 @@ def test_a_run_without_a_number_of_steps_is_refused() -> None:
 def test_recipes_that_need_gradients_before_the_step_are_refused_where_lightning_has_none(
     recipe: recipes.Recipe,
 ) -> None:
-    with pytest.raises(ConfigError, match="automatic_optimization = False"):
+    with pytest.raises(ConfigError, match="Lightning steps with a closure"):
         fit(Toy(), SparseCallback(recipe))
 
 

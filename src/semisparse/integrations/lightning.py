@@ -39,7 +39,7 @@ class SparseCallback(Callback):
     Raises:
         ConfigError: An argument is not one of its values; or, when training starts, the Trainer does not know how many
             steps the run will have, has no optimizer that fits, or computes gradients too late for the recipe (those
-            with a decay, and step, need manual optimization or a gradient scaler).
+            with a decay, and step, need precision="16-mixed").
         ScheduleError: During training: one callback in two Trainers at once, or a checkpoint of another recipe or
             number of steps. Two in one Trainer are refused by Lightning itself.
     """
@@ -77,11 +77,10 @@ class SparseCallback(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the recipe, or continue it; a checkpoint was loaded before."""
         recipe, scaler = self._run.recipe, getattr(trainer.precision_plugin, "scaler", None)
-        if pl_module.automatic_optimization and scaler is None and (recipe.decay or recipe.dense_range):
+        if scaler is None and (recipe.decay or recipe.dense_range):
             raise ConfigError(
-                f"recipe={recipe.name} needs gradients before optimizer.step, but Lightning computes them inside of it "
-                "(by a closure): optimise manually (automatic_optimization = False), or use safest, fastest, dinov2, "
-                "s_ste, or fst with decay=0"
+                f"recipe={recipe.name} needs gradients before optimizer.step, but Lightning steps with a closure "
+                "unless precision='16-mixed': use safest, fastest, dinov2, s_ste, or fst with decay=0"
             )
         self._run.start(pl_module, trainer.optimizers, trainer.estimated_stepping_batches)
         self._run.resume(self._saved, trainer.global_step)
