@@ -91,6 +91,7 @@ def test_a_card_tells_of_any_set_of_runs(tmp_path: Path) -> None:
     assert "| arm fp8-24 against arm bf16 | -0.50 ± 0.71 % | 0.250 | -20.44 ± 0.62 % |" in text
     # bf16's run of equal tokens is also that of equal seconds: it ends at 2.0, when the longer run is at 1.0.
     assert "| arm fp8-24 against arm bf16 | -50.00 % |  | -50.00 % |  | 2.00x sooner |" in text
+    assert "against arm fp8-24" not in text  # it is none of the references, which come first in the study
     assert "75.0% of the model's multiplications" in text
     assert (tmp_path / "toy.png").read_bytes().startswith(b"\x89PNG")
 

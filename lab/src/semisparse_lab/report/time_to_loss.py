@@ -22,12 +22,14 @@ class ArmRuns:
     Attributes:
         slug: The arm's short name.
         title: Its title.
+        order: Its place among the study's arms.
         runs: By seed, those whose loss stayed finite.
         diverged: Seeds of the others.
     """
 
     slug: str
     title: str
+    order: int
     runs: dict[int, Document]
     diverged: tuple[int, ...]
 
@@ -79,6 +81,7 @@ def by_budget(results: Sequence[Document]) -> dict[str, list[ArmRuns]]:
             ArmRuns(
                 slug,
                 runs[0]["arm_title"],
+                runs[0]["order"],
                 {run["seed"]: run for run in runs if run["test"] is not None},
                 tuple(run["seed"] for run in runs if run["test"] is None),
             )

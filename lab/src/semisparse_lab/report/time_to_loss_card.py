@@ -76,8 +76,8 @@ def card(results: Sequence[Document], plot: str) -> str:
         "and p is of a one-sided paired t-test that the first arm is below the second. Seconds are of pure "
         "training: batch, forward, backward, clipping, optimizer and schedule; compiling and scoring are left out "
         "and stand in a column of their own. At equal seconds, both arms are read where the shorter of the two runs "
-        "ends, on a straight line between the neighbouring scores on the way. Bits per byte are exact: the cross- "
-        "entropies of the tokens over the bytes for which they stand.",
+        "ends, on a straight line between the neighbouring scores on the way. Bits per byte are exact: the "
+        "cross-entropies of the tokens over the bytes for which they stand.",
         "",
         f"{share['block_linears'] / sum(share.values()):.1%} of the model's multiplications are in the linear layers "
         "in which the arms differ.",
@@ -133,7 +133,7 @@ def pairs(arms: Sequence[ArmRuns], budget: str) -> str:
     """Each arm beside the references, at the end of the runs and at equal seconds, as a Markdown table.
 
     Args:
-        arms: Of one budget, the references first.
+        arms: Of one budget.
         budget: What their runs have in equal parts.
     """
     end = "at the end, equal tokens" if budget == "tokens" else "at the end"
@@ -141,7 +141,7 @@ def pairs(arms: Sequence[ArmRuns], budget: str) -> str:
         f"| validation bits per byte | {end} | p | at equal seconds | p | the other's last loss is reached |",
         "|---|--:|--:|--:|--:|--:|",
     ]
-    for reference in arms[:REFERENCES]:
+    for reference in [arm for arm in arms if arm.order < REFERENCES]:
         for arm in arms:
             if arm is not reference and arm.runs and reference.runs:
                 sooner = times_faster(arm, reference)
