@@ -9,13 +9,13 @@ common linear shapes for the table that ships (--tune).
     python benchmarks/benchmark_semi_structured_training.py --linear [--mkn 13008,1024,4096 ...] [--save [DIR]]
     python benchmarks/benchmark_semi_structured_training.py --eager [--mkn 13008,1024,4096 ...] [--save [DIR]]
     python benchmarks/benchmark_semi_structured_training.py --compare [--rows float8 2:4 mvue] [--card llama ...]
-        [--mkn 16384,4096,11008 ...] [--save [DIR]]
+        [--mkn 16384,4096,11008 ...] [--save [DIR]] [--prepare]
     python benchmarks/benchmark_semi_structured_training.py --neighbours [--rows float8 ...] [--save [DIR]]
     python benchmarks/benchmark_semi_structured_training.py --large-m [--mkn 131072,4096,11008 ...] [--save [DIR]]
     python benchmarks/benchmark_semi_structured_training.py --noise [--mkn 16384,4096,11008 ...] [--save [DIR]]
     python benchmarks/benchmark_semi_structured_training.py --fp8-kernels [--save [DIR]]
     python benchmarks/benchmark_semi_structured_training.py --profile [--card llama-4096 ...] [--save [DIR]]
-    python benchmarks/benchmark_semi_structured_training.py --plan [--card llama gpt2 ...] [--save [DIR]]
+    python benchmarks/benchmark_semi_structured_training.py --plan [--card llama gpt2 ...] [--save [DIR]] [--prepare]
     python benchmarks/benchmark_semi_structured_training.py --host [--save [DIR]]
     python benchmarks/benchmark_semi_structured_training.py --no-gain [--card bert-base ...] [--save [DIR]]
     python benchmarks/benchmark_semi_structured_training.py --pack [--save [DIR]]
@@ -37,7 +37,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that the f
 
 import torch
 
-from benchmarks import compare, float8, host, jobs, store
+from benchmarks import compare, float8, host, jobs, prepare, store
 from benchmarks.models import CARDS
 from benchmarks.planned_models import PLANNED
 from benchmarks.timing import ROUNDS
@@ -80,6 +80,9 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--rounds", type=int, help=f"interleaved blocks per variant: {ROUNDS}; {host.ROUNDS} for --host")
     made.add_argument("--save", nargs="?", type=Path, const=store.RESULTS, metavar="DIR")
+    made.add_argument(
+        "--prepare", action="store_true", help="compile the models of --compare and --plan side by side first"
+    )
     made.add_argument("--toy", action="store_true", help="toy size, on any device: tries the program, measures nothing")
     return made
 
@@ -118,6 +121,13 @@ def chosen(options: argparse.Namespace) -> Iterable[jobs.Job]:
     return jobs.steps(options.card, rounds, toy)
 
 
+def _prepare(options: argparse.Namespace) -> None:
+    kind = "plan" if options.plan else "compare"
+    cards = options.card or (list(PLANNED) if options.plan else compare.MODELS)
+    work = prepare.tasks(kind, cards, options.rows or compare.DEFAULT_ROWS)
+    print(f"compiled {len(work)} models side by side in {prepare.prepare(work, options.toy):.0f} s", flush=True)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run the jobs; each result is printed and saved before the next one starts."""
     command = parser()
@@ -133,6 +143,8 @@ def main(arguments: list[str] | None = None) -> None:
         command.error(f"--card {unknown[0]} is not one of {', '.join(known)}, the models of what was asked for")
     if options.rows and not (options.compare or options.neighbours or options.profile):
         command.error("--rows chooses rows of --compare, --neighbours or --profile, none of which is given")
+    if options.prepare and not (options.compare or options.plan):
+        command.error("--prepare compiles the models of --compare or --plan, neither of which is given")
     if "float8" in (options.rows or ()):
         try:
             float8.checked_version()
@@ -140,6 +152,8 @@ def main(arguments: list[str] | None = None) -> None:
             command.error(str(error))
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     print(f"{name}; peaks by data sheet (TFLOP/s): {store.PEAKS_TFLOPS.get(name, 'unknown')}")
+    if options.prepare:
+        _prepare(options)
     for job in chosen(options):
         result = job.measure()
         shown = job.show(result)

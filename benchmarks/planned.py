@@ -25,7 +25,7 @@ from semisparse import Plan, tuning
 from semisparse._plan import planned, uses_of
 from semisparse.planning.candidates import as_candidates
 from semisparse.planning.files import document
-from semisparse.planning.measuring import Measurer
+from semisparse.planning.measuring import Measurer, distinct
 from semisparse.planning.timing import Times
 
 DENSE, PLAN = "dense", "planned"
@@ -98,6 +98,20 @@ def benchmark(name: str, rounds: int, toy: bool = False) -> Result:
         "launches": launches(),
         "tuning": tuning.state(),
     }
+
+
+def compile_parts(name: str, toy: bool = False) -> None:
+    """Run what a plan of this model compiles for timing, once, with made-up times.
+
+    Args:
+        name: A key of PLANNED.
+        toy: Run at toy size, on any device.
+    """
+    card = PLANNED[name]
+    model = card.build(toy)
+    uses = uses_of(model, *_inputs(card, model, toy), None, card.select, card.exclude)
+    where = torch.device(device())
+    Measurer(as_candidates(None), "compiled", where, timer=_toy_times).measure(distinct(uses))
 
 
 def table(results: list[Result]) -> Table:
