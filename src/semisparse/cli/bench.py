@@ -18,7 +18,7 @@ FAILED = 1
 def bench(
     context: typer.Context,
     quick: Annotated[bool, typer.Option("--quick", help="Numerics and layouts only; nothing is timed.")] = False,
-    budget: Annotated[float | None, typer.Option(help="Seconds for all parts together. Default: 150.")] = None,
+    budget: Annotated[float | None, typer.Option(help="Seconds for all parts together. Default: 300.")] = None,
     save: Annotated[Path | None, typer.Option(metavar="FILE", help="Keep the results, as they come.")] = None,
     show: Annotated[Path | None, typer.Option(metavar="FILE", help="Print a saved self-check; nothing runs.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,

@@ -16,7 +16,7 @@ from semisparse.selfcheck import layers, layouts, model, numerics
 from semisparse.selfcheck.contents import LayerTimes, Part, Report
 from semisparse.selfcheck.machine import gpu
 
-BUDGET = 150.0
+BUDGET = 300.0
 """Seconds for all parts together, unless another number is given."""
 
 SHARES = {"numerics": 6, "layouts": 1, "layers": 8, "model": 5}
