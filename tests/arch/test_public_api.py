@@ -76,6 +76,7 @@ RECIPES = {
     "step",
 }
 INTEGRATIONS = {
+    "fsdp": {"GatherReport", "compress_all_gather"},
     "huggingface": {"SparseCallback"},
     "lightning": {"SparseCallback"},
     "torchtitan": {"ScheduleHook", "SemiSparseConverter"},
@@ -117,7 +118,8 @@ def test_the_testing_names_are_these() -> None:
 
 def test_the_names_of_the_integrations_are_these() -> None:
     for host, names in INTEGRATIONS.items():  # read, because their packages need not be installed
-        body = ast.parse((PACKAGE / "integrations" / f"{host}.py").read_text()).body
+        file = PACKAGE / "integrations" / host / "__init__.py"
+        body = ast.parse((file if file.exists() else file.parent.with_suffix(".py")).read_text()).body
         listed = [
             node.value for node in body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"
         ]

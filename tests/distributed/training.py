@@ -1,5 +1,6 @@
 """The training that one process and two processes must agree on, and what it records. Imported by spawned workers."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -112,12 +113,21 @@ def whole(parameter: Tensor) -> Tensor:
     return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
 
 
-def train(scenario: Scenario, rank: int | None) -> dict[str, list[Tensor]]:
-    """Losses, masks and parameters of each step; rank=None trains on all shards in one process."""
+def train(
+    scenario: Scenario, rank: int | None, wrapped: Callable[[nn.Module], object] = lambda model: None
+) -> dict[str, list[Tensor]]:
+    """Losses, masks and parameters of each step; rank=None trains on all shards in one process.
+
+    Args:
+        scenario: How.
+        rank: Of this process.
+        wrapped: Called with the model once it is distributed.
+    """
     model, schedule = build(scenario)
     plain = model
     if rank is not None:
         model = wrap(scenario, model)
+        wrapped(model)
     optimizer = optimizer_for(scenario, model)
     record: dict[str, list[Tensor]] = {"losses": [], "masks": [], "weights": []}
     for step in range(STEPS):

@@ -27,6 +27,7 @@ from semisparse.kernels import (
     amax,
     amax_many,
     bias,
+    kept_values,
     prune_pack,
     prune_pack8,
     prune_pack8_many,
@@ -325,6 +326,12 @@ def main(arch):
     found["sum_rows"] = compiled(bias.sum_rows, types, constants, arch, ["matrix", "out", "columns"], num_warps=4)
     for flat in (False, True):
         grid = {"FLAT": flat}
+        for kernel in (kept_values.keep, kept_values.spread):
+            pointers = ("matrix", "codes", "values") if kernel is kept_values.keep else ("values", "codes", "matrix")
+            types = dict.fromkeys(pointers, "*i16") | {"rows": "i32", "groups": "i32"}
+            constants = {"ROWS": kept_values.ROWS, "GROUPS": kept_values.GROUPS} | grid
+            name = f"{kernel.__name__}{' flat' * flat}"
+            found[name] = compiled(kernel, types, constants, arch, [*pointers, "rows", "groups"], num_warps=4)
         types = {"packed": "*u8", "out": "*i64", "rows": "i32", "columns": "i32"}
         constants = {"BITS": BITS, "ROWS": unpack.ROWS, "GROUPS": unpack.GROUPS, "PAIR": tl.int32} | grid
         name, divisible = f"unpack{' flat' * flat}", ["packed", "out", "columns"]

@@ -4,10 +4,29 @@ import pytest
 import torch
 
 from semisparse.formats.layout import SM90_16BIT, packed_bytes
-from semisparse.kernels import amax, bias, grid, prune_pack, prune_pack8, quantise, rescale, tile_codes, unpack
+from semisparse.kernels import (
+    amax,
+    bias,
+    grid,
+    kept_values,
+    prune_pack,
+    prune_pack8,
+    quantise,
+    rescale,
+    tile_codes,
+    unpack,
+)
 from semisparse.kernels.prune_pack import HOPPER_BLOCK
 from semisparse.reference import fp8, masks, packing
-from tests.kernels import test_bias, test_prune_pack, test_prune_pack8, test_quantise, test_rescale, test_unpack
+from tests.kernels import (
+    test_bias,
+    test_kept_values,
+    test_prune_pack,
+    test_prune_pack8,
+    test_quantise,
+    test_rescale,
+    test_unpack,
+)
 from tests.kernels.programs import only_programs, untouched
 
 pytestmark = pytest.mark.skipif(
@@ -20,10 +39,10 @@ BF16 = torch.bfloat16
 def flat(monkeypatch):
     """Every grid of more than one row of blocks is flat."""
     monkeypatch.setattr(grid, "LIMITS", (2**31 - 1, 1, 1))
-    for kernel in (bias, unpack, prune_pack, prune_pack8, quantise, rescale):
+    for kernel in (bias, kept_values, unpack, prune_pack, prune_pack8, quantise, rescale):
         kernel._prepare.cache_clear()
     yield
-    for kernel in (bias, unpack, prune_pack, prune_pack8, quantise, rescale):
+    for kernel in (bias, kept_values, unpack, prune_pack, prune_pack8, quantise, rescale):
         kernel._prepare.cache_clear()
 
 
@@ -37,6 +56,11 @@ def test_a_flat_grid_adds_the_same_bias(shape):
 @pytest.mark.parametrize("shape", [(80, 336), (48, 528)], ids=str)
 def test_a_flat_grid_unpacks_the_same(shape):
     test_unpack.test_unpack_is_exact(BF16, shape, "sm90")
+
+
+@pytest.mark.usefixtures("flat")
+def test_a_flat_grid_moves_the_same_kept_values():
+    test_kept_values.test_both_ways_move_bits(BF16, (36, 264), masks.transposable)
 
 
 @pytest.mark.usefixtures("flat")

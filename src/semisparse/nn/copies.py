@@ -10,7 +10,7 @@ from torch import nn
 
 from semisparse.nn.registry import rebuild
 
-TRANSIENT = ("_packed", "_called", "_stands_for")
+TRANSIENT = ("_packed", "_called", "_stands_for", "gathered_codes")
 """Attributes that belong to one object alone: copies and pickles are made without them."""
 
 _ORIGIN = "_copied_from"

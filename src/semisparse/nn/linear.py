@@ -34,6 +34,8 @@ class SemiSparseLinear(SemiSparseBase):
         held_seed: Key of the random numbers of grad_output="mvue", one int64 number on the weight's device, which a
             schedule sets and advances. None for the key 0, as without a schedule and on replicas of DataParallel: then
             samples follow from the gradient's values alone.
+        gathered_codes: Tile codes of the mask that the weight has been pruned with already, where FSDP2 gathers pruned
+            weights (semisparse.integrations.fsdp); otherwise None.
     """
 
     operand: ClassVar[Operand] = "weight"
@@ -43,6 +45,7 @@ class SemiSparseLinear(SemiSparseBase):
     held_codes: Tensor | None = None
     held_scale: Tensor | None = None
     held_seed: Tensor | None = None
+    gathered_codes: Tensor | None = None
 
     @property
     def _mask(self) -> MaskName:
@@ -50,6 +53,11 @@ class SemiSparseLinear(SemiSparseBase):
         if self.sparse_config.weight is None:
             raise ConfigError("the weight of this layer is not pruned (SparseConfig(weight=None)): it has no mask")
         return self.sparse_config.weight
+
+    @property
+    def _codes(self) -> Tensor | None:
+        """The tile codes that a forward uses instead of choosing a mask."""
+        return self.held_codes if self.gathered_codes is None else self.gathered_codes
 
     @property
     def has_mask(self) -> bool:
@@ -87,7 +95,7 @@ class SemiSparseLinear(SemiSparseBase):
             weight,
             self.bias,
             mask=config.weight,
-            codes=self.held_codes,
+            codes=self._codes,
             scale=self.held_scale,
             grad_output=config.grad_output,
             seed=self.held_seed,
@@ -108,7 +116,7 @@ class SemiSparseLinear(SemiSparseBase):
         weight = self.weight.detach()
         if self.sparse_config.weight is None:
             return weight
-        return ops.prune(weight, weight.dtype, self._mask, self.held_codes, self.held_scale)
+        return ops.prune(weight, weight.dtype, self._mask, self._codes, self.held_scale)
 
     def chosen_mask(self) -> Tensor:
         """The mask (N x K, bool) that follows from the current weight, even if a recipe holds another one.

@@ -14,6 +14,7 @@ OWN_ATTRIBUTES = (
     "operand",
     "sparse_config",
     "sparse_enabled",
+    "gathered_codes",
     "has_mask",
     "hold",
     "holds",

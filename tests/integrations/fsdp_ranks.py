@@ -1,0 +1,398 @@
+"""What two gloo processes do with compressed all-gathers, and what one process does. Imported by spawned workers."""
+
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from semisparse import Phase, SparseConfig, SparseSchedule, ops, sparsify
+from semisparse.errors import SemiSparseError
+from semisparse.integrations.fsdp import compress_all_gather
+from tests.distributed.training import Scenario, train
+
+WORLD = 2
+STEPS = 3
+
+
+class Even(Scenario):
+    """A scenario in which each rank holds whole tiles of each weight."""
+
+    @property
+    def features(self) -> tuple[int, int, int, int]:
+        return (32, 128, 64, 8) if self.operand == "fp8" else (16, 32, 24, 8)
+
+
+TRAININGS = [
+    Even(wrapper, operand, "adamw") for wrapper in ("fsdp_root", "fsdp_layers") for operand in ("weight", "fp8")
+]
+MIXED = {
+    "transposable": SparseConfig(),
+    "row": SparseConfig(weight="row"),
+    "fp8": SparseConfig(precision="fp8"),
+    "repack": SparseConfig(repack=True),
+}
+
+
+class Counted(TorchDispatchMode):
+    """Counts the bytes that this process hands to collectives, by their names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes: dict[str, list[int]] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "c10d":
+            given = args[0] if "allreduce" in str(func) else args[1]
+            given = given if isinstance(given, (list, tuple)) else [given]
+            self.bytes.setdefault(func._opname.strip("_"), []).append(sum(one.nbytes for one in given))
+        return func(*args, **(kwargs or {}))
+
+
+def net(config: SparseConfig | None = None, dtype: torch.dtype = torch.float32, layers: int = 2) -> nn.Sequential:
+    """Equal in every process."""
+    torch.manual_seed(3)
+    model = nn.Sequential(*(nn.Linear(32, 32, bias=False) for _ in range(layers))).to(dtype)
+    sparsify(model, config)
+    return model
+
+
+def sharded(model: nn.Sequential, policy: MixedPrecisionPolicy | None = None, **settings) -> nn.Sequential:
+    """model with each layer and the whole sharded."""
+    policy = policy or MixedPrecisionPolicy()
+    for layer in model:
+        fully_shard(layer, mp_policy=policy, **settings)
+    return fully_shard(model, mp_policy=policy, **settings)
+
+
+def inputs(step: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """Of every process for one step."""
+    generator = torch.Generator().manual_seed(step)
+    return [torch.randn(8, 32, generator=generator).to(dtype) for _ in range(WORLD)]
+
+
+def steps(model: nn.Module, rank: int, dtype: torch.dtype = torch.float32, count: int = STEPS) -> list[Tensor]:
+    """Losses, then the whole weights."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
+    losses = []
+    for step in range(count):
+        x = inputs(step, dtype)[rank]
+        loss = (model(x) - x).float().square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.detach())
+    return losses + [parameter.full_tensor().detach() for parameter in model.parameters()]
+
+
+def mixed(rank: int, name: str) -> list[Tensor]:
+    """Gathered in bf16 from fp32 masters."""
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    model = sharded(net(MIXED[name]), policy)
+    compress_all_gather(model)
+    return steps(model, rank, torch.bfloat16)
+
+
+def mixed_alone(name: str) -> list[list[Tensor]]:
+    """The same in one process, written out: losses of each rank, then the weights. In 16 bits."""
+    masters = [parameter.detach().clone() for parameter in net(MIXED[name]).parameters()]
+    optimizer = torch.optim.AdamW([nn.Parameter(master) for master in masters], lr=0.05)
+    weights = optimizer.param_groups[0]["params"]
+    losses: list[list[Tensor]] = [[] for _ in range(WORLD)]
+    for step in range(STEPS):
+        gradients = []
+        for rank, x in enumerate(inputs(step, torch.bfloat16)):
+            mask = MIXED[name].weight
+            pruned = [ops.prune(weight.detach(), torch.bfloat16, mask).requires_grad_() for weight in weights]
+            y = x
+            for one in pruned:
+                y = F.linear(y, one)
+            loss = (y - x).float().square().mean()
+            gradients.append([gradient.float() for gradient in torch.autograd.grad(loss, pruned)])
+            losses[rank].append(loss.detach())
+        for weight, *both in zip(weights, *gradients, strict=True):
+            weight.grad = sum(both) / WORLD
+        optimizer.step()
+    return [own + [weight.detach() for weight in weights] for own in losses]
+
+
+def counted(rank: int) -> dict[str, object]:
+    """Bytes in a sparse phase, in 16 bits and in fp8, and in a dense one, with what the report says."""
+    found: dict[str, object] = {}
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    for name, config in (("bf16", None), ("fp8", SparseConfig(precision="fp8"))):
+        model = sharded(net(config), policy)
+        report = compress_all_gather(model)
+        schedule = SparseSchedule(model, [Phase("sparse", 1), Phase("dense", 1)])
+        for phase in ("sparse", "dense"):
+            with Counted() as seen:
+                model(inputs(0, torch.bfloat16)[rank]).sum().backward()
+            found[f"{name} {phase}"] = seen.bytes
+            schedule.step(skipped=False)
+        found[f"{name} report"] = (report.compressed, report.bytes_whole, report.bytes_compressed)
+    return found
+
+
+def sampled(rank: int) -> dict[str, list[Tensor]]:
+    """grad_output="mvue" with and without."""
+    found = {}
+    for name in ("compressed", "whole"):
+        model = sharded(net(SparseConfig(grad_output="mvue")))
+        if name == "compressed":
+            compress_all_gather(model)
+        SparseSchedule(model, [Phase("sparse", 5)], seed=7)
+        found[name] = steps(model, rank)
+    return found
+
+
+def compiled(rank: int) -> dict[str, list[Tensor]]:
+    """Compiled layers with and without."""
+    found = {}
+    for name in ("compiled", "eager"):
+        model = sharded(net(SparseConfig(repack=True)))
+        compress_all_gather(model)
+        if name == "compiled":
+            for layer in model:
+                layer.compile(backend="aot_eager")
+        found[name] = steps(model, rank, count=2)
+    return found
+
+
+def checkpoints(rank: int) -> dict[str, object]:
+    """What a state_dict holds, and whether a loaded model still gathers compressed."""
+    model = sharded(net())
+    compress_all_gather(model)
+    steps(model, rank, count=1)
+    state = model.state_dict()
+    whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+    other = sharded(net())
+    compress_all_gather(other)
+    other.load_state_dict(state, assign=True)
+    x = inputs(9)[rank]
+    with Counted() as seen:
+        y = other(x)
+    return {
+        "plain": all(type(value._local_tensor) is Tensor and not vars(value._local_tensor) for value in state.values()),
+        "whole": [value.shape for value in whole.values()],
+        "same": torch.equal(y, model(x)),
+        "bytes": seen.bytes,
+    }
+
+
+def phase_after_evaluation(rank: int) -> bool:
+    """The root keeps its weights gathered after an evaluation, and then the phase changes."""
+    same = []
+    x = inputs(0)[rank]
+    for first in ("sparse", "dense"):
+        model, plain = fully_shard(net()), net()
+        compress_all_gather(model)
+        for layer in (*model, *plain):
+            layer.sparse_enabled = first == "sparse"
+        with torch.no_grad():
+            same.append(torch.equal(model(x), plain(x)))
+        for layer in (*model, *plain):
+            layer.sparse_enabled = first != "sparse"
+        same.append(torch.equal(model(x), plain(x)))
+    return all(same)
+
+
+def small_beside_large(rank: int) -> tuple[Tensor, Tensor]:
+    """Two entries of each tile: what is gathered in bf16, and what the master's mask keeps.
+
+    The larger one is rounded up to 2. Then the smaller one is lost in the sums by which a mask would be chosen again.
+    """
+    model = net(layers=1)
+    weight = torch.zeros(32, 32)
+    weight[::4, ::4] = 2 - 2.0**-23
+    for tile in range(8):
+        weight[4 * tile + 1 + tile % 3 :: 32, 1 + tile // 3 :: 4] = 1.5 * 2.0**-24
+    with torch.no_grad():
+        model[0].weight.copy_(weight)
+    fully_shard(model, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+    compress_all_gather(model)
+    ours = model(torch.eye(32, dtype=torch.bfloat16)).detach()
+    return ours, ops.prune(weight, torch.bfloat16, "transposable").mT
+
+
+def scales(rank: int) -> tuple[Tensor, Tensor]:
+    """fp8, with much larger weights on the second rank: gathered, and in one process."""
+    model, alone = (net(SparseConfig(precision="fp8"), layers=1) for _ in range(2))
+    for one in (model, alone):
+        with torch.no_grad():
+            one[0].weight[16:] *= 3000
+    compress_all_gather(fully_shard(model))
+    x = inputs(0)[rank]
+    return model(x).detach(), alone(x).detach()
+
+
+def not_finite(rank: int) -> list[Tensor]:
+    """fp8 with NaN or Inf in the shard of the second rank: both see it in the scale."""
+    found = []
+    for value in (torch.nan, torch.inf, -torch.nan):
+        model = net(SparseConfig(precision="fp8"), layers=1)
+        with torch.no_grad():
+            model[0].weight[20, 3] = value
+        compress_all_gather(fully_shard(model))
+        found.append(model(inputs(0)[rank]).isfinite().any().detach())
+    return found
+
+
+def uneven(rank: int) -> None:
+    model = nn.Sequential(nn.Linear(32, 12))
+    sparsify(model)
+    compress_all_gather(fully_shard(model))
+
+
+def uneven_excluded(rank: int) -> None:
+    model = nn.Sequential(nn.Linear(32, 12), nn.Linear(12, 16))
+    sparsify(model)
+    report = compress_all_gather(fully_shard(model), exclude="0")
+    assert report.compressed == ("1",) and report.whole == {"0": "it is excluded"}
+
+
+def not_sharded(rank: int) -> None:
+    compress_all_gather(net())
+
+
+def partly_sharded(rank: int) -> None:
+    model = net()
+    fully_shard(model[0])
+    compress_all_gather(model)
+
+
+def not_swapped(rank: int) -> None:
+    compress_all_gather(fully_shard(nn.Sequential(nn.Linear(32, 32))))
+
+
+def swapped_after_its_layers_were_sharded(rank: int) -> None:
+    model = nn.Sequential(nn.Linear(32, 32))
+    fully_shard(model[0])
+    sparsify(model)
+
+
+def swapped_after_the_root_was_sharded(rank: int) -> None:
+    model = fully_shard(nn.Sequential(nn.Linear(32, 32)))
+    sparsify(model)
+    assert compress_all_gather(model).compressed == ("0",)
+    assert model(inputs(0)[rank]).isfinite().all()
+
+
+def twice(rank: int) -> None:
+    model = sharded(net())
+    compress_all_gather(model)
+    compress_all_gather(model)
+
+
+def after_a_forward(rank: int) -> None:
+    model = sharded(net())
+    model(inputs(0)[rank])
+    compress_all_gather(model)
+
+
+def other_mask_on_one(rank: int) -> None:
+    compress_all_gather(sharded(net(SparseConfig(weight="row" if rank else "transposable"))))
+
+
+def excluded_on_one(rank: int) -> None:
+    compress_all_gather(sharded(net()), exclude="0" if rank else None)
+
+
+def bad_argument_on_one(rank: int) -> None:
+    compress_all_gather(sharded(net()), exclude="nothing" if rank else None)
+
+
+def greedy(rank: int) -> None:
+    compress_all_gather(sharded(net(SparseConfig(weight="greedy"))))
+
+
+def held_before(rank: int) -> None:
+    model = sharded(net())
+    model[0].hold(codes=torch.zeros(8, 8, dtype=torch.int16))
+    compress_all_gather(model)
+
+
+def held_after(rank: int) -> None:
+    model = sharded(net())
+    compress_all_gather(model)
+    model[0].hold(codes=torch.zeros(8, 8, dtype=torch.int16))
+    model(inputs(0)[rank])
+
+
+def fp8_in_fp16(rank: int) -> None:
+    policy = MixedPrecisionPolicy(param_dtype=torch.float16)
+    compress_all_gather(sharded(net(SparseConfig(precision="fp8")), policy))
+
+
+def inner_module_first(rank: int) -> None:
+    model = sharded(net(SparseConfig(precision="fp8")))
+    compress_all_gather(model)
+    model[0](inputs(0)[rank])
+
+
+def tied(rank: int) -> None:
+    model = net()
+    model[1].weight = model[0].weight
+    compress_all_gather(fully_shard(model))
+
+
+BOTH = {
+    uneven: "ShapeError",
+    uneven_excluded: "",
+    not_sharded: "ConfigError",
+    partly_sharded: "LayerRefusedError",
+    not_swapped: "NoLayerMatchedError",
+    swapped_after_its_layers_were_sharded: "NoLayerMatchedError",
+    swapped_after_the_root_was_sharded: "",
+    twice: "ConfigError",
+    after_a_forward: "ConfigError",
+    other_mask_on_one: "RankMismatchError",
+    excluded_on_one: "RankMismatchError",
+    greedy: "ConfigError",
+    held_before: "ConfigError",
+    held_after: "ConfigError",
+    fp8_in_fp16: "ConfigError",
+    inner_module_first: "ConfigError",
+    tied: "LayerRefusedError",
+}
+"""How each attempt ends on both ranks."""
+ENDS: dict[Callable[[int], None], tuple[str, str]] = {attempt: (end, end) for attempt, end in BOTH.items()}
+ENDS[bad_argument_on_one] = ("RankMismatchError", "NoLayerMatchedError")
+
+
+def ended(attempt: Callable[[int], None], rank: int) -> str:
+    try:
+        attempt(rank)
+    except SemiSparseError as error:
+        return type(error).__name__
+    return ""
+
+
+def worker(rank: int, folder: str) -> None:
+    """Everything, in one pair of processes; what was seen is saved."""
+    torch.set_num_threads(1)
+    store = f"file://{folder}/store"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=WORLD, timeout=timedelta(seconds=120))
+    try:
+        seen: dict[str, object] = {one.name: train(one, rank, compress_all_gather) for one in TRAININGS}
+        seen |= {f"mixed {name}": mixed(rank, name) for name in MIXED}
+        for check in (
+            counted,
+            sampled,
+            compiled,
+            checkpoints,
+            phase_after_evaluation,
+            small_beside_large,
+            scales,
+            not_finite,
+        ):
+            seen[check.__name__] = check(rank)
+        seen["ended"] = {attempt.__name__: ended(attempt, rank) for attempt in ENDS}
+        torch.save(seen, Path(folder) / f"rank{rank}.pt")
+    finally:
+        dist.destroy_process_group()
