@@ -1,7 +1,7 @@
 """Compiling side by side what a benchmark is about to time, so that the time on a GPU is not spent waiting for it.
 
 Every model of --compare and --plan is compiled once by a process of its own, into torch's caches on disk; the run that
-measures loads what it finds there. These processes share the GPU, so what they tune is kept out of the tuning cache.
+measures loads what it finds there. These processes share the GPU, so they tune nothing.
 """
 
 import os
@@ -68,7 +68,7 @@ def prepare(work: Sequence[Task], toy: bool) -> float:
     """
     begin = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(WORKERS) as pool:
-        environment = os.environ | {"XDG_CACHE_HOME": folder}
+        environment = os.environ | {"XDG_CACHE_HOME": folder, "SEMISPARSE_TUNE": "0"}
         for cache, place in (("TORCHINDUCTOR_CACHE_DIR", "torchinductor"), ("TRITON_CACHE_DIR", "triton")):
             environment.setdefault(cache, os.environ.setdefault(cache, os.path.join(tempfile.gettempdir(), place)))
 

@@ -40,7 +40,7 @@ SEED = -(2**50) + 3
 
 def gradient_of(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     """Numbers of very different sizes, zeros among them."""
-    made = torch.randn(rows, columns, device="cuda") * torch.randn(rows, columns, device="cuda").mul(3).exp2()
+    made = torch.randn(rows, columns, device="cuda") * torch.randn(rows, columns, device="cuda").mul(2).exp()
     return torch.where(torch.rand(rows, columns, device="cuda") < 0.05, 0.0, made).to(dtype)
 
 
@@ -207,7 +207,7 @@ def test_a_captured_step_reads_the_seed_the_input_and_the_weight_of_each_replay(
             graph.replay()
             found = Fp8Result(*(one.detach().clone() for one in (y, *gradients)))
             with torch.enable_grad():
-                assert_results_equal(found, run(there, static, dy))
+                assert_results_equal(found, run(there, static.detach(), dy))
 
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
