@@ -1,20 +1,21 @@
 """What two gloo processes do with compressed all-gathers, and what one process does. Imported by spawned workers."""
 
-from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from semisparse import Phase, SparseConfig, SparseSchedule, ops, sparsify
-from semisparse.errors import SemiSparseError
+from semisparse import Phase, SparseConfig, SparseSchedule, ops, recipes, sparsify
 from semisparse.integrations.fsdp import compress_all_gather
+from semisparse.recipes import RecipeSchedule
 from tests.distributed.training import Scenario, train
 
 WORLD = 2
@@ -151,17 +152,53 @@ def sampled(rank: int) -> dict[str, list[Tensor]]:
     return found
 
 
-def compiled(rank: int) -> dict[str, list[Tensor]]:
-    """Compiled layers with and without."""
+def composed(rank: int) -> dict[str, list[Tensor]]:
+    """Checkpointed layers, eager and compiled, beside plain ones."""
     found = {}
-    for name in ("compiled", "eager"):
-        model = sharded(net(SparseConfig(repack=True)))
-        compress_all_gather(model)
-        if name == "compiled":
-            for layer in model:
+    for name in ("plain", "checkpointed", "compiled and checkpointed"):
+        layers = list(net(SparseConfig(repack=True)))
+        if "compiled" in name:
+            for layer in layers:
                 layer.compile(backend="aot_eager")
+        if "checkpointed" in name:
+            layers = [checkpoint_wrapper(layer) for layer in layers]
+        model = sharded(nn.Sequential(*layers))
+        compress_all_gather(model)
         found[name] = steps(model, rank, count=2)
     return found
+
+
+def recipe_runs(rank: int) -> dict[str, list[list[Tensor]]]:
+    """Recipes whose masks follow the weights, with and without compression."""
+    found: dict[str, list[list[Tensor]]] = {}
+    for recipe in (recipes.safest(), recipes.fastest(), recipes.dinov2()):
+        for compress in (True, False):
+            model = net(recipe.config)
+            sharded(model)
+            if compress:
+                compress_all_gather(model)
+            optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
+            schedule = RecipeSchedule(recipe, model, optimizer, 4, seed=5)
+            losses = []
+            for step in range(4):
+                x = inputs(step)[rank]
+                loss = (model(x) - x).square().mean()
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                schedule.step()
+                losses.append(loss.detach())
+            found.setdefault(recipe.name, []).append(losses)
+    return found
+
+
+def saved(rank: int, folder: str) -> Tensor:
+    """A step, then a distributed checkpoint of the model; the output that it belongs to."""
+    model = sharded(net())
+    compress_all_gather(model)
+    steps(model, rank, count=1)
+    dcp.save({"model": model.state_dict()}, checkpoint_id=f"{folder}/checkpoint")
+    return model(inputs(9)[rank]).detach()
 
 
 def checkpoints(rank: int) -> dict[str, object]:
@@ -243,148 +280,21 @@ def not_finite(rank: int) -> list[Tensor]:
     return found
 
 
-def uneven(rank: int) -> None:
-    model = nn.Sequential(nn.Linear(32, 12))
-    sparsify(model)
-    compress_all_gather(fully_shard(model))
-
-
-def uneven_excluded(rank: int) -> None:
-    model = nn.Sequential(nn.Linear(32, 12), nn.Linear(12, 16))
-    sparsify(model)
-    report = compress_all_gather(fully_shard(model), exclude="0")
-    assert report.compressed == ("1",) and report.whole == {"0": "it is excluded"}
-
-
-def not_sharded(rank: int) -> None:
-    compress_all_gather(net())
-
-
-def partly_sharded(rank: int) -> None:
-    model = net()
-    fully_shard(model[0])
-    compress_all_gather(model)
-
-
-def not_swapped(rank: int) -> None:
-    compress_all_gather(fully_shard(nn.Sequential(nn.Linear(32, 32))))
-
-
-def swapped_after_its_layers_were_sharded(rank: int) -> None:
-    model = nn.Sequential(nn.Linear(32, 32))
-    fully_shard(model[0])
-    sparsify(model)
-
-
-def swapped_after_the_root_was_sharded(rank: int) -> None:
-    model = fully_shard(nn.Sequential(nn.Linear(32, 32)))
-    sparsify(model)
-    assert compress_all_gather(model).compressed == ("0",)
-    assert model(inputs(0)[rank]).isfinite().all()
-
-
-def twice(rank: int) -> None:
-    model = sharded(net())
-    compress_all_gather(model)
-    compress_all_gather(model)
-
-
-def after_a_forward(rank: int) -> None:
-    model = sharded(net())
-    model(inputs(0)[rank])
-    compress_all_gather(model)
-
-
-def other_mask_on_one(rank: int) -> None:
-    compress_all_gather(sharded(net(SparseConfig(weight="row" if rank else "transposable"))))
-
-
-def excluded_on_one(rank: int) -> None:
-    compress_all_gather(sharded(net()), exclude="0" if rank else None)
-
-
-def bad_argument_on_one(rank: int) -> None:
-    compress_all_gather(sharded(net()), exclude="nothing" if rank else None)
-
-
-def greedy(rank: int) -> None:
-    compress_all_gather(sharded(net(SparseConfig(weight="greedy"))))
-
-
-def held_before(rank: int) -> None:
-    model = sharded(net())
-    model[0].hold(codes=torch.zeros(8, 8, dtype=torch.int16))
-    compress_all_gather(model)
-
-
-def held_after(rank: int) -> None:
-    model = sharded(net())
-    compress_all_gather(model)
-    model[0].hold(codes=torch.zeros(8, 8, dtype=torch.int16))
-    model(inputs(0)[rank])
-
-
-def fp8_in_fp16(rank: int) -> None:
-    policy = MixedPrecisionPolicy(param_dtype=torch.float16)
-    compress_all_gather(sharded(net(SparseConfig(precision="fp8")), policy))
-
-
-def inner_module_first(rank: int) -> None:
-    model = sharded(net(SparseConfig(precision="fp8")))
-    compress_all_gather(model)
-    model[0](inputs(0)[rank])
-
-
-def tied(rank: int) -> None:
-    model = net()
-    model[1].weight = model[0].weight
-    compress_all_gather(fully_shard(model))
-
-
-BOTH = {
-    uneven: "ShapeError",
-    uneven_excluded: "",
-    not_sharded: "ConfigError",
-    partly_sharded: "LayerRefusedError",
-    not_swapped: "NoLayerMatchedError",
-    swapped_after_its_layers_were_sharded: "NoLayerMatchedError",
-    swapped_after_the_root_was_sharded: "",
-    twice: "ConfigError",
-    after_a_forward: "ConfigError",
-    other_mask_on_one: "RankMismatchError",
-    excluded_on_one: "RankMismatchError",
-    greedy: "ConfigError",
-    held_before: "ConfigError",
-    held_after: "ConfigError",
-    fp8_in_fp16: "ConfigError",
-    inner_module_first: "ConfigError",
-    tied: "LayerRefusedError",
-}
-"""How each attempt ends on both ranks."""
-ENDS: dict[Callable[[int], None], tuple[str, str]] = {attempt: (end, end) for attempt, end in BOTH.items()}
-ENDS[bad_argument_on_one] = ("RankMismatchError", "NoLayerMatchedError")
-
-
-def ended(attempt: Callable[[int], None], rank: int) -> str:
-    try:
-        attempt(rank)
-    except SemiSparseError as error:
-        return type(error).__name__
-    return ""
-
-
 def worker(rank: int, folder: str) -> None:
     """Everything, in one pair of processes; what was seen is saved."""
     torch.set_num_threads(1)
     store = f"file://{folder}/store"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=WORLD, timeout=timedelta(seconds=120))
+    from tests.integrations.fsdp_attempts import ENDS, ended
+
     try:
         seen: dict[str, object] = {one.name: train(one, rank, compress_all_gather) for one in TRAININGS}
         seen |= {f"mixed {name}": mixed(rank, name) for name in MIXED}
         for check in (
             counted,
             sampled,
-            compiled,
+            composed,
+            recipe_runs,
             checkpoints,
             phase_after_evaluation,
             small_beside_large,
@@ -392,6 +302,7 @@ def worker(rank: int, folder: str) -> None:
             not_finite,
         ):
             seen[check.__name__] = check(rank)
+        seen["saved"] = saved(rank, folder)
         seen["ended"] = {attempt.__name__: ended(attempt, rank) for attempt in ENDS}
         torch.save(seen, Path(folder) / f"rank{rank}.pt")
     finally:

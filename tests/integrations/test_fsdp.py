@@ -1,21 +1,30 @@
 """Compressed all-gathers of FSDP2 on two gloo processes, which run once for the whole file, against one process."""
 
+from pathlib import Path
+
 import pytest
 import torch
+import torch.distributed.checkpoint
 import torch.multiprocessing
 
 from tests.distributed.test_ddp_fsdp import assert_equal, loopback
 from tests.distributed.training import train
 from tests.integrations import fsdp_ranks
-from tests.integrations.fsdp_ranks import ENDS, MIXED, TRAININGS, WORLD
+from tests.integrations.fsdp_attempts import ENDS
+from tests.integrations.fsdp_ranks import MIXED, TRAININGS, WORLD
 
 SIZE = 32 * 32
 
 
 @pytest.fixture(scope="module")
-def records(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the processes leave what they saw and saved."""
+    return tmp_path_factory.mktemp("gathers")
+
+
+@pytest.fixture(scope="module")
+def records(folder: Path) -> list[dict]:
     """What each process saw."""
-    folder = tmp_path_factory.mktemp("gathers")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GLOO_SOCKET_IFNAME", loopback())
         torch.multiprocessing.spawn(fsdp_ranks.worker, args=(str(folder),), nprocs=WORLD)
@@ -65,9 +74,28 @@ def test_sampled_gradients_are_those_of_whole_gathers(records: list[dict]) -> No
         assert_equal(record["sampled"]["compressed"], record["sampled"]["whole"])
 
 
-def test_compiled_layers_train_as_eager_ones(records: list[dict]) -> None:
+def test_checkpointed_and_compiled_layers_train_as_plain_ones(records: list[dict]) -> None:
     for record in records:
-        assert_equal(record["compiled"]["compiled"], record["compiled"]["eager"])
+        plain, *others = record["composed"].values()
+        assert len(others) == 2
+        for other in others:
+            assert_equal(other, plain)
+
+
+def test_recipes_whose_masks_follow_the_weights_train_as_with_whole_gathers(records: list[dict]) -> None:
+    for record in records:
+        assert list(record["recipe_runs"]) == ["safest", "fastest", "dinov2"]
+        for compressed, whole in record["recipe_runs"].values():
+            assert_equal(compressed, whole)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_a_distributed_checkpoint_loads_in_one_process(records: list[dict], folder: Path) -> None:
+    model = fsdp_ranks.net()
+    state = {"model": model.state_dict()}
+    torch.distributed.checkpoint.load(state, checkpoint_id=folder / "checkpoint", no_dist=True)
+    for rank, record in enumerate(records):
+        assert torch.equal(model(fsdp_ranks.inputs(9)[rank]), record["saved"])
 
 
 def test_checkpoints_are_plain_and_a_loaded_model_gathers_compressed(records: list[dict]) -> None:
