@@ -1,4 +1,4 @@
-"""DDP and FSDP2 on two gloo processes against one process: the same masks, losses and weights, bit for bit.
+"""DDP, FSDP2 and tensor parallelism on two gloo processes against one process: the same numbers, bit for bit.
 
 The processes run once for the whole file. fp64, and fp32 with precision="fp8"; the single process accumulates the two
 half batches, which is the same arithmetic as averaging gradients over two processes.
@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.multiprocessing
 
-from tests.distributed import training
+from tests.distributed import tensor_parallel, training
 from tests.distributed.training import PHASES, SCENARIOS, STEPS, WORLD, Scenario
 
 ALL = pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.name)
@@ -102,3 +102,25 @@ def test_layers_that_fsdp_wrapped_themselves_are_refused_and_stay(records: list[
     for record in records:
         assert "wrapper around a semi-sparse layer" in record["densify"]["wrapped"]
         assert record["densify"]["still"] == ["FSDPSemiSparseLinear", "FSDPSemiSparseLinear"]
+
+
+@pytest.mark.parametrize("name", tensor_parallel.CONFIGS)
+@pytest.mark.filterwarnings("ignore::semisparse.TokenMixingWarning")
+def test_tensor_parallel_layers_give_the_output_and_gradients_of_one_process(records: list[dict], name: str) -> None:
+    alone = tensor_parallel.once(tensor_parallel.net(tensor_parallel.CONFIGS[name]))
+    for record in records:
+        assert_equal(record["tensor_parallel"]["once"][name], alone)
+
+
+def test_tensor_parallel_layers_follow_a_schedule(records: list[dict]) -> None:
+    alone = tensor_parallel.steps(tensor_parallel.net(tensor_parallel.CONFIGS["transposable"]))
+    for record in records:
+        assert_equal(record["tensor_parallel"]["steps"][:1], alone[:1])  # later weights are not integers
+        for one, other in zip(record["tensor_parallel"]["steps"], alone, strict=True):
+            torch.testing.assert_close(one, other)
+
+
+def test_parts_without_whole_tiles_and_plain_inputs_are_errors_on_every_rank(records: list[dict]) -> None:
+    for record in records:
+        seen = record["tensor_parallel"]
+        assert (seen["straddled"], seen["plain input"], seen["fits"]) == ("ShapeError", "TensorError", "")

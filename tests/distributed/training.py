@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from semisparse import Phase, SparseConfig, SparseSchedule, densify, sparsify
+from tests.distributed import tensor_parallel
 from tests.support import config_of
 
 WORLD = 2
@@ -184,6 +185,7 @@ def worker(rank: int, folder: str) -> None:
     try:
         records: dict[str, object] = {scenario.name: train(scenario, rank) for scenario in SCENARIOS}
         records["densify"] = densify_sharded(rank)
+        records["tensor_parallel"] = tensor_parallel.checks()
         torch.save(records, Path(folder) / f"rank{rank}.pt")
     finally:
         dist.destroy_process_group()

@@ -10,6 +10,7 @@ from semisparse import calls, functional
 from semisparse.config import Operand, SparseConfig
 from semisparse.errors import TokenMixingWarning
 from semisparse.nn.base import SemiSparseBase
+from semisparse.nn.tensor_parallel import is_sharded, sharded_linear
 
 _TOKEN_MIXING = (
     "a layer with a pruned activation computes a token from a tile of 4 neighbouring tokens: in a causal model a token "
@@ -50,8 +51,12 @@ class SemiSparseActivationLinear(SemiSparseBase):
     def _sparse_forward(self, input: Tensor) -> Tensor:
         if not torch.compiler.is_compiling():
             calls.note_tokens(op=False)
-        backend = self.sparse_config.backend
-        return functional.semi_sparse_activation_linear(input, self.weight, self.bias, backend=backend)
+        if is_sharded(self.weight):
+            return sharded_linear(self._product, input, self.weight, self.bias)
+        return self._product(input, self.weight, self.bias)
+
+    def _product(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return functional.semi_sparse_activation_linear(input, weight, bias, backend=self.sparse_config.backend)
 
     def pruned_weight(self) -> Tensor:
         """The weight itself, detached: this layer never prunes its weight."""

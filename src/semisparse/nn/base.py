@@ -1,5 +1,6 @@
 """Base class of the semi-sparse layers: settings, the two states of a forward, and the swap in place and back."""
 
+from functools import partial
 from typing import ClassVar, NoReturn, Self
 
 import torch
@@ -16,6 +17,7 @@ from semisparse.nn.exporters import fx_call, refuse_onnx, refuse_script
 from semisparse.nn.float8 import note_swapped
 from semisparse.nn.refusals import bound_sparse, refusal
 from semisparse.nn.registry import swapped_class
+from semisparse.nn.tensor_parallel import is_sharded, sharded_linear
 from semisparse.pattern import GROUP
 from semisparse.routes import why_not_fp8
 from semisparse.tracing import recording
@@ -107,8 +109,10 @@ class SemiSparseBase(CopyableLinear):
 
     def _dense_forward(self, input: Tensor) -> Tensor:
         """The forward of a dense phase with a precision of its own."""
-        weight, bias, precision = self.weight, self.bias, self.sparse_config.precision
-        return semi_sparse_linear(input, weight, bias, mask=None, precision=precision)
+        product = partial(semi_sparse_linear, mask=None, precision=self.sparse_config.precision)
+        if is_sharded(self.weight):
+            return sharded_linear(product, input, self.weight, self.bias)
+        return product(input, self.weight, self.bias)
 
     @classmethod
     def from_dense(cls, linear: nn.Linear, config: SparseConfig | None = None) -> Self:

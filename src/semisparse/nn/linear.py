@@ -10,6 +10,7 @@ from semisparse.errors import ConfigError, TensorError
 from semisparse.masks import MaskName
 from semisparse.nn.base import SemiSparseBase
 from semisparse.nn.packed_weight import PackedWeight, held_changed, usable
+from semisparse.nn.tensor_parallel import is_sharded, sharded_linear
 from semisparse.reference.masks import from_codes
 
 
@@ -89,11 +90,17 @@ class SemiSparseLinear(SemiSparseBase):
             held_changed(self)
 
     def _sparse_forward(self, input: Tensor) -> Tensor:
-        weight, config = self.weight, self.sparse_config
+        weight = self.weight
+        if is_sharded(weight):
+            return sharded_linear(self._product, input, weight, self.bias)
+        return self._product(input, weight, self.bias)
+
+    def _product(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        config = self.sparse_config
         return functional.semi_sparse_linear(
             input,
             weight,
-            self.bias,
+            bias,
             mask=config.weight,
             codes=self._codes,
             scale=self.held_scale,
