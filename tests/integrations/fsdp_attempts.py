@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 
 from semisparse import SparseConfig, sparsify
 from semisparse.errors import SemiSparseError
@@ -104,6 +104,10 @@ def inner_module_first(rank: int) -> None:
     model[0](inputs(0)[rank])
 
 
+def offloaded(rank: int) -> None:
+    compress_all_gather(sharded(net(), offload_policy=CPUOffloadPolicy(pin_memory=False)))
+
+
 def tied(rank: int) -> None:
     model = net()
     model[1].weight = model[0].weight
@@ -127,6 +131,7 @@ BOTH = {
     held_after: "ConfigError",
     fp8_in_fp16: "ConfigError",
     inner_module_first: "ConfigError",
+    offloaded: "ConfigError",
     tied: "LayerRefusedError",
 }
 """How each attempt ends on both ranks."""

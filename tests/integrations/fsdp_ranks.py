@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from semisparse import Phase, SparseConfig, SparseSchedule, ops, recipes, sparsify
@@ -192,6 +193,24 @@ def recipe_runs(rank: int) -> dict[str, list[list[Tensor]]]:
     return found
 
 
+def meta(rank: int) -> tuple[Tensor, Tensor, dict[str, list[int]]]:
+    """Built without memory, sharded, compressed, and then given weights; beside one process."""
+    with torch.device("meta"):
+        model = nn.Sequential(*(nn.Linear(32, 32, bias=False) for _ in range(2)))
+    sparsify(model)
+    sharded(model)
+    compress_all_gather(model)
+    model.to_empty(device="cpu")
+    alone = net()
+    with torch.no_grad():
+        for mine, whole in zip(model.parameters(), alone.parameters(), strict=True):
+            mine.copy_(distribute_tensor(whole.detach(), mine.device_mesh, mine.placements))
+    x = inputs(0)[rank % WORLD]
+    with Counted() as seen:
+        y = model(x).detach()
+    return y, alone(x).detach(), seen.bytes
+
+
 def saved(rank: int, folder: str) -> Tensor:
     """A step, then a distributed checkpoint of the model; the output that it belongs to."""
     model = sharded(net())
@@ -296,6 +315,7 @@ def worker(rank: int, folder: str) -> None:
             composed,
             recipe_runs,
             checkpoints,
+            meta,
             phase_after_evaluation,
             small_beside_large,
             scales,

@@ -89,6 +89,13 @@ def test_recipes_whose_masks_follow_the_weights_train_as_with_whole_gathers(reco
             assert_equal(compressed, whole)
 
 
+def test_weights_that_come_after_the_call_are_gathered_compressed(records: list[dict]) -> None:
+    for record in records:
+        ours, alone, seen = record["meta"]
+        assert torch.equal(ours, alone)
+        assert seen["allgather_base"] == [SIZE // WORLD * 17 // 8] * 2  # fp32: 2 bytes and 1 bit per entry
+
+
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_a_distributed_checkpoint_loads_in_one_process(records: list[dict], folder: Path) -> None:
     model = fsdp_ranks.net()
