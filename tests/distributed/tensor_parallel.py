@@ -16,6 +16,7 @@ CONFIGS = {
     "row": SparseConfig(weight="row"),
     "activation": SparseConfig(weight=None, activation="transposable"),
 }
+EXACT = {"fp8": SparseConfig(precision="fp8"), "mvue": SparseConfig(grad_output="mvue")}
 
 
 def net(config: SparseConfig, hidden: int = 24) -> nn.Sequential:
@@ -61,6 +62,27 @@ def steps(model: nn.Module) -> list[Tensor]:
     return losses
 
 
+def layer(style: type[ColwiseParallel] | type[RowwiseParallel] | None, config: SparseConfig) -> list[Tensor]:
+    """Output and gradients of one layer whose numbers e4m3 holds exactly; the weight's gradient last."""
+    model = nn.Sequential(nn.Linear(64, 64))
+    with torch.no_grad():
+        for seed, parameter in enumerate(model.parameters()):
+            parameter.copy_(small_integers(parameter.shape, seed=seed, limit=9))
+    if style is not None:
+        parallelize_module(model, init_device_mesh("cpu", (WORLD,)), {"0": style()})
+    sparsify(model, config, select="*")
+    x, grad = (small_integers((16, 64), seed=seed) for seed in (7, 8))
+    x.requires_grad_()
+    y = model(x if style is not RowwiseParallel else x.chunk(WORLD, dim=1)[torch.distributed.get_rank()])
+    if style is ColwiseParallel:  # the output is this rank's part
+        y.backward(grad.chunk(WORLD, dim=1)[torch.distributed.get_rank()])
+    else:
+        y.backward(grad)
+    weight, bias = (one.full_tensor() if isinstance(one, DTensor) else one for one in
+                    (parameter.grad for parameter in model.parameters()))  # fmt: skip
+    return [one.detach().clone() for one in (y, x.grad, bias, weight)]
+
+
 def ended(hidden: int, called: str) -> str:
     """The error of a model whose parts do not hold whole tiles, or of a call around what prepares inputs."""
     model = parallel(net(SparseConfig(), hidden))
@@ -79,6 +101,11 @@ def checks() -> dict[str, object]:
     return {
         "once": {name: once(parallel(net(config))) for name, config in CONFIGS.items()},
         "steps": steps(parallel(net(SparseConfig()))),
+        "layers": {
+            f"{style.__name__} {name}": layer(style, config)
+            for style in (ColwiseParallel, RowwiseParallel)
+            for name, config in EXACT.items()
+        },
         "straddled": ended(20, "model"),
         "plain input": ended(24, "forward"),
         "fits": ended(24, "model"),

@@ -112,6 +112,25 @@ def test_tensor_parallel_layers_give_the_output_and_gradients_of_one_process(rec
         assert_equal(record["tensor_parallel"]["once"][name], alone)
 
 
+@pytest.mark.parametrize("style", ["ColwiseParallel", "RowwiseParallel"])
+@pytest.mark.parametrize("name", tensor_parallel.EXACT)
+def test_layers_swapped_after_parallelize_module_compute_in_fp8_and_sample(
+    records: list[dict], name: str, style: str
+) -> None:
+    y, grad_x, grad_bias, grad_weight = tensor_parallel.layer(None, tensor_parallel.EXACT[name])
+    parts = [record["tensor_parallel"]["layers"][f"{style} {name}"] for record in records]
+    if style == "ColwiseParallel":
+        assert torch.equal(torch.cat([part[0] for part in parts], dim=1), y)
+        assert all(torch.equal(part[1], grad_x) for part in parts)
+    else:
+        assert all(torch.equal(part[0], y) for part in parts)
+        assert torch.equal(sum(part[1] for part in parts), grad_x)
+    for part in parts:
+        assert torch.equal(part[2], grad_bias)
+        assert torch.equal(part[3], parts[0][3])
+        assert name == "mvue" or torch.equal(part[3], grad_weight)  # samples are other ones on each rank
+
+
 def test_tensor_parallel_layers_follow_a_schedule(records: list[dict]) -> None:
     alone = tensor_parallel.steps(tensor_parallel.net(tensor_parallel.CONFIGS["transposable"]))
     for record in records:
