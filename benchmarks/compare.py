@@ -5,6 +5,7 @@ are kernels of their own), and each call is also replayed from a CUDA graph, whi
 compiled. Pruning, packing, sampling and casting are part of each call.
 """
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -201,6 +202,7 @@ def _built(
         before = allocated()
         call = make(row)
         compile_seconds[title] = seconds(call)
+        print(f"{title}: first call took {compile_seconds[title]:.0f} s", file=sys.stderr, flush=True)
         call()
         held = allocated() - before
         memory[title] = {"held": held, "beyond": peak_memory(call)}
