@@ -48,6 +48,16 @@ def trained(config: SparseConfig, rank: int, compress: bool) -> list[torch.Tenso
     return found + [parameter.full_tensor().detach().cpu() for parameter in model.parameters()]
 
 
+def finite(value: float, rank: int) -> bool:
+    """Whether any output is finite, in fp8 with value in the second rank's shard."""
+    model = nn.Sequential(nn.Linear(64, 64, bias=False)).to(rank, torch.bfloat16)
+    with torch.no_grad():
+        model[0].weight[40, 3] = value
+    sparsify(model, SparseConfig(precision="fp8"))
+    compress_all_gather(fully_shard(model))
+    return bool(model(torch.ones(16, 64, device=rank, dtype=torch.bfloat16)).isfinite().any())
+
+
 def worker(rank: int, folder: str) -> None:
     torch.cuda.set_device(rank)
     torch.use_deterministic_algorithms(True)  # nothing is timed, so that both runs use the same products
@@ -56,6 +66,7 @@ def worker(rank: int, folder: str) -> None:
         found = {
             name: [trained(config, rank, compress) for compress in (True, False)] for name, config in CONFIGS.items()
         }
+        found["finite"] = [finite(value, rank) for value in (float("nan"), float("inf"), 1.0)]
         torch.save(found, Path(folder) / f"rank{rank}.pt")
     finally:
         dist.destroy_process_group()
@@ -80,3 +91,8 @@ def test_training_is_that_of_whole_gathers_bit_for_bit(records: list[dict], name
         assert len(compressed) == len(whole) == 10
         for one, other in zip(compressed, whole, strict=True):
             assert torch.equal(one, other)
+
+
+def test_what_is_not_finite_on_one_gpu_shows_on_both(records: list[dict]) -> None:
+    for record in records:
+        assert record["finite"] == [False, False, True]
