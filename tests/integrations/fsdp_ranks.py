@@ -21,6 +21,7 @@ from tests.distributed.training import Scenario, train
 
 WORLD = 2
 STEPS = 3
+PHASES = [Phase("sparse", 2), Phase("dense", 2), Phase("sparse", 2)]
 
 
 class Even(Scenario):
@@ -79,7 +80,13 @@ def inputs(step: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
     return [torch.randn(8, 32, generator=generator).to(dtype) for _ in range(WORLD)]
 
 
-def steps(model: nn.Module, rank: int, dtype: torch.dtype = torch.float32, count: int = STEPS) -> list[Tensor]:
+def steps(
+    model: nn.Module,
+    rank: int,
+    dtype: torch.dtype = torch.float32,
+    count: int = STEPS,
+    schedule: SparseSchedule | None = None,
+) -> list[Tensor]:
     """Losses, then the whole weights."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
     losses = []
@@ -89,6 +96,8 @@ def steps(model: nn.Module, rank: int, dtype: torch.dtype = torch.float32, count
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+        if schedule is not None:
+            schedule.step()
         losses.append(loss.detach())
     return losses + [parameter.full_tensor().detach() for parameter in model.parameters()]
 
@@ -153,9 +162,9 @@ def sampled(rank: int) -> dict[str, list[Tensor]]:
     return found
 
 
-def composed(rank: int) -> dict[str, list[Tensor]]:
-    """Checkpointed layers, eager and compiled, beside plain ones."""
-    found = {}
+def composed(rank: int) -> tuple[list[list[Tensor]], int]:
+    """Plain layers, checkpointed ones, and compiled and checkpointed ones; how many graphs the last two have."""
+    found = []
     for name in ("plain", "checkpointed", "compiled and checkpointed"):
         layers = list(net(SparseConfig(repack=True)))
         if "compiled" in name:
@@ -165,8 +174,9 @@ def composed(rank: int) -> dict[str, list[Tensor]]:
             layers = [checkpoint_wrapper(layer) for layer in layers]
         model = sharded(nn.Sequential(*layers))
         compress_all_gather(model)
-        found[name] = steps(model, rank, count=2)
-    return found
+        torch._dynamo.utils.counters.clear()
+        found.append(steps(model, rank, count=6, schedule=SparseSchedule(model, PHASES)))
+    return found, torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
 def recipe_runs(rank: int) -> dict[str, list[list[Tensor]]]:
