@@ -96,10 +96,19 @@ def ended(hidden: int, called: str) -> str:
     return ""
 
 
+def compiled() -> tuple[list[Tensor], int]:
+    """As once, of a compiled model, and how often its graph breaks."""
+    model = parallel(net(SparseConfig()))
+    model.compile(backend="aot_eager")
+    torch._dynamo.utils.counters.clear()
+    return once(model), sum(torch._dynamo.utils.counters["graph_break"].values())
+
+
 def checks() -> dict[str, object]:
     """What one process of two sees."""
     return {
         "once": {name: once(parallel(net(config))) for name, config in CONFIGS.items()},
+        "compiled": compiled(),
         "steps": steps(parallel(net(SparseConfig()))),
         "layers": {
             f"{style.__name__} {name}": layer(style, config)

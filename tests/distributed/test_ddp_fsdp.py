@@ -112,6 +112,13 @@ def test_tensor_parallel_layers_give_the_output_and_gradients_of_one_process(rec
         assert_equal(record["tensor_parallel"]["once"][name], alone)
 
 
+def test_compiled_tensor_parallel_layers_do_not_break_the_graph(records: list[dict]) -> None:
+    for record in records:
+        seen, breaks = record["tensor_parallel"]["compiled"]
+        assert_equal(seen, record["tensor_parallel"]["once"]["transposable"])
+        assert breaks == 0
+
+
 @pytest.mark.parametrize("style", ["ColwiseParallel", "RowwiseParallel"])
 @pytest.mark.parametrize("name", tensor_parallel.EXACT)
 def test_layers_swapped_after_parallelize_module_compute_in_fp8_and_sample(

@@ -187,5 +187,6 @@ def worker(rank: int, folder: str) -> None:
         records["densify"] = densify_sharded(rank)
         records["tensor_parallel"] = tensor_parallel.checks()
         torch.save(records, Path(folder) / f"rank{rank}.pt")
+        dist.barrier()
     finally:
         dist.destroy_process_group()

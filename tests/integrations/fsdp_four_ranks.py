@@ -81,5 +81,6 @@ def worker(rank: int, world: int, folder: str) -> None:
         else:
             seen["output"] = loaded(folder)
         torch.save(seen, Path(folder) / f"{rank}of{world}.pt")
+        dist.barrier()
     finally:
         dist.destroy_process_group()

@@ -335,5 +335,6 @@ def worker(rank: int, folder: str) -> None:
         seen["saved"] = saved(rank, folder)
         seen["ended"] = {attempt.__name__: ended(attempt, rank) for attempt in ENDS}
         torch.save(seen, Path(folder) / f"rank{rank}.pt")
+        dist.barrier()
     finally:
         dist.destroy_process_group()
