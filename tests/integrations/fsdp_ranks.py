@@ -221,6 +221,34 @@ def meta(rank: int) -> tuple[Tensor, Tensor, dict[str, list[int]]]:
     return y, alone(x).detach(), seen.bytes
 
 
+def accumulated(rank: int) -> dict[str, list[list[Tensor]]]:
+    """Micro-batches after an evaluation in inference mode, weights kept gathered or not; with and without."""
+    found: dict[str, list[list[Tensor]]] = {}
+    for config in (SparseConfig(repack=True), SparseConfig(precision="fp8")):
+        for kept in (True, False):
+            for compress in (True, False):
+                model = sharded(net(config))
+                if compress:
+                    compress_all_gather(model)
+                    with torch.inference_mode():  # after which FSDP2 itself would not train
+                        model(inputs(9)[rank])
+                optimizer, losses = torch.optim.AdamW(model.parameters(), lr=0.05, fused=True), []
+                for step in range(6):
+                    last = step % 3 == 2
+                    model.set_requires_gradient_sync(last)
+                    model.set_reshard_after_backward(last or not kept)
+                    x = inputs(step)[rank]
+                    loss = (model(x) - x).square().mean()
+                    loss.backward()
+                    losses.append(loss.detach())
+                    if last:
+                        nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+                        optimizer.step()
+                        optimizer.zero_grad()
+                found.setdefault(f"{config.precision} {kept}", []).append(losses)
+    return found
+
+
 def saved(rank: int, folder: str) -> Tensor:
     """A step, then a distributed checkpoint of the model; the output that it belongs to."""
     model = sharded(net())
@@ -326,6 +354,7 @@ def worker(rank: int, folder: str) -> None:
             recipe_runs,
             checkpoints,
             meta,
+            accumulated,
             phase_after_evaluation,
             small_beside_large,
             scales,

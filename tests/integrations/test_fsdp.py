@@ -91,6 +91,13 @@ def test_recipes_whose_masks_follow_the_weights_train_as_with_whole_gathers(reco
             assert_equal(compressed, whole)
 
 
+def test_micro_batches_after_an_evaluation_train_as_with_whole_gathers(records: list[dict]) -> None:
+    for record in records:
+        assert len(record["accumulated"]) == 4
+        for compressed, whole in record["accumulated"].values():
+            assert_equal(compressed, whole)
+
+
 def test_weights_that_come_after_the_call_are_gathered_compressed(records: list[dict]) -> None:
     for record in records:
         ours, alone, seen = record["meta"]

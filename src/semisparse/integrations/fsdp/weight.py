@@ -4,7 +4,6 @@ FSDP2 asks the local tensor of a parameter for fsdp_pre_all_gather and fsdp_post
 object itself, so that shards stay plain tensors: for the optimizer, in a state_dict and in a checkpoint.
 """
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -91,8 +90,10 @@ class GatheredWeight:
     ) -> tuple[tuple[Tensor, ...], Form]:
         """FSDP2's fsdp_pre_all_gather: what this rank sends, chosen from the master weight and then rounded."""
         form, shard = self.form, self.shard.detach()
-        if form != self._sent:
-            self.parameter.all_gather_outputs = []  # FSDP2 allocates them once, for what was sent first
+        # FSDP2 allocates what receives once, as it is needed first: emptied, it is allocated again.
+        received = self.parameter.all_gather_outputs
+        if form != self._sent or (received and received[0].is_inference() and not torch.is_inference_mode_enabled()):
+            self.parameter.all_gather_outputs = []
             self._sent = form
         if form == "whole":
             return (shard.to(self.dtype),), form
@@ -119,8 +120,9 @@ class GatheredWeight:
     ) -> tuple[Tensor, tuple[Tensor, ...]] | None:
         """FSDP2's fsdp_post_all_gather: the weight of the forward, pruned where the kept values have travelled."""
         size = self.parameter.sharded_param.shape
-        weight = outputs[0].new_empty(size, dtype=dtype) if out is None else out
-        with torch.no_grad(), _same_version(weight):
+        with torch.inference_mode(False):  # a first gather in inference mode must not keep the weight from training
+            weight = torch.empty(size, dtype=dtype, device=outputs[0].device) if out is None else out
+        with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(weight):  # type: ignore[attr-defined]
             if form == "whole":
                 weight.copy_(outputs[0])
             else:
@@ -135,11 +137,3 @@ class GatheredWeight:
             known = form != "whole" and get(self.layer._mask).from_codes
             self.layer.gathered_codes = outputs[1] if known else None
         return (weight, (weight,)) if out is None else None
-
-
-def _same_version(weight: Tensor) -> AbstractContextManager[None]:
-    """FSDP2 fills weights again for the backward, and autograd must not take that for a change."""
-    if weight.is_inference():
-        return nullcontext()
-    preserved: AbstractContextManager[None] = torch.autograd._unsafe_preserve_version_counter(weight)  # type: ignore[attr-defined]
-    return preserved
