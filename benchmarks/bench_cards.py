@@ -96,11 +96,12 @@ def _row(architecture: str, name: str, report: Report) -> tuple[str, ...]:
     run = f"{'sent in' if name.startswith(SENT) else 'by us'}, {report.started[:10]}"
     right = sum(check.outcome == "pass" for check in report.checks)
     there = sum(check.outcome != "skipped" for check in report.checks)
+    left_out = f", {len(report.checks) - there} skipped" if there < len(report.checks) else ""
     layers = report.layers[-1].measurement.times if report.layers else {}
     model = {} if report.model is None else report.model.ms
     cells = [f"**{layers[DENSE].ms / layers[one].ms:.2f}**" if one in layers else "" for one in SHOWN]
     cells += [f"**{model[DENSE] / model[one]:.2f}**" if one in model and DENSE in model else "" for one in SHOWN]
-    return (architecture, _cell(report.gpu.name), run, f"{right} of {there}", *cells)
+    return (architecture, _cell(report.gpu.name), run, f"{right} of {there}{left_out}", *cells)
 
 
 def _origin(report: Report) -> str:

@@ -274,7 +274,7 @@ def blocks() -> dict[str, str]:
         "large-m": _block(load("large-m"), large_m.table, "--large-m ", large_m.NOTE),
         "noise": _block(load("noise"), fp8_tables.noise, "--noise ", fp8_tables.NOISE),
         "fp8-kernels": _block(load("fp8-kernels"), fp8_tables.kernels, "--fp8-kernels ", fp8_tables.KERNELS),
-        "profile": _block(load("profile"), fp8_tables.profile, "--profile ", fp8_tables.PROFILE),
+        "profile": _profile_block(),
         "no-gain-all": _block(small, tables.small_linear, "--no-gain "),
     }
     for name in (*ON_PAGE, *TEXT_ONCE):
@@ -342,6 +342,14 @@ def _host_block() -> str:
     shown = [f"{_stack(result)}\n\n{host_tables.host_time(result).markdown()}" for result in stacks]
     shown += [f"{PARTS}\n\n{host_tables.parts(result).markdown()}" for result in layers]
     return _remade("\n\n".join(shown), [*stacks, *layers], "--host ") if shown else _missing("--host ")
+
+
+def _profile_block() -> str:
+    results = load("profile")
+    if not results:
+        return _missing("--profile ")
+    shown = [fp8_tables.PROFILE, *(fp8_tables.profile(result).markdown() for result in results)]
+    return _remade("\n\n".join(shown), results, "--profile ")
 
 
 def _block(results: list[Result], table: Callable[[list[Result]], Table], option: str, intro: str = "") -> str:

@@ -27,7 +27,7 @@ SAMPLED = (
     "sparse product together."
 )
 GRAPH = "graph: "
-SHORT_ROWS = ("float8", "2:4", "mvue", "fp8-2:4")
+SHORT_ROWS = ("float8", "2:4", "mvue", "fp8-2:4", "fp8-mvue")
 
 
 def text(layers: Sequence[Result], steps: Sequence[Result]) -> str:

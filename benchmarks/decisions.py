@@ -41,11 +41,11 @@ def reasons(results: Sequence[Result]) -> str:
 
 
 def swapped(result: Result) -> str:
-    """How many of the layers that a plan could swap it does, by candidate."""
+    """How many layers a plan swaps, by candidate; of how many that it could, where it leaves some dense."""
     rows = [row for row in result["plan"]["rows"] if row["times"]]
     chosen = Counter(row["choice"] for row in rows if row["choice"] != DENSE)
-    named = ", ".join(f"{count} {name}" for name, count in chosen.most_common())
-    return f"{named or 'none'} of {len(rows)}"
+    named = ", ".join(f"{count} {name.replace(' + ', '+')}" for name, count in chosen.most_common())
+    return f"{named or 'none'} of {len(rows)}" if chosen.total() < len(rows) else named
 
 
 def _figures(result: Result) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ from typing import Any
 from benchmarks.compare import DENSE
 from benchmarks.fp8_kernels import LARGEST
 from benchmarks.neighbours import ALONE
+from benchmarks.origin import gpu
 from benchmarks.step_profile import by_kind
 from benchmarks.table import Table
 
@@ -62,15 +63,15 @@ def kernels(results: Sequence[Result]) -> Table:
     return Table(("M x N", "pass", "us", "share of the copy's rate"), tuple(lines))
 
 
-def profile(results: Sequence[Result]) -> Table:
-    """A line per kind of kernel, a column per row; of one result."""
-    (result,) = results
+def profile(result: Result) -> Table:
+    """A line per kind of kernel, a column per row; the GPU at the top."""
     rows = {name: by_kind(row) for name, row in result["rows"].items()}
     kinds = sorted({kind for row in rows.values() for kind in row}, key=lambda kind: -_most(rows, kind))
     lines = [(kind, *(f"{row.get(kind, 0):.1f}" for row in rows.values())) for kind in kinds]
     lines.append(("all kernels", *(f"{row['total_ms']:.1f}" for row in result["rows"].values())))
     notes = [f"floor of {name}: {ms:.1f} ms" for name, ms in result["floors_ms"].items()]
-    return Table((f"{result['label']}, ms", *rows), tuple(lines), tuple(notes))
+    where = f", {gpu(result)}" if "provenance" in result else ""
+    return Table((f"{result['label']}, ms{where}", *rows), tuple(lines), tuple(notes))
 
 
 def _most(rows: dict[str, dict[str, float]], kind: str) -> float:

@@ -195,7 +195,7 @@ def profiles(cards: Sequence[str], rows: Sequence[str] | None, toy: bool) -> Ite
             f"profile-{card}",
             "profile",
             lambda card=card: step_profile.benchmark(card, rows or step_profile.ROW_NAMES, toy),
-            lambda found: [fp8_tables.profile([found])],
+            lambda found: [fp8_tables.profile(found)],
         )
 
 

@@ -31,7 +31,7 @@ RESULTS = [
 def test_every_model_is_shown_with_what_was_swapped_the_one_that_gains_most_first() -> None:
     assert [row[0] for row in decisions.decided(RESULTS).rows] == ["large", "small"]
     assert decisions.decided(RESULTS).rows[0][1:] == (
-        "10.0", "**1.40**", "**1.20**", "", "2 fp8 + 2:4, 1 2:4 of 4", "H100",
+        "10.0", "**1.40**", "**1.20**", "", "2 fp8+2:4, 1 2:4 of 4", "H100",
     )  # fmt: skip
     assert decisions.decided(RESULTS).rows[1][5] == "none of 2"
     assert decisions.reasons(RESULTS).splitlines() == ["- large: 1x it is slower.", "- small: 2x it is slower."]

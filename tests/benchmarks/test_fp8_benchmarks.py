@@ -96,7 +96,7 @@ def test_a_profile_has_a_column_per_row_and_floors(torchao: None, monkeypatch: p
     assert (found["layers"], found["tokens"]) == (2, 8)
     flops = 2 * 2 * 8 * 64 * 96
     assert found["floors_ms"]["three bf16 products"] == pytest.approx(3 * flops / 989e9)
-    assert fp8_tables.profile([found]).columns[1:] == ("dense bf16", "fp8 + 2:4", "torchao float8")
+    assert fp8_tables.profile(found).columns[1:] == ("dense bf16", "fp8 + 2:4", "torchao float8")
     row = {"total_ms": 10.0, "longest": [["quantise", 4.0], ["nvjet_sm90_tst", 5.0], ["amax", 0.5]]}
     wanted = {"rounding to e4m3": 4.0, "dense products": 5.0, "largest magnitudes": 0.5, step_profile.OTHER: 0.5}
     assert step_profile.by_kind(row) == pytest.approx(wanted)

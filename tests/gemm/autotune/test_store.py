@@ -23,6 +23,7 @@ from semisparse.gemm.autotune.store import (
     shipped,
     to_document,
 )
+from semisparse.gemm.weight_gradient import WeightGradient
 from tests.gemm.autotune.test_algorithm import CHOICE, DENSE
 from tests.gemm.tuning import FORWARD, call, shipped_entry
 
@@ -260,10 +261,16 @@ def test_many_processes_write_at_once(store):
 
 def test_what_ships_can_be_read_and_names_its_conditions():
     assert shipped()
+    every = {"gpu", "cusparselt"}
     for conditions, choice in shipped():
-        named = {"out_dtype"} if conditions["dtype"] == "float8_e4m3fn" else set()
-        assert conditions.keys() == shipped_entry()[0].keys() | named
-        assert (choice.source, choice.sparse_algorithm is None) == ("shipped", False)
+        if "way" in conditions:
+            asked = WeightGradient(16, 32, 32, torch.bfloat16, torch.bfloat16).key()
+        else:
+            fp8 = conditions["dtype"] == "float8_e4m3fn"
+            asked = (problems.fp8_forward(24, 32, 96, torch.bfloat16) if fp8 else FORWARD).key()
+        assert conditions.keys() == asked.keys() | every
+        assert choice.source == "shipped"
+        assert (choice.decides == "sampling") == ("way" in conditions)
 
 
 def test_the_first_choice_whose_conditions_hold_is_taken(make_tuner):
