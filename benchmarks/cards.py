@@ -274,7 +274,7 @@ def blocks() -> dict[str, str]:
         "large-m": _block(load("large-m"), large_m.table, "--large-m ", large_m.NOTE),
         "noise": _block(load("noise"), fp8_tables.noise, "--noise ", fp8_tables.NOISE),
         "fp8-kernels": _block(load("fp8-kernels"), fp8_tables.kernels, "--fp8-kernels ", fp8_tables.KERNELS),
-        "profile": _profile_block(),
+        "profile": _text(load("profile"), fp8_tables.profiles, "--profile "),
         "no-gain-all": _block(small, tables.small_linear, "--no-gain "),
     }
     for name in (*ON_PAGE, *TEXT_ONCE):
@@ -290,8 +290,9 @@ def blocks() -> dict[str, str]:
 
 def gpus(results: list[Result]) -> str:
     """The GPUs of experiments shown on the page."""
-    names = sorted({result["gpu"] for result in results if result["experiment"] in ON_PAGE})
-    return " and ".join(f"one {name}" for name in names)
+    return " and ".join(
+        f"one {name}" for name in sorted({one["gpu"] for one in results if one["experiment"] in ON_PAGE})
+    )
 
 
 def _speed_block(steps: list[Result]) -> str:
@@ -344,19 +345,13 @@ def _host_block() -> str:
     return _remade("\n\n".join(shown), [*stacks, *layers], "--host ") if shown else _missing("--host ")
 
 
-def _profile_block() -> str:
-    results = load("profile")
-    if not results:
-        return _missing("--profile ")
-    shown = [fp8_tables.PROFILE, *(fp8_tables.profile(result).markdown() for result in results)]
-    return _remade("\n\n".join(shown), results, "--profile ")
-
-
 def _block(results: list[Result], table: Callable[[list[Result]], Table], option: str, intro: str = "") -> str:
     """A table with what it was measured on; the command alone while there is no result."""
-    if not results:
-        return _missing(option)
-    return _remade("\n\n".join(filter(None, (intro, table(results).markdown()))), results, option)
+    return _text(results, lambda found: "\n\n".join(filter(None, (intro, table(found).markdown()))), option)
+
+
+def _text(results: list[Result], text: Callable[[list[Result]], str], option: str) -> str:
+    return _remade(text(results), results, option) if results else _missing(option)
 
 
 def _missing(option: str) -> str:

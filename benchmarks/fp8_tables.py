@@ -63,6 +63,11 @@ def kernels(results: Sequence[Result]) -> Table:
     return Table(("M x N", "pass", "us", "share of the copy's rate"), tuple(lines))
 
 
+def profiles(results: Sequence[Result]) -> str:
+    """What is measured, then a table per result."""
+    return "\n\n".join([PROFILE, *(profile(result).markdown() for result in results)])
+
+
 def profile(result: Result) -> Table:
     """A line per kind of kernel, a column per row; the GPU at the top."""
     rows = {name: by_kind(row) for name, row in result["rows"].items()}

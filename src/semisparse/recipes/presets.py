@@ -40,9 +40,10 @@ def fastest(
     bias before rounding, but more noise. Layers that fp8 cannot take (see SparseConfig) compute as without it; the
     report of sparsify says which.
 
-    Measured: speed in benchmarks/cards/compare.md, rows 'fp8 + 2:4' (grad_output=None) and 'fp8 + 2:4 + mvue'. Accuracy in docs/accuracy.md, each part alone on one small language model: fp8 against torchao's
-    float8, and in 16 bits the sample against a dense weight gradient. fp8 and the sample together were not trained for
-    accuracy; take grad_output=None to stay with what was.
+    Measured: speed in benchmarks/cards/compare.md, rows 'fp8 + 2:4' (grad_output=None) and 'fp8 + 2:4 + mvue'. Accuracy
+    in docs/accuracy.md, each part alone on one small language model: fp8 against torchao's float8, and in 16 bits the
+    sample against a dense weight gradient. fp8 and the sample together were not trained for accuracy; take
+    grad_output=None to stay with what was.
 
     Args:
         sparse_fraction: As in Recipe.
