@@ -259,7 +259,7 @@ def blocks() -> dict[str, str]:
         "speed": _speed_block(steps),
         "compare": _compare_block(),
         "no-gain": _no_gain_block([*slow, *small, *linear]),
-        "decisions": _decisions_block(),
+        "decisions": _text(load("plan"), decisions.text, "--plan "),
         "gpus": bench_cards.block(),
         "accuracy": f"{accuracy_summary()} Measured on {gpus(every)}.",
         "models": _models_block(),
@@ -307,16 +307,6 @@ def _no_gain_block(results: list[Result]) -> str:
     if avoided.rows:
         return f"{avoided.markdown()}\n\n{decisions.NOTE} {short_origin(load('plan'))}"
     return f"{tables.losing(results).markdown()}\n\n{short_origin(results)}"
-
-
-def _decisions_block() -> str:
-    results = load("plan")
-    if not results:
-        return _missing("--plan ")
-    shown = [decisions.NOTE, decisions.decided(results).markdown()]
-    if why := decisions.reasons(results):
-        shown += ["Why layers stay dense, as the plans say:", why]
-    return _remade("\n\n".join(shown), results, "--plan ")
 
 
 def _compare_block() -> str:

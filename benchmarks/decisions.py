@@ -17,6 +17,13 @@ NOTE = (
 _COLUMNS = ("model, compiled where it does not say eager", "dense ms", "planned", *(f"all {name}" for name in EVERY))
 
 
+def text(results: Sequence[Result]) -> str:
+    """What plans decided, and why layers stay dense."""
+    why = reasons(results)
+    listed = ["Why layers stay dense, as the plans say:", why] if why else []
+    return "\n\n".join([NOTE, decided(results).markdown(), *listed])
+
+
 def decided(results: Sequence[Result]) -> Table:
     """Every model: what the plan swaps, and what that and swapping everything are worth."""
     rows = tuple((*_figures(result), swapped(result), gpu(result)) for result in _in_order(results))
