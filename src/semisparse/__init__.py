@@ -13,6 +13,8 @@ from semisparse.flops import register_flop_formulas
 from semisparse.metrics import MaskMetrics, mask_statistics
 from semisparse.nn import PackedWeights, SemiSparseActivationLinear, SemiSparseLinear, register_linear, reuse_packed
 from semisparse.ops import sac_save_ops
+from semisparse.schedule.guard_state import GuardReport
+from semisparse.schedule.loss_guard import LossGuard
 from semisparse.schedule.phases import Phase
 from semisparse.schedule.sparse_schedule import SparseSchedule
 from semisparse.surgery.conv1d import conv1d_to_linear, linear_to_conv1d
@@ -30,6 +32,8 @@ from semisparse.versions import __version__ as __version__
 __all__ = [
     "CheckReport",
     "CheckpointReport",
+    "GuardReport",
+    "LossGuard",
     "MaskMetrics",
     "PackedWeights",
     "Phase",

@@ -29,7 +29,7 @@ class LayerRefusedError(SemiSparseError, ValueError):
 
 
 class ScheduleError(SemiSparseError, ValueError):
-    """Phases, layers or calls do not fit a schedule, or a saved state belongs to another one."""
+    """Phases, layers, calls or a guard's reference do not fit a schedule, or a saved state belongs to another one."""
 
 
 class ExportError(SemiSparseError, RuntimeError):

@@ -14,6 +14,8 @@ from tests.arch.source import PACKAGE, ROOT
 PUBLIC = {
     "CheckReport",
     "CheckpointReport",
+    "GuardReport",
+    "LossGuard",
     "MaskMetrics",
     "PackedWeights",
     "Phase",

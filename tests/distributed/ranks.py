@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from semisparse import SparseConfig, SparseSchedule, recipes, sparsify
+from semisparse import LossGuard, SparseConfig, SparseSchedule, recipes, sparsify
 from semisparse.errors import SemiSparseError
 from semisparse.recipes import Recipe, RecipeSchedule
 from semisparse.sampling import layer_seed
@@ -184,6 +184,27 @@ def replaced_on_one(rank: int) -> None:
     schedule.step()
 
 
+def guarded(rank: int) -> None:
+    """The loss of one rank alone diverges: both become dense at the same step, on the mean."""
+    schedule = SparseSchedule.sparse_then_dense(net(0), 100)
+    guard = LossGuard(schedule, smoothing=4, interval=2, patience=2)
+    for step in range(1, 61):
+        schedule.resume_at(step)
+        tripped = guard.update(torch.tensor(2.0 + (rank and max(0, step - 20))))
+        ended = [torch.zeros(1) for _ in range(WORLD)]
+        dist.all_gather(ended, torch.tensor([float(tripped)]))
+        assert torch.equal(*ended)
+    assert schedule.ended_at == guard.report().tripped_at is not None
+    assert guard.report().not_finite == 0
+
+
+def ended_on_one(rank: int) -> None:
+    """The ranks are at different steps."""
+    schedule = SparseSchedule.sparse_then_dense(net(0), 10)
+    schedule.resume_at(rank)
+    schedule.end_sparse_phase()
+
+
 MISMATCH, NONE = ("RankMismatchError", "RankMismatchError"), ("", "")
 SCENARIOS: dict[Callable[[int], None], tuple[str, str]] = {
     held_masks: MISMATCH,
@@ -205,6 +226,8 @@ SCENARIOS: dict[Callable[[int], None], tuple[str, str]] = {
     other_phases: MISMATCH,
     a_bad_fraction_on_one: ("RankMismatchError", "ScheduleError"),
     replaced_on_one: ("RankMismatchError", "ScheduleError"),
+    guarded: NONE,
+    ended_on_one: MISMATCH,
     experts_called_elsewhere: NONE,
     experts_bypassed: ("ScheduleError", "ScheduleError"),
 }

@@ -126,7 +126,7 @@ class RecipeSchedule(SparseSchedule):
             self._phases = dense_then_sparse(self._applied_steps, self._parts.total_steps)
             self._apply()
         if held is not None and held.advance(self.phase == "sparse"):
-            self._adopt()
+            self._layers.adopt_copies()
             agree(self._digest(), self._group)
 
     def resume_at(self, applied_steps: int) -> None:
@@ -141,6 +141,16 @@ class RecipeSchedule(SparseSchedule):
                 f"the recipe {self.recipe.name} has more state than a counter: save state_dict() and load it instead"
             )
         super().resume_at(applied_steps)
+
+    def end_sparse_phase(self) -> None:
+        """As SparseSchedule.end_sparse_phase; decay ends, and masks, scales and a frozen variance stay.
+
+        Raises:
+            ScheduleError: As SparseSchedule.end_sparse_phase, or the recipe has ended.
+            RankMismatchError: As SparseSchedule.end_sparse_phase.
+        """
+        self._check_running()
+        super().end_sparse_phase()
 
     def finish(self) -> None:
         """End the recipe: remove hooks from the optimizer, and held masks or scales from the layers.
@@ -191,9 +201,7 @@ class RecipeSchedule(SparseSchedule):
         phases = phases_of(self.recipe, self._parts.total_steps)
         if self._parts.switch is not None and state["switched_at"] is not None:
             phases = dense_then_sparse(state["switched_at"], self._parts.total_steps)
-        counted = checked_state(state, phases)
-        self._phases = phases
-        self._restore(counted)
+        self._restore(checked_state(state, phases))
         for part in self._stateful():
             part.load_state_dict(state)
         self._apply()

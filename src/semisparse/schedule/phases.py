@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 from semisparse.errors import ScheduleError
 
@@ -40,6 +40,37 @@ def kind_at(phases: tuple[Phase, ...], applied: int) -> Kind:
         if applied < end:
             return phase.kind
     return next(phase.kind for phase in reversed(phases) if phase.steps)
+
+
+def sparse_since(phases: tuple[Phase, ...], applied: int) -> int | None:
+    """Applied steps at which the sparse phase began in which the forward after `applied` steps runs; None if dense."""
+    if kind_at(phases, applied) == "dense":
+        return None
+    return max(begin for begin, _ in sparse_stretches(phases) if begin <= applied)
+
+
+def sparse_stretches(phases: tuple[Phase, ...]) -> list[tuple[int, int]]:
+    """Applied steps at which each sparse phase begins and ends; those that follow one another are one."""
+    found: list[tuple[int, int]] = []
+    end = 0
+    for phase in phases:
+        if phase.kind == "sparse" and phase.steps:
+            begin = found.pop()[0] if found and found[-1][1] == end else end
+            found.append((begin, end + phase.steps))
+        end += phase.steps
+    return found
+
+
+def ended_early(phases: tuple[Phase, ...], at: int) -> tuple[Phase, ...]:
+    """The phases up to `at` applied steps, and dense from there to the end of all phases, or for ever beyond it."""
+    kept, end = [], 0
+    for phase in phases:
+        if steps := min(phase.steps, at - end):
+            kept.append(Phase(phase.kind, steps))
+        end += steps
+    if end < at:  # beyond the last phase, whose kind stays
+        kept.append(Phase("sparse", at - end))
+    return *kept, Phase("dense", max(sum(phase.steps for phase in phases) - at, 1))
 
 
 def checked_phases(phases: Any, total_steps: int | None) -> tuple[Phase, ...]:
@@ -104,8 +135,30 @@ def check_count(name: str, value: object) -> None:
         raise ScheduleError(f"{name}={value!r} must be a whole number, 0 or more")
 
 
-def checked_state(state: Any, phases: tuple[Phase, ...]) -> tuple[int, float | None, int]:
-    """The counter, the last scale and the seed of a state that was saved with these phases.
+class Saved(NamedTuple):
+    """What a state of a schedule holds.
+
+    Attributes:
+        applied_steps: The counter.
+        last_scale: The last scale of a GradScaler that was seen, or None.
+        seed: Of the random numbers.
+        ended_at: Applied steps at which the sparse phase was ended early, or None.
+        phases: As they were when the state was saved.
+    """
+
+    applied_steps: int
+    last_scale: float | None
+    seed: int
+    ended_at: int | None
+    phases: tuple[Phase, ...]
+
+
+def checked_state(state: Any, phases: tuple[Phase, ...]) -> Saved:
+    """The contents of a state that was saved with these phases, perhaps ended early since.
+
+    Args:
+        state: What state_dict() returned; without "ended_at" (of earlier versions) nothing was ended early.
+        phases: As planned.
 
     Raises:
         ScheduleError: state is of another kind, or was saved with other phases.
@@ -113,9 +166,15 @@ def checked_state(state: Any, phases: tuple[Phase, ...]) -> tuple[int, float | N
     try:
         saved = tuple(Phase(**phase) for phase in state["phases"])
         applied, scale, seed = state["applied_steps"], state["last_scale"], state["seed"]
-    except (KeyError, TypeError) as error:
+        ended_at = state.get("ended_at")
+    except (AttributeError, KeyError, TypeError) as error:
         given = f"with {sorted(map(str, state))}" if isinstance(state, Mapping) else f"of type {type(state).__name__}"
         raise ScheduleError(f"state {given} is not a saved SparseSchedule: {error!r}") from error
+    if ended_at is not None:
+        check_count("state['ended_at']", ended_at)
+        if kind_at(phases, ended_at) != "sparse":
+            raise ScheduleError(f"state['ended_at']={ended_at} is not in a sparse phase of {phases}")
+        phases = ended_early(phases, ended_at)
     if saved != phases:
         raise ScheduleError(
             f"state has phases {saved}, this schedule {phases}; build it with the same phases to resume"
@@ -127,4 +186,4 @@ def checked_state(state: Any, phases: tuple[Phase, ...]) -> tuple[int, float | N
         raise ScheduleError(f"state['last_scale']={scale!r} must be a finite number, 0 or more, or None")
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise ScheduleError(f"state['seed']={seed!r} must be a whole number")
-    return applied, scale, seed
+    return Saved(applied, scale, seed, ended_at, phases)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -88,6 +89,25 @@ def called_anywhere(called: list[bool], group: Group = None) -> list[bool]:
     flags = torch.tensor(called, dtype=torch.int32, device=_device(group))
     dist.all_reduce(flags, dist.ReduceOp.MAX, group=group)
     return [bool(flag) for flag in flags.tolist()]
+
+
+def mean_over_ranks(values: Tensor, group: Group = None) -> list[float]:
+    """The mean of each value over the ranks of group, with the same bits on each; NaN where one is not finite.
+
+    One all-gather and a correctly rounded sum, so that a decision taken on it is the same on every rank. Without
+    torch.distributed, or with group=False, the values of this rank. Synchronises with the device.
+
+    Args:
+        values: fp32, one-dimensional, as many on each rank.
+        group: The ranks.
+    """
+    ranks = [values]
+    if group is not False and dist.is_available() and dist.is_initialized() and _is_member(group):
+        mine = values.to(_device(group))
+        ranks = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(ranks, mine, group=group)
+    columns = zip(*torch.stack(ranks).tolist(), strict=True)
+    return [math.fsum(each) / len(each) if all(map(math.isfinite, each)) else math.nan for each in columns]
 
 
 def _is_member(group: dist.ProcessGroup | None) -> bool:

@@ -81,11 +81,8 @@ class ScheduledLayers:
         """Number of layers of copies that follow."""
         return len(self._followers)
 
-    def follow(self, copy: nn.Module) -> list[tuple[SemiSparseBase, SemiSparseBase]]:
-        """Let the semi-sparse layers of copy follow.
-
-        Returns:
-            Pairs (our layer, the layer of the copy).
+    def follow(self, copy: nn.Module) -> None:
+        """Let the semi-sparse layers of copy follow, with what a recipe holds on ours.
 
         Raises:
             NoLayerMatchedError: copy has no layer of this schedule.
@@ -110,7 +107,7 @@ class ScheduledLayers:
         for _, layer in pairs:
             self._left.discard(layer)
             self._followers.add(layer)
-        return pairs
+        _share_held(pairs)
 
     def release_followers(self) -> None:
         """Take what a recipe held off the copies that follow."""
@@ -124,8 +121,8 @@ class ScheduledLayers:
             self._followers.discard(layer)
             self._left.add(layer)
 
-    def adopt_copies(self) -> list[tuple[SemiSparseBase, SemiSparseBase]]:
-        """Let copies follow that no schedule switches, with a warning; returns new pairs (our layer, the copy's)."""
+    def adopt_copies(self) -> None:
+        """Let copies follow that no schedule switches, with a warning."""
         pairs = []
         for layer in self.by_name.values():
             for copy in copies_of(layer):
@@ -140,7 +137,20 @@ class ScheduledLayers:
                 "schedule.follow(copy); to leave a copy as it is, call schedule.unfollow(copy)",
                 stacklevel=4,
             )
-        return pairs
+        _share_held(pairs)
+
+    def look(self) -> int:
+        """Check that the layers are still what they were, and let copies follow that no schedule switches.
+
+        Returns:
+            0, so that attempt() can run it.
+
+        Raises:
+            ScheduleError: As check_present.
+        """
+        self.check_present()
+        self.adopt_copies()
+        return 0
 
     def check_present(self) -> None:
         """Raise ScheduleError, with its name, if a layer was replaced, made dense or can no longer be pruned."""
@@ -149,3 +159,12 @@ class ScheduledLayers:
                 f"{changed[0]} is scheduled, but {changed[1]}. Convert or wrap before sparsify, and start the schedule "
                 "afterwards"
             )
+
+
+def _share_held(pairs: list[tuple[SemiSparseBase, SemiSparseBase]]) -> None:
+    """Give what a recipe holds on the first layer of each pair to the second, its copy."""
+    for ours, theirs in pairs:
+        if not isinstance(ours, SemiSparseLinear) or not isinstance(theirs, SemiSparseLinear):
+            continue
+        if ours.holds and ours.sparse_config == theirs.sparse_config:
+            theirs.hold(codes=ours.held_codes, scale=ours.held_scale)

@@ -7,17 +7,20 @@ from typing import Any, Self
 import torch
 from torch import nn
 
-from semisparse.nn import PackedWeights, SemiSparseBase, SemiSparseLinear
+from semisparse.errors import ScheduleError
+from semisparse.nn import PackedWeights
 from semisparse.nn.pack_together import Keep
 from semisparse.schedule.applied_steps import StepEvidence, check_step_arguments
 from semisparse.schedule.called_layers import check_called
 from semisparse.schedule.phases import (
     Kind,
     Phase,
+    Saved,
     check_count,
     checked_phases,
     checked_state,
     dense_sparse_dense,
+    ended_early,
     kind_at,
     sparse_then_dense,
 )
@@ -92,7 +95,8 @@ class SparseSchedule:
         self, model: nn.Module, phases: Sequence[Phase], total_steps: int | None, pack: Pack, keep: Keep, seed: int
     ) -> None:
         """Everything that can fail, before the first change of the model."""
-        self._phases = checked_phases(phases, total_steps)
+        self._phases = self._planned = checked_phases(phases, total_steps)
+        self._ended_at: int | None = None
         self._layers = ScheduledLayers(model)
         self._packing = StepPacking(self._layers, pack, keep)
         self._seeds = Seeds(self._layers.by_name, seed, self._group)
@@ -191,7 +195,7 @@ class SparseSchedule:
 
     @property
     def phases(self) -> tuple[Phase, ...]:
-        """The phases in order."""
+        """The phases in order, as they are after end_sparse_phase()."""
         return self._phases
 
     @property
@@ -266,12 +270,39 @@ class SparseSchedule:
         Raises:
             NoLayerMatchedError: copy has no layer of this schedule.
         """
-        self._share(self._layers.follow(copy))
+        self._layers.follow(copy)
         self._apply()
 
     def unfollow(self, copy: nn.Module) -> None:
         """Leave the layers of copy (a snapshot, a fixed teacher) in their current phase."""
         self._layers.unfollow(copy)
+
+    @property
+    def ended_at(self) -> int | None:
+        """Applied steps at which end_sparse_phase() was called; None if it was not."""
+        return self._ended_at
+
+    def end_sparse_phase(self) -> None:
+        """End the sparse phase now: all later steps are dense, also where another sparse phase was planned.
+
+        `phases` and the state then say so. Call it after step(), on each rank of the group at the same step.
+
+        Raises:
+            ScheduleError: The phase is dense, or a layer is not what it was (as for step); nothing is changed.
+            RankMismatchError: The ranks are at different steps or in different phases.
+        """
+
+        def prepare() -> int:
+            if self.phase != "sparse":
+                raise ScheduleError(f"end_sparse_phase() in a dense phase, after {self._applied_steps} applied steps")
+            self._layers.look()
+            return digest((self._phases, self._applied_steps), {})
+
+        agree(attempt(prepare), self._group)
+        self._ended_at = self._applied_steps
+        self._phases = ended_early(self._phases, self._applied_steps)
+        self._apply()
+        self.refresh()
 
     def trust_calls(self) -> None:
         """Turn off the check for layers that train without being called.
@@ -286,6 +317,8 @@ class SparseSchedule:
     def resume_at(self, applied_steps: int) -> None:
         """Continue after applied_steps steps, for frameworks that save only this number.
 
+        It does not say whether the sparse phase was ended early.
+
         Raises:
             ScheduleError: applied_steps is not a whole number, 0 or more.
         """
@@ -297,12 +330,13 @@ class SparseSchedule:
         self.refresh()
 
     def state_dict(self) -> dict[str, Any]:
-        """The counter, the phases, the last scale seen and the seed, as plain numbers and strings."""
+        """Counter, phases, last scale seen, seed and early end (ended_at), as plain numbers and strings."""
         return {
             "applied_steps": self._applied_steps,
             "phases": [asdict(phase) for phase in self._phases],
             "last_scale": self._evidence.last_scale,
             "seed": self._seeds.seed,
+            "ended_at": self._ended_at,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -311,12 +345,12 @@ class SparseSchedule:
         Raises:
             ScheduleError: state is of another kind or has other phases; nothing is changed.
         """
-        self._restore(checked_state(state, self._phases))
+        self._restore(checked_state(state, self._planned))
         self._apply()
         self.refresh()
 
-    def _restore(self, saved: tuple[int, float | None, int]) -> None:
-        self._applied_steps, self._evidence.last_scale, self._seeds.seed = saved
+    def _restore(self, saved: Saved) -> None:
+        self._applied_steps, self._evidence.last_scale, self._seeds.seed, self._ended_at, self._phases = saved
         self._seeds.place(self._applied_steps)
         self._evidence.begin_anew()
 
@@ -345,29 +379,11 @@ class SparseSchedule:
 
     def _check_layers(self) -> None:
         """Check the layers at the first step, and if the coming step ends a phase."""
-
-        def look() -> int:
-            self._layers.check_present()
-            self._adopt()
-            return 0
-
         if not self._checked_once:
-            agree(attempt(look), self._group)  # on every rank, so that none waits for one that raises
+            agree(attempt(self._layers.look), self._group)  # on every rank, so that none waits for one that raises
         elif kind_at(self._phases, self._applied_steps + 1) != self.phase:
-            look()
+            self._layers.look()
         self._checked_once = True
-
-    def _adopt(self) -> None:
-        """Let copies follow that no schedule switches."""
-        self._share(self._layers.adopt_copies())
-
-    def _share(self, pairs: list[tuple[SemiSparseBase, SemiSparseBase]]) -> None:
-        """Give what a recipe holds on our layers to the copies that follow them."""
-        for ours, theirs in pairs:
-            if not isinstance(ours, SemiSparseLinear) or not isinstance(theirs, SemiSparseLinear):
-                continue
-            if ours.holds and ours.sparse_config == theirs.sparse_config:
-                theirs.hold(codes=ours.held_codes, scale=ours.held_scale)
 
     def _advance(self) -> None:
         self._applied_steps += 1
