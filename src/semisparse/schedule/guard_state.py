@@ -16,8 +16,8 @@ class GuardState:
     Attributes:
         since: Applied steps at which the sparse phase began that is watched; None before one.
         last_step: The applied step of the last loss that was taken.
-        loss: Average of the losses of this sparse phase.
-        gap: Average of the losses less the reference at their steps.
+        loss: Average of the losses of this sparse phase, a value per interval.
+        gap: Average of the losses less the reference at their steps, likewise.
         best: The lowest smoothed loss at a comparison, where the run is its own reference.
         above: Comparisons in a row in which the loss was above the limit.
         comparisons: Comparisons in this sparse phase.

@@ -3,6 +3,7 @@
 import logging
 import math
 from numbers import Real
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -17,8 +18,15 @@ from semisparse.schedule.sparse_schedule import SparseSchedule
 
 logger = logging.getLogger(__name__)
 
-STANDARD_ERRORS = 4
-"""Of the smoothed loss, by which it must lie above the reference beside the tolerance."""
+STANDARD_ERRORS = 6
+"""By which the smoothed loss must exceed the reference, beside the tolerance.
+
+About 4 of the difference of two such averages. Simulated with the default settings and the run as its own reference,
+10,000 steps of a falling loss that levels off, 60 seeds each: with independent noise of 2, 10 or 30 % of the loss,
+Gaussian or exponential, none tripped. With noise whose correlation from step to step is 0.5, none did at 10 %, and a
+tenth at 30 %; with 0.8, half of them at 10 %. A loss that began to rise by 0.2 % per step, with independent noise, was
+found after 80 to 160 steps.
+"""
 
 
 class LossGuard:
@@ -26,10 +34,14 @@ class LossGuard:
 
     Call update(loss) once after each schedule.step(). Losses stay on their device; every `interval` applied steps they
     are read (one synchronisation), averaged over the ranks of the schedule's group (one all-gather), smoothed and
-    compared. The smoothed loss is an exponential average that begins with the sparse phase and forgets losses within
-    about `smoothing` steps; it is compared once it holds that many losses. A comparison is above the limit if
+    compared. The smoothed loss is an exponential average of the means of intervals: it begins with the sparse phase,
+    forgets losses within about `smoothing` steps, and is compared once it holds that many, of two intervals or more. A
+    comparison is above the limit if
 
-        smoothed loss > reference + tolerance * |reference| + 4 standard errors of the smoothed loss.
+        smoothed loss > reference + tolerance * |reference| + 6 standard errors of the smoothed loss,
+
+    where the standard error follows from the differences of successive intervals. It is too small if batches resemble
+    those before them for longer than an interval, as without shuffling; use a longer one then.
 
     After `patience` comparisons in a row above it, the guard calls schedule.end_sparse_phase(), so that all remaining
     steps are dense, and logs a warning with the figures (logger "semisparse").
@@ -93,7 +105,7 @@ class LossGuard:
 
     def _check_length(self) -> None:
         """Raise ScheduleError if no sparse phase is so long that the guard could trip in it."""
-        windows = -(-self._smoothing // self._interval) + self._patience - (self._reference is not None)
+        windows = max(2, -(-self._smoothing // self._interval)) + self._patience - (self._reference is not None)
         needed = windows * self._interval + 1  # at its last step the phase ends by itself
         stretches = sparse_stretches(self._schedule.phases)
         if self._reference is not None:
@@ -182,15 +194,19 @@ class LossGuard:
         self._steps = []
         finite = [(step, loss) for step, loss in zip(steps, losses, strict=True) if math.isfinite(loss)]
         state.not_finite += len(steps) - len(finite)
-        for step, loss in finite:
-            reference = 0.0 if self._reference is None else self._reference.at(step)
-            assert reference is not None
-            state.loss.add(loss, self._smoothing)
-            state.gap.add(loss - reference, self._smoothing)
         if not finite:
             state.above += 1
-        elif state.loss.count >= self._smoothing:
+            return
+        decay = (1 - 1 / self._smoothing) ** self._interval
+        state.loss.add(fmean(loss for _, loss in finite), decay)
+        state.gap.add(fmean(loss - self._reference_at(step) for step, loss in finite), decay)
+        if state.loss.count >= 2 and state.loss.count * self._interval >= self._smoothing:
             self._compare(steps[-1])
+
+    def _reference_at(self, step: int) -> float:
+        """The other run's loss, 0 without one."""
+        loss = None if self._reference is None else self._reference.at(step)
+        return 0.0 if loss is None else loss
 
     def _compare(self, step: int) -> None:
         state = self._state
