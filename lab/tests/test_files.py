@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from semisparse_lab import files
+from tests import fresh
 from tests.arch.source import ROOT
 
 # Children are forked from one process that has imported everything, and killed there: 200 times in a few seconds.
@@ -97,8 +98,7 @@ def orphan(path: Path) -> Path:
 
 
 def test_a_killed_overwrite_leaves_the_old_checkpoint_or_the_new_one_and_the_next_write_no_orphan(tmp_path):
-    command = [sys.executable, "-c", OVERWRITE, str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300, check=False)
+    done = fresh.run("-c", OVERWRITE, tmp_path, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "['model.safetensors']\n"
 

@@ -2,12 +2,11 @@
 
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests import fresh
 from tests.arch.source import ROOT
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -42,6 +41,5 @@ RUN = [page for page in PAGES if BLOCK.search(page.read_text()) and page.name no
 def test_the_examples_of_a_page_run(page: Path, tmp_path: Path) -> None:
     file = tmp_path / f"{page.stem}.py"
     file.write_text(script(page.read_text()))
-    result = subprocess.run([sys.executable, str(file)], capture_output=True, text=True, cwd=tmp_path, check=False,
-                            env=os.environ | {"MPLBACKEND": "Agg"}, timeout=300)  # fmt: skip
+    result = fresh.run(file, cwd=tmp_path, env=os.environ | {"MPLBACKEND": "Agg"})
     assert result.returncode == 0, result.stderr

@@ -1,11 +1,11 @@
-"""Importing semisparse only defines names. Checked in fresh processes, because this one has imported everything."""
+"""Importing semisparse only defines names. Seen in processes of their own, because this one has imported everything."""
 
 import os
 import subprocess
-import sys
 
 import pytest
 
+from tests import fresh
 from tests.arch.source import ROOT
 
 PROBE = """
@@ -59,9 +59,7 @@ print("pure")
 
 def run(code: str) -> subprocess.CompletedProcess[str]:
     environment = {key: value for key, value in os.environ.items() if not key.startswith("SEMISPARSE")}
-    return subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=120, check=False
-    )
+    return fresh.run("-c", code, env=environment)
 
 
 def probe(extra: str) -> str:
@@ -103,12 +101,10 @@ def test_gpu_tests_fail_rather_than_skip_when_a_gpu_is_required(tmp_path) -> Non
     code = "import pytest\n@pytest.mark.gpu\ndef test_needs_a_gpu():\n    assert False, 'it ran'\n"
     (tmp_path / "test_gpu_mark.py").write_text(code)
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n    gpu: needs a GPU\n")
-    command = [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", "-p", "tests.conftest",
-               "-c", str(tmp_path / "pytest.ini"), str(tmp_path)]  # fmt: skip
+    command = ["-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", "-p", "tests.conftest",
+               "-c", tmp_path / "pytest.ini", tmp_path]  # fmt: skip
     for required, outcome in (("", "1 skipped"), ("1", "1 failed")):
         environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "SEMISPARSE_REQUIRE_GPU": required}
-        result = subprocess.run(
-            command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=120, check=False
-        )
+        result = fresh.run(*command, env=environment, cwd=ROOT)
         assert outcome in result.stdout, result.stdout + result.stderr
         assert ("needs a CUDA device" in result.stdout) == (not required)

@@ -1,6 +1,5 @@
 """`semisparse env`, and the command line as a whole."""
 
-import subprocess
 import sys
 
 import pytest
@@ -8,6 +7,7 @@ import pytest
 import semisparse as semisparse_package
 from semisparse.cli import main
 from semisparse.environment import environment
+from tests import fresh
 from tests.cli.shell import semisparse
 
 
@@ -57,7 +57,6 @@ def test_another_missing_import_is_not_blamed_on_the_extra(monkeypatch: pytest.M
 
 
 def test_the_module_runs_as_a_program() -> None:
-    command = [sys.executable, "-m", "semisparse.cli.main", "--version"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    result = fresh.run("-m", "semisparse.cli.main", "--version")
     assert (result.returncode, result.stderr) == (0, "")
     assert result.stdout == f"semisparse {semisparse_package.__version__}\n"

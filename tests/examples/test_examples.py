@@ -1,7 +1,6 @@
 """The examples run as a reader runs them, at toy size, are short, and use public names only."""
 
 import ast
-import os
 import re
 import subprocess
 import sys
@@ -11,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests import fresh
 from tests.arch.source import ROOT
 from tests.arch.test_lab_imports import PUBLIC
 
@@ -27,11 +27,7 @@ LONGEST = 120
 
 def start(name: str, *options: object, device: str = "cpu") -> subprocess.CompletedProcess[str]:
     """The example from start to end, however it ends."""
-    command = [sys.executable, EXAMPLES[name], "--device", device, *options]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [str(word) for word in command], capture_output=True, text=True, env=environment, check=False, timeout=300
-    )
+    return fresh.run(EXAMPLES[name], "--device", device, *options)
 
 
 def run(name: str, *options: object, device: str = "cpu") -> str:

@@ -1,8 +1,6 @@
 """When the engine can be used, which reason it gives where not, and that the real bindings are as we take them."""
 
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -10,6 +8,7 @@ import torch
 from semisparse.errors import EngineError
 from semisparse.gemm import cusparselt
 from semisparse.gemm.engine import Engine
+from tests import fresh
 from tests.gemm.simulated import SimulatedLibrary, SimulatedRuntime, make_engine, two_of_four
 
 BF16 = torch.bfloat16
@@ -101,7 +100,8 @@ def test_making_the_engine_imports_and_asks_nothing():
         "assert not torch.cuda.is_initialized()\n"
         "assert not any(name.startswith('nvmath') for name in sys.modules)\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    done = fresh.run("-c", code)
+    assert done.returncode == 0, done.stderr
 
 
 def test_two_files_import_the_bindings():

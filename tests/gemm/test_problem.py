@@ -1,6 +1,4 @@
 import pickle
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -9,6 +7,7 @@ from semisparse.errors import ConfigError, ShapeError, TensorError
 from semisparse.formats.layout import FP8
 from semisparse.gemm import problem as problems
 from semisparse.gemm.problem import Problem, bucket_of
+from tests import fresh
 
 BF16 = torch.bfloat16
 CONSTRUCTORS = [
@@ -108,10 +107,11 @@ def test_a_pickled_problem_is_found_in_another_process(call):
     code = (
         "import pickle, sys, torch\n"
         "from semisparse.gemm import problem as problems\n"
-        "sent = pickle.loads(sys.stdin.buffer.read())\n"
+        "sent = pickle.loads(bytes.fromhex(sys.argv[1]))\n"
         f"assert {{problems.{call}: 1}}[sent] == 1\n"
     )
-    subprocess.run([sys.executable, "-c", code], input=pickle.dumps(made), check=True)
+    done = fresh.run("-c", code, pickle.dumps(made).hex())
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,10 @@
 """Who implements the CUDA key of the hot ops is decided by whether the library is there and wanted."""
 
 import os
-import subprocess
-import sys
 
 import pytest
+
+from tests import fresh
 
 PROBE = """
 import torch
@@ -16,14 +16,7 @@ print(register.CUDA_SIDE, native.status().loaded, has("semisparse::pack", "CUDA"
 
 
 def said(**variables: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-c", PROBE],
-        env=os.environ | variables,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    done = fresh.run("-c", PROBE, env=os.environ | variables)
     assert (done.returncode, done.stderr) == (0, "")
     return done.stdout.strip()
 

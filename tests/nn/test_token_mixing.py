@@ -1,7 +1,5 @@
 """The warning of a layer with a pruned activation: once per process, silenced by its class, and before any change."""
 
-import subprocess
-import sys
 import warnings
 
 import pytest
@@ -11,6 +9,7 @@ from torch import nn
 import semisparse
 from semisparse import SemiSparseActivationLinear, SparseConfig, TokenMixingWarning, sparsify
 from semisparse.nn import activation
+from tests import fresh
 
 CONFIG = SparseConfig(weight=None, activation="transposable")
 
@@ -54,12 +53,10 @@ def test_its_class_silences_it_in_a_new_process() -> None:
         "import warnings, semisparse; {}; warnings.filterwarnings('ignore', category=semisparse.TokenMixingWarning)\n"
         "semisparse.SemiSparseActivationLinear(16, 16)"
     )
-    silent = subprocess.run(
-        [sys.executable, "-W", "error", "-c", code.format("pass")], capture_output=True, check=False
-    )
+    silent = fresh.run("-c", "import warnings; warnings.simplefilter('error')\n" + code.format("pass"))
     assert silent.returncode == 0, silent.stderr
     loud = code.format("semisparse.SemiSparseActivationLinear(16, 16)")
-    said = subprocess.run([sys.executable, "-c", loud], capture_output=True, text=True, check=False)
+    said = fresh.run("-c", loud)
     assert said.stderr.count("TokenMixingWarning: ") == 1
 
 

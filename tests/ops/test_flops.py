@@ -1,8 +1,5 @@
 """FLOPs of the packed ops: FlopCounterMode counts what it counts for nn.Linear of the same sizes."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from torch import nn
@@ -12,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from semisparse import SemiSparseActivationLinear, SemiSparseLinear, ops, routes
 from semisparse.flops import flop_formulas, register_flop_formulas
 from semisparse.formats.layout import FP8
+from tests import fresh
 
 M, K, N = 24, 48, 80
 LAYERS = [SemiSparseLinear, SemiSparseActivationLinear]
@@ -123,5 +121,5 @@ def test_registering_again_changes_nothing_and_a_formula_that_was_registered_bef
 
 def test_importing_registers_nothing_and_does_not_import_the_counter():
     code = "import sys, semisparse.flops; print('torch.utils.flop_counter' in sys.modules, 'triton' in sys.modules)"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
-    assert result.stdout.split() == ["False", "False"]
+    result = fresh.run("-c", code)
+    assert result.stdout.split() == ["False", "False"], result.stderr

@@ -3,8 +3,6 @@
 import json
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +10,7 @@ import torch
 
 from lab.tests.cli.shell import TINY, Trained, semisparse_lab
 from lab.tests.toys import write_fashion_mnist
+from tests import fresh
 
 FILES = {"results.json", "curves.png"} | {
     f"{run}.safetensors" for run in ("dense", "sparse-then-dense", "fully-sparse")
@@ -171,8 +170,7 @@ def test_an_output_folder_that_is_a_file_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_module_runs_as_a_program() -> None:
-    command = [sys.executable, "-m", "semisparse_lab", "train", "--epochs", "0"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    result = fresh.run("-m", "semisparse_lab", "train", "--epochs", 0)
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr == "error: --epochs=0 must be a whole number, 1 or more\n"
 

@@ -3,7 +3,6 @@
 import json
 import os
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from semisparse_lab.cli.main import build_app
 from semisparse_lab.models.vit import ViTConfig
 from semisparse_lab.studies import vit_fashion_mnist
 from semisparse_lab.train.config import TrainConfig
+from tests import fresh
 
 ROWS = {
     "vit-fashion-mnist": ["dense", "sparse-070", "greedy"],
@@ -32,9 +32,8 @@ OTHER_SETTING = dict.fromkeys(("gpt-mvue", "gpt-fp8"), ("--training-bytes", "260
 
 
 def run(name: str, *options: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "semisparse_lab", "experiment", name, "--small", "--device", "cpu", *options]
-    environment = os.environ | {"MPLBACKEND": "Agg", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=600)
+    command = ["-m", "semisparse_lab", "experiment", name, "--small", "--device", "cpu", *options]
+    return fresh.run(*command, env=os.environ | {"MPLBACKEND": "Agg"})
 
 
 @pytest.fixture(scope="module")
