@@ -1,7 +1,9 @@
 """Set-up of the whole suite. The first lines decide how Triton runs, before anything can import it."""
 
+import gc
 import hashlib
 import os
+import sys
 import tempfile
 from pathlib import Path
 
@@ -39,6 +41,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(skip)
+
+
+def pytest_collection_finish() -> None:
+    """Imports are done: what they left is walked by no collection of garbage, and kernels are interpreted faster."""
+    gc.collect()
+    gc.freeze()
+    if GPU_MISSING and "triton.runtime.interpreter" in sys.modules:
+        from tests import interpreting
+
+        interpreting.speed_up()
 
 
 @pytest.fixture

@@ -15,9 +15,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 PARENT = """
-import json, os, runpy, signal, sys
+import gc, json, os, runpy, signal, sys
 import torch
 
+gc.freeze()  # what is shared is not walked when a child ends
 answers = os.dup(1)
 for line in sys.stdin:
     asked = json.loads(line)
