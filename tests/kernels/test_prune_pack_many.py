@@ -68,15 +68,15 @@ def test_every_mask_and_what_is_held(mask):
 def test_given_codes_and_the_transpose_left_out(both):
     from semisparse import ops
 
-    matrices = [torch.randn(shape, device=DEVICE).bfloat16() for shape in PARTIAL]
-    codes = [ops.tile_codes(torch.randn(shape), "transposable").to(DEVICE) for shape in PARTIAL]
+    matrices = [torch.randn(shape, device=DEVICE).bfloat16() for shape in PARTIAL[:3]]
+    codes = [ops.tile_codes(torch.randn(shape), "transposable").to(DEVICE) for shape in PARTIAL[:3]]
     made = members(matrices, both, codes=codes)
     Batch(made, torch.bfloat16, SM90_16BIT, "transposable").launch()
     assert_as_alone(made, torch.bfloat16)
 
 
 def test_a_batch_packs_what_its_matrices_hold_at_each_launch():
-    matrices = [torch.randn(shape, device=DEVICE).bfloat16() for shape in PARTIAL]
+    matrices = [torch.randn(shape, device=DEVICE).bfloat16() for shape in PARTIAL[:2]]
     made = members(matrices)
     batch = Batch(made, torch.bfloat16, SM90_16BIT, "transposable")
     for _ in range(2):
