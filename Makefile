@@ -12,11 +12,16 @@ BENCH_ARGS ?=
 NATIVE ?= --optional
 TORCH ?= 2.11.0
 
-.PHONY: help demo test test-all check native wheel test-torch test-gpu bench
+.PHONY: help demo test test-all test-nightly test-defects check native wheel test-torch test-gpu bench
+# Which planted defects test-defects tries (others for another key), and how many.
+KEY ?= $(shell git rev-parse HEAD 2>/dev/null || date +%G-W%V)
+DEFECTS ?= 3
 help:
 	@echo "make demo      set everything up and train the small ViT dense, sparse then dense, and fully sparse"
 	@echo "make test      set everything up and run the tests"
 	@echo "make test-all  all of the cases of which 'make test' runs some"
+	@echo "make test-defects  plant three defects in a copy of the tree and see whether the tests find them"
+	@echo "make test-nightly  test-all, then all planted defects"
 	@echo "make check     format, lint, types and import levels"
 	@echo "make native    build the native library (C++ compiler needed); make test and make check do that too"
 	@echo "make wheel     build the wheel with the native library into dist"
@@ -51,6 +56,15 @@ test: native
 test-all: native
 	@echo "test-all: every case that the interpreter can run, all kernels compiled for three architectures, leaks; half an hour"
 	SEMISPARSE_EVERY_CASE=1 $(BIN)/python -m pytest -q -n auto
+
+test-defects: $(READY)
+	@echo "test-defects: plants $(DEFECTS) of the defects of tests/defects, chosen by $(KEY), and looks whether tests see them"
+	$(BIN)/python tests/defects/run.py --turn "$(KEY)" --size $(DEFECTS) --keep-record
+
+test-nightly: native
+	@echo "test-nightly: every case, then all planted defects, one at a time; an hour on two cores"
+	SEMISPARSE_EVERY_CASE=1 $(BIN)/python -m pytest -q -n auto
+	$(BIN)/python tests/defects/run.py
 
 check: native
 	@echo "check: format, lint, types, import levels; about half a minute"

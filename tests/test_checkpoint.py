@@ -100,6 +100,9 @@ def test_a_share_is_never_rounded_up_to_all(tmp_path: Path) -> None:
         (b"{", "m.safetensors.index.json", "is not an index of shards"),
         (b"[]", "m.safetensors.index.json", "is not an index of shards"),
         (b'{"weight_map": {"a": "x.safetensors"}}', "m.safetensors.index.json", "x.safetensors"),
+        (b'{"weight_map": {"a": "../x.safetensors"}}', "m.safetensors.index.json", "not a file beside it"),
+        (b'{"weight_map": {"a": "/x.safetensors"}}', "m.safetensors.index.json", "not a file beside it"),
+        (b"[" * 30_000, "m.safetensors.index.json", "is not an index of shards"),
     ],
 )
 def test_damaged_and_missing_files_are_refused(tmp_path: Path, content: bytes | None, name: str, words: str) -> None:

@@ -148,8 +148,11 @@ def _shards(index: Path) -> list[Path]:
     try:
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
         shards = [index.parent / name for name in sorted(names)]
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        raise CheckpointError(f"path={str(index)!r} is not an index of shards: {error!r}; copy it again") from error
+        if outside := [name for name in names if Path(name).name != name]:
+            raise ValueError(f"it names {outside[0]!r}, which is not a file beside it")
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
+        said = f"{type(error).__name__}: {error}"  # not its repr, which can hold the whole file
+        raise CheckpointError(f"path={str(index)!r} is not an index of shards ({said}); copy it again") from error
     if missing := [shard.name for shard in shards if not shard.is_file()]:
         raise CheckpointError(
             f"path={str(index)!r} names shards that are not beside it: {', '.join(missing)}; copy them"

@@ -163,7 +163,14 @@ def test_what_cannot_be_allocated_python_does(bench: Bench, place: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("shape", "dtype"), [((8, 12), torch.int16), ((12, 8), torch.int16), ((8, 12), torch.int32), ((96,), torch.int16)]
+    ("shape", "dtype"),
+    [
+        ((8, 12), torch.int16),
+        ((12, 8), torch.int16),
+        ((8, 8), torch.int16),
+        ((8, 12), torch.int32),
+        ((96,), torch.int16),
+    ],
 )
 def test_codes_that_do_not_fit_never_reach_the_kernel(bench: Bench, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     prepare_pack(bench, "codes")

@@ -180,6 +180,11 @@ def test_the_same_inputs_draw_the_same_sample_and_any_other_input_another() -> N
     assert len(torch.stack(many).unique()) == 200
 
 
+def test_the_smallest_and_the_largest_word_give_uniforms_inside_0_and_1() -> None:
+    ends = mvue.as_uniforms(torch.tensor([0, 2**32 - 1]))
+    assert ends.tolist() == [2.0**-24, 1 - 2.0**-24]
+
+
 def test_uniforms_are_uniform_and_independent_of_each_other() -> None:
     drawn = mvue.uniforms(torch.ones(4000, 64), 1)
     assert drawn.min() > 0 and drawn.max() < 1

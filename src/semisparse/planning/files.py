@@ -21,6 +21,9 @@ from semisparse.planning.timing import Mode, Times
 SCHEMA = 3
 """Version of the file; others are not read."""
 
+LARGEST = 16 * 2**20
+"""Bytes of a file that is read; a layer takes about two thousand."""
+
 
 def here() -> dict[str, str]:
     """Facts of this process that times depend on."""
@@ -73,6 +76,10 @@ def read(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         PlanError: There is no such file, or it is damaged or of another version's format.
     """
     try:
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise ValueError("it is not a regular file")  # reading a pipe would wait for ever
+        if path.stat().st_size > LARGEST:
+            raise ValueError(f"it has more than {LARGEST} bytes")
         content = json.loads(path.read_bytes())
         if type(content["schema"]) is not int or content["schema"] != SCHEMA:
             raise ValueError(f"it has schema {content['schema']!r}, and this version reads {SCHEMA}")
@@ -93,7 +100,7 @@ def read(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         return fields, [_row(record, candidates) for record in content["rows"]]
     except OSError as error:
         raise PlanError(f"path={str(path)!r}: the plan cannot be read: {error}") from error
-    except (AttributeError, KeyError, RecursionError, SemiSparseError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, OverflowError, RecursionError, SemiSparseError, TypeError, ValueError) as error:
         raise PlanError(
             f"path={str(path)!r} holds no plan that can be used ({type(error).__name__}: {error}): make it anew with "
             "semisparse.plan(...).save"

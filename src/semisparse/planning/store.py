@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from semisparse import native
-from semisparse.gemm.autotune.store import canonical, default_folder, replace_file
+from semisparse.gemm.autotune.store import canonical, default_folder, make_own_folder, read_own, replace_file
 from semisparse.planning.timing import Times
 from semisparse.versions import __version__, driver_version, package_version
 
@@ -61,7 +61,7 @@ def measurement(record: Mapping[str, Any]) -> Measurement:
         record: As Measurement.to_record gives it.
 
     Raises:
-        AttributeError, KeyError, TypeError, ValueError: The record is damaged.
+        AttributeError, KeyError, OverflowError, TypeError, ValueError: The record is damaged.
     """
     cast = record["cast"]
     return Measurement(
@@ -79,11 +79,13 @@ def times(record: Mapping[str, Any]) -> Times:
         record: The fields of Times.
 
     Raises:
-        TypeError, ValueError: The record is damaged.
+        OverflowError, TypeError, ValueError: The record is damaged.
     """
     made = Times(**record)
     values = (made.ms, made.device_ms, made.host_ms)
-    if any(value is not None and not (type(value) in (int, float) and abs(value) < float("inf")) for value in values):
+    if any(
+        value is not None and not (type(value) in (int, float) and abs(float(value)) < float("inf")) for value in values
+    ):
         raise ValueError(f"{dict(record)} has a time that is no number")
     if made.ms is None or type(made.held_bytes) is not int:
         raise ValueError(f"{dict(record)} lacks a time, or its bytes are no integer")
@@ -121,13 +123,22 @@ class PlanStore:
         path = None
         try:
             path = self._path(key)
-            content = json.loads(path.read_bytes())
+            content = json.loads(read_own(path))
             if content["schema"] != SCHEMA or canonical(content["key"]) != canonical(key):
                 raise ValueError("it has another schema or key")
             return measurement(content)
         except FileNotFoundError:
             return None
-        except (AttributeError, KeyError, OSError, RecursionError, RuntimeError, TypeError, ValueError) as error:
+        except (
+            AttributeError,
+            KeyError,
+            OSError,
+            OverflowError,
+            RecursionError,
+            RuntimeError,
+            TypeError,
+            ValueError,
+        ) as error:
             logger.warning("ignored the stored plan %s: %s", path, error)
             return None
 
@@ -137,7 +148,7 @@ class PlanStore:
             return
         try:
             path = self._path(key)
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_own_folder(path.parent)
             replace_file(path, json.dumps({"schema": SCHEMA, "key": key, **found.to_record()}, allow_nan=False))
         except (OSError, RuntimeError, ValueError) as error:
             logger.warning("could not store measured times: %s", error)

@@ -108,3 +108,13 @@ def test_a_damaged_state_is_refused_whole(make_tuner, state):
     with pytest.raises(ConfigError, match=r"make it with tuning\.state"):
         tuner.load_state(state)
     assert list(tuner.choices()) == []
+
+
+def test_what_the_native_library_has_prepared_by_earlier_choices_is_forgotten(make_tuner, monkeypatch):
+    forgotten = []
+    monkeypatch.setattr("semisparse.native.forget_products", lambda: forgotten.append(True))
+    first, _, _ = make_tuner(stored=False)
+    call(first)
+    assert not forgotten
+    make_tuner(stored=False)[0].load_state(first.state())
+    assert forgotten == [True]

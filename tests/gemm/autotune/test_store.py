@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -181,6 +182,48 @@ def test_a_pipe_in_place_of_a_file_is_not_waited_for(store, caplog):
     assert "not a regular file" in caplog.text
     saved(store)
     assert store.load(KEY) == as_read(CHOICE)
+
+
+@pytest.mark.parametrize(
+    ("what", "mode", "said"),
+    [("file", 0o660, "others may write to it"), ("file", 0o602, "others may write to it"),
+     ("folder", 0o770, "others may write to its folder"), ("folder", 0o777, "others may write to its folder")],
+)  # fmt: skip
+def test_what_others_can_write_is_ignored_and_logged_until_it_is_saved_again(store, caplog, what, mode, said):
+    path = saved(store)
+    (path if what == "file" else path.parent).chmod(mode)
+    assert store.load(KEY) is None
+    assert said in caplog.text
+    saved(store)
+    assert store.load(KEY) == as_read(CHOICE)
+
+
+@pytest.mark.parametrize("what", ["file", "folder"])
+def test_what_belongs_to_another_user_is_ignored_and_logged(store, caplog, monkeypatch, what):
+    path = saved(store)
+    if what == "file":
+        real = os.fstat
+        monkeypatch.setattr(os, "fstat", lambda number: SimpleNamespace(
+            st_mode=real(number).st_mode, st_size=real(number).st_size, st_uid=os.geteuid() + 1))  # fmt: skip
+    else:
+        monkeypatch.setattr(type(path), "stat", lambda self: SimpleNamespace(st_mode=0o700, st_uid=os.geteuid() + 1))
+    assert store.load(KEY) is None
+    assert "belongs to another user" in caplog.text
+
+
+def test_a_link_in_place_of_a_file_is_not_followed(store, caplog, tmp_path):
+    path = saved(store)
+    path.rename(tmp_path / "elsewhere.json")
+    path.symlink_to(tmp_path / "elsewhere.json")
+    assert store.load(KEY) is None
+    assert "ignored the stored tuning result" in caplog.text
+
+
+def test_a_file_that_is_too_large_is_not_read(store, caplog):
+    path = saved(store)
+    path.write_bytes(path.read_bytes() + b" " * 2**20)
+    assert store.load(KEY) is None
+    assert "more than 1048576 bytes" in caplog.text
 
 
 def test_a_file_in_place_of_the_folder_is_a_warning_once(tmp_path):

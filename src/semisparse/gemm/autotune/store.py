@@ -4,6 +4,8 @@ All three are one document, {"schema": 1, "choices": [{"key": ..., "choice": ...
 all that a choice depends on (GPU, driver, versions, dtype, storage orders, sizes; Autotuner.key). A document may be
 damaged or foreign: from_document() then raises ValueError, and no algorithm runs that the library does not offer.
 
+Only files and folders of this user that nobody else can write to are read: choices of others are not followed.
+
 On disk each problem has a small file of its own, named by a digest of its key. The file also contains the full key, so
 a result of another machine or version is never used, even after a hash collision. Files are written aside and renamed:
 any number of processes may write at once, and a reader sees a complete file or none.
@@ -14,6 +16,7 @@ import json
 import logging
 import math
 import os
+import stat
 import tempfile
 import warnings
 from collections.abc import Iterable, Mapping
@@ -29,6 +32,9 @@ logger = logging.getLogger(__name__)
 
 SCHEMA = 1
 """Version of the document; others are not read."""
+
+LARGEST = 2**20
+"""Bytes of a file that is read; a whole one has about a thousand."""
 
 Key = dict[str, object]
 Entry = tuple[Key, Choice]
@@ -86,9 +92,7 @@ class Store:
         path = None
         try:
             path = self._path(key)
-            if path.exists() and not path.is_file():
-                raise OSError("it is not a regular file")  # reading a pipe would wait for ever
-            ((found, choice),) = from_document(json.loads(path.read_bytes()), "disk")
+            ((found, choice),) = from_document(json.loads(read_own(path)), "disk")
             if canonical(found) != canonical(key):
                 raise ValueError("the file holds another key than its name says")
             return choice
@@ -102,7 +106,7 @@ class Store:
         """Write a choice in place of an older one. Warns, once, where that is not possible."""
         try:
             path = self._path(key)
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_own_folder(path.parent)
             replace_file(path, json.dumps(to_document([(key, choice)]), indent=1, allow_nan=False))
             logger.debug("wrote %s", path)
         except (OSError, ValueError, RuntimeError) as error:
@@ -119,6 +123,48 @@ class Store:
     def _path(self, key: Key) -> Path:
         digest = hashlib.sha256(canonical(key).encode()).hexdigest()
         return (self._folder or default_folder()) / f"{digest}.json"
+
+
+def read_own(path: Path) -> bytes:
+    """The content of a file that this user alone can have written, in a folder of which that holds, too.
+
+    Args:
+        path: Of the file; a symbolic link is not followed.
+
+    Raises:
+        OSError: There is no such file, it is a link, a pipe or too large, or others own it or may write to it.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    with open(descriptor, "rb") as file:
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode):
+            raise OSError("it is not a regular file")  # reading a pipe would wait for ever
+        for name, state in (("it", found), ("its folder", path.parent.stat())):
+            if state.st_uid != os.geteuid():
+                raise PermissionError(f"{name} belongs to another user (id {state.st_uid})")
+            if state.st_mode & _OTHERS_WRITE:
+                raise PermissionError(f"others may write to {'it' if name == 'it' else name}: chmod go-w")
+        if found.st_size > LARGEST:
+            raise OSError(f"it has more than {LARGEST} bytes")
+        return file.read(LARGEST)
+
+
+_OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
+
+
+def make_own_folder(folder: Path) -> None:
+    """Make a folder, or take the right to write into it away from others if it is this user's.
+
+    Args:
+        folder: Of files for read_own.
+
+    Raises:
+        OSError: It cannot be made.
+    """
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    mode = folder.stat()
+    if mode.st_mode & _OTHERS_WRITE and mode.st_uid == os.geteuid():
+        folder.chmod(stat.S_IMODE(mode.st_mode) & ~_OTHERS_WRITE)
 
 
 def replace_file(path: Path, text: str) -> None:
