@@ -12,7 +12,7 @@ BENCH_ARGS ?=
 NATIVE ?= --optional
 TORCH ?= 2.11.0
 
-.PHONY: help demo test test-all test-nightly test-defects check native wheel test-torch test-gpu bench
+.PHONY: help demo test test-all test-nightly test-defects check native wheel test-torch test-gpu bench docs
 # Which planted defects test-defects tries (others for another key), and how many.
 KEY ?= $(shell git rev-parse HEAD 2>/dev/null || date +%G-W%V)
 DEFECTS ?= 3
@@ -27,6 +27,7 @@ help:
 	@echo "make wheel     build the wheel with the native library into dist"
 	@echo "make test-torch TORCH=2.11.0   run the tests of the ops from the wheel with another torch, in an environment of its own"
 	@echo "make test-gpu  run the GPU tests with $(PYTHON) and write tests/gpu_record.json"
+	@echo "make docs      build the site of the documentation into site/, with every warning as an error"
 	@echo "make bench     run the benchmarks with $(PYTHON) and write benchmarks/results"
 
 # pip's own output shows progress: a bar on a terminal, lines in a pipe.
@@ -76,6 +77,16 @@ check: native
 wheel: $(READY)
 	rm -rf dist
 	SEMISPARSE_BUILD_NATIVE=1 $(PIP) wheel --verbose --no-build-isolation --no-deps --wheel-dir dist .
+
+# Sphinx is installed when the site is built, not for the tests.
+$(VENV)/.docs: $(READY)
+	$(PIP) install -c constraints.txt -e '.[docs]'
+	@touch $@
+
+docs: $(VENV)/.docs
+	rm -rf site
+	$(BIN)/python -m sphinx -c docs -b html -q -W --keep-going . site
+	@echo "docs: open site/index.html"
 
 # The wheel is built with the torch of $(VENV) and must serve this one. pip takes torch from PyPI, with the CUDA libraries that
 # it loads: 5 GB on disk. The other pins are those of $(VENV).

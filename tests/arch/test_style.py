@@ -13,7 +13,7 @@ FUNCTION_LINES = 60
 KERNEL_LINES = 120
 LINE_LENGTH = 120
 
-FOLDERS = ("src", "csrc", "tests", "benchmarks", "examples", "lab")
+FOLDERS = ("src", "csrc", "docs", "tests", "benchmarks", "examples", "lab")
 PYTHON = sorted([*ROOT.glob("*.py"), *(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))])
 CPP = sorted(path for pattern in ("*.cpp", "*.h") for path in (ROOT / "csrc").rglob(pattern))
 LIBRARIES = [path for path in PYTHON if PACKAGE in path.parents or ROOT / "lab" / "src" in path.parents]
