@@ -95,8 +95,9 @@ def _run_tests(tests: tuple[str, ...], tree: Path, log: Path) -> int:
     os.dup2(target, 2)
     os.chdir(tree)
     paths = [str(tree), str(tree / "src"), str(tree / "lab" / "src")]
-    # The original's own packages must not be found, nor those of an editable installation.
-    sys.path[:] = [*paths, *(path for path in sys.path if path and not Path(path).resolve().is_relative_to(ROOT))]
+    # The original's own packages must not be found, nor those of an editable installation; an environment there may be.
+    own = {ROOT, ROOT / "src", ROOT / "lab" / "src", ROOT / "tests" / "defects"}
+    sys.path[:] = [*paths, *(path for path in sys.path if path and Path(path).resolve() not in own)]
     for name in [name for name in sys.modules if name.partition(".")[0] in ("tests", "semisparse", "semisparse_lab")]:
         del sys.modules[name]
     os.environ["PYTHONPATH"] = os.pathsep.join(paths)
