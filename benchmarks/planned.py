@@ -71,7 +71,7 @@ def benchmark(name: str, rounds: int, toy: bool = False) -> Result:
         model = card.build(toy)
         swap(model)
         step = card.step(card.compile(model), model, toy)
-        calls[variant] = advancing(step, model) if _samples(model) else step
+        calls[variant] = advancing(step, model) if samples(model) else step
         compile_seconds[variant] = seconds(calls[variant])
     memory = {variant: peak_memory(call) for variant, call in calls.items()}
     times = interleaved(calls, rounds=rounds)
@@ -164,7 +164,8 @@ def _toy_times(problem: object, calls: dict[str, Step], mode: object) -> dict[st
     return {name: Times(max(seconds(call), 1e-6) * 1000) for name, call in calls.items()}
 
 
-def _samples(model: nn.Module) -> bool:
+def samples(model: nn.Module) -> bool:
+    """Whether a layer of model draws a sample, so that seeds have to advance."""
     return any(
         getattr(module, "sparse_config", None) and module.sparse_config.grad_output for module in model.modules()
     )

@@ -102,7 +102,7 @@ def compile_one(task: Task, toy: bool) -> None:
         model = card.build(toy)
         semisparse.sparsify(model, default_candidates()[task.variant], select=card.select, exclude=card.exclude)
     step = card.step(card.compile(model), model, toy)
-    if any(getattr(module, "sparse_config", None) and module.sparse_config.grad_output for module in model.modules()):
+    if planned.samples(model):
         step = compare.advancing(step, model)
     for _ in range(2):
         step()
