@@ -51,7 +51,7 @@ native: $(READY)
 	$(BIN)/python csrc/build.py $(NATIVE)
 
 test: native
-	@echo "test: no GPU needed; about six minutes on two cores; pytest prints a dot per test"
+	@echo "test: no GPU needed; about nine minutes on two cores; pytest prints a dot per test"
 	$(BIN)/python -m pytest -q -n auto
 
 test-all: native

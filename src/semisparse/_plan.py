@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from semisparse.arguments import check_choice
+from semisparse.arguments import check_budget, check_choice
 from semisparse.config import SparseConfig
 from semisparse.errors import ConfigError, PlanError, SemiSparseError
 from semisparse.gemm.autotune.algorithm import one_line
@@ -90,7 +90,7 @@ def plan(
     """
     check_choice("mode", mode, Mode)
     settings, packing = as_candidates(candidates), Packing(pack, accumulation)
-    _check_budget(seconds)
+    check_budget(seconds)
     uses = uses_of(model, inputs, keywords, tokens, select, exclude)
     where = _where(model, device)
     with torch.cuda.device(where):
@@ -228,11 +228,6 @@ def _why_dense(layer: Measured, choice: Choice) -> str:
     if ratio < 1:
         return f"the fastest, {best}, takes {ratio:.3f} of dense's time, which is within {MARGIN:.0%}"
     return f"the fastest, {best}, takes {ratio:.2f} of dense's time"
-
-
-def _check_budget(seconds: float | None) -> None:
-    if seconds is not None and not (isinstance(seconds, (int, float)) and seconds > 0):
-        raise ConfigError(f"seconds={seconds!r} must be a positive number of seconds, or None for no limit")
 
 
 def _where(model: nn.Module, device: torch.device | str | None) -> torch.device:

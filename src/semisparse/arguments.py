@@ -17,3 +17,9 @@ def check_choice(name: str, value: object, choices: Any) -> None:
     """Raise ConfigError unless the argument called name is one of choices, a Literal."""
     if value not in get_args(choices):
         raise ConfigError(f"{name}={value!r} is not one of {', '.join(map(repr, get_args(choices)))}")
+
+
+def check_budget(seconds: object) -> None:
+    """Raise ConfigError unless seconds is a positive number, or None for no limit."""
+    if seconds is not None and not (type(seconds) in (int, float) and seconds > 0):  # type: ignore[operator]
+        raise ConfigError(f"seconds={seconds!r} must be a positive number of seconds, or None for no limit")

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import nn
 
 from semisparse._tune import tuned
+from semisparse.arguments import check_budget
 from semisparse.errors import ConfigError
 from semisparse.gemm.autotune.algorithm import Choice
 from semisparse.gemm.autotune.autotuner import autotuner
@@ -69,8 +70,7 @@ def tune(
         RankMismatchError: Another rank failed.
         Exception: Whatever the model's forward or progress raises.
     """
-    if seconds is not None and not (type(seconds) in (int, float) and seconds > 0):
-        raise ConfigError(f"seconds={seconds!r} must be a positive number of seconds, or None for no limit")
+    check_budget(seconds)
     active = dist.is_available() and dist.is_initialized() and dist.get_rank(group) >= 0
     return tuned(model, inputs, keywords, seconds, progress, Ranks(group, lambda: share(group), active))
 

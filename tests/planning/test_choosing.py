@@ -2,11 +2,12 @@
 
 from dataclasses import replace
 from itertools import product
+from typing import Any
 
 import pytest
 
 from semisparse.planning.candidates import DENSE, default_candidates
-from semisparse.planning.choosing import MARGIN, Choice, Measured, choose, difference, predicted, summed
+from semisparse.planning.choosing import MARGIN, Choice, Measured, difference, predicted, ranked, summed
 from semisparse.planning.problems import LayerUse, LinearProblem
 from semisparse.planning.store import Measurement
 from semisparse.planning.timing import Times
@@ -14,6 +15,11 @@ from tests.planning.simulated import measurement
 
 CANDIDATES = default_candidates()
 SMALL, LARGE = LinearProblem(16, 32, 32), LinearProblem(16, 64, 64)
+
+
+def choose(*given: Any) -> Choice:
+    """The best choice."""
+    return ranked(*given)[0]
 
 
 def layer(shares: dict[str, float], reads: tuple[int, ...] = (), cast: float = 0.0, ms: float = 4.0) -> Measured:

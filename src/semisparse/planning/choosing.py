@@ -108,13 +108,6 @@ class Choice:
     tried: bool = False
 
 
-def choose(
-    layers: Sequence[Measured], candidates: Mapping[str, SparseConfig], mode: Mode, step: Times | None
-) -> Choice:
-    """The best of ranked()."""
-    return ranked(layers, candidates, mode, step)[0]
-
-
 def ranked(
     layers: Sequence[Measured], candidates: Mapping[str, SparseConfig], mode: Mode, step: Times | None
 ) -> list[Choice]:
@@ -150,7 +143,7 @@ def predicted(layers: Sequence[Measured], choice: Choice, step: Times) -> float:
     """Milliseconds of the step with a choice.
 
     Args:
-        layers: As choose()'s.
+        layers: As ranked()'s.
         choice: For these layers.
         step: Of the dense step.
     """
