@@ -21,11 +21,8 @@ logger = logging.getLogger(__name__)
 STANDARD_ERRORS = 6
 """By which the smoothed loss must exceed the reference, beside the tolerance.
 
-About 4 of the difference of two such averages. Simulated with the default settings and the run as its own reference,
-10,000 steps of a falling loss that levels off, 60 seeds each: with independent noise of 2, 10 or 30 % of the loss,
-Gaussian or exponential, none tripped. With noise whose correlation from step to step is 0.5, none did at 10 %, and a
-tenth at 30 %; with 0.8, half of them at 10 %. A loss that began to rise by 0.2 % per step, with independent noise, was
-found after 80 to 160 steps.
+About 4 of the difference of two such averages. In simulated runs with independent noise, fewer tripped falsely; noise
+that stays similar from step to step is estimated too low and can still trip it: smooth longer or tolerate more then.
 """
 
 
