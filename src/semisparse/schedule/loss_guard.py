@@ -21,8 +21,8 @@ logger = logging.getLogger(__name__)
 STANDARD_ERRORS = 6
 """By which the smoothed loss must exceed the reference, beside the tolerance.
 
-About 4 of the difference of two such averages. In simulated runs with independent noise none tripped falsely. Noise that
-stays similar from step to step is estimated too low and can still trip it: smooth longer or tolerate more then.
+About 4 of the difference of two such averages. In simulated runs with independent noise none tripped falsely. Noise
+that stays similar from step to step is estimated too low and can still trip it: smooth longer or tolerate more then.
 """
 
 
