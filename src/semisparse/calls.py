@@ -7,7 +7,7 @@ compiled code.
 """
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from weakref import WeakSet, finalize
 
@@ -15,25 +15,29 @@ from torch import Tensor
 
 from semisparse import native
 
+_NOWHERE = -1
+
 
 class Watch:
     """Records what ops read, from its construction on."""
 
-    __slots__ = ("__weakref__", "_eager_calls", "_seen", "_token_ops")
+    __slots__ = ("__weakref__", "_eager_calls", "_places", "_seen", "_token_ops")
 
     def __init__(self) -> None:
         self._seen: set[int] = set()
+        self._places: dict[int, int] = {}
         self._token_ops = self._eager_calls = 0
         _watches.add(self)
         native.watch(1)  # ops that C++ runs do not come by here
         finalize(self, native.watch, -1)
 
+    def place(self, matrices: Iterable[Tensor]) -> None:
+        """Note where matrices are before a step, which may give them other memory by .data after its forward (SAM)."""
+        self._places = {id(matrix): _address(matrix) for matrix in matrices}
+
     def saw(self, matrix: Tensor) -> bool:
-        """Whether an op has read the memory that matrix starts at; False for tensors without storage, as shards."""
-        try:
-            return matrix.data_ptr() in self._seen
-        except RuntimeError:  # no storage: a fake tensor or a wrapper subclass
-            return False
+        """Whether an op has read matrix, where it is or where place() found it; False without storage, as shards."""
+        return not self._seen.isdisjoint((_address(matrix), self._places.get(id(matrix), _NOWHERE)))
 
     @property
     def tokens_unexplained(self) -> bool:
@@ -46,6 +50,14 @@ class Watch:
     def _note_tokens(self, ops: int, calls: int) -> None:
         self._token_ops += ops
         self._eager_calls += calls
+
+
+def _address(matrix: Tensor) -> int:
+    """Where matrix starts."""
+    try:
+        return matrix.data_ptr()
+    except RuntimeError:  # no storage: a fake tensor or a wrapper subclass
+        return _NOWHERE
 
 
 # Empty except between the start of a schedule and its first sparse step: memory at an address that is kept for longer

@@ -1,6 +1,7 @@
 """What two gloo processes do with compressed all-gathers, and what one process does. Imported by spawned workers."""
 
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 from semisparse import Phase, SparseConfig, SparseSchedule, ops, recipes, sparsify
 from semisparse.integrations.fsdp import compress_all_gather
@@ -176,6 +178,24 @@ def composed(rank: int) -> tuple[list[list[Tensor]], int]:
         compress_all_gather(model)
         torch._dynamo.utils.counters.clear()
         found.append(steps(model, rank, count=6, schedule=SparseSchedule(model, PHASES)))
+    return found, torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+SELECTED = partial(create_selective_checkpoint_contexts, ops.sac_save_ops())
+
+
+def composed_whole(rank: int) -> tuple[list[list[Tensor]], int]:
+    """Whole gathers of fp8 layers: plain, then layers that are checkpointed, compiled after that and sharded last."""
+    found = []
+    torch._dynamo.utils.counters.clear()
+    for settings in (None, {"context_fn": SELECTED}, {}):
+        layers = list(net(SparseConfig(precision="fp8")))
+        if settings is not None:
+            layers = [checkpoint_wrapper(layer, **settings) for layer in layers]
+            for layer in layers:
+                layer.compile(backend="aot_eager", fullgraph=True)
+        model = sharded(nn.Sequential(*layers))
+        found.append(steps(model, rank, schedule=SparseSchedule(model, [Phase("sparse", 2), Phase("dense", 1)])))
     return found, torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
@@ -351,6 +371,7 @@ def worker(rank: int, folder: str) -> None:
             counted,
             sampled,
             composed,
+            composed_whole,
             recipe_runs,
             checkpoints,
             meta,

@@ -84,6 +84,15 @@ def test_checkpointed_and_compiled_layers_train_as_plain_ones(records: list[dict
         assert graphs == 4
 
 
+def test_compiled_checkpointed_layers_train_as_plain_ones_with_whole_gathers(records: list[dict]) -> None:
+    for record in records:
+        (plain, *others), graphs = record["composed_whole"]
+        assert len(others) == 2
+        for other in others:
+            assert_equal(other, plain)
+        assert graphs == 8  # for each of both ways, one per phase and layer
+
+
 def test_recipes_whose_masks_follow_the_weights_train_as_with_whole_gathers(records: list[dict]) -> None:
     for record in records:
         assert list(record["recipe_runs"]) == ["safest", "fastest", "dinov2"]

@@ -26,6 +26,11 @@ def check_called(scheduled: ScheduledLayers, evidence: StepEvidence, group: Grou
     Raises:
         ScheduleError: Layers are bypassed.
     """
+    _check(scheduled, evidence, group)
+    scheduled.place()
+
+
+def _check(scheduled: ScheduledLayers, evidence: StepEvidence, group: Group) -> None:
     watch = scheduled.watch
     layers = {name: layer for name, layer in scheduled.by_name.items() if layer.sparse_enabled}
     if watch is None or not layers:

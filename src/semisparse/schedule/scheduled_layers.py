@@ -56,6 +56,7 @@ class ScheduledLayers:
         self._followers: WeakSet[SemiSparseBase] = WeakSet()
         self._left: WeakSet[SemiSparseBase] = WeakSet()
         self.watch: calls.Watch | None = calls.Watch()  # until it is known that the layers are called
+        self.place()
 
     def claim(self) -> None:
         """Record that a schedule switches the layers."""
@@ -71,6 +72,12 @@ class ScheduledLayers:
     def awaits_calls(self) -> bool:
         """Whether it is still unknown if the layers are called."""
         return self.watch is not None
+
+    def place(self) -> None:
+        """Tell the watch where the weights are before the next step."""
+        if self.watch is not None:
+            weights = (layer._parameters.get("weight") for layer in self.by_name.values())
+            self.watch.place(weight for weight in weights if weight is not None)
 
     def trust_calls(self) -> None:
         """Do not check any longer whether layers are called."""
