@@ -1,4 +1,4 @@
-"""DDP, FSDP2 and tensor parallelism on two gloo processes against one process: the same numbers, bit for bit.
+"""DDP, FSDP2, pipelines and tensor parallelism on two gloo processes against one: the same numbers, bit for bit.
 
 The processes run once for the whole file. fp64, and fp32 with precision="fp8"; the single process accumulates the two
 half batches, which is the same arithmetic as averaging gradients over two processes.
@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.multiprocessing
 
-from tests.distributed import tensor_parallel, training
+from tests.distributed import pipeline, tensor_parallel, training
 from tests.distributed.training import PHASES, SCENARIOS, STEPS, WORLD, Scenario
 
 ALL = pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.name)
@@ -102,6 +102,21 @@ def test_layers_that_fsdp_wrapped_themselves_are_refused_and_stay(records: list[
     for record in records:
         assert "wrapper around a semi-sparse layer" in record["densify"]["wrapped"]
         assert record["densify"]["still"] == ["FSDPSemiSparseLinear", "FSDPSemiSparseLinear"]
+
+
+@pytest.mark.parametrize("name", pipeline.CONFIGS)
+@pytest.mark.parametrize("order", pipeline.ORDERS)
+def test_stages_of_a_pipeline_train_as_one_process(records: list[dict], order: str, name: str) -> None:
+    losses, weights = pipeline.alone(name)
+    assert_equal(records[1]["pipeline"][f"{order} {name}"][0], losses)
+    for record, expected in zip(records, weights, strict=True):
+        assert_equal(record["pipeline"][f"{order} {name}"][1], expected)
+
+
+def test_stages_that_a_schedule_compares_are_refused_with_the_way_out(records: list[dict]) -> None:
+    for record in records:
+        message = record["pipeline"]["compared"]
+        assert "different parts of a model, pass the data-parallel group as process_group, or False" in message
 
 
 @pytest.mark.parametrize("name", tensor_parallel.CONFIGS)

@@ -7,12 +7,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from semisparse import Phase, SparseConfig, SparseSchedule, densify, sparsify
-from tests.distributed import tensor_parallel
+from tests.distributed import pipeline, tensor_parallel
 from tests.support import config_of
 
 WORLD = 2
@@ -47,10 +47,10 @@ class Scenario:
 
 SCENARIOS = [
     Scenario(wrapper, operand, optimizer)
-    for wrapper in ("ddp", "fsdp_root", "fsdp_layers")
+    for wrapper in ("ddp", "fsdp_root", "fsdp_layers", "fsdp_offload")
     for operand in ("weight", "activation", "fp8")
     for optimizer in ("sgd", "adamw")
-    if operand != "fp8" or optimizer == "adamw"
+    if optimizer == "adamw" or (operand != "fp8" and wrapper != "fsdp_offload")
 ]
 
 
@@ -84,10 +84,11 @@ def wrap(scenario: Scenario, model: nn.Module) -> nn.Module:
     """The model as the scenario distributes it."""
     if scenario.wrapper == "ddp":
         return DistributedDataParallel(model)
-    if scenario.wrapper == "fsdp_layers":
+    offload = CPUOffloadPolicy(pin_memory=False) if scenario.wrapper == "fsdp_offload" else OffloadPolicy()
+    if scenario.wrapper != "fsdp_root":
         for layer in (model[0], model[2], model[4]):
-            fully_shard(layer)
-    return fully_shard(model)
+            fully_shard(layer, offload_policy=offload)
+    return fully_shard(model, offload_policy=offload)
 
 
 def optimizer_for(scenario: Scenario, model: nn.Module) -> torch.optim.Optimizer:
@@ -186,6 +187,7 @@ def worker(rank: int, folder: str) -> None:
         records: dict[str, object] = {scenario.name: train(scenario, rank) for scenario in SCENARIOS}
         records["densify"] = densify_sharded(rank)
         records["tensor_parallel"] = tensor_parallel.checks()
+        records["pipeline"] = pipeline.checks()
         torch.save(records, Path(folder) / f"rank{rank}.pt")
         dist.barrier()
     finally:

@@ -90,7 +90,7 @@ def test_compiled_checkpointed_layers_train_as_plain_ones_with_whole_gathers(rec
         assert len(others) == 2
         for other in others:
             assert_equal(other, plain)
-        assert graphs == 8  # for each of both ways, one per phase and layer
+        assert graphs == 4  # one per phase, for each of both ways
 
 
 def test_recipes_whose_masks_follow_the_weights_train_as_with_whole_gathers(records: list[dict]) -> None:
