@@ -9,6 +9,11 @@ from pathlib import Path
 
 import torch
 
+# Workers take turns over the GPUs that tests/record_gpu.py found; CUDA reads the variable when it starts, which is below.
+_worker, _gpus = os.environ.get("PYTEST_XDIST_WORKER", ""), int(os.environ.get("SEMISPARSE_TEST_GPUS", "1"))
+if _worker.startswith("gw") and _gpus > 1:
+    os.environ["CUDA_VISIBLE_DEVICES"] = str(int(_worker[2:]) % _gpus)
+
 GPU_MISSING = not torch.cuda.is_available()  # asking this imports no triton (tests/arch/test_import_is_pure.py)
 EVERY_CASE = os.environ.get("SEMISPARSE_EVERY_CASE") == "1"
 """Whether tests run that take too long for each change (`make test-all`)."""

@@ -2,7 +2,8 @@
 
     python tests/record_gpu.py [DIR [WORKERS]]        (make test-gpu)
 
-WORKERS processes (pytest-xdist) share the GPU; tests that measure time run alone afterwards.
+WORKERS processes (pytest-xdist) share the GPUs, each of them sees one; tests that measure time, and those that need several
+GPUs, run alone afterwards.
 
 CI has no GPU; it compares the hashes with the files (tests/arch/test_gpu_record.py), so a change without a new record
 fails there unless tests/gpu_pending.md names the file and why.
@@ -10,15 +11,17 @@ fails there unless tests/gpu_pending.md names the file and why.
 
 import hashlib
 import json
+import os
 import sys
 import time
 from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-ALONE = ["tests/gemm/test_engine_cost_gpu.py"]
+ALONE = ["tests/gemm/test_engine_cost_gpu.py", "tests/gpu/test_gathering.py"]
 sys.path.insert(0, str(ROOT))
 
 
@@ -54,6 +57,7 @@ class Outcomes:
 def main() -> int:
     from benchmarks.store import provenance
 
+    os.environ["SEMISPARSE_TEST_GPUS"] = str(torch.cuda.device_count())
     outcomes, start = Outcomes(), time.monotonic()
     common = ["-m", "gpu", "-q", "--durations=15", "-p", "no:cacheprovider", "-p", "no:benchmark"]
     workers = ["-n", sys.argv[2]] if len(sys.argv) > 2 else []
