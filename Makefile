@@ -34,7 +34,7 @@ help:
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 $(READY): pyproject.toml lab/pyproject.toml constraints.txt constraints-triton.txt constraints-torchtitan.txt
-	@echo "setup: makes $(VENV) with $(PYTHON), then pip downloads and installs PyTorch and about 90 other packages there."
+	@echo "setup: makes $(VENV) with $(PYTHON), then pip downloads and installs PyTorch and about 100 other packages there."
 	@echo "setup: 2 GB on disk; two or three minutes on a fast connection, longer on a slow one; no sudo, nothing outside $(VENV)"
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install -c constraints.txt -e '.[dev]' -e './lab[text]'

@@ -74,6 +74,8 @@ def read(app: Any, page: str, source: list[str]) -> None:
     text = without_folders(page, source[0])
     if page == "docs/index":
         text += "\n" + sidebar(text)
+    elif page == "docs/tutorial":
+        text += '\n<p><a href="tutorial.ipynb" download>This page as a notebook</a></p>\n'
     elif page == "docs/measurements":
         text += "\n" + CARDS
     elif page == "docs/reference":
@@ -96,9 +98,18 @@ def add_entrance(app: Any, error: Exception | None) -> None:
         (Path(app.outdir) / "index.html").write_text(page)
 
 
+def add_notebook(app: Any, error: Exception | None) -> None:
+    """Sphinx's event build-finished: the tutorial as a file for Jupyter, beside its page."""
+    if error is None and app.builder.name == "html":
+        import jupytext  # here, so that tests of the pages need no jupytext
+
+        jupytext.write(jupytext.read(ROOT / "docs" / "tutorial.md"), Path(app.outdir) / "docs" / "tutorial.ipynb")
+
+
 def setup(app: Any) -> dict[str, bool]:
     """Sphinx calls this for an extension."""
     app.connect("source-read", read)
     app.connect("autodoc-process-docstring", escape, priority=400)  # before napoleon's, which has 500
     app.connect("build-finished", add_entrance)
+    app.connect("build-finished", add_notebook)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -10,8 +10,9 @@ from tests import fresh
 from tests.arch.source import ROOT
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-# tests/integrations/test_page.py runs it, in a process that has imported the trainers already.
-ELSEWHERE = {"trainers.md"}
+# tests/integrations/test_page.py runs the first, in a process that has imported the trainers already, and
+# tests/examples/test_tutorial.py the second, whose outputs it compares, too.
+ELSEWHERE = {"trainers.md", "tutorial.md"}
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
