@@ -253,10 +253,10 @@ def accuracy_summary() -> str:
 
 def blocks() -> dict[str, str]:
     """Name -> text of each generated block of the pages."""
-    linear, small, steps, slow = load("linear"), load("small-linear"), gaining_steps(), no_gain_steps()
+    linear, small, slow = load("linear"), load("small-linear"), no_gain_steps()
     every = [result for results in accuracy().values() for result in results]
     made = {
-        "speed": _speed_block(steps),
+        "speed": _speed_block(),
         "compare": _compare_block(),
         "no-gain": _no_gain_block([*slow, *small, *linear]),
         "decisions": _text(load("plan"), decisions.text, "--plan "),
@@ -295,10 +295,12 @@ def gpus(results: list[Result]) -> str:
     )
 
 
-def _speed_block(steps: list[Result]) -> str:
+def _speed_block() -> str:
+    """The largest model beside torchao's float8, for README."""
     compared = load("compare-model")
-    shown = [tables.end_to_end_short(steps), *([compare_tables.short(compared)] if compared else [])]
-    return "\n\n".join([*(table.markdown() for table in shown), short_origin([*steps, *compared])])
+    if not compared:
+        return _missing("--compare ")
+    return f"{compare_tables.short(compared).markdown()}\n\n{short_origin(compared)}"
 
 
 def _no_gain_block(results: list[Result]) -> str:

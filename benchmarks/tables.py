@@ -142,22 +142,6 @@ def end_to_end(results: Sequence[Result]) -> Table:
     return without_empty(Table(columns, tuple(rows), errors))
 
 
-def end_to_end_short(results: Sequence[Result]) -> Table:
-    """The same for the first screen: no limit, with the GPU."""
-    rows = tuple(
-        (
-            label(result),
-            *(f"{result['times_ms'][kind]['median_ms']:.1f}" for kind in ("dense", "sparse")),
-            f"**{result['ratio_to_dense']:.2f}**",
-            f"**{result['per_step']['ratio_to_dense']:.2f}**" if "per_step" in result else "",
-            gpu(result),
-        )
-        for result in results
-    )
-    columns = ("training step", "dense ms", "2:4 ms", "dense / 2:4", "packed per step", "GPU")
-    return without_empty(Table(columns, rows))
-
-
 def losing_rows(results: Sequence[Result]) -> list[tuple[str, float, str, Result]]:
     """(what, ratio, variant of the times, result) of steps and layers that lose."""
     rows = [
@@ -173,7 +157,7 @@ def losing_rows(results: Sequence[Result]) -> list[tuple[str, float, str, Result
 
 
 def losing(results: Sequence[Result]) -> Table:
-    """Where 2:4 does not help, for the first screen."""
+    """Where 2:4 does not help, in short."""
     rows = []
     for name, ratio, variant, result in losing_rows(results):
         times = result["times_ms"]
