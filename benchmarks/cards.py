@@ -34,7 +34,8 @@ from benchmarks.store import ROOT, load
 from benchmarks.table import Table
 from semisparse_lab.commands import command_of
 from semisparse_lab.report import cards as experiments
-from semisparse_lab.report.curves import curves
+from semisparse_lab.report import differences
+from semisparse_lab.report.summaries import spread, summaries
 
 RESULTS, CARDS = ROOT / "benchmarks" / "results", ROOT / "benchmarks" / "cards"
 ACCURACY = RESULTS / "accuracy"
@@ -238,12 +239,12 @@ def accuracy_summary() -> str:
     factors = []
     for name in ON_PAGE:
         results = accuracy()[name]
-        rows = {row.slug: row for row in experiments.summaries(results)}
+        rows = {row.slug: row for row in summaries(results)}
         dense, sparse = rows["dense"], next(rows[slug] for slug in SPARSE_THEN_DENSE if slug in rows)
         digits = 2 if results[0]["higher_is_better"] else 4
         cells = [name, results[0]["metric"]]
         cells += [f"{statistics.fmean(row.values.values()):.{digits}f}" for row in (dense, sparse)]
-        cells += [experiments.spread(sparse.differences, digits, "+")]
+        cells += [spread(sparse.differences, digits, "+")]
         factors.append(sparse.seconds["sparse"] / dense.seconds["dense"])
         lines.append(f"| {' | '.join([*cells, f'{factors[-1]:.2f}x'])} |")
     small = "These models are too small to gain speed from 2:4: " if min(factors) >= 1 else ""
@@ -384,7 +385,7 @@ def main() -> int:
         path.write_text(text)
         print(path.relative_to(ROOT))
     for name, results in accuracy().items():
-        (CARDS / f"{name}.png").write_bytes(curves(results))
+        (CARDS / f"{name}.png").write_bytes(differences.picture(results))
     picture.write()
     print(picture.TARGET.relative_to(ROOT))
     return 0

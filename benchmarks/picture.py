@@ -14,9 +14,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that the f
 
 from benchmarks import tables
 from benchmarks.store import ROOT, load
+from semisparse_lab.report import style
 
 TARGET = ROOT / "docs" / "img" / "speed.svg"
-FASTER, SLOWER = "#0072B2", "#D55E00"  # Okabe and Ito's, told apart by people with any common colour vision
+FASTER, SLOWER = style.COLOURS[:2]
 
 
 def bars() -> list[dict[str, Any]]:
@@ -24,22 +25,16 @@ def bars() -> list[dict[str, Any]]:
     steps = [(tables.label(result), result["ratio_to_dense"], result) for result in load("end-to-end")]
     losing = tables.losing_rows([*load("small-linear"), *load("linear")])
     rows = [*steps, *((name, ratio, result) for name, ratio, _, result in losing)]
-    made = [{"label": name, "ratio": round(ratio, 3), "file": result["file"]} for name, ratio, result in rows]
-    return sorted(made, key=lambda bar: -bar["ratio"])
+    rows.sort(key=lambda row: -row[1])
+    return [{"label": name, "ratio": round(ratio, 2), "file": result["file"]} for name, ratio, result in rows]
 
 
 def write() -> None:
     """Draw the bars into TARGET."""
-    import matplotlib
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-
     shown = bars()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "semisparse", "font.size": 10}):
-        figure = Figure(figsize=(9, 0.36 * len(shown) + 1.1), layout="constrained", facecolor="white")
-        FigureCanvasSVG(figure)
+    ratios = [bar["ratio"] for bar in shown]
+    with style.figure(0.34 * len(shown) + 0.9) as figure:
         axes = figure.subplots()
-        ratios = [bar["ratio"] for bar in shown]
         drawn = axes.barh(
             [bar["label"] for bar in shown],
             [ratio - 1 for ratio in ratios],
@@ -47,10 +42,11 @@ def write() -> None:
             color=[FASTER if ratio > 1 else SLOWER for ratio in ratios],
         )
         axes.bar_label(drawn, [f"{ratio:.2f}x" for ratio in ratios], padding=4)
-        axes.axvline(1, color="black", linewidth=1)
+        axes.axvline(1, color=style.INK, linewidth=1)
         axes.set_xlim(min(0.8, min(ratios) - 0.12), max(ratios) + 0.12)
         axes.invert_yaxis()
-        axes.spines[["top", "right", "left"]].set_visible(False)
+        axes.grid(axis="y", visible=False)
+        axes.spines["left"].set_visible(False)
         axes.tick_params(axis="y", length=0)
         axes.set_xlabel("time of a dense training step / time of a 2:4 step (right of 1: 2:4 is faster)")
         TARGET.parent.mkdir(parents=True, exist_ok=True)

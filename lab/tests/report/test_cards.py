@@ -9,7 +9,7 @@ from matplotlib.image import imread
 
 from semisparse.errors import ConfigError
 from semisparse_lab.errors import DataError
-from semisparse_lab.report import cards
+from semisparse_lab.report import cards, summaries
 from semisparse_lab.report.run_document import KIND
 
 
@@ -42,7 +42,7 @@ RESULTS = [
 
 
 def test_mean_spread_and_differences_seed_by_seed() -> None:
-    rows = cards.summaries(RESULTS)
+    rows = summaries.summaries(RESULTS)
     assert [row.slug for row in rows] == ["dense", "early", "late"]
     assert rows[0].differences == [] and rows[1].differences == [-1.0] and rows[2].differences == [-1.0, -0.5]
     assert rows[2].sparse_products == 40 and rows[0].sparse_products == 0  # 40 and 41 in two runs
@@ -110,7 +110,7 @@ def test_rows_are_compared_with_the_first_row_and_losses_in_percent_too() -> Non
     pair = [result(row, seed, value, order=order, higher_is_better=False)
             for order, row, *values in ((1, "dense", 1.25, 2.25), (0, "fst", 1.0, 2.0))
             for seed, value in enumerate(values)]  # fmt: skip
-    assert cards.first_row(pair) == "fst" and [row.slug for row in cards.summaries(pair)] == ["fst", "dense"]
+    assert summaries.first_row(pair) == "fst" and [row.slug for row in summaries.summaries(pair)] == ["fst", "dense"]
     assert cards.table(pair).splitlines()[0].endswith("| difference to row fst |")
     assert "| +0.2500 ± 0.0000 (+18.75%) |" in cards.table(pair)  # 25 % and 12.5 %
     alone = cards.table(pair[:2])
@@ -119,7 +119,7 @@ def test_rows_are_compared_with_the_first_row_and_losses_in_percent_too() -> Non
 
 
 def test_another_baseline_comes_first() -> None:
-    rows = cards.summaries(RESULTS, baseline="late")
+    rows = summaries.summaries(RESULTS, baseline="late")
     assert rows[0].slug == "late" and rows[1].slug == "dense" and rows[1].differences == [1.0, 0.5]
 
 
@@ -151,7 +151,7 @@ def test_a_diverged_run_is_shown_and_left_out() -> None:
 
 def test_times_of_different_gpus_are_not_averaged() -> None:
     mixed = [*RESULTS, result("late", 2, 92.0, order=2, gpu="another")]
-    assert all(row.seconds == {} for row in cards.summaries(mixed))
+    assert all(row.seconds == {} for row in summaries.summaries(mixed))
 
 
 def test_different_settings_make_no_common_card(tmp_path: Path) -> None:

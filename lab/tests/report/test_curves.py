@@ -9,7 +9,8 @@ import pytest
 from matplotlib.image import imread
 
 from lab.tests.made_runs import DENSE, MIXED, UNTIMED, documents
-from semisparse_lab.report.curves import curves
+from semisparse_lab.report import style
+from semisparse_lab.report.curves import HEIGHT, curves
 from semisparse_lab.train.results import EpochRecord, Scores
 
 
@@ -21,8 +22,8 @@ def drawn(*results, **options) -> np.ndarray:
 
 def test_the_sparse_phase_of_a_run_with_both_phases_is_shaded() -> None:
     shaded, plain = drawn(DENSE, MIXED, UNTIMED), drawn(DENSE, replace(MIXED, phases=DENSE.phases), UNTIMED)
-    assert shaded.shape == plain.shape == (550, 1650, 4)
-    # The shade covers two thirds of all plots' width, so a good part of all pixels differs.
+    assert shaded.shape == plain.shape == (style.DPI * HEIGHT, style.DPI * style.WIDTH, 4)
+    # The shade covers two thirds of the width of three quarters of the picture, axes and legend not counted.
     assert (shaded != plain).any(axis=-1).mean() > 0.2
 
 

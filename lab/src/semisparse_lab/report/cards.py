@@ -3,7 +3,6 @@
 import json
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from semisparse.errors import ConfigError
@@ -11,33 +10,9 @@ from semisparse_lab.checks import is_number
 from semisparse_lab.commands import command_of
 from semisparse_lab.errors import DataError
 from semisparse_lab.files import write_atomically
-from semisparse_lab.report.curves import curves
+from semisparse_lab.report.differences import picture
 from semisparse_lab.report.result_files import Result, load_results
-
-
-@dataclass(frozen=True, slots=True)
-class RowSummary:
-    """All runs of one row.
-
-    Attributes:
-        slug: The row's short name.
-        title: The row's title.
-        values: The metric by seed.
-        diverged: Seeds whose metric is not a number.
-        differences: Differences of the metric to the baseline's, one per seed that both have.
-        shares: The same as shares of the baseline's metric.
-        sparse_products: Products on sparse tensor cores, the mean over the runs.
-        seconds: Median seconds per step by kind of phase; empty if results of several GPUs are mixed.
-    """
-
-    slug: str
-    title: str
-    values: dict[int, float]
-    diverged: list[int]
-    differences: list[float]
-    shares: list[float]
-    sparse_products: int
-    seconds: dict[str, float]
+from semisparse_lab.report.summaries import RowSummary, first_row, spread, summaries
 
 
 def by_experiment(results: Iterable[Result]) -> dict[str, list[Result]]:
@@ -46,58 +21,6 @@ def by_experiment(results: Iterable[Result]) -> dict[str, list[Result]]:
     for result in results:
         groups.setdefault(result["experiment"], []).append(result)
     return groups
-
-
-def first_row(results: Iterable[Result]) -> str | None:
-    """The slug of the experiment's first row; None if it has no result."""
-    return next((result["row"] for result in results if result["order"] == 0), None)
-
-
-def summaries(results: Sequence[Result], baseline: str | None = None) -> list[RowSummary]:
-    """One summary per row, in the order of the experiment's rows; the baseline comes first if there is one.
-
-    Args:
-        results: Of one experiment.
-        baseline: The slug of the row that the others are compared with; None for the experiment's first row.
-    """
-    baseline = baseline or first_row(results)
-    rows: dict[str, dict[int, Result]] = {}
-    for result in sorted(results, key=lambda result: (result["row"] != baseline, result["order"], result["seed"])):
-        rows.setdefault(result["row"], {})[result["seed"]] = result
-    first = rows.get(baseline, {}) if baseline else {}
-    base = {seed: result["value"] for seed, result in first.items() if result["value"] is not None}
-    one_machine = len({result["gpu"] for result in results}) == 1
-    found = []
-    for slug, runs in rows.items():
-        values = {seed: result["value"] for seed, result in runs.items() if result["value"] is not None}
-        shared = [(value - base[seed], base[seed]) for seed, value in values.items() if seed in base]
-        shared = [] if slug == baseline else shared
-        phases = [phase for result in runs.values() for phase in result["run"]["phases"]]
-        seconds: dict[str, list[float]] = {}
-        for phase in phases:
-            if phase["seconds_per_step"] is not None and one_machine:
-                seconds.setdefault(phase["kind"], []).append(phase["seconds_per_step"])
-        found.append(
-            RowSummary(
-                slug=slug,
-                title=next(iter(runs.values()))["row_title"],
-                values=values,
-                diverged=sorted(runs.keys() - values.keys()),
-                differences=[difference for difference, _ in shared],
-                shares=[difference / value for difference, value in shared if value],
-                sparse_products=sum(phase["sparse_products"] for phase in phases) // len(runs),
-                seconds={kind: statistics.median(times) for kind, times in seconds.items()},
-            )
-        )
-    return found
-
-
-def spread(values: Sequence[float], digits: int, sign: str = "") -> str:
-    """Mean and sample standard deviation, as in '92.31 ± 0.12'; the mean alone for one value, nothing for none."""
-    if not values:
-        return ""
-    mean = f"{statistics.fmean(values):{sign}.{digits}f}"
-    return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
 
 
 def table(results: Sequence[Result], baseline: str | None = None) -> str:
@@ -253,7 +176,7 @@ def card(results: Sequence[Result], plot: str, more: Sequence[str] = ()) -> str:
                 if paragraph
                 for line in (paragraph, "")
             ),
-            f"![Training loss, flip rate and validation score]({plot})",
+            f"![How the rows compare]({plot})",
             "",
             f"Measured on {origin(results)}.",
             "",
@@ -285,7 +208,7 @@ def write_cards(results: Path, out: Path) -> list[Path]:
     made = []
     for name, group in groups.items():
         try:
-            write_atomically(out / f"{name}.png", curves(group))
+            write_atomically(out / f"{name}.png", picture(group))
             write_atomically(out / f"{name}.md", card(group, f"{name}.png").encode())
         except OSError as error:
             raise ConfigError(f"out={str(out)!r} cannot be written: {error.strerror or error}") from error

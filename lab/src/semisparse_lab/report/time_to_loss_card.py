@@ -1,17 +1,17 @@
 """The card of time to loss: tables at equal tokens and at equal seconds, and curves against both."""
 
-import io
 import json
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from semisparse.errors import ConfigError
 from semisparse_lab.errors import DataError
 from semisparse_lab.files import write_atomically
-from semisparse_lab.report.cards import origin, spread
-from semisparse_lab.report.curves import COLOURS, LINES
+from semisparse_lab.report import style
+from semisparse_lab.report.cards import origin
+from semisparse_lab.report.summaries import spread
 from semisparse_lab.report.time_to_loss import (
     BITS,
     SECONDS,
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 REFERENCES = 2
 """The first so many arms are those that others are compared with: dense bf16 and torchao float8."""
 HEADINGS = {"tokens": "Runs of equal tokens", "seconds": "Runs of equal seconds"}
+_ROW_HEIGHT = 3.6  # inches
 _SKIPPED = 0.1
 """Share of a run whose scores the plots' scale does not have to hold."""
 
@@ -171,38 +172,36 @@ def curves(results: Sequence[Document]) -> bytes:
     Args:
         results: The runs.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     groups = by_budget(results)
-    figure = Figure(figsize=(13, 4.6 * len(groups) + 0.8), layout="constrained")
-    FigureCanvasAgg(figure)
-    rows = figure.subplots(len(groups), 2, squeeze=False, sharey="row")
     slugs = list(dict.fromkeys(run["arm"] for run in sorted(results, key=lambda run: run["order"])))
-    handles = {}
-    for (budget, arms), axes in zip(groups.items(), rows, strict=True):
-        for arm in arms:
-            number = slugs.index(arm.slug)
-            style = {"color": COLOURS[number % len(COLOURS)], "linestyle": LINES[number % len(LINES)]}
-            runs = list(arm.runs.values())
-            points = list(zip(*(run["scores"] for run in runs), strict=False))  # runs of other lengths end earlier
-            bits = [[point[BITS] for point in each] for each in points]
-            tokens = [each[0][0] * runs[0]["tokens_per_step"] / 1e6 for each in points]
-            seconds = [statistics.fmean(point[SECONDS] for point in each) for each in points]
-            for place, across in zip(axes, (tokens, seconds), strict=True):
-                (handles[arm.title],) = place.plot(across, list(map(statistics.fmean, bits)), marker=".", **style)
-                if len(runs) > 1:
-                    place.fill_between(across, list(map(min, bits)), list(map(max, bits)), alpha=0.15, linewidth=0,
-                                       color=style["color"])  # fmt: skip
-        for place, what in zip(axes, ("million tokens", "seconds of training"), strict=True):
-            place.set(title=HEADINGS.get(budget, budget), xlabel=what, ylabel="validation bits per byte")
-            place.grid(alpha=0.3)
-        _scale(axes[0], arms)
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=2, fontsize="small")
-    figure.suptitle(results[0]["title"])
-    image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=110)
-    return image.getvalue()
+    with style.figure(_ROW_HEIGHT * len(groups) + 1.2) as figure:
+        rows = figure.subplots(len(groups), 2, squeeze=False, sharey="row")
+        handles: dict[str, Any] = {}
+        for (budget, arms), axes in zip(groups.items(), rows, strict=True):
+            for arm in arms:
+                handles[arm.title] = _draw(axes, arm, style.line_style(slugs.index(arm.slug)))
+            for place, what in zip(axes, ("million tokens", "seconds of training"), strict=True):
+                place.set(title=HEADINGS.get(budget, budget), xlabel=what, ylabel="validation bits per byte")
+            _scale(axes[0], arms)
+        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=2, fontsize="small")
+        style.title(figure, results[0]["title"])
+        return style.png(figure)
+
+
+def _draw(axes: Sequence["Axes"], arm: ArmRuns, look: dict[str, Any]) -> Any:
+    """One arm's curves against tokens and seconds; returns what the legend shows."""
+    runs = list(arm.runs.values())
+    points = list(zip(*(run["scores"] for run in runs), strict=False))  # runs of other lengths end earlier
+    bits = [[point[BITS] for point in each] for each in points]
+    tokens = [each[0][0] * runs[0]["tokens_per_step"] / 1e6 for each in points]
+    seconds = [statistics.fmean(point[SECONDS] for point in each) for each in points]
+    line = None
+    for place, across in zip(axes, (tokens, seconds), strict=True):
+        (line,) = place.plot(across, list(map(statistics.fmean, bits)), marker=".", **look)
+        if len(runs) > 1:
+            place.fill_between(across, list(map(min, bits)), list(map(max, bits)), alpha=0.15, linewidth=0,
+                               color=look["color"])  # fmt: skip
+    return line
 
 
 def _scale(axes: "Axes", arms: Sequence[ArmRuns]) -> None:
