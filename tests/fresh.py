@@ -1,7 +1,8 @@
 """Python processes that begin with torch imported and nothing else: an import of torch takes two seconds, a fork none.
 
 One process per test process imports torch and forks itself for each run; what runs there reads its environment, imports
-semisparse and ends as in a process started for it alone.
+semisparse and ends as in a process started for it alone. Another one has also imported torch._dynamo, as the first
+optimizer of a program does, which takes as long again.
 """
 
 import atexit
@@ -16,8 +17,10 @@ from pathlib import Path
 
 PARENT = """
 import gc, json, os, runpy, signal, sys
-import torch
+from importlib import import_module
 
+for name in sys.argv[1:]:
+    import_module(name)
 gc.freeze()  # what is shared is not walked when a child ends
 answers = os.dup(1)
 for line in sys.stdin:
@@ -51,11 +54,11 @@ else:
 
 
 @functools.cache
-def _parent() -> subprocess.Popen[str]:
-    """The process that forks. OMP_NUM_THREADS is read where torch is loaded, so it is one for all."""
+def _parent(*modules: str) -> subprocess.Popen[str]:
+    """The process that forks, with these modules. OMP_NUM_THREADS is read where torch is loaded, so it is 1 for all."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith("SEMISPARSE")}
     parent = subprocess.Popen(
-        [sys.executable, "-c", PARENT], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        [sys.executable, "-c", PARENT, *modules], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         env=environment | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
 
@@ -67,7 +70,11 @@ def _parent() -> subprocess.Popen[str]:
 
 
 def run(
-    *arguments: object, env: Mapping[str, str] | None = None, cwd: Path | None = None, timeout: int = 300
+    *arguments: object,
+    env: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
+    timeout: int = 300,
+    trains: bool = False,
 ) -> subprocess.CompletedProcess[str]:
     """What `python ARGUMENTS` does: a file, -m and a module, or -c and code, each with arguments of its own.
 
@@ -76,8 +83,9 @@ def run(
         env: the whole environment; that of this process where it is not given.
         cwd: where it runs; the current folder where it is not given.
         timeout: seconds after which the process is ended by SIGALRM (returncode -14).
+        trains: what runs builds an optimizer, which imports torch._dynamo: begin with it.
     """
-    parent = _parent()
+    parent = _parent("torch", *(["torch._dynamo"] if trains else []))
     assert parent.stdin is not None and parent.stdout is not None
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder, "out"), Path(folder, "err")

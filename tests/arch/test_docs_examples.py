@@ -42,5 +42,5 @@ RUN = [page for page in PAGES if BLOCK.search(page.read_text()) and page.name no
 def test_the_examples_of_a_page_run(page: Path, tmp_path: Path) -> None:
     file = tmp_path / f"{page.stem}.py"
     file.write_text(script(page.read_text()))
-    result = fresh.run(file, cwd=tmp_path, env=os.environ | {"MPLBACKEND": "Agg"})
+    result = fresh.run(file, cwd=tmp_path, env=os.environ | {"MPLBACKEND": "Agg"}, trains=True)
     assert result.returncode == 0, result.stderr

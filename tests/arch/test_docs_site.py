@@ -36,8 +36,8 @@ def test_the_sidebar_has_the_sections_and_entries_of_the_index_in_order() -> Non
 
 
 def test_links_to_folders_become_plain_names_and_others_stay() -> None:
-    text = "[results](../benchmarks/results), [cards](cards.md), [guide](guide.md#fp8)"
-    plain = "results, [cards](cards.md), [guide](guide.md#fp8)"
+    text = "[results](../benchmarks/results), [cards](cards.md), [fp8](fp8.md#beside)"
+    plain = "results, [cards](cards.md), [fp8](fp8.md#beside)"
     assert site_pages.without_folders("docs/speed", text) == plain
 
 

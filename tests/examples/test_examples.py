@@ -27,7 +27,7 @@ LONGEST = 120
 
 def start(name: str, *options: object, device: str = "cpu") -> subprocess.CompletedProcess[str]:
     """The example from start to end, however it ends."""
-    return fresh.run(EXAMPLES[name], "--device", device, *options)
+    return fresh.run(EXAMPLES[name], "--device", device, *options, trains=True)
 
 
 def run(name: str, *options: object, device: str = "cpu") -> str:
