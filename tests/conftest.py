@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-# Workers take turns over the GPUs that tests/record_gpu.py found; CUDA reads the variable when it starts, which is below.
+# Workers take turns over the GPUs that tests/record_gpu.py found; CUDA reads the variable when it starts, below.
 _worker, _gpus = os.environ.get("PYTEST_XDIST_WORKER", ""), int(os.environ.get("SEMISPARSE_TEST_GPUS", "1"))
 if _worker.startswith("gw") and _gpus > 1:
     os.environ["CUDA_VISIBLE_DEVICES"] = str(int(_worker[2:]) % _gpus)

@@ -2,8 +2,8 @@
 
     python tests/record_gpu.py [DIR [WORKERS]]        (make test-gpu)
 
-WORKERS processes (pytest-xdist) share the GPUs, each of them sees one; tests that measure time, and those that need several
-GPUs, run alone afterwards.
+WORKERS processes (pytest-xdist) share the GPUs, each of them sees one; tests that measure time, and those that need
+several GPUs, run alone afterwards.
 
 CI has no GPU; it compares the hashes with the files (tests/arch/test_gpu_record.py), so a change without a new record
 fails there unless tests/gpu_pending.md names the file and why.
