@@ -14,6 +14,8 @@ from semisparse import LossGuard, SparseConfig, SparseSchedule, recipes, sparsif
 from semisparse.errors import SemiSparseError
 from semisparse.recipes import Recipe, RecipeSchedule
 from semisparse.sampling import layer_seed
+from tests.distributed import host_ranks
+from tests.distributed.host_ranks import MISMATCH, NONE
 
 WORLD = 2
 
@@ -205,7 +207,6 @@ def ended_on_one(rank: int) -> None:
     schedule.end_sparse_phase()
 
 
-MISMATCH, NONE = ("RankMismatchError", "RankMismatchError"), ("", "")
 SCENARIOS: dict[Callable[[int], None], tuple[str, str]] = {
     held_masks: MISMATCH,
     scales: MISMATCH,
@@ -231,6 +232,7 @@ SCENARIOS: dict[Callable[[int], None], tuple[str, str]] = {
     experts_called_elsewhere: NONE,
     experts_bypassed: ("ScheduleError", "ScheduleError"),
 }
+SCENARIOS |= host_ranks.SCENARIOS
 
 
 def worker(rank: int, folder: str) -> None:

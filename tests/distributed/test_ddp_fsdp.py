@@ -104,6 +104,21 @@ def test_layers_that_fsdp_wrapped_themselves_are_refused_and_stay(records: list[
         assert record["densify"]["still"] == ["FSDPSemiSparseLinear", "FSDPSemiSparseLinear"]
 
 
+def test_a_checkpoint_in_mid_phase_continues_bit_for_bit(records: list[dict]) -> None:
+    for record in records:
+        assert_equal(record["checkpoints"]["resumed"], record["checkpoints"]["saved"])
+
+
+def test_a_full_state_dict_is_that_of_the_dense_model(records: list[dict]) -> None:
+    (first, empty), (_, other_empty) = (record["checkpoints"]["full state"] for record in records)
+    assert first and not empty and other_empty
+
+
+def test_a_step_that_one_shard_makes_the_scaler_skip_counts_on_no_rank(records: list[dict]) -> None:
+    for record in records:
+        assert record["checkpoints"]["overflow"] == [1, 1, 2]
+
+
 @pytest.mark.parametrize("name", pipeline.CONFIGS)
 @pytest.mark.parametrize("order", pipeline.ORDERS)
 def test_stages_of_a_pipeline_train_as_one_process(records: list[dict], order: str, name: str) -> None:

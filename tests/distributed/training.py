@@ -2,17 +2,17 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from semisparse import Phase, SparseConfig, SparseSchedule, densify, sparsify
 from tests.distributed import pipeline, tensor_parallel
+from tests.distributed.sharding import EVERY, WAYS
 from tests.support import config_of
 
 WORLD = 2
@@ -47,10 +47,11 @@ class Scenario:
 
 SCENARIOS = [
     Scenario(wrapper, operand, optimizer)
-    for wrapper in ("ddp", "fsdp_root", "fsdp_layers", "fsdp_offload")
+    for wrapper in WAYS
     for operand in ("weight", "activation", "fp8")
     for optimizer in ("sgd", "adamw")
-    if optimizer == "adamw" or (operand != "fp8" and wrapper != "fsdp_offload")
+    if (optimizer == "adamw" or (operand != "fp8" and wrapper in EVERY))
+    and (operand == "weight" or wrapper in (*EVERY, "fsdp_offload"))
 ]
 
 
@@ -68,27 +69,29 @@ class RecordMasks(TorchDispatchMode):
         return result
 
 
-def build(scenario: Scenario) -> tuple[nn.Module, SparseSchedule]:
-    """The same network with the same numbers in every process, swapped and scheduled."""
+def dense(scenario: Scenario) -> nn.Sequential:
+    """The same network with the same numbers in every process."""
     torch.manual_seed(3)
     first, second, third, last = scenario.features
-    model = nn.Sequential(
+    return nn.Sequential(
         nn.Linear(first, second), nn.GELU(), nn.Linear(second, third, bias=False), nn.GELU(), nn.Linear(third, last)
     ).to(scenario.dtype)
+
+
+def swap(scenario: Scenario, model: nn.Module) -> SparseSchedule:
+    """Make all but the last layer semi-sparse, and schedule them: often before the model is distributed."""
     config = SparseConfig(precision="fp8") if scenario.operand == "fp8" else config_of(scenario.operand)
-    sparsify(model, config, exclude="4")  # type: ignore[arg-type]
-    return model, SparseSchedule(model, PHASES)
+    sparsify(model, config, exclude=lambda name, layer: layer.out_features == scenario.features[-1])
+    return SparseSchedule(model, PHASES)
 
 
-def wrap(scenario: Scenario, model: nn.Module) -> nn.Module:
-    """The model as the scenario distributes it."""
-    if scenario.wrapper == "ddp":
-        return DistributedDataParallel(model)
-    offload = CPUOffloadPolicy(pin_memory=False) if scenario.wrapper == "fsdp_offload" else OffloadPolicy()
-    if scenario.wrapper != "fsdp_root":
-        for layer in (model[0], model[2], model[4]):
-            fully_shard(layer, offload_policy=offload)
-    return fully_shard(model, offload_policy=offload)
+def build(scenario: Scenario, rank: int | None) -> tuple[nn.Module, SparseSchedule]:
+    """The network, swapped and distributed, or swapped alone with rank=None."""
+    model, schedules = dense(scenario), []
+    if rank is None:
+        return model, swap(scenario, model)
+    distributed = WAYS[scenario.wrapper](model, lambda part: schedules.append(swap(scenario, part)))
+    return distributed, schedules[0]
 
 
 def optimizer_for(scenario: Scenario, model: nn.Module) -> torch.optim.Optimizer:
@@ -125,10 +128,8 @@ def train(
         rank: Of this process.
         wrapped: Called with the model once it is distributed.
     """
-    model, schedule = build(scenario)
-    plain = model
+    model, schedule = build(scenario, rank)
     if rank is not None:
-        model = wrap(scenario, model)
         wrapped(model)
     optimizer = optimizer_for(scenario, model)
     record: dict[str, list[Tensor]] = {"losses": [], "masks": [], "weights": []}
@@ -144,14 +145,14 @@ def train(
         record["masks"] += seen.masks
         optimizer.step()
         schedule.step()
-        record["weights"] += [whole(parameter).detach().clone() for parameter in plain.parameters()]
+        record["weights"] += [whole(parameter).detach().clone() for parameter in model.parameters()]
     return record
 
 
 def densify_sharded(rank: int) -> dict[str, object]:
     """densify on a model whose root is an FSDP2 module, and on one whose layers are."""
     scenario = Scenario("fsdp_root", "weight", "sgd")
-    root = wrap(scenario, build(scenario)[0])
+    root = build(scenario, rank)[0]
     x = shards(scenario, 0)[rank][0]
     try:
         densify(root, weights="masked")
@@ -160,9 +161,9 @@ def densify_sharded(rank: int) -> dict[str, object]:
         masked = str(error)
     before = [type(root[0]).__name__, type(root[2]).__name__]
     report = densify(root)
-    plain = build(scenario)[0]
+    plain = build(scenario, None)[0]
     densify(plain)
-    layers = wrap(Scenario("fsdp_layers", "weight", "sgd"), build(Scenario("fsdp_layers", "weight", "sgd"))[0])
+    layers = build(Scenario("fsdp_layers", "weight", "sgd"), rank)[0]
     try:
         densify(layers)
         wrapped = ""
@@ -182,12 +183,16 @@ def densify_sharded(rank: int) -> dict[str, object]:
 def worker(rank: int, folder: str) -> None:
     """Run every scenario as one of WORLD gloo processes and save the records."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
+    from tests.distributed import checkpoints
+
+    store = f"file://{folder}/store"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=WORLD, timeout=timedelta(seconds=120))
     try:
         records: dict[str, object] = {scenario.name: train(scenario, rank) for scenario in SCENARIOS}
         records["densify"] = densify_sharded(rank)
         records["tensor_parallel"] = tensor_parallel.checks()
         records["pipeline"] = pipeline.checks()
+        records["checkpoints"] = checkpoints.checks(folder)
         torch.save(records, Path(folder) / f"rank{rank}.pt")
         dist.barrier()
     finally:

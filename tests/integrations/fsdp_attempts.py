@@ -1,12 +1,13 @@
 """What two ranks try with compressed all-gathers, and the error that each ends in. Imported by spawned workers."""
 
 from collections.abc import Callable
+from unittest.mock import patch
 
 import torch
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 
-from semisparse import SparseConfig, sparsify
+from semisparse import SparseConfig, routes, sparsify
 from semisparse.errors import SemiSparseError
 from semisparse.integrations.fsdp import compress_all_gather
 from tests.integrations.fsdp_ranks import inputs, net, sharded
@@ -98,6 +99,12 @@ def fp8_in_fp16(rank: int) -> None:
     compress_all_gather(sharded(net(SparseConfig(precision="fp8")), policy))
 
 
+def a_gpu_without_fp8_on_one(rank: int) -> None:
+    model = sharded(net(SparseConfig(precision="fp8")))
+    with patch.object(routes, "takes_fp8", lambda *given: rank == 0):
+        compress_all_gather(model)
+
+
 def inner_module_first(rank: int) -> None:
     model = sharded(net(SparseConfig(precision="fp8")))
     compress_all_gather(model)
@@ -130,6 +137,7 @@ BOTH = {
     held_before: "ConfigError",
     held_after: "ConfigError",
     fp8_in_fp16: "ConfigError",
+    a_gpu_without_fp8_on_one: "RankMismatchError",
     inner_module_first: "ConfigError",
     offloaded: "ConfigError",
     tied: "LayerRefusedError",

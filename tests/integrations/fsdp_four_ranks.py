@@ -7,14 +7,15 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from semisparse import SparseConfig
 from semisparse.integrations.fsdp import compress_all_gather
+from tests.distributed import checkpoints
 from tests.integrations.fsdp_attempts import ended
-from tests.integrations.fsdp_ranks import inputs, net, sharded, steps
+from tests.integrations.fsdp_ranks import STEPS, inputs, net, sharded, steps
 
 FOUR = 4
 
@@ -51,6 +52,19 @@ def resharded_to_fewer(rank: int) -> None:
     compress_all_gather(sharded(net(), reshard_after_forward=2))
 
 
+def uneven(rank: int) -> tuple[list[Tensor], str] | None:
+    """11, 11 and 10 rows on three of the ranks: losses with whole gathers, and how compressed ones end."""
+    three = dist.new_group([0, 1, 2])
+    if rank == 3:
+        return None
+    mesh = DeviceMesh.from_group(three, "cpu")
+    model = net()
+    for layer in (*model, model):
+        fully_shard(layer, mesh=mesh)
+    end = ended(lambda rank: compress_all_gather(model, process_group=three), rank)
+    return steps(model, 0)[:STEPS], end
+
+
 def loaded(folder: str) -> Tensor:
     """What a model of as many shards as there are ranks computes with the checkpoint of others."""
     model = sharded(net())
@@ -72,14 +86,17 @@ def worker(rank: int, world: int, folder: str) -> None:
             seen["replicated"] = [replicated(None), replicated(SparseConfig(precision="fp8"))]
             x = inputs(0)[0]
             seen["two ways"] = two_ways()(x).detach().clone(), net()(x).detach()
+            seen["uneven"] = uneven(rank)
             seen["ended"] = [ended(attempt, rank) for attempt in (compressed_two_ways, resharded_to_fewer)]
             model = sharded(net())
             compress_all_gather(model)
             steps(model, rank % 2, count=1)
             dcp.save({"model": model.state_dict()}, checkpoint_id=f"{folder}/checkpoint")
             seen["output"] = model(inputs(9)[0]).detach()
+            seen["mid-phase"] = checkpoints.saved(folder, rank)
         else:
             seen["output"] = loaded(folder)
+            seen["mid-phase"] = checkpoints.resumed(folder, rank)
         torch.save(seen, Path(folder) / f"{rank}of{world}.pt")
         dist.barrier()
     finally:

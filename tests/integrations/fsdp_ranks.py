@@ -19,7 +19,7 @@ from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from semisparse import Phase, SparseConfig, SparseSchedule, ops, recipes, sparsify
 from semisparse.integrations.fsdp import compress_all_gather
 from semisparse.recipes import RecipeSchedule
-from tests.distributed.training import Scenario, train
+from tests.distributed.training import Scenario, train, whole
 
 WORLD = 2
 STEPS = 3
@@ -43,6 +43,9 @@ MIXED = {
     "fp8": SparseConfig(precision="fp8"),
     "repack": SparseConfig(repack=True),
 }
+
+WHOLE = ("transposable", "row")
+"""Of these, gathered whole, too."""
 
 
 class Counted(TorchDispatchMode):
@@ -101,19 +104,23 @@ def steps(
         if schedule is not None:
             schedule.step()
         losses.append(loss.detach())
-    return losses + [parameter.full_tensor().detach() for parameter in model.parameters()]
+    return losses + [whole(parameter).detach() for parameter in model.parameters()]
 
 
-def mixed(rank: int, name: str) -> list[Tensor]:
+def mixed(rank: int, name: str, compress: bool = True) -> list[Tensor]:
     """Gathered in bf16 from fp32 masters."""
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     model = sharded(net(MIXED[name]), policy)
-    compress_all_gather(model)
+    if compress:
+        compress_all_gather(model)
     return steps(model, rank, torch.bfloat16)
 
 
-def mixed_alone(name: str) -> list[list[Tensor]]:
-    """The same in one process, written out: losses of each rank, then the weights. In 16 bits."""
+def mixed_alone(name: str, compress: bool = True) -> list[list[Tensor]]:
+    """The same in one process, written out: losses of each rank, then the weights. In 16 bits.
+
+    Whole gathers bring rounded weights, which masks are then chosen from.
+    """
     masters = [parameter.detach().clone() for parameter in net(MIXED[name]).parameters()]
     optimizer = torch.optim.AdamW([nn.Parameter(master) for master in masters], lr=0.05)
     weights = optimizer.param_groups[0]["params"]
@@ -122,7 +129,8 @@ def mixed_alone(name: str) -> list[list[Tensor]]:
         gradients = []
         for rank, x in enumerate(inputs(step, torch.bfloat16)):
             mask = MIXED[name].weight
-            pruned = [ops.prune(weight.detach(), torch.bfloat16, mask).requires_grad_() for weight in weights]
+            seen = [weight.detach() if compress else weight.detach().bfloat16() for weight in weights]
+            pruned = [ops.prune(weight, torch.bfloat16, mask).requires_grad_() for weight in seen]
             y = x
             for one in pruned:
                 y = F.linear(y, one)
@@ -284,7 +292,7 @@ def checkpoints(rank: int) -> dict[str, object]:
     compress_all_gather(model)
     steps(model, rank, count=1)
     state = model.state_dict()
-    whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+    full = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
     other = sharded(net())
     compress_all_gather(other)
     other.load_state_dict(state, assign=True)
@@ -293,7 +301,7 @@ def checkpoints(rank: int) -> dict[str, object]:
         y = other(x)
     return {
         "plain": all(type(value._local_tensor) is Tensor and not vars(value._local_tensor) for value in state.values()),
-        "whole": [value.shape for value in whole.values()],
+        "whole": all(torch.equal(full[name], value.full_tensor()) for name, value in state.items()),
         "same": torch.equal(y, model(x)),
         "bytes": seen.bytes,
     }
@@ -367,6 +375,7 @@ def worker(rank: int, folder: str) -> None:
     try:
         seen: dict[str, object] = {one.name: train(one, rank, compress_all_gather) for one in TRAININGS}
         seen |= {f"mixed {name}": mixed(rank, name) for name in MIXED}
+        seen |= {f"mixed {name}, whole": mixed(rank, name, compress=False) for name in WHOLE}
         for check in (
             counted,
             sampled,

@@ -47,6 +47,12 @@ def test_masks_come_from_fp32_masters_where_bf16_is_gathered(records: list[dict]
         assert_equal(record[f"mixed {name}"], alone)
 
 
+@pytest.mark.parametrize("name", fsdp_ranks.WHOLE)
+def test_masks_come_from_the_rounded_weight_where_bf16_is_gathered_whole(records: list[dict], name: str) -> None:
+    for record, alone in zip(records, fsdp_ranks.mixed_alone(name, compress=False), strict=True):
+        assert_equal(record[f"mixed {name}, whole"], alone)
+
+
 def test_fp8_from_fp32_masters_gathered_in_bf16_is_the_same_on_all_ranks(records: list[dict]) -> None:
     first, second = (record["mixed fp8"][fsdp_ranks.STEPS :] for record in records)
     assert_equal(first, second)
@@ -126,7 +132,7 @@ def test_a_distributed_checkpoint_loads_in_one_process(records: list[dict], fold
 def test_checkpoints_are_plain_and_a_loaded_model_gathers_compressed(records: list[dict]) -> None:
     for record in records:
         seen = record["checkpoints"]
-        assert seen["plain"] and seen["same"]
+        assert seen["plain"] and seen["whole"] and seen["same"]
         assert seen["bytes"]["allgather_base"] == [SIZE // WORLD * 17 // 8] * 2  # fp32: 2 bytes and 1 bit per entry
 
 

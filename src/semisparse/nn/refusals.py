@@ -12,6 +12,11 @@ from semisparse.nn.registry import OWN_ATTRIBUTES, is_registered
 from semisparse.pattern import GROUP
 from semisparse.reference.masks import FLOAT_DTYPES
 
+_FLAT = (
+    "its weight is part of a flat one between forwards, as torch's FullyShardedDataParallel (FSDP1) keeps it: use "
+    "FSDP2 (torch.distributed.fsdp.fully_shard)"
+)
+
 
 def refusal(layer: nn.Linear, *, take_float8: bool = False) -> str | None:
     """Why layer cannot be made semi-sparse, as a message with the way out; None if it can.
@@ -55,6 +60,8 @@ def weight_refusal(layer: nn.Linear) -> str | None:
     if parametrize.is_parametrized(layer):
         return "it is parametrised: call torch.nn.utils.parametrize.remove_parametrizations first"
     if "weight" not in layer._parameters:
+        if not any(name.startswith("weight") for name in layer._parameters):  # a computed one is made of others there
+            return _FLAT
         return "its weight is computed by a hook (weight_norm, spectral_norm or pruning): remove that first"
     weight = layer.weight
     if weight is None:
@@ -66,6 +73,8 @@ def weight_refusal(layer: nn.Linear) -> str | None:
         )
     if weight.layout is not torch.strided:
         return f"its weight has the layout {weight.layout}; make it dense first (weight.to_dense())"
+    if weight.dim() == 1 and weight.numel():
+        return _FLAT
     shape = (layer.out_features, layer.in_features)
     if weight.numel() and tuple(weight.shape) != shape:  # under DeepSpeed's ZeRO-3 it is empty between forwards
         return f"its weight has shape {tuple(weight.shape)}, not {shape}"

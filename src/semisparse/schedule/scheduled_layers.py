@@ -30,7 +30,7 @@ class ScheduledLayers:
 
     Raises:
         NoLayerMatchedError: model has no semi-sparse layer.
-        ScheduleError: torchao's conversion to float8 replaced a semi-sparse layer.
+        ScheduleError: torchao's conversion to float8 replaced a semi-sparse layer, or a weight cannot be pruned.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -42,6 +42,7 @@ class ScheduledLayers:
             raise NoLayerMatchedError(
                 f"model={type(model).__name__} has no semi-sparse layer to schedule; call sparsify first"
             )
+        self.check_present()
         self._reset()
 
     def __getstate__(self) -> dict[str, Any]:

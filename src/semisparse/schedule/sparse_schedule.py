@@ -53,7 +53,7 @@ class SparseSchedule:
         NoLayerMatchedError: model has no semi-sparse layer.
         ConfigError: pack, keep or seed is not one of its values.
         ScheduleError: phases is not a list of Phase, or does not add up; or torchao's conversion to float8 replaced a
-            layer after sparsify.
+            layer after sparsify, or a weight cannot be pruned any longer, such as under FSDP1.
         RankMismatchError: The ranks hold different layers or phases; raised on all of them.
     """
 

@@ -129,7 +129,9 @@ def _settings(weight: GatheredWeight) -> tuple[Any, ...]:
     layer, parameter = weight.layer, weight.parameter
     assert isinstance(layer, SemiSparseLinear)
     shape, ranks = (layer.out_features, layer.in_features), parameter.shard_mesh.size()
-    return weight.name, shape, ranks, layer.sparse_config, layer.sparse_enabled, weight.dtype, weight.shard.dtype
+    dtypes = weight.dtype, weight.shard.dtype
+    # The form also depends on the GPU: one without fp8 would send other sizes than the rest.
+    return weight.name, shape, ranks, layer.sparse_config, layer.sparse_enabled, weight.form_when_sparse, dtypes
 
 
 def _bytes(weight: GatheredWeight) -> tuple[int, int]:
