@@ -1,8 +1,11 @@
 """Exceptions of semisparse. Each is also a ValueError, RuntimeError or ImportError, so that existing handlers catch it.
 
-Every message names the argument, the value that was given and a way out. A docstring's first paragraph says what the
+Every message names the argument, the value that was given and a way out, and a traceback the section of
+docs/errors.md. A docstring's first paragraph says what the
 error means, its last what to do; docs/errors.md is generated from them (`python docs/errors_page.py`).
 """
+
+import functools
 
 
 class SemiSparseError(Exception):
@@ -10,6 +13,13 @@ class SemiSparseError(Exception):
 
     Catch it to catch each of the errors below. The library raises only its subclasses, never the class itself.
     """
+
+    @functools.cached_property
+    def __notes__(self) -> list[str]:  # type: ignore[override]  # it can be written, as BaseException's
+        """What Python shows below the message in a traceback; made when read, so that compiled code can raise."""
+        if type(self).__module__ != __name__:  # a subclass elsewhere, which the page does not have
+            return []
+        return [f"What it means and what to do: docs/errors.md#{type(self).__name__.lower()}"]
 
 
 class ConfigError(SemiSparseError, ValueError):
