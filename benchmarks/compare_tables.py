@@ -105,7 +105,7 @@ def short(results: Sequence[Result]) -> Table:
         found = [result["ratio_to_dense"].get(ROWS[name].title) for name in SHORT_ROWS]
         cells = [_what(result), f"{result['times_ms'][DENSE]['median_ms']:.1f}"]
         rows.append((*cells, *("" if one is None else f"**{one:.2f}**" for one in found), _gpu(result)))
-    columns = ("dense / this row", "dense ms", *(ROWS[name].title for name in SHORT_ROWS), "GPU")
+    columns = ("training step", "dense ms", *(ROWS[name].title for name in SHORT_ROWS), "GPU")
     return tables.without_empty(Table(columns, tuple(rows)))
 
 

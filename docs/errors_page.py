@@ -10,8 +10,8 @@ HEAD = """# Errors
 
 What each error means and what to do. Every message names the argument, the value that was given and a way out; the
 classes tell kinds of mistakes apart, for handlers. All are in `semisparse.errors`, and each is also the builtin
-exception that is named with it. A traceback names the section of this page. `python docs/errors_page.py` writes the page from
-their docstrings.
+exception that is named with it. A traceback names the section of this page. `python docs/errors_page.py` writes the
+page from their docstrings.
 """
 
 

@@ -206,7 +206,7 @@ def test_results_fill_the_card_and_the_pages_and_fit_them(torchao: None, monkeyp
     for text in (made["compare"], cards.compare_card()):
         assert "Remake: `python benchmarks/benchmark_semi_structured_training.py --compare --rows " in text
         assert all(row.title in text for row in compare.ROWS.values())
-    assert "| dense / this row |" in made["speed"]
+    assert "| training step | dense ms |" in made["speed"]
     for text in (made["compare"], made["speed"]):
         assert max(len(line) for line in text.splitlines() if line.startswith("|")) <= table.WIDTH + 2
     assert cards.CARDS / "compare.md" in cards.outputs()
@@ -216,5 +216,5 @@ def test_without_results_the_pages_stay_as_they_are(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(cards, "load", lambda kind: [] if kind.startswith("compare") else store.load(kind))
     made = cards.blocks()
     assert made["compare"].startswith(f"Not measured yet: `{cards.COMMAND} --compare ")
-    assert "this row" not in made["speed"]
+    assert "training step" not in made["speed"]
     assert cards.CARDS / "compare.md" not in cards.outputs()
