@@ -1,0 +1,144 @@
+"""B3: the same bits on four streams and from eight threads, while the allocator hands memory around."""
+
+import threading
+from collections.abc import Callable
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tests.trust.cases import Case, cases, fill, make_layer, normal, step
+from tests.trust.machine import Machine, differing
+from tests.trust.outcome import Part, Row
+
+RUNS = 250
+STREAMS = 4
+THREADS = 8
+OF_A_THREAD = 25
+"""Steps of each thread and layer."""
+
+SHAPES = ((200, 256, 512), (512, 512, 256), (1000, 1024, 512))
+NAMES = ("2:4, bf16", "2:4 activation, bf16", "2:4 + mvue, bf16", "fp8 + 2:4 + mvue")
+"""With SHAPES the twelve kinds and shapes of the plan."""
+
+
+class Subject:
+    """A layer, its operands, and the bits that every step of it must give."""
+
+    def __init__(self, machine: Machine, case: Case, shape: tuple[int, int, int]) -> None:
+        m, k, n = shape
+        self.name = f"{case.name} at M={m}, K={k}, N={n}"
+        self.layer: nn.Linear = make_layer(machine, case, k, n)
+        fill(machine, self.layer, integers=False)
+        self.x, self.dy = (normal(machine, m, size, seed=at, dtype=case.dtype) for at, size in ((5, k), (6, n)))
+        for _ in range(2):  # the first step tunes, the second one is started by C++
+            self.expected = [one.clone() for one in step(self.layer, self.x, self.dy)]
+        self.expected = [one.clone() for one in step(self.layer, self.x, self.dy)]
+        machine.wait()
+
+    def wrong(self) -> Tensor:
+        """How many results of one more step differ, on the device."""
+        return differing(step(self.layer, self.x, self.dy), self.expected)
+
+
+def churn(machine: Machine, turn: int) -> None:
+    """Memory that is taken, spoilt and given back on the current stream."""
+    torch.full((1 << (10 + turn % 12),), float("nan"), device=machine.device)
+
+
+def run(machine: Machine, part: Part, runs: int = RUNS, shapes: tuple[tuple[int, int, int], ...] = SHAPES) -> None:
+    """Compare until the budget is spent: streams in half of it, then threads.
+
+    Args:
+        machine: Where.
+        part: Gets the rows.
+        runs: Rounds on the streams.
+        shapes: M, K, N of each layer.
+    """
+    machine.tune_quickly()
+    subjects = [Subject(machine, case, shape) for case in cases(machine, NAMES) for shape in shapes]
+    _streams(machine, part, subjects, runs)
+    _threads(machine, part, subjects)
+    with _deterministic():
+        _again(machine, part, [Subject(machine, case, shapes[0]) for case in cases(machine, NAMES)])
+
+
+def _streams(machine: Machine, part: Part, subjects: list[Subject], runs: int) -> None:
+    streams, in_time = machine.streams(STREAMS), part.share(0.5)
+    counts = {subject.name: torch.zeros((), dtype=torch.int64, device=machine.device) for subject in subjects}
+    # A count of its own for each stream: adding to one from four would be a race of this test.
+    found: list[dict[str, Tensor]] = [{name: one.clone() for name, one in counts.items()} for _ in streams]
+    machine.wait()
+    done = 0
+    for turn in range(runs):
+        if not in_time():
+            break
+        for at, stream in enumerate(streams):
+            with stream():
+                for subject in subjects:
+                    churn(machine, turn + at)
+                    found[at][subject.name] += subject.wrong()
+        done += 1
+    machine.wait()
+    faults = [f"{name}: {total} results" for name in counts if (total := sum(int(one[name]) for one in found))]
+    size = f"{len(subjects)} layers, {done * STREAMS} steps each on {STREAMS} streams"
+    part.add(Row("B3", "rounds on four streams", f"of {runs}", done, runs, "at least"))
+    part.add(Row("B3", "layers with other bits on a stream", size, len(faults), faults=faults))
+
+
+def _threads(machine: Machine, part: Part, subjects: list[Subject]) -> None:
+    faults: list[str] = []
+    done = [0] * THREADS
+
+    def work(at: int) -> None:
+        with machine.streams(1)[0]():
+            for turn in range(OF_A_THREAD):
+                for subject in subjects:
+                    if part.left() <= 0:
+                        return
+                    churn(machine, turn + at)
+                    if int(subject.wrong()):
+                        faults.append(f"{subject.name}, thread {at}")
+                    done[at] += 1
+
+    raised = together([lambda at=at: work(at) for at in range(THREADS)])
+    size = f"{sum(done)} steps of {THREADS} threads"
+    part.add(Row("B3", "steps of eight threads with other bits, or an error", size, len(faults) + len(raised),
+                 faults=[*raised, *faults]))  # fmt: skip
+    part.add(Row("B3", "steps of the slowest thread", f"of {OF_A_THREAD * len(subjects)}", min(done), 1, "at least"))
+
+
+def together(works: list[Callable[[], Any]]) -> list[str]:
+    """Run all at once, each in a thread; the errors of those that raise."""
+    raised: list[str] = []
+
+    def run_one(work: Callable[[], Any]) -> None:
+        try:
+            work()
+        except BaseException as error:
+            raised.append(f"{type(error).__name__}: {error}")
+
+    threads = [threading.Thread(target=run_one, args=(work,)) for work in works]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return raised
+
+
+@contextmanager
+def _deterministic() -> Any:
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def _again(machine: Machine, part: Part, subjects: list[Subject]) -> None:
+    """With torch.use_deterministic_algorithms on, which switches tuning off."""
+    wrong = {subject.name: sum(int(subject.wrong()) for _ in range(10)) for subject in subjects}
+    faults = [f"{name}: {count} results" for name, count in wrong.items() if count]
+    size = f"{len(subjects)} layers, 10 steps each"
+    part.add(Row("B3", "layers with other bits in deterministic mode", size, len(faults), faults=faults))

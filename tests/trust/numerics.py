@@ -1,0 +1,209 @@
+"""B1: every kind of layer over many shapes, against fp64 with PyTorch's own error as the measure, and bit for bit."""
+
+import itertools
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from semisparse.exactness import ERROR_RATIO, largest, own_error
+from semisparse.gemm.autotune.autotuner import VARIABLE
+from semisparse.reference import linear as reference
+from semisparse.reference import masks, mvue
+from semisparse.selfcheck.operands import SEED
+from tests.trust.cases import Case, cases, fill, make_layer, normal, step, whole
+from tests.trust.machine import Machine
+from tests.trust.outcome import Part, Row
+
+Shape = tuple[int, int, int]
+"""Tokens M, in_features K, out_features N."""
+
+NAMES = ("y", "dx", "dW", "db")
+ALWAYS = ("2:4, bf16", "2:4, fp16", "fp8 + 2:4")
+IN_TURN = ("2:4, mask row, bf16", "2:4 activation, bf16", "2:4 + mvue, bf16", "fp8 + 2:4, mask row", "fp8 + 2:4 + mvue")
+WANTED = 300
+"""Shapes that the plan asks for."""
+
+# Around powers of two, where padding and tiles begin and end; 4104 is no multiple of a large tile.
+TOKENS = (1, 2, 7, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65, 100, 127, 129, 200, 255, 257, 513, 1000, 2048, 4104, 8192)
+# K x N: the smallest, next to multiples of 64, 128 and 256, long and short in each direction.
+FEATURES = (
+    (16, 16), (48, 80), (80, 48), (112, 144), (144, 112), (128, 256), (240, 272), (272, 240), (64, 2048), (2048, 32),
+    (528, 1040), (1008, 336),
+)  # fmt: skip
+UNALIGNED = tuple(itertools.product((1, 13, 200, 1001), ((20, 36), (100, 48), (64, 52))))
+"""Multiples of 4 alone, which 16-bit layers compute masked dense."""
+# ViT-B, ViT-L, Llama with 2048 features, Llama 7B, Llama 3 8B.
+FFN = ((768, 3072), (1024, 4096), (2048, 8192), (4096, 11008), (4096, 14336))
+
+LARGEST_SAMPLE = 2**20
+"""Entries of dy up to which the specification draws the sample; it does so on the CPU."""
+
+
+def shapes() -> list[Shape]:
+    """All shapes, in an order in which any number of the first ones holds some of each kind."""
+    aligned = [(m, k, n) for m, (k, n) in itertools.product(TOKENS, FEATURES)]
+    large = [(m, *pair) for m in (200, 2048, 8192) for ffn in FFN for pair in (ffn, ffn[::-1])]
+    found = [*aligned, *((m, k, n) for m, (k, n) in UNALIGNED), *large]
+    stride = 89  # no divisor of the number of shapes
+    return [found[at * stride % len(found)] for at in range(len(found))]
+
+
+@dataclass
+class Tally:
+    """What was found of one kind of layer."""
+
+    name: str
+    ratio: float = 0.0
+    checks: int = 0
+    faults: list[str] = field(default_factory=list)
+    inexact: int = 0
+    integers: int = 0
+    inexact_faults: list[str] = field(default_factory=list)
+
+
+def run(machine: Machine, part: Part, every: int = 1, chosen: Sequence[Shape] | None = None) -> None:
+    """Compare until the budget is spent.
+
+    Args:
+        machine: Where.
+        part: Gets the rows.
+        every: One shape in as many.
+        chosen: Instead of all shapes.
+    """
+    tallies = {case.name: Tally(case.name) for case in cases(machine)}
+    todo, done = (list(chosen) if chosen is not None else shapes())[::every], 0
+    # Every shape would be tuned; algorithms are compared in algorithms.py.
+    with mock.patch.dict(os.environ, {VARIABLE: "0"}), _whole_sums():
+        for at, shape in enumerate(todo):
+            if part.left() <= 0:
+                break
+            for case in cases(machine, (*ALWAYS, IN_TURN[at % len(IN_TURN)])):
+                _check(machine, case, shape, bias=bool((at + at // 5) % 3), tally=tallies[case.name])
+            done += 1
+    part.details["shapes"] = done
+    part.add(Row("B1", "shapes", f"of {len(todo)}", done, min(WANTED, len(todo)), "at least"))
+    for tally in tallies.values():
+        size = f"{tally.checks} results"
+        what = f"{tally.name}: largest error, in units of PyTorch's"
+        part.add(Row("B1", what, size, tally.ratio, ERROR_RATIO, faults=tally.faults))
+        if tally.integers:
+            what = f"{tally.name}: results of whole numbers that differ in a bit"
+            part.add(Row("B1", what, f"{tally.integers} results", tally.inexact, faults=tally.inexact_faults))
+
+
+@contextmanager
+def _whole_sums() -> Iterator[None]:
+    """cuBLAS adds parts of a sum in fp32: rounded to 16 bits in between, whole numbers would be off in PyTorch, too."""
+    matmul = torch.backends.cuda.matmul
+    names = ("allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction")
+    before = [getattr(matmul, name) for name in names]
+    for name in names:
+        setattr(matmul, name, False)
+    try:
+        yield
+    finally:
+        for name, value in zip(names, before, strict=True):
+            setattr(matmul, name, value)
+
+
+def _check(machine: Machine, case: Case, shape: Shape, bias: bool, tally: Tally) -> None:
+    m, k, n = shape
+    aligned = k % 16 == 0 and n % 16 == 0
+    if case.fp8:
+        k, n = (-(-size // case.multiple) * case.multiple for size in (k, n))
+    layer = make_layer(machine, case, k, n, bias, None if aligned or case.fp8 else "auto")
+    where = f"M={m}, K={k}, N={n}, bias {bias}"
+    fill(machine, layer, integers=False)
+    x, dy = (normal(machine, m, size, seed=at, dtype=case.dtype) for at, size in ((5, k), (6, n)))
+    ours = step(layer, x, dy)
+    for name, mine, torchs, exact in zip(NAMES, ours, *_yardstick(machine, case, layer, x, dy), strict=False):
+        if exact is None:
+            continue
+        error, allowed = largest(mine.double() - exact), ERROR_RATIO * own_error(torchs, exact)
+        ratio = ERROR_RATIO * error / allowed if allowed else error
+        tally.checks += 1
+        tally.ratio = max(tally.ratio, ratio) if ratio == ratio else float("inf")
+        if not ratio <= ERROR_RATIO:
+            tally.faults.append(f"{name} at {where}: {ratio:.3g}")
+    if case.sampled:
+        return  # what is kept of a sample is scaled, so that it is no whole number
+    fill(machine, layer, integers=True)
+    x, dy = (whole(machine, m, size, seed=at, dtype=case.dtype) for at, size in ((5, k), (6, n)))
+    for name, mine, right in zip(NAMES, step(layer, x, dy), _whole(case, layer, x, dy), strict=False):
+        tally.integers += 1
+        if not torch.equal(mine + 0.0, right + 0.0):  # a zero's sign depends on the order of summation
+            tally.inexact += 1
+            tally.inexact_faults.append(f"{name} at {where}: {int((mine != right).sum())} values")
+
+
+Results = Iterator[Tensor | None] | Sequence[Tensor | None]
+
+
+def _yardstick(machine: Machine, case: Case, layer: nn.Linear, x: Tensor, dy: Tensor) -> tuple[Results, Results]:
+    """The same by PyTorch in the same dtype, and in fp64; None for what has no exact counterpart here."""
+    if case.fp8:
+        dense = make_layer(machine, case, layer.in_features, layer.out_features, layer.bias is not None, "dense")
+        dense.load_state_dict(layer.state_dict())
+        return step(dense, x, dy), _fp8_exact(case, layer, x, dy)
+    drawn = None
+    if case.sampled and dy.numel() <= LARGEST_SAMPLE:
+        drawn = mvue.sample(dy.cpu(), SEED).matrix.to(dy.device)
+    same, exact = (list(_plain(case, layer, x, dy, dtype, drawn)) for dtype in (case.dtype, torch.float64))
+    if case.sampled and drawn is None:
+        exact[2] = None
+    return same, exact
+
+
+def _plain(
+    case: Case, layer: nn.Linear, x: Tensor, dy: Tensor, dtype: torch.dtype, drawn: Tensor | None = None
+) -> list[Tensor | None]:
+    """F.linear and autograd of the operands that the specification prunes."""
+    weight, bias = layer.weight.detach(), None if layer.bias is None else layer.bias.detach()
+    mask = None if case.config.weight is None else _mask(case, weight)
+    pruned = weight if mask is None else reference.prune(weight, mask)
+    tokens = reference.prune_tokens(x) if mask is None else x
+    leaves = [one.to(dtype, copy=True).requires_grad_() for one in (tokens, pruned, bias) if one is not None]
+    y = F.linear(*leaves)
+    grads = list(torch.autograd.grad(y, leaves, dy.to(dtype)))
+    if drawn is not None:
+        grads[1] = reference.grad_weight(drawn.to(dtype), leaves[0].detach())
+    return [y.detach(), *grads]
+
+
+def _mask(case: Case, weight: Tensor) -> Tensor:
+    return masks.row(weight) if case.config.weight == "row" else masks.transposable(weight)
+
+
+def _fp8_exact(case: Case, layer: nn.Linear, x: Tensor, dy: Tensor) -> list[Tensor | None]:
+    """Of the rounded operands, in fp64."""
+    weight = layer.weight.detach()
+    tokens, gradient = reference.quantised(x), reference.quantised(dy)
+    pruned = reference.quantised(weight, _mask(case, weight))
+    y = (tokens.values @ pruned.values.mT) * (tokens.scale * pruned.scale).double()
+    y = y if layer.bias is None else y + layer.bias.detach().double()
+    dx = (gradient.values @ pruned.values) * (gradient.scale * pruned.scale).double()
+    dw = (gradient.values.mT @ tokens.values) * (gradient.scale * tokens.scale).double()
+    return [y, dx, None if case.sampled else dw, dy.double().sum(0)]
+
+
+def _whole(case: Case, layer: nn.Linear, x: Tensor, dy: Tensor) -> list[Tensor]:
+    """What whole numbers must give, bit for bit: their sums are exact."""
+    weight, bias = layer.weight.detach(), None if layer.bias is None else layer.bias.detach()
+    if not case.fp8:
+        results = [one.to(case.dtype) for one in _plain(case, layer, x, dy, torch.float64) if one is not None]
+        if case.config.activation is not None and bias is not None:  # which follows the product
+            results[0] = (reference.prune_tokens(x).double() @ weight.double().mT).to(case.dtype) + bias
+        return results
+    mask, packed_twice = _mask(case, weight), case.config.products["grad_input"] == "sparse fp8"
+    return [
+        reference.fp8_forward(x, weight, mask, bias, dy.dtype),
+        reference.fp8_grad_input(dy, weight, mask, x.dtype, sparse=packed_twice),
+        reference.fp8_grad_weight(dy, x, weight.dtype),
+        dy.double().sum(0).to(weight.dtype),
+    ]

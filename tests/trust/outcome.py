@@ -1,0 +1,159 @@
+"""What the parts of the trust suite found: rows with a figure and its limit, in a file that is written as they come."""
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from semisparse.gemm.autotune.algorithm import one_line
+
+FILE = "trust.json"
+MOST_FAULTS = 20
+"""Descriptions of faults that a row keeps; its figure counts all of them."""
+
+Rule = Literal["at most", "at least", "reported"]
+
+
+class NotHere(Exception):
+    """Something that this machine does not have; the message says what."""
+
+
+@dataclass
+class Row:
+    """One line of the table.
+
+    Attributes:
+        item: Of the plan: "B1" to "C1".
+        what: Was looked at.
+        size: How much of it.
+        figure: What came out; None where it is not finite.
+        limit: What it may be; None where it is only reported.
+        rule: How the two compare.
+        faults: The first MOST_FAULTS of what was wrong, in words.
+    """
+
+    item: str
+    what: str
+    size: str
+    figure: float | None
+    limit: float | None = 0
+    rule: Rule = "at most"
+    faults: list[str] = field(default_factory=list)
+
+    @property
+    def passed(self) -> bool:
+        """Whether the figure keeps to its limit."""
+        if self.rule == "reported":
+            return True
+        if self.figure is None or self.limit is None:
+            return False
+        return self.figure <= self.limit if self.rule == "at most" else self.figure >= self.limit
+
+    def document(self) -> dict[str, Any]:
+        """As JSON values."""
+        figure = self.figure if self.figure is not None and math.isfinite(self.figure) else None
+        kept = self.faults[:MOST_FAULTS]
+        return {**asdict(self), "figure": figure, "faults": kept, "passed": figure is not None and self.passed}
+
+
+@dataclass
+class Part:
+    """One part while it runs.
+
+    Attributes:
+        name: Of the part.
+        seconds: Its budget. A part looks at it between measurements, so that one of them may end later.
+        clock: Seconds.
+        changed: Called after each change.
+        rows: What it found so far.
+        details: Further JSON values, by name.
+    """
+
+    name: str
+    seconds: float
+    clock: Callable[[], float] = time.monotonic
+    changed: Callable[[], None] = lambda: None
+    rows: list[Row] = field(default_factory=list)
+    details: dict[str, Any] = field(default_factory=dict)
+    outcome: str = "running"
+    reason: str = ""
+    took: float = 0.0
+    begin: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.begin = self.clock()
+
+    def add(self, row: Row) -> Row:
+        """Add a row, which may change until the part ends."""
+        self.rows.append(row)
+        self.changed()
+        return row
+
+    def left(self) -> float:
+        """Seconds of the budget that are left."""
+        return self.seconds - (self.clock() - self.begin)
+
+    def share(self, of: float) -> Callable[[], bool]:
+        """Whether a share of the whole budget is left, from now on.
+
+        Args:
+            of: From 0 to 1.
+        """
+        end = self.clock() + of * self.seconds
+        return lambda: self.clock() < end
+
+    def document(self) -> dict[str, Any]:
+        """As JSON values."""
+        return {
+            "name": self.name, "outcome": self.outcome, "reason": self.reason, "budget": self.seconds,
+            "seconds": round(self.took, 1), "rows": [row.document() for row in self.rows], **self.details,
+        }  # fmt: skip
+
+
+class Record:
+    """The file of a run.
+
+    Args:
+        folder: Where FILE is written.
+        quick: Whether sizes were cut.
+        provenance: Machine, versions and commit.
+    """
+
+    def __init__(self, folder: Path, quick: bool, provenance: dict[str, Any]) -> None:
+        self.path, self._quick, self._provenance = folder / FILE, quick, provenance
+        self.parts: list[Part] = []
+
+    def save(self) -> None:
+        """Write the file anew; a reader never sees half of it."""
+        document = {
+            "kind": "trust", "quick": self._quick, "provenance": self._provenance,
+            "parts": [part.document() for part in self.parts],
+        }  # fmt: skip
+        fresh = self.path.with_suffix(".tmp")
+        fresh.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        os.replace(fresh, self.path)
+
+    @contextmanager
+    def part(self, name: str, seconds: float) -> Iterator[Part]:
+        """A part of the run; what it raises is recorded, and the next part can run."""
+        part = Part(name, seconds, changed=self.save)
+        self.parts.append(part)
+        try:
+            yield part
+            part.outcome = "done"
+        except NotHere as reason:
+            part.outcome, part.reason = "skipped", str(reason)
+        except Exception as error:  # a part that fails must not hide the others
+            part.outcome, part.reason = "raised", one_line(error)
+        part.took = part.clock() - part.begin
+        self.save()
+
+    @property
+    def passed(self) -> bool:
+        """Whether nothing raised and all figures keep to their limits."""
+        return all(part.outcome != "raised" and all(row.passed for row in part.rows) for part in self.parts)

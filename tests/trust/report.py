@@ -1,0 +1,103 @@
+"""The record of the trust suite and its table in docs/reliability.md.
+
+python -m tests.trust.report                   write the page from tests/trust/record.json
+python -m tests.trust.report RUN.json ...      first add the parts of these runs; the last run of a part counts
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.origin import origin
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = ROOT / "docs" / "reliability.md"
+RECORD = Path(__file__).with_name("record.json")
+BEGIN, END = "<!-- trust: generated from tests/trust/record.json -->", "<!-- end of trust -->"
+NONE = "No run on a GPU is recorded yet."
+
+Document = dict[str, Any]
+
+
+def merged(record: Document | None, runs: Sequence[Document]) -> Document:
+    """A record with the parts of more runs.
+
+    Args:
+        record: What there is; None for nothing.
+        runs: As `python -m tests.trust` writes them. Quick ones are refused: their sizes say little.
+
+    Raises:
+        ValueError: A run is no whole run of this suite.
+    """
+    parts = {} if record is None else {part["name"]: part for part in record["parts"]}
+    for run in runs:
+        if run.get("kind") != "trust" or run.get("quick") is not False:
+            raise ValueError(f"kind {run.get('kind')!r}, quick {run.get('quick')!r}: no whole run of the trust suite")
+        parts |= {part["name"]: {**part, "provenance": run["provenance"]} for part in run["parts"]}
+    return {"kind": "trust", "parts": list(parts.values())}
+
+
+def table(record: Document | None) -> str:
+    """What was found as a table, with the machine under it.
+
+    Args:
+        record: As merged gives it; None where nothing was run.
+    """
+    if record is None:
+        return NONE
+    lines = ["| plan | what | size | figure | limit | holds |", "| --- | --- | --- | ---: | ---: | --- |"]
+    for part in record["parts"]:
+        for row in part["rows"]:
+            limit = "" if row["limit"] is None else f"{row['rule']} {_number(row['limit'])}"
+            holds = "reported" if row["rule"] == "reported" else "yes" if row["passed"] else "**no**"
+            lines.append(
+                f"| {row['item']} | {row['what']} | {row['size']} | {_number(row['figure'])} | {limit} | {holds} |"
+            )
+    others = [
+        f"- {part['name']}: {part['outcome']}, {part['reason']}"
+        for part in record["parts"]
+        if part["outcome"] != "done"
+    ]
+    return "\n".join([*lines, "", *others, *([""] if others else []), origin(record["parts"])])
+
+
+def _number(value: float | None) -> str:
+    """Integers with separators, others with three digits."""
+    if value is None:
+        return "not finite"
+    return f"{value:,}" if float(value).is_integer() else f"{value:.3g}"
+
+
+def page(text: str, record: Document | None) -> str:
+    """The page with the table of a record.
+
+    Args:
+        text: The page before.
+        record: As table takes it.
+    """
+    before, rest = text.split(BEGIN)
+    return f"{before}{BEGIN}\n{table(record)}\n{END}{rest.split(END)[1]}"
+
+
+def read(path: Path) -> Document | None:
+    """A document, or None where there is no file."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def main() -> int:
+    """Add runs to the record, and write the page.
+
+    Returns:
+        Exit code.
+    """
+    runs = [json.loads(Path(name).read_text(encoding="utf-8")) for name in sys.argv[1:]]
+    if runs:
+        RECORD.write_text(json.dumps(merged(read(RECORD), runs), indent=1) + "\n", encoding="utf-8")
+    PAGE.write_text(page(PAGE.read_text(encoding="utf-8"), read(RECORD)), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,233 @@
+"""B4: compute-sanitizer over every kernel and the native layer, and guard zones around every buffer."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from unittest import mock
+
+import torch
+
+from semisparse import native
+from semisparse.gemm.autotune.autotuner import VARIABLE
+from tests.trust.cases import CASES, cases, fill, make_layer, normal, step
+from tests.trust.guards import Guards, guarded
+from tests.trust.launches import EIGHT, LAYERS, SIXTEEN, Kernels, counted, entry_points
+from tests.trust.machine import Machine, differing
+from tests.trust.outcome import NotHere, Part, Row
+
+ROOT = Path(__file__).resolve().parents[2]
+TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
+RUNS = (*((tool, "kernels") for tool in TOOLS), *((tool, "layers") for tool in TOOLS))
+"""The tools over the Triton kernels alone first: the layers also run the kernels of cuSPARSELt and cuBLAS."""
+
+PATIENCE = 150.0
+"""Seconds for one run of a tool."""
+
+SUMMARY = re.compile(r"^=+ (?:ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: (\d+) hazard)", re.MULTILINE)
+_BANNERS = ("COMPUTE-SANITIZER", "ERROR SUMMARY", "RACECHECK SUMMARY", "LEAK SUMMARY", "Target application")
+
+
+@dataclass(frozen=True)
+class Reports:
+    """What a tool said.
+
+    Attributes:
+        count: Of its summary; None where there is none.
+        texts: The first lines of each report, joined.
+    """
+
+    count: int | None
+    texts: list[str]
+
+
+def read(output: str) -> Reports:
+    """The reports in a tool's output.
+
+    Args:
+        output: Of compute-sanitizer, with what the program printed in between.
+    """
+    found = SUMMARY.search(output)
+    texts: list[list[str]] = []
+    for line in output.splitlines():
+        if not line.startswith("========= "):
+            continue
+        text = line[len("========= ") :]
+        if text[:1] not in ("", " ") and not text.startswith(_BANNERS):
+            texts.append([text.strip()])
+        elif texts and text.strip() and len(texts[-1]) < 3:
+            texts[-1].append(text.strip())
+    count = None if found is None else int(found[1] or found[2])
+    return Reports(count, [" | ".join(one) for one in texts])
+
+
+def find_tool() -> str:
+    """The path of compute-sanitizer: on PATH, or beside nvcc.
+
+    Raises:
+        NotHere: It is in neither place.
+    """
+    folders = [Path(found).resolve().parent for found in [shutil.which("nvcc")] if found]
+    folders += [Path(os.environ[name], "bin") for name in ("CUDA_HOME", "CUDA_PATH") if name in os.environ]
+    folders.append(Path("/usr/local/cuda/bin"))
+    places = [os.environ.get("PATH", ""), *(str(one) for one in folders)]
+    places += [str(one.parent / "compute-sanitizer") for one in folders]
+    tool = shutil.which("compute-sanitizer", path=os.pathsep.join(places))
+    if tool is None:
+        raise NotHere("compute-sanitizer is neither on PATH nor beside nvcc")
+    return tool
+
+
+def run(machine: Machine, part: Part, folder: Path, runs: Sequence[tuple[str, str]] = RUNS) -> None:
+    """Guard zones first, then the tools.
+
+    Args:
+        machine: Where.
+        part: Gets the rows.
+        folder: Gets the outputs of the tools, and the caches of what they run.
+        runs: Tool and what it runs.
+
+    Raises:
+        NotHere: There is no GPU, or no compute-sanitizer.
+    """
+    guard(machine, part)
+    if not machine.cuda:
+        raise NotHere("compute-sanitizer needs a GPU")
+    tool, folder = find_tool(), folder / "sanitizer"
+    folder.mkdir(exist_ok=True)
+    for mode in dict.fromkeys(mode for _, mode in runs):
+        # Without a tool first: it compiles the kernels and measures the choices, which then are on disk.
+        output, result = program([], mode, folder, "warm", min(PATIENCE, max(part.left(), 1.0)))
+        if result is None:
+            raise RuntimeError(f"the program {mode} did not end: {output.strip()[-300:]}")
+        part.details[f"launched by {mode}"] = result
+    for name, mode in runs:
+        if part.left() <= 0:
+            part.add(Row("B4", f"{name} over {mode}: runs", "no time was left", 0, 1, "at least"))
+            continue
+        options = ["--report-api-errors", "no"] if name == "memcheck" else []
+        command = [tool, "--tool", name, "--print-limit", "10000", *options]
+        output, result = program(command, mode, folder, name, min(PATIENCE, part.left()))
+        for row in rows_of(name, mode, output, result):
+            part.add(row)
+
+
+def rows_of(name: str, mode: str, output: str, result: dict[str, object] | None) -> list[Row]:
+    """The outcome of one tool.
+
+    Every report of memcheck counts, since kernels of others get their addresses and sizes from here. Of the other tools
+    those count that name a kernel of this package; the rest is reported.
+
+    Args:
+        name: Of the tool.
+        mode: What it ran.
+        output: Of both.
+        result: What was launched; None if the program did not come to its end.
+    """
+    reports = read(output)
+    if result is None or reports.count is None:
+        last = output.strip().splitlines()[-3:] or ["it printed nothing"]
+        return [Row("B4", f"{name} over {mode}: runs that ended", "of 1", 0, 1, "at least", [" | ".join(last)[-300:]])]
+    launches = result["launches"]
+    assert isinstance(launches, dict)
+    size = f"{len(launches)} kernels, {sum(launches.values())} launches by Python, {result['native']} products by C++"
+    ours = re.compile(rf"\b(?:{'|'.join(sorted(entry_points()))})\b")
+    others = [] if name == "memcheck" else [text[:300] for text in reports.texts if not ours.search(text)]
+    texts = [text[:300] for text in reports.texts if name == "memcheck" or ours.search(text)]
+    rows = [Row("B4", f"{name} over {mode}: reports", size, reports.count - len(others), faults=texts)]
+    if others:
+        what = f"{name} over {mode}: reports in kernels of others"
+        rows.append(Row("B4", what, size, len(others), None, "reported", others))
+    return rows
+
+
+def program(
+    command: Sequence[str], mode: str, folder: Path, name: str, seconds: float
+) -> tuple[str, dict[str, object] | None]:
+    """Run launches.py; what it printed, and what it launched, or None if it did not come to its end.
+
+    Args:
+        command: What runs it.
+        mode: What it does.
+        folder: For its files.
+        name: Of the files.
+        seconds: After which it is ended.
+    """
+    result = folder / f"{name}-{mode}.json"
+    result.unlink(missing_ok=True)
+    own = {"XDG_CACHE_HOME": str(folder / "cache"), "TRITON_CACHE_DIR": str(folder / "triton"), VARIABLE: "1"}
+    if command:
+        own["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # each tensor is an allocation of its own, which the tools see
+    python = [sys.executable, "-m", "tests.trust.launches", str(result), mode]
+    with (folder / f"{name}-{mode}.txt").open("w+", encoding="utf-8", errors="replace") as file:
+        child = subprocess.Popen(
+            [*command, *python], cwd=ROOT, env=os.environ | own, stdout=file, stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )  # fmt: skip
+        try:
+            child.wait(seconds)
+        except subprocess.TimeoutExpired:
+            os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
+            file.write(f"\nended after {seconds:.0f} s\n")
+        file.seek(0)
+        output = file.read()
+    return output, json.loads(result.read_text(encoding="utf-8")) if result.exists() else None
+
+
+def guard(
+    machine: Machine,
+    part: Part,
+    sixteen: tuple[tuple[int, int], ...] = SIXTEEN,
+    eight: tuple[tuple[int, int], ...] = EIGHT,
+    shapes: tuple[tuple[int, int, int], ...] = LAYERS,
+) -> None:
+    """Kernels and layers with NaN around each buffer: no zone may change, and no result may be another one.
+
+    Args:
+        machine: Where.
+        part: Gets the rows.
+        sixteen: As Kernels.run has it.
+        eight: The same.
+        shapes: Tokens, in_features and out_features of the layers.
+    """
+    with guarded() as guards, counted() as counts:
+        Kernels(machine).run(sixteen, eight)
+        torn, kernels = guards.torn(), len(guards)
+    size = f"{kernels} buffers, {len(counts)} kernels, {sum(counts.values())} launches"
+    part.add(Row("B4", "buffers of kernels with a torn guard zone", size, torn))
+    torn, buffers, wrong = 0, 0, []
+    native.watch(1)  # Python allocates, not C++
+    try:
+        with mock.patch.dict(os.environ, {VARIABLE: "0"}):
+            for case in cases(machine, tuple(CASES)):
+                for shape in shapes:
+                    guards, differ = _layer(machine, case.name, shape)
+                    torn, buffers = torn + guards.torn(), buffers + len(guards)
+                    wrong += [f"{case.name} at {shape}: {differ} results"] if differ else []
+    finally:
+        native.watch(-1)
+    size = f"{buffers} buffers, {len(cases(machine))} kinds of layers, {len(shapes)} shapes"
+    part.add(Row("B4", "buffers of layers with a torn guard zone", size, torn))
+    part.add(Row("B4", "layers whose bits depend on what lies around their buffers", size, len(wrong), faults=wrong))
+
+
+def _layer(machine: Machine, name: str, shape: tuple[int, int, int]) -> tuple[Guards, int]:
+    """The guards of one step, and how many of its results differ from those without guards."""
+    (m, k, n), case = shape, cases(machine, (name,))[0]
+    layer = make_layer(machine, case, k, n)
+    fill(machine, layer, integers=False)
+    x, dy = (normal(machine, m, size, seed=at, dtype=case.dtype) for at, size in ((5, k), (6, n)))
+    expected = step(layer, x, dy)
+    with guarded() as guards:
+        with torch.no_grad():
+            for parameter in layer.parameters():
+                parameter.data = guards.copy(parameter.data)
+        found = step(layer, guards.copy(x), guards.copy(dy))
+    return guards, int(differing(found, expected))

@@ -1,0 +1,121 @@
+"""C1: minutes of everything at once: shapes in turn, threads, streams, graphs, layers that come and go."""
+
+import random
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+from tests.trust.cases import CASES, Case, cases, make_layer, normal, step
+from tests.trust.determinism import Subject, churn, together
+from tests.trust.graphs import model
+from tests.trust.leaks import DEVICE_BYTES, HOST_BYTES
+from tests.trust.machine import Machine, differing
+from tests.trust.outcome import Part, Row
+
+THREADS = 4
+CYCLES = 500
+"""Fewest cycles, of which each is a step of some kind."""
+
+MOST = 1_000
+"""Faults after which it ends."""
+
+SHAPES = (
+    (64, 128, 256), (200, 256, 128), (513, 256, 512), (1000, 512, 256), (31, 512, 512), (1032, 128, 128),
+)  # fmt: skip
+
+
+def run(machine: Machine, part: Part, shapes: tuple[tuple[int, int, int], ...] = SHAPES, cycles: int = CYCLES) -> None:
+    """Run for the budget once all is set up; a tenth of it is the warm-up.
+
+    Args:
+        machine: Where.
+        part: Gets the rows.
+        shapes: M, K, N of the layers.
+        cycles: Fewest that are asked for.
+    """
+    machine.tune_quickly()
+    subjects = [Subject(machine, case, shape) for case in cases(machine, tuple(CASES)) for shape in shapes]
+    replays = [_replayed(machine, case, shapes[0]) for case in cases(machine, ("2:4, bf16", "fp8 + 2:4"))]
+    faults: list[str] = []
+    counts = [0] * THREADS
+    replaying = threading.Lock()
+    warm, all_of_it, every = part.share(0.1), part.share(1), threading.Barrier(THREADS + 1)
+    taken: list[tuple[int, int]] = []
+
+    def work(at: int) -> None:
+        chance = random.Random(at)
+        with ending(every), machine.streams(1)[0]():
+            for until in (warm, all_of_it):
+                counts[at] = 0
+                while until() and len(faults) < MOST:
+                    cycle(at, chance)
+                    counts[at] += 1
+                every.wait()
+                every.wait()  # memory is looked at in between
+
+    def measure() -> None:
+        with ending(every):
+            for _ in range(2):
+                every.wait()
+                taken.append((machine.allocated(), machine.resident()))
+                every.wait()
+
+    def cycle(at: int, chance: random.Random) -> None:
+        churn(machine, chance.randrange(64))
+        what = chance.random()
+        if what < 0.8:
+            subject = chance.choice(subjects)
+            if int(subject.wrong()):
+                faults.append(f"{subject.name}, thread {at}")
+        elif what < 0.95:
+            with replaying:  # a graph writes into memory of its own: one replay of it at a time
+                name, replayed = chance.choice(replays)
+                if replayed(chance.randrange(1000)):
+                    faults.append(f"{name}, thread {at}")
+        else:
+            case = chance.choice(cases(machine, tuple(CASES)))
+            layer = make_layer(machine, case, 64, 96)
+            step(layer, *(normal(machine, 32, size, seed=1, dtype=case.dtype) for size in (64, 96)))
+
+    raised = together([*(lambda at=at: work(at) for at in range(THREADS)), measure])
+    if raised:
+        part.add(Row("C1", "threads that raised", f"of {THREADS}", len(raised), faults=raised))
+        return
+    before, after = taken
+    size = f"{sum(counts)} cycles of {THREADS} threads, {part.clock() - part.begin:.0f} s"
+    part.add(Row("C1", "cycles after the warm-up", f"in {part.seconds:.0f} s", sum(counts), cycles, "at least"))
+    part.add(Row("C1", "steps with other bits", size, len(faults), faults=faults))
+    part.add(Row("C1", "growth on the device in bytes", size, after[0] - before[0], DEVICE_BYTES))
+    part.add(Row("C1", "growth of the process in bytes", size, after[1] - before[1], HOST_BYTES))
+
+
+@contextmanager
+def ending(every: threading.Barrier) -> Iterator[None]:
+    """Where this thread raises, the others do not wait for it."""
+    try:
+        yield
+    except BaseException:
+        every.abort()
+        raise
+
+
+def _replayed(machine: Machine, case: Case, shape: tuple[int, int, int]) -> tuple[str, Callable[[int], int]]:
+    """A captured step of a model, and what compares a replay of it, on new inputs, with an eager step."""
+    m, k, n = shape
+    net = model(machine, case, integers=False, sizes=(k, n))
+    x, dy = (normal(machine, m, k, seed=at, dtype=case.dtype) for at in (5, 6))
+    step(net, x, dy)
+    recorded, replay = machine.capture(lambda: step(net, x, dy))
+    machine.wait()
+
+    def compare(seed: int) -> int:
+        x.copy_(normal(machine, m, k, seed=seed, dtype=case.dtype))
+        replay()
+        wrong = int(differing(step(net, x, dy), recorded))
+        if machine.cuda:
+            torch.cuda.current_stream().synchronize()
+        return wrong
+
+    return f"replay of {case.name}", compare

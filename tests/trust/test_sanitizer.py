@@ -1,0 +1,153 @@
+"""Outputs of compute-sanitizer are read, programs end, guard zones are looked at, and every kernel is launched."""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.trust import sanitizer
+from tests.trust.guards import ZONE, guarded
+from tests.trust.launches import Kernels, counted, entry_points
+from tests.trust.machine import Machine
+from tests.trust.outcome import NotHere, Part
+
+WRITE = """========= COMPUTE-SANITIZER
+========= Invalid __global__ write of size 2 bytes
+=========     at {kernel}+0x1230
+=========     by thread (0,0,0) in block (1,0,0)
+=========     Address 0x7f00 is out of bounds
+=========
+printed by the program
+========= Uninitialized __global__ memory read of size 4 bytes
+=========     at 0x90 in some_library_kernel(float*)
+=========
+========= ERROR SUMMARY: 2 errors
+"""
+RACE = """========= COMPUTE-SANITIZER
+========= Error: Race reported between Write access at prune_pack+0x40 and Read access at prune_pack+0x90 [4 hazards]
+=========
+========= RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)
+"""
+LAUNCHED = {"launches": {"prune_pack": 2}, "native": 0}
+CLEAN = "========= COMPUTE-SANITIZER\n========= ERROR SUMMARY: 0 errors\n"
+
+
+def test_reports_are_read_with_their_kernels() -> None:
+    found = sanitizer.read(WRITE.format(kernel="unpack"))
+    assert found.count == 2 and len(found.texts) == 2
+    assert (
+        found.texts[0]
+        == "Invalid __global__ write of size 2 bytes | at unpack+0x1230 | by thread (0,0,0) in block (1,0,0)"
+    )
+    assert sanitizer.read(RACE).count == 1
+    assert sanitizer.read(CLEAN) == sanitizer.Reports(0, [])
+
+
+@pytest.mark.parametrize(
+    ("tool", "output", "figures"),
+    [
+        ("memcheck", WRITE.format(kernel="foreign"), [2]),
+        ("initcheck", WRITE.format(kernel="unpack"), [1, 1]),
+        ("initcheck", WRITE.format(kernel="unpacked"), [0, 2]),
+        ("racecheck", RACE, [1]),
+        ("synccheck", CLEAN, [0]),
+    ],
+)
+def test_what_counts_depends_on_the_tool(tool: str, output: str, figures: list[int]) -> None:
+    rows = sanitizer.rows_of(tool, "kernels", output, LAUNCHED)
+    assert [row.figure for row in rows] == figures
+    assert rows[0].passed == (figures[0] == 0)
+
+
+@pytest.mark.parametrize(("output", "result"), [("no summary", LAUNCHED), (CLEAN, None), ("", None)])
+def test_a_run_that_did_not_end_does_not_pass(output: str, result: dict[str, object] | None) -> None:
+    (row,) = sanitizer.rows_of("memcheck", "kernels", output, result)
+    assert not row.passed and row.faults
+
+
+def test_a_program_that_hangs_is_ended_and_the_output_kept(tmp_path: Path) -> None:
+    begin = time.monotonic()
+    command = ["sh", "-c", "echo begun; sleep 60"]
+    output, result = sanitizer.program(command, "kernels", tmp_path, "memcheck", 0.3)
+    assert result is None and output.startswith("begun") and "ended after" in output
+    assert time.monotonic() - begin < 30
+
+
+def test_what_a_program_launched_comes_back(tmp_path: Path) -> None:
+    write = f"import json, sys; json.dump({LAUNCHED}, open(sys.argv[4], 'w'))"
+    output, result = sanitizer.program([sys.executable, "-c", write], "kernels", tmp_path, "memcheck", 60)
+    assert result == LAUNCHED and output == "" and json.loads((tmp_path / "memcheck-kernels.json").read_text())
+
+
+def test_the_tool_is_found_on_path_or_said_to_be_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "cuda"))
+    tool = tmp_path / "cuda" / "bin" / "compute-sanitizer"
+    tool.parent.mkdir(parents=True)
+    tool.write_text("#!/bin/sh\n")
+    tool.chmod(0o755)
+    assert sanitizer.find_tool() == str(tool)
+    monkeypatch.setattr(sanitizer.shutil, "which", lambda *given, **options: None)
+    with pytest.raises(NotHere, match="neither on PATH nor beside nvcc"):
+        sanitizer.find_tool()
+
+
+@pytest.mark.parametrize("at", [-1, 64])
+def test_a_write_next_to_a_buffer_tears_its_zone(at: int) -> None:
+    with guarded() as guards:
+        first, second = torch.empty(16, 4, dtype=torch.uint8), torch.ones(1).new_empty(2, 3)
+        assert first.shape == (16, 4) and second.dtype is torch.float32 and second.isnan().all()
+        first.fill_(0)
+        assert guards.torn() == 0 and len(guards) == 2
+        torch.as_strided(first, (1,), (1,), ZONE + at).fill_(0)
+        assert guards.torn() == 1
+    assert torch.empty(3).untyped_storage().nbytes() == 12
+
+
+LAUNCHES = {
+    "sixteen": {"tile_codes", "prune_pack", "unpack", "add_bias", "keep", "spread", "sample_pack", "sum_rows"},
+    "eight": {"amax", "scale_of", "prune_pack8", "unpack", "quantise", "rescale", "sample_pack8"},
+    "many": {"prune_pack_many", "prune_pack8_many", "amax_many", "scale_of"},
+}
+
+
+def test_together_they_are_all_kernels() -> None:
+    assert set().union(*LAUNCHES.values()) == entry_points()
+
+
+@pytest.mark.parametrize("name", LAUNCHES)
+def test_every_kernel_is_launched_between_guard_zones(name: str) -> None:
+    given = {"sixteen": (16, 16), "eight": (32, 32), "many": (((16, 16),), ((32, 32),))}[name]
+    with guarded() as guards, counted() as counts:
+        getattr(Kernels(Machine(torch.device("cpu"))), name)(*given)
+    assert counts.keys() == LAUNCHES[name]
+    assert len(guards) > len(counts) and guards.torn() == 0
+
+
+def test_layers_do_not_depend_on_what_lies_around_their_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sanitizer.Kernels, "run", lambda *given: None)
+    tried = Part("sanitizer", 60.0)
+    sanitizer.guard(Machine(torch.device("cpu")), tried, (), (), ((5, 32, 32),))
+    assert all(row.passed for row in tried.rows)
+    right = sanitizer.step
+    calls = []
+
+    def unstable(layer, x, dy):
+        calls.append(1)
+        return [one + (len(calls) % 2) for one in right(layer, x, dy)]
+
+    monkeypatch.setattr(sanitizer, "step", unstable)
+    tried = Part("sanitizer", 60.0)
+    sanitizer.guard(Machine(torch.device("cpu")), tried, (), (), ((5, 32, 32),))
+    assert not tried.rows[-1].passed
+
+
+def test_without_a_gpu_the_tools_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sanitizer, "guard", lambda *given: None)
+    with pytest.raises(NotHere, match="needs a GPU"):
+        sanitizer.run(Machine(torch.device("cpu")), Part("sanitizer", 1.0), tmp_path)
+    assert not os.listdir(tmp_path)
