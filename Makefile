@@ -8,11 +8,13 @@ READY := $(VENV)/.ready
 BIN := $(VENV)/bin
 OUT ?= demo-out
 BENCH_ARGS ?=
+# What make trust runs: the folder of its results, then options.
+TRUST ?= trust-out
 # What csrc/build.py gets. `make test NATIVE=` makes a missing compiler an error.
 NATIVE ?= --optional
 TORCH ?= 2.11.0
 
-.PHONY: help demo test test-all test-nightly test-defects check native wheel test-torch test-gpu bench docs
+.PHONY: help demo test test-all test-nightly test-defects check native wheel test-torch test-gpu trust bench docs
 # Which planted defects test-defects tries (others for another key), and how many.
 KEY ?= $(shell git rev-parse HEAD 2>/dev/null || date +%G-W%V)
 DEFECTS ?= 3
@@ -27,6 +29,7 @@ help:
 	@echo "make wheel     build the wheel with the native library into dist"
 	@echo "make test-torch TORCH=2.11.0   run the tests of the ops from the wheel with another torch, in an environment of its own"
 	@echo "make test-gpu  run the GPU tests with $(PYTHON) and write tests/gpu_record.json"
+	@echo "make trust     run what takes long on a GPU with $(PYTHON); TRUST='trust-out --parts leaks' chooses parts"
 	@echo "make docs      build the site of the documentation into site/, with every warning as an error"
 	@echo "make bench     run the benchmarks with $(PYTHON) and write benchmarks/results"
 
@@ -112,6 +115,10 @@ test-torch: wheel $(OTHER)/.ready
 test-gpu:
 	$(PYTHON) csrc/build.py $(NATIVE)
 	PYTHONPATH=src:lab/src SEMISPARSE_REQUIRE_GPU=1 $(PYTHON) tests/record_gpu.py
+
+trust:
+	$(PYTHON) csrc/build.py $(NATIVE)
+	PYTHONPATH=src:lab/src:. $(PYTHON) -m tests.trust $(TRUST)
 
 bench:
 	$(PYTHON) csrc/build.py $(NATIVE)
