@@ -47,3 +47,12 @@ def test_the_picture_grows_with_the_rows_and_a_diverged_run_does_no_harm() -> No
     assert small.startswith(b"\x89PNG") and height[1] > height[0]
     lost = [*rows(90.5), result("row2", 0, None, order=2)]  # a diverged run has no difference
     assert differences.dots(lost).startswith(b"\x89PNG")
+
+
+def test_flip_rates_are_means_over_a_run_and_only_of_runs_in_which_they_were_measured() -> None:
+    measured, blank = result("late", 0, 91.0, order=1), result("dense", 0, 90.0, order=0, flips=False)
+    measured["run"]["epochs"][0]["flip_rate"], measured["run"]["epochs"][1]["flip_rate"] = 0.01, 0.03
+    assert differences.flip_rates([blank, measured]) == {"row late": [pytest.approx(0.02)]}
+    assert differences.dots([blank, measured]) != differences.dots(
+        [blank, result("late", 0, 91.0, order=1, flips=False)]
+    )
