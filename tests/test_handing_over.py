@@ -65,6 +65,7 @@ def test_pytorchs_own_compression_takes_its_weights_without_loss(masked: nn.Sequ
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:The PyTorch API of SparseSemiStructuredTensor:UserWarning")
 def test_pytorchs_own_sparse_product_is_the_dense_one() -> None:
     layer = nn.Linear(128, 256, device="cuda", dtype=torch.float16)
     sparsify(layer)

@@ -60,7 +60,9 @@ def test_it_writes_the_gradient_and_the_sample_of_the_specification(shape: tuple
         assert_bit_equal(unpacked.contiguous(), drawn.codes)
         assert_bit_equal(dy8.view(torch.uint8), ops.quantise(gradient, True, False)[0].view(torch.uint8))
         assert_bit_equal(scales[1], drawn.scale)
-    assert_as_good_as_torch(bias, gradient.sum(0, dtype=torch.float32), gradient.double().sum(0))
+    others = (gradient_of(*shape, dtype) for _ in range(20))
+    samples = ((other.sum(0, dtype=torch.float32), other.double().sum(0)) for other in others)
+    assert_as_good_as_torch(bias, gradient.sum(0, dtype=torch.float32), gradient.double().sum(0), samples=samples)
 
 
 @pytest.mark.parametrize("bad", [float("inf"), float("nan")])

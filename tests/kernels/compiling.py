@@ -110,8 +110,6 @@ def pack(arch, source, target, mask, even, wide=False, given_codes=False, aligne
         if name not in constants and name != "scale"
     ]
     types = pointers | dict.fromkeys(sizes, "i32")
-    if wide:  # 70 million rows of one metadata block: Triton makes sizes of 1 constants
-        constants |= {"blocks": 1}
     options = {"num_warps": block.warps} | ({} if wide else {"maxnreg": block.registers})
     taken = compiled(prune_pack.prune_pack, types, constants, arch, divisible, **options)
     return taken if wide else taken | {"most registers": block.registers}
@@ -129,8 +127,6 @@ def pack8(arch, source, mask, even, wide=False, given_codes=False, transpose_onl
     }  # fmt: skip
     absent = {"codes": not given_codes, "packed": transpose_only, "packed_t": not mask.both_ways}
     constants |= {name: None for name, missing in absent.items() if missing}
-    constants |= {"count": 1} if words == 1 else {}
-    constants |= {"blocks": 1} if wide else {}
     divisible = [name for name in (*pointers, "rows", "columns") if name not in constants and name != "scale"]
     options = {"num_warps": block.warps} | ({} if wide else {"maxnreg": block.registers})
     types = pointers | dict.fromkeys(sizes, "i32")
@@ -191,7 +187,6 @@ def sample8(arch, dtype, even, wide=False, summed=True):
         "WORDS": amax.MOST_PROGRAMS,
     }  # fmt: skip
     constants |= {} if summed else {"sums": None}
-    constants |= {"blocks": 1} if wide else {}
     divisible = [
         name
         for name in ("gradient", "seed", "largest", "rows8", "packed", "sums", "rows_padded", "columns")
@@ -233,8 +228,6 @@ def round_to_e4m3(arch, dtype, even, rows=True, columns=True, wide=False):
         "WORDS": amax.MOST_PROGRAMS, "EVEN": even, "WIDE": wide, "NATIVE": arch >= 89,
     }  # fmt: skip
     constants |= {name: None for name, given in (("x8", rows), ("x8t", columns)) if not given}
-    if wide:  # 16 columns or tokens: Triton makes sizes of 1 constants
-        constants |= {"columns" if columns else "rows_padded": 1}
     divisible = [name for name in types if types[name].startswith("*") and name not in constants]
     return compiled(quantise.quantise, types, constants, arch, divisible, num_warps=block.warps)
 

@@ -180,6 +180,14 @@ def programs_for(matrix: Tensor) -> int:
     return min(blocks_of(*extent(matrix)[:2]), MOST_PROGRAMS)
 
 
+def words_for(count: int) -> int:
+    """How many maxima a kernel that reduces `count` of them is compiled for: one, or as many as there can be.
+
+    Not the next power of two, so that few variants are compiled.
+    """
+    return 1 if count == 1 else max(MOST_PROGRAMS, triton.next_power_of_2(count))
+
+
 def check_partials(partials: Tensor, programs: int) -> None:
     """Raise TensorError or ShapeError unless partials are maxima of so many programs."""
     if partials.dtype != torch.int32 or not partials.is_contiguous():

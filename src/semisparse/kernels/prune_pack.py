@@ -166,7 +166,11 @@ def pack_block(
         store_metadata(to, values_bytes, word, line, group, row_blocks_t, blocks_t, BITS, True, TILE_ROWS, PAIRS)
 
 
-@triton.jit
+BLOCK_COUNTS = ("row_blocks", "blocks", "row_blocks_t", "blocks_t")
+"""No address follows from these arguments, so Triton need not compile a variant for 1 and one for multiples of 16."""
+
+
+@triton.jit(do_not_specialize=("rows", *BLOCK_COUNTS))
 def prune_pack(
     matrix, codes, scale, packed, packed_t, rows, rows_padded, columns, stride,
     row_blocks, blocks, row_blocks_t, blocks_t,

@@ -19,13 +19,13 @@ from semisparse import masks
 from semisparse.errors import ConfigError, TensorError
 from semisparse.formats.layout import ALIGNMENT, FP8, MetadataLayout
 from semisparse.kernels import e4m3, tile_masks
-from semisparse.kernels.amax import readable
+from semisparse.kernels.amax import readable, words_for
 from semisparse.kernels.grid import INT32_END, block_at, grid_of
 from semisparse.kernels.launch_checks import check_buffers, check_choice, check_held, check_sizes, check_written
 from semisparse.kernels.launcher import Launcher
 from semisparse.kernels.packed_metadata import repeated, store_stacked_metadata
 from semisparse.kernels.packed_values import load_line, permute_bytes
-from semisparse.kernels.prune_pack import Block, check_block
+from semisparse.kernels.prune_pack import BLOCK_COUNTS, Block, check_block
 from semisparse.masks import GIVEN_CODES
 
 BLOCK = Block(tile_rows=16, pairs=32, warps=4, registers=None)
@@ -185,7 +185,7 @@ def pack_block8(
         )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("stride", "count", *BLOCK_COUNTS))
 def prune_pack8(
     matrix, codes, largest, scale, packed, packed_t, rows, columns, stride, count,
     row_blocks, blocks, row_blocks_t, blocks_t,
@@ -307,7 +307,7 @@ def _prepare(
         (*sizes, *layout.blocks(rows, columns), *layout.blocks(columns, rows)),
         (
             *constants_of8(dtype, chosen, given[0], layout, block, not (rows % height or columns % width), wide, index),
-            triton.next_power_of_2(count),
+            words_for(count),
         ),
         num_warps=block.warps,
         maxnreg=None if wide else block.registers,

@@ -43,7 +43,7 @@ BLOCK = Block(fours=64, columns=64, warps=8)
 (one NVIDIA H100, bf16)."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("rows", "rows_padded", "columns", "stride", "count"))
 def quantise(
     x, partials, x8, x8t, scale, rows, rows_padded, columns, stride, count,
     PIECE: tl.constexpr, FOURS: tl.constexpr, COLUMNS: tl.constexpr, WORDS: tl.constexpr, EVEN: tl.constexpr,
@@ -164,7 +164,7 @@ def _prepare(
         quantise,
         grid,
         (rows, padded // MULTIPLE, columns // MULTIPLE, stride, count),
-        (piece, block.fours, block.columns, triton.next_power_of_2(count), even, wide, native),
+        (piece, block.fours, block.columns, amax.words_for(count), even, wide, native),
         num_warps=block.warps,
         maxnreg=None if wide else block.registers,
     )

@@ -65,7 +65,7 @@ def _store_sums(sums, of_tiles, columns, TILE_ROWS: tl.constexpr, PAIRS: tl.cons
         tl.store(sums + column, total, mask=column < columns)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("rows", "row_blocks", "blocks"))
 def sample_pack(
     gradient, seed, packed, sums, rows, rows_padded, columns, stride, row_blocks, blocks,
     TYPE: tl.constexpr, BITS: tl.constexpr, PADDING: tl.constexpr, TILE_ROWS: tl.constexpr, PAIRS: tl.constexpr,

@@ -113,7 +113,7 @@ def _store_sums(sums, of_tiles, columns, TILE_ROWS: tl.constexpr, PAIRS: tl.cons
         tl.store(sums + column, total, mask=column < columns)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("rows", "stride", "count", "row_blocks", "blocks"))
 def sample_pack8(
     gradient, seed, largest, rows8, packed, sums, scale, scale_sample,
     rows, rows_padded, columns, stride, count, row_blocks, blocks,
@@ -296,7 +296,7 @@ def _prepare(
             wide,
             index >= 0,
             e4m3.native_on(index),
-            triton.next_power_of_2(count),
+            amax.words_for(count),
         ),
         num_warps=block.warps,
         maxnreg=None if wide else block.registers,
