@@ -60,7 +60,7 @@ def main() -> int:
     os.environ["SEMISPARSE_TEST_GPUS"] = str(torch.cuda.device_count())
     outcomes, start = Outcomes(), time.monotonic()
     common = ["-m", "gpu", "-q", "--durations=15", "-p", "no:cacheprovider", "-p", "no:benchmark"]
-    workers = ["-n", sys.argv[2]] if len(sys.argv) > 2 else []
+    workers = ["-n", sys.argv[2], "--dist", "worksteal"] if len(sys.argv) > 2 else []
     together = [str(ROOT / "tests"), str(ROOT / "lab" / "tests"), *(f"--deselect={path}" for path in ALONE), *workers]
     code = max(int(pytest.main([*common, *paths], plugins=[outcomes])) for paths in (together, ALONE))
     record = {
