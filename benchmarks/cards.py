@@ -23,6 +23,7 @@ from benchmarks import (
     host_tables,
     large_m,
     picture,
+    scaling_tables,
     tables,
 )
 from benchmarks.blocks import filled
@@ -262,6 +263,7 @@ def blocks() -> dict[str, str]:
         "no-gain": _no_gain_block([*slow, *small, *linear]),
         "decisions": _text(load("plan"), decisions.text, "--plan "),
         "gpus": bench_cards.block(),
+        "scaling": scaling_tables.block(),
         "accuracy": f"{accuracy_summary()} Measured on {gpus(every)}.",
         "models": _models_block(),
         "eager-linear": _block(load("eager-linear"), host_tables.eager_linear, "--eager "),
@@ -375,7 +377,8 @@ def outputs() -> dict[Path, str]:
         made[CARDS / "host-time.md"] = host_card()
     if load("compare-linear") or load("compare-model"):
         made[CARDS / "compare.md"] = compare_card()
-    made |= {CARDS / "pack.md": pack_card(), CARDS / "metrics.md": metrics_card(), **accuracy_cards()}
+    made |= {CARDS / "pack.md": pack_card(), CARDS / "metrics.md": metrics_card()}
+    made |= {**accuracy_cards(), **scaling_tables.cards()}
     return made | filled(PAGES, blocks())
 
 
@@ -387,6 +390,7 @@ def main() -> int:
     for name, results in accuracy().items():
         (CARDS / f"{name}.png").write_bytes(differences.picture(results))
     picture.write()
+    scaling_tables.write(scaling_tables.by_ranks())
     print(picture.TARGET.relative_to(ROOT))
     return 0
 

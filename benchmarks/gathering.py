@@ -15,28 +15,24 @@ sharded. Packed weights are not held from forward to backward (repack). All rank
 
 import argparse
 import gc
-import os
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import semisparse
 from benchmarks import store
-from benchmarks.timing import device, peak_memory, synchronize
+from benchmarks.ranks import CONTEXT, MODEL, TOY, Bytes, join, milliseconds, setting, step_of
+from benchmarks.timing import device, peak_memory
 from semisparse import SparseConfig
 from semisparse.integrations.fsdp import compress_all_gather
-from semisparse_lab.models.llama import Llama, LlamaConfig, build_llama
+from semisparse_lab.models.llama import Llama, build_llama
 
-MODEL = LlamaConfig(vocabulary=32000, width=4096, hidden=11008, depth=4, heads=32)
-TOY = LlamaConfig(vocabulary=512, context=16, width=64, hidden=128, depth=2, heads=2)
+RATE = 1e-5
 STEPS = 3
 ROUNDS = 5
 
@@ -48,23 +44,6 @@ VARIANTS: dict[str, tuple[SparseConfig | None, bool]] = {
     "fp8 + 2:4, compressed": (SparseConfig(precision="fp8"), True),
 }
 """Settings of the layers, and whether gathers are compressed."""
-
-
-class Bytes(TorchDispatchMode):
-    """What this rank hands to collectives, in bytes by name."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.sent: dict[str, int] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "c10d" and args:
-            given = args[0] if "allreduce" in str(func) else args[1]
-            given = given if isinstance(given, (list, tuple)) else [given]
-            count = sum(one.nbytes for one in given if isinstance(one, Tensor))
-            name = func._opname.strip("_")
-            self.sent[name] = self.sent.get(name, 0) + count
-        return func(*args, **(kwargs or {}))
 
 
 def sharded(name: str, toy: bool, compiled: bool) -> Llama:
@@ -84,24 +63,6 @@ def sharded(name: str, toy: bool, compiled: bool) -> Llama:
     return model
 
 
-def step_of(model: Llama, batch: int) -> Callable[[], Tensor]:
-    """One training step; returns the loss."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=device() == "cuda")
-    config = model.config
-    generator = torch.Generator().manual_seed(dist.get_rank())
-    tokens = torch.randint(0, config.vocabulary, (batch, config.context), generator=generator).to(device())
-
-    def step() -> Tensor:
-        optimizer.zero_grad(set_to_none=True)
-        logits = model(tokens).float()
-        loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
-        loss.backward()
-        optimizer.step()
-        return loss.detach()
-
-    return step
-
-
 def gather_of(model: Llama) -> Callable[[], None]:
     """All blocks gathered once, one after the other, and freed again."""
 
@@ -111,18 +72,6 @@ def gather_of(model: Llama) -> Callable[[], None]:
             block.reshard()
 
     return gather
-
-
-def milliseconds(call: Callable[[], object], count: int) -> float:
-    """Mean time of count calls, after one more; all ranks begin together."""
-    call()
-    synchronize()
-    dist.barrier()
-    begin = time.perf_counter()
-    for _ in range(count):
-        call()
-    synchronize()
-    return 1000 * (time.perf_counter() - begin) / count
 
 
 def timed(calls: dict[str, Callable[[], object]], rounds: int, count: int) -> dict[str, dict[str, Any]]:
@@ -150,7 +99,7 @@ def measure(compiled: bool, batch: int, rounds: int, toy: bool) -> dict[str, Any
     steps, gathers = {}, {}
     for name in VARIANTS:
         model = sharded(name, toy, compiled)
-        steps[name] = step = step_of(model, batch)
+        steps[name] = step = step_of(model, model.config, batch, RATE)
         gathers[name] = gather_of(model)
         losses = [float(step()) for _ in range(3)]
         facts[name] = {"losses": losses, "peak_bytes": peak_memory(step)}
@@ -160,7 +109,7 @@ def measure(compiled: bool, batch: int, rounds: int, toy: bool) -> dict[str, Any
             facts[name]["bytes_per_step"] = seen.sent
     return {
         "compiled": compiled,
-        "tokens_per_rank": batch * 2048,
+        "tokens_per_rank": batch * CONTEXT,
         "facts": facts,
         "step": timed(steps, rounds, STEPS),
         "gather": timed(gathers, rounds, 4 * STEPS),
@@ -176,16 +125,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--toy", action="store_true")
     given = parser.parse_args()
-    if device() == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if device() == "cuda" else "gloo")
+    join()
     tables = []
     for mode in given.modes.split(","):
         for batch in map(int, given.batches.split(",")):
             found = measure(mode == "compiled", batch, given.rounds, given.toy)
             tables.append(found)
             if dist.get_rank() == 0:
-                print(f"{mode}, {batch} x 2048 tokens per rank", flush=True)
+                print(f"{mode}, {batch} x {CONTEXT} tokens per rank", flush=True)
                 for name in VARIANTS:
                     step, gather = found["step"][name], found["gather"][name]
                     print(
@@ -194,8 +141,7 @@ def main() -> None:
                         f"  {found['facts'][name].get('bytes_per_step', '')}",
                         flush=True,
                     )
-                nccl = {name: value for name, value in os.environ.items() if name.startswith("NCCL_")}
-                payload = {"kind": "gathering", "toy": given.toy, "ranks": dist.get_world_size(), "nccl": nccl}
+                payload = {"kind": "gathering", "toy": given.toy, **setting()}
                 store.save(given.name, payload | {"tables": tables}, given.out)
     dist.destroy_process_group()
 

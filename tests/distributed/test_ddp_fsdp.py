@@ -4,12 +4,16 @@ The processes run once for the whole file. fp64, and fp32 with precision="fp8"; 
 half batches, which is the same arithmetic as averaging gradients over two processes.
 """
 
+import json
 import socket
+from pathlib import Path
 
 import pytest
 import torch
 import torch.multiprocessing
 
+from benchmarks import scaling, scaling_tables
+from tests.conftest import EVERY_CASE
 from tests.distributed import pipeline, tensor_parallel, training
 from tests.distributed.training import PHASES, SCENARIOS, STEPS, WORLD, Scenario
 
@@ -17,9 +21,14 @@ ALL = pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenar
 
 
 @pytest.fixture(scope="module")
-def records(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the processes leave what they saw and saved."""
+    return tmp_path_factory.mktemp("gloo")
+
+
+@pytest.fixture(scope="module")
+def records(folder: Path) -> list[dict]:
     """What each process saw."""
-    folder = tmp_path_factory.mktemp("gloo")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GLOO_SOCKET_IFNAME", loopback())
         torch.multiprocessing.spawn(training.worker, args=(str(folder),), nprocs=WORLD)
@@ -180,3 +189,18 @@ def test_parts_without_whole_tiles_and_plain_inputs_are_errors_on_every_rank(rec
     for record in records:
         seen = record["tensor_parallel"]
         assert (seen["straddled"], seen["plain input"], seen["fits"]) == ("ShapeError", "TensorError", "")
+
+
+def test_the_benchmark_of_scaling_computes_the_same_in_every_layout(records: list[dict], folder: Path) -> None:
+    result = json.loads((folder / "scaling-2.json").read_text())
+    assert result["toy"] and result["ranks"] == 2
+    found = {(one["precision"], one["layout"]): one for one in result["variants"]}
+    assert list(found) == [variant for variant in scaling.variants(2) if EVERY_CASE or variant[0] == "2:4"]
+    for (precision, layout), one in found.items():
+        assert one["losses"][-1] < one["losses"][0]
+        if layout in (scaling.FSDP, scaling.COMPRESSED):
+            assert one["losses"] == found[precision, scaling.DDP]["losses"]
+    whole, compressed = (found["2:4", layout]["bytes_per_step"] for layout in (scaling.FSDP, scaling.COMPRESSED))
+    assert compressed["allgather_base"] < whole["allgather_base"]
+    assert compressed["reduce_scatter_base"] == whole["reduce_scatter_base"]
+    assert len(scaling_tables.table([result]).rows) == len(found)

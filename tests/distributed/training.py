@@ -10,7 +10,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks import scaling
 from semisparse import Phase, SparseConfig, SparseSchedule, densify, sparsify
+from tests.conftest import EVERY_CASE
 from tests.distributed import pipeline, tensor_parallel
 from tests.distributed.sharding import EVERY, WAYS
 from tests.support import config_of
@@ -19,6 +21,7 @@ WORLD = 2
 STEPS = 6
 TOKENS = 8  # per process, so that the tiles of a pruned input never straddle processes
 PHASES = [Phase("dense", 1), Phase("sparse", 3), Phase("dense", 2)]
+SCALING = ["--toy", "--depth", "1", "--steps", "1", "--rounds", "1", *([] if EVERY_CASE else ["--only", "2:4"])]
 FP8_FEATURES = (32, 96, 64, 8)
 FEATURES = (16, 12, 20, 8)  # 12 and 20 rows on two processes: 6 and 10 each, so a tile of the weight straddles them
 
@@ -193,6 +196,7 @@ def worker(rank: int, folder: str) -> None:
         records["tensor_parallel"] = tensor_parallel.checks()
         records["pipeline"] = pipeline.checks()
         records["checkpoints"] = checkpoints.checks(folder)
+        scaling.run(scaling.options(["--out", folder, *SCALING]))
         torch.save(records, Path(folder) / f"rank{rank}.pt")
         dist.barrier()
     finally:
