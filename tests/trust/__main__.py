@@ -15,13 +15,14 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-# cuBLAS promises the same bits on several streams only with workspaces of a fixed size; read when CUDA starts.
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-# Without a GPU, Triton interprets its kernels; that is decided where it is imported.
 import torch
 
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
+if __name__ == "__main__":
+    # cuBLAS promises the same bits on several streams only with workspaces of a fixed size; read when CUDA starts.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    # Without a GPU, Triton interprets its kernels; that is decided where it is imported.
+    if not torch.cuda.is_available():
+        os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from tests.trust import algorithms, determinism, graphs, leaks, numerics, sanitizer, soak
 from tests.trust.machine import Machine

@@ -70,6 +70,7 @@ def run(machine: Machine, part: Part, every: int = 1, repeats: int = REPEATS) ->
     missed: list[str] = []
     refused: list[str] = []
     in_time, done, products = part.share(0.75), 0, 0
+    part.details["listed"] = listed
     todo = list(enumerate(SHAPES))[::every]
     for at, shape in todo:
         if not in_time():
@@ -86,8 +87,8 @@ def run(machine: Machine, part: Part, every: int = 1, repeats: int = REPEATS) ->
             listed += [_entry(machine, problem, number, times, repeats) for number, times in wrong.items()]
             missed += [f"{number} of {problem}" for number in _not_refused(machine, problem, list(wrong))]
         done += 1
+        part.details["shapes"] = done
         part.changed()
-    part.details["listed"] = listed
     part.add(Row("B2", "shapes, with all algorithms", f"of {len(todo)}", done, min(WANTED, len(todo)), "at least"))
     size, names = f"{products} products", [f"{one['algorithm']} of {one['problem']}" for one in listed]
     part.add(

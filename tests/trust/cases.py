@@ -1,7 +1,8 @@
 """The kinds of layers that are looked at, their operands on any device, and one step of them without side effects."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -128,3 +129,18 @@ def step(module: nn.Module, x: Tensor, dy: Tensor) -> list[Tensor]:
     x = x.detach().requires_grad_()
     y = module(x)
     return [y.detach(), *torch.autograd.grad(y, [x, *module.parameters()], dy)]
+
+
+@contextmanager
+def whole_sums() -> Iterator[None]:
+    """cuBLAS adds parts of a sum in fp32: rounded to 16 bits in between, whole numbers would be off in PyTorch, too."""
+    matmul = torch.backends.cuda.matmul
+    names = ("allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction")
+    before = [getattr(matmul, name) for name in names]
+    for name in names:
+        setattr(matmul, name, False)
+    try:
+        yield
+    finally:
+        for name, value in zip(names, before, strict=True):
+            setattr(matmul, name, value)

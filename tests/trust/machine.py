@@ -1,7 +1,6 @@
 """The device that is looked at: one CUDA GPU, or the CPU standing in for it with the same calls."""
 
 import ctypes
-import ctypes.util
 import gc
 import os
 from collections.abc import Callable, Sequence
@@ -111,8 +110,7 @@ class Machine:
         """Bytes of this process in main memory, after what is free has gone back to the system."""
         gc.collect()
         self.wait()
-        name = ctypes.util.find_library("c")
-        if name is not None and hasattr(library := ctypes.CDLL(name), "malloc_trim"):
+        if hasattr(library := ctypes.CDLL(None), "malloc_trim"):  # of glibc
             library.malloc_trim(0)
         with open("/proc/self/statm", encoding="ascii") as file:
             return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")

@@ -3,7 +3,6 @@
 import itertools
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from unittest import mock
 
@@ -16,7 +15,7 @@ from semisparse.gemm.autotune.autotuner import VARIABLE
 from semisparse.reference import linear as reference
 from semisparse.reference import masks, mvue
 from semisparse.selfcheck.operands import SEED
-from tests.trust.cases import Case, cases, fill, make_layer, normal, step, whole
+from tests.trust.cases import Case, cases, fill, make_layer, normal, step, whole, whole_sums
 from tests.trust.machine import Machine
 from tests.trust.outcome import Part, Row
 
@@ -79,37 +78,29 @@ def run(machine: Machine, part: Part, every: int = 1, chosen: Sequence[Shape] | 
     tallies = {case.name: Tally(case.name) for case in cases(machine)}
     todo, done = (list(chosen) if chosen is not None else shapes())[::every], 0
     # Every shape would be tuned; algorithms are compared in algorithms.py.
-    with mock.patch.dict(os.environ, {VARIABLE: "0"}), _whole_sums():
+    with mock.patch.dict(os.environ, {VARIABLE: "0"}), whole_sums():
         for at, shape in enumerate(todo):
             if part.left() <= 0:
                 break
             for case in cases(machine, (*ALWAYS, IN_TURN[at % len(IN_TURN)])):
                 _check(machine, case, shape, bias=bool((at + at // 5) % 3), tally=tallies[case.name])
             done += 1
-    part.details["shapes"] = done
-    part.add(Row("B1", "shapes", f"of {len(todo)}", done, min(WANTED, len(todo)), "at least"))
-    for tally in tallies.values():
-        size = f"{tally.checks} results"
-        what = f"{tally.name}: largest error, in units of PyTorch's"
-        part.add(Row("B1", what, size, tally.ratio, ERROR_RATIO, faults=tally.faults))
+            if done % 10 == 0:
+                _tell(part, done, len(todo), list(tallies.values()))
+    _tell(part, done, len(todo), list(tallies.values()))
+
+
+def _tell(part: Part, done: int, of: int, tallies: Sequence[Tally]) -> None:
+    """Replace the rows by what was found up to now."""
+    part.rows[:] = [Row("B1", "shapes", f"of {of}", done, min(WANTED, of), "at least")]
+    for tally in tallies:
+        if tally.checks:
+            what = f"{tally.name}: largest error, in units of PyTorch's"
+            part.rows.append(Row("B1", what, f"{tally.checks} results", tally.ratio, ERROR_RATIO, faults=tally.faults))
         if tally.integers:
-            what = f"{tally.name}: results of whole numbers that differ in a bit"
-            part.add(Row("B1", what, f"{tally.integers} results", tally.inexact, faults=tally.inexact_faults))
-
-
-@contextmanager
-def _whole_sums() -> Iterator[None]:
-    """cuBLAS adds parts of a sum in fp32: rounded to 16 bits in between, whole numbers would be off in PyTorch, too."""
-    matmul = torch.backends.cuda.matmul
-    names = ("allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction")
-    before = [getattr(matmul, name) for name in names]
-    for name in names:
-        setattr(matmul, name, False)
-    try:
-        yield
-    finally:
-        for name, value in zip(names, before, strict=True):
-            setattr(matmul, name, value)
+            what, size = f"{tally.name}: results of whole numbers that differ in a bit", f"{tally.integers} results"
+            part.rows.append(Row("B1", what, size, tally.inexact, faults=tally.inexact_faults))
+    part.changed()
 
 
 def _check(machine: Machine, case: Case, shape: Shape, bias: bool, tally: Tally) -> None:

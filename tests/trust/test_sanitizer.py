@@ -15,6 +15,7 @@ from tests.trust.launches import Kernels, counted, entry_points
 from tests.trust.machine import Machine
 from tests.trust.outcome import NotHere, Part
 
+DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 WRITE = """========= COMPUTE-SANITIZER
 ========= Invalid __global__ write of size 2 bytes
 =========     at {kernel}+0x1230
@@ -123,7 +124,7 @@ def test_together_they_are_all_kernels() -> None:
 def test_every_kernel_is_launched_between_guard_zones(name: str) -> None:
     given = {"sixteen": (16, 16), "eight": (32, 32), "many": (((16, 16),), ((32, 32),))}[name]
     with guarded() as guards, counted() as counts:
-        getattr(Kernels(Machine(torch.device("cpu"))), name)(*given)
+        getattr(Kernels(Machine(DEVICE)), name)(*given)
     assert counts.keys() == LAUNCHES[name]
     assert len(guards) > len(counts) and guards.torn() == 0
 
@@ -131,7 +132,7 @@ def test_every_kernel_is_launched_between_guard_zones(name: str) -> None:
 def test_layers_do_not_depend_on_what_lies_around_their_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sanitizer.Kernels, "run", lambda *given: None)
     tried = Part("sanitizer", 60.0)
-    sanitizer.guard(Machine(torch.device("cpu")), tried, (), (), ((5, 32, 32),))
+    sanitizer.guard(Machine(DEVICE), tried, (), (), ((5, 32, 32),))
     assert all(row.passed for row in tried.rows)
     right = sanitizer.step
     calls = []
@@ -142,7 +143,7 @@ def test_layers_do_not_depend_on_what_lies_around_their_buffers(monkeypatch: pyt
 
     monkeypatch.setattr(sanitizer, "step", unstable)
     tried = Part("sanitizer", 60.0)
-    sanitizer.guard(Machine(torch.device("cpu")), tried, (), (), ((5, 32, 32),))
+    sanitizer.guard(Machine(DEVICE), tried, (), (), ((5, 32, 32),))
     assert not tried.rows[-1].passed
 
 
