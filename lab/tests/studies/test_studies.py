@@ -3,6 +3,7 @@
 import json
 import os
 import subprocess
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from semisparse_lab.cli.main import build_app
 from semisparse_lab.models.vit import ViTConfig
 from semisparse_lab.studies import vit_fashion_mnist
 from semisparse_lab.train.config import TrainConfig
-from tests import fresh
+from tests import fresh, written
 
 ROWS = {
     "vit-fashion-mnist": ["dense", "sparse-070", "greedy"],
@@ -32,8 +33,14 @@ OTHER_SETTING = dict.fromkeys(("gpt-mvue", "gpt-fp8"), ("--training-bytes", "260
 
 
 def run(name: str, *options: str) -> subprocess.CompletedProcess:
-    command = ["-m", "semisparse_lab", "experiment", name, "--small", "--device", "cpu", *options]
-    return fresh.run(*command, env=os.environ | {"MPLBACKEND": "Agg"})
+    """`semisparse-lab experiment`, which must write below its --out alone."""
+    command = ["semisparse_lab", "experiment", name, "--small", "--device", "cpu", *options]
+    with tempfile.TemporaryDirectory() as folder:
+        paths = Path(folder, "paths")
+        done = fresh.run(written.__file__, paths, *command, env=os.environ | {"MPLBACKEND": "Agg"})
+        found = [Path(line) for line in paths.read_text().splitlines()]
+    assert not written.elsewhere(found, Path(options[options.index("--out") + 1]))
+    return done
 
 
 @pytest.fixture(scope="module")
