@@ -23,7 +23,7 @@ help:
 	@echo "make test      set everything up and run the tests"
 	@echo "make test-all  all of the cases of which 'make test' runs some"
 	@echo "make test-defects  plant three defects in a copy of the tree and see whether the tests find them"
-	@echo "make test-nightly  test-all, then all planted defects"
+	@echo "make test-nightly  test-all, then all faults and all planted defects"
 	@echo "make check     format, lint, types and import levels"
 	@echo "make native    build the native library (C++ compiler needed); make test and make check do that too"
 	@echo "make wheel     build the wheel with the native library into dist"
@@ -66,8 +66,10 @@ test-defects: $(READY)
 	$(BIN)/python tests/defects/run.py --turn "$(KEY)" --size $(DEFECTS) --keep-record
 
 test-nightly: native
-	@echo "test-nightly: every case, then all planted defects, one at a time; an hour on two cores"
+	@echo "test-nightly: every case, then all faults and all planted defects, one at a time; an hour on two cores"
 	SEMISPARSE_EVERY_CASE=1 $(BIN)/python -m pytest -q -n auto
+	$(BIN)/python tests/faults/run.py
+	$(BIN)/python tests/faults/report.py
 	$(BIN)/python tests/defects/run.py
 
 check: native

@@ -155,7 +155,7 @@ def _shards(index: Path) -> list[Path]:
         raise CheckpointError(f"path={str(index)!r} is not an index of shards ({said}); copy it again") from error
     if missing := [shard.name for shard in shards if not shard.is_file()]:
         raise CheckpointError(
-            f"path={str(index)!r} names shards that are not beside it: {', '.join(missing)}; copy them"
+            f"path={str(index)!r} names shards that are not beside it: {', '.join(map(repr, missing))}; copy them"
         )
     return shards
 

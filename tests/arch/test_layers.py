@@ -8,7 +8,19 @@ import pytest
 from tests.arch.source import FILES, NAMES, PACKAGE, imported, module_name
 
 LEVELS = {
-    1: {"errors", "arguments", "config", "exactness", "masks", "pattern", "reference", "sampling", "versions"},
+    1: {
+        "errors",
+        "arguments",
+        "config",
+        "documents",
+        "exactness",
+        "files",
+        "masks",
+        "pattern",
+        "reference",
+        "sampling",
+        "versions",
+    },
     2: {"formats", "kernels", "gemm", "native"},
     3: {
         "calls",

@@ -1,7 +1,9 @@
 """The output folder of a command, checked before any training."""
 
+import contextlib
 import errno
 import os
+import stat
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -9,7 +11,6 @@ from pathlib import Path
 from semisparse.errors import ConfigError
 from semisparse_lab.checks import shown
 from semisparse_lab.errors import OutputExistsError
-from semisparse_lab.files import check_replaceable
 
 
 def prepare_output(folder: Path, files: Iterable[str], *, force: bool) -> None:
@@ -40,7 +41,15 @@ def prepare_output(folder: Path, files: Iterable[str], *, force: bool) -> None:
         if not os.access(folder, os.W_OK):
             raise PermissionError(errno.EACCES, "no permission to write there")
         for name in files:
-            check_replaceable(folder / name)
+            _check_replaceable(folder / name)
         tempfile.TemporaryFile(dir=folder).close()  # what access does not know of: quotas, disks that are full
     except OSError as error:
         raise ConfigError(f"out={shown(str(folder))} cannot be written: {error.strerror or error}") from error
+
+
+def _check_replaceable(path: Path) -> None:
+    """Raise OSError if path exists and write_atomically cannot replace it: a folder, a device, a pipe."""
+    with contextlib.suppress(FileNotFoundError):
+        mode = path.lstat().st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISLNK(mode)):
+            raise OSError(errno.EEXIST, f"{path.name} is there and not a file")

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from semisparse.errors import ConfigError
+from semisparse.files import write_atomically
 from semisparse_lab.checks import shown
 from semisparse_lab.errors import OutputExistsError
 from semisparse_lab.experiment import Experiment, ProgressFor, Row, check_products
-from semisparse_lab.files import write_atomically
 from semisparse_lab.report.curves import curves
 from semisparse_lab.report.run_document import Document, identity, run_document, write_document
 from semisparse_lab.strict_json import read

@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from semisparse.documents import without_checksum
+
 
 def parse(text: str | bytes) -> Any:
     """The value of a JSON text.
@@ -24,16 +26,16 @@ def parse(text: str | bytes) -> Any:
 
 
 def read(path: Path) -> Any:
-    """The value of a JSON file.
+    """The value of a JSON file, without the checksum that it may hold of itself.
 
     Args:
         path: The file.
 
     Raises:
         OSError: It cannot be read.
-        ValueError: As parse.
+        ValueError: As parse, or the checksum is that of other contents.
     """
-    return parse(path.read_bytes())
+    return without_checksum(parse(path.read_bytes()))
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import pytest
 from lab.tests.cli.shell import semisparse_lab
 from lab.tests.toy_kernel import write_toy_tokens
 from semisparse.errors import ConfigError
+from semisparse_lab import strict_json
 from semisparse_lab.data.tokens import TokenSets, load_tokens
 from semisparse_lab.errors import OutputExistsError
 from semisparse_lab.studies import llama_linux_runs
@@ -103,7 +104,7 @@ def test_runs_of_equal_seconds_have_the_steps_that_their_times_allow(tokens: Tok
         jobs(chosen, [0], "seconds", SETTINGS, tokens, tmp_path)
     for arm in chosen:
         path = measure(arm, 5, SETTINGS, tokens, tmp_path, 4.0, lambda line: None)
-        times = json.loads(path.read_text())
+        times = strict_json.read(path)
         assert times["seconds_per_step"].keys() == ({"dense"} if arm.recipe is None else {"sparse", "dense"})
         times["seconds_per_step"] = {"dense": 3.0} if arm.recipe is None else {"sparse": 1.0, "dense": 8 / 3}
         times |= {"start_seconds": 10.0, "score_seconds": 2.0, "final_seconds": 1.0}

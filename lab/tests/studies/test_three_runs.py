@@ -15,7 +15,7 @@ from torch import nn
 from lab.tests.rewriting import described, with_info
 from lab.tests.toys import MODEL, TRAIN, kept_per_group, toy_data, write_fashion_mnist
 from semisparse.errors import ConfigError, NoLayerMatchedError
-from semisparse_lab import pipeline
+from semisparse_lab import pipeline, strict_json
 from semisparse_lab.checkpoint import evaluation
 from semisparse_lab.errors import CheckpointError, DataError
 from semisparse_lab.models.vit import VisionTransformer
@@ -96,7 +96,7 @@ def test_the_fully_sparse_checkpoint_holds_pruned_weights_and_the_others_do_not(
 
 
 def test_results_name_runs_settings_layers_and_checkpoints(done: Done) -> None:
-    document = json.loads((done.folder / RESULTS_FILE).read_text())
+    document = strict_json.read(done.folder / RESULTS_FILE)
     assert document == {"finished": True, "runs": json.loads(json.dumps(done.runs))}
     for slug, weights, run in zip(SLUGS, ("dense", "dense", "masked"), document["runs"], strict=True):
         assert run["settings"]["sparse_layers"] == SPARSE and run["value"] == 100 * run["run"]["test"]["accuracy"]

@@ -9,8 +9,9 @@ from typing import Any, get_args
 import torch
 
 from semisparse.config import SparseConfig
+from semisparse.documents import with_checksum, without_checksum
 from semisparse.errors import PlanError, SemiSparseError
-from semisparse.gemm.autotune.store import replace_file
+from semisparse.files import write_atomically
 from semisparse.planning import problems
 from semisparse.planning.candidates import DENSE
 from semisparse.planning.contents import PlanContents, PlanRow
@@ -33,12 +34,12 @@ def here() -> dict[str, str]:
 
 
 def document(plan: PlanContents) -> dict[str, Any]:
-    """A plan as JSON values.
+    """A plan as JSON values, with a checksum of them.
 
     Args:
         plan: Any.
     """
-    return {
+    content = {
         "schema": SCHEMA,
         "mode": plan.mode,
         "machine": plan.machine,
@@ -51,6 +52,7 @@ def document(plan: PlanContents) -> dict[str, Any]:
         "packing": asdict(plan.packing),
         "rows": [_row_record(row) for row in plan.rows],
     }
+    return with_checksum(content)
 
 
 def write(path: Path, plan: PlanContents) -> None:
@@ -63,7 +65,8 @@ def write(path: Path, plan: PlanContents) -> None:
     Raises:
         OSError: It cannot be written.
     """
-    replace_file(path, json.dumps(document(plan), indent=1, allow_nan=False) + "\n")
+    text = json.dumps(document(plan), indent=1, allow_nan=False) + "\n"
+    write_atomically(path, text.encode())
 
 
 def read(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -80,7 +83,7 @@ def read(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
             raise ValueError("it is not a regular file")  # reading a pipe would wait for ever
         if path.stat().st_size > LARGEST:
             raise ValueError(f"it has more than {LARGEST} bytes")
-        content = json.loads(path.read_bytes())
+        content = without_checksum(json.loads(path.read_bytes()))
         if type(content["schema"]) is not int or content["schema"] != SCHEMA:
             raise ValueError(f"it has schema {content['schema']!r}, and this version reads {SCHEMA}")
         if content["mode"] not in get_args(Mode):

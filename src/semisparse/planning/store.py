@@ -1,7 +1,7 @@
 """Measured problems on disk, so that a second plan measures nothing twice.
 
 As in gemm/autotune/store.py each problem has a small file, named by a digest of its key, which also holds the full key:
-the problem, the candidates, the mode, the GPU and all versions. Files are written aside and renamed.
+the problem, the candidates, the mode, the GPU and all versions, and a checksum. Files are written aside and renamed.
 """
 
 import hashlib
@@ -15,7 +15,9 @@ from typing import Any
 import torch
 
 from semisparse import native
-from semisparse.gemm.autotune.store import canonical, default_folder, make_own_folder, read_own, replace_file
+from semisparse.documents import with_checksum, without_checksum
+from semisparse.files import write_atomically
+from semisparse.gemm.autotune.store import canonical, default_folder, make_own_folder, read_own
 from semisparse.planning.timing import Times
 from semisparse.versions import __version__, driver_version, package_version
 
@@ -123,7 +125,7 @@ class PlanStore:
         path = None
         try:
             path = self._path(key)
-            content = json.loads(read_own(path))
+            content = without_checksum(json.loads(read_own(path)))
             if content["schema"] != SCHEMA or canonical(content["key"]) != canonical(key):
                 raise ValueError("it has another schema or key")
             return measurement(content)
@@ -149,7 +151,8 @@ class PlanStore:
         try:
             path = self._path(key)
             make_own_folder(path.parent)
-            replace_file(path, json.dumps({"schema": SCHEMA, "key": key, **found.to_record()}, allow_nan=False))
+            text = json.dumps(with_checksum({"schema": SCHEMA, "key": key, **found.to_record()}), allow_nan=False)
+            write_atomically(path, text.encode(), mode=0o600)  # read_own reads no file that others may write to
         except (OSError, RuntimeError, ValueError) as error:
             logger.warning("could not store measured times: %s", error)
 

@@ -8,9 +8,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, get_args
 
+from semisparse.documents import with_checksum, without_checksum
 from semisparse.errors import BenchError
+from semisparse.files import write_atomically
 from semisparse.gemm.autotune.algorithm import Source, from_record
-from semisparse.gemm.autotune.store import replace_file
 from semisparse.planning import problems, store
 from semisparse.selfcheck.contents import (
     Check,
@@ -36,12 +37,12 @@ _STARTED = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ")
 
 
 def document(report: Report) -> dict[str, Any]:
-    """A self-check as JSON values.
+    """A self-check as JSON values, with a checksum of them.
 
     Args:
         report: Any.
     """
-    return {
+    content = {
         "kind": KIND,
         "schema": SCHEMA,
         "started": report.started,
@@ -60,6 +61,7 @@ def document(report: Report) -> dict[str, Any]:
         ],
         "model": None if report.model is None else asdict(report.model),
     }
+    return with_checksum(content)
 
 
 def write(path: Path, report: Report) -> None:
@@ -72,8 +74,9 @@ def write(path: Path, report: Report) -> None:
     Raises:
         BenchError: It cannot be written.
     """
+    text = json.dumps(document(report), indent=1, allow_nan=False) + "\n"
     try:
-        replace_file(path, json.dumps(document(report), indent=1, allow_nan=False) + "\n")
+        write_atomically(path, text.encode())
     except OSError as error:
         raise BenchError(f"save={str(path)!r} cannot be written: {error.strerror or error}") from error
 
@@ -92,7 +95,7 @@ def read(path: Path) -> Report:
             raise ValueError("it is not a regular file")  # reading a pipe would wait for ever
         if path.stat().st_size > LARGEST:
             raise ValueError(f"it has more than {LARGEST} bytes")
-        return from_document(json.loads(path.read_bytes()))
+        return from_document(without_checksum(json.loads(path.read_bytes())))
     except OSError as error:
         raise BenchError(f"show={str(path)!r} cannot be read: {error.strerror or error}") from error
     except (AttributeError, KeyError, OverflowError, RecursionError, TypeError, ValueError) as error:

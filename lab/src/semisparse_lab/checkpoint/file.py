@@ -17,6 +17,7 @@ import safetensors.torch
 import torch
 
 from semisparse import SemiSparseActivationLinear, SemiSparseLinear
+from semisparse.files import write_atomically
 from semisparse_lab.checkpoint.description import (
     FORMAT,
     NO_CHECKSUM,
@@ -29,7 +30,6 @@ from semisparse_lab.checkpoint.description import (
 from semisparse_lab.checkpoint.tensor_file import LARGEST_HEADER, Header, kinds, read_header
 from semisparse_lab.checks import shown
 from semisparse_lab.errors import CheckpointError
-from semisparse_lab.files import write_atomically
 from semisparse_lab.models.vit import VisionTransformer
 
 SUFFIX = ".safetensors"

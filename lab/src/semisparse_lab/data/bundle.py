@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from semisparse.files import write_atomically
 from semisparse_lab.data.linux import PARTS, OnProgress
 from semisparse_lab.data.tokens import (
     MANIFEST,
@@ -22,7 +23,6 @@ from semisparse_lab.data.tokens import (
     write_tokens,
 )
 from semisparse_lab.errors import DataError
-from semisparse_lab.files import write_atomically
 
 LIMIT = 55 << 20
 """Bytes that a bundle may have."""

@@ -17,11 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from semisparse.documents import with_checksum
+from semisparse.files import write_atomically
 from semisparse_lab.checks import shown
 from semisparse_lab.data.byte_pairs import encoded, token_lengths, trained_tokenizer
 from semisparse_lab.data.linux import PARTS, OnProgress, fetched_archive, read_source, unpacked_package
 from semisparse_lab.errors import DataError, OutputExistsError
-from semisparse_lab.files import write_atomically
 from semisparse_lab.strict_json import read
 
 SHARE = 0.45
@@ -118,16 +119,19 @@ def load_tokens(folder: Path, device: torch.device | str = "cpu") -> TokenSets:
     Raises:
         DataError: A file is missing or damaged.
     """
-    manifest = _manifest(folder)
+    manifest = read_manifest(folder)
     sets = dict[str, Tensor]()
     for part in PARTS:
         path = folder / f"{part}.npy"
         if not is_whole(path, manifest["files"].get(path.name)):
             raise DataError(f"{path} is missing or damaged; prepare or unpack the data again")
         sets[part] = torch.from_numpy(np.load(path).view(np.int16)).to(device)
-    lengths = torch.tensor(manifest["token_bytes"], dtype=torch.float64, device=device)
+    lengths = manifest["token_bytes"]
+    if not (isinstance(lengths, list) and lengths and all(type(length) is int and length > 0 for length in lengths)):
+        raise DataError(f"{folder / MANIFEST} does not say how many bytes its tokens have; prepare the data again")
     checksums = "".join(manifest["files"][f"{part}.npy"]["sha256"] for part in PARTS)
-    return TokenSets(**sets, lengths=lengths, sha256=hashlib.sha256(checksums.encode()).hexdigest())
+    bytes_of = torch.tensor(lengths, dtype=torch.float64, device=device)
+    return TokenSets(**sets, lengths=bytes_of, sha256=hashlib.sha256(checksums.encode()).hexdigest())
 
 
 def described(path: Path) -> dict[str, Any]:
@@ -144,8 +148,8 @@ def is_whole(path: Path, known: object) -> bool:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write folder/manifest.json, atomically."""
-    write_atomically(folder / MANIFEST, json.dumps(manifest, indent=1).encode() + b"\n")
+    """Write folder/manifest.json with a checksum of itself, atomically."""
+    write_atomically(folder / MANIFEST, json.dumps(with_checksum(manifest), indent=1).encode() + b"\n")
 
 
 def read_manifest(folder: Path) -> Manifest:

@@ -6,10 +6,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from semisparse.errors import ConfigError
+from semisparse.files import write_atomically
 from semisparse_lab.checks import is_number
 from semisparse_lab.commands import command_of
 from semisparse_lab.errors import DataError
-from semisparse_lab.files import write_atomically
 from semisparse_lab.report.differences import picture
 from semisparse_lab.report.result_files import Result, load_results
 from semisparse_lab.report.summaries import RowSummary, first_row, spread, summaries

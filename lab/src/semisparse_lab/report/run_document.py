@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
+from semisparse.documents import with_checksum
 from semisparse.environment import environment
+from semisparse.files import write_atomically
 from semisparse_lab.experiment import Experiment, Outcome, Row
-from semisparse_lab.files import write_atomically
 from semisparse_lab.provenance import commit
 
 KIND = "accuracy"
@@ -59,7 +60,7 @@ def run_document(experiment: Experiment, row: Row, seed: int, outcome: Outcome) 
 
 
 def write_document(path: Path, document: Document) -> None:
-    """Write document as indented JSON, atomically.
+    """Write document with its checksum as indented JSON, atomically.
 
     Args:
         path: The file to write.
@@ -68,7 +69,7 @@ def write_document(path: Path, document: Document) -> None:
     Raises:
         OSError: path cannot be written.
     """
-    write_atomically(path, json.dumps(document, indent=2, allow_nan=False).encode() + b"\n")
+    write_atomically(path, json.dumps(with_checksum(document), indent=2, allow_nan=False).encode() + b"\n")
 
 
 def finite(value: Any) -> Any:

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from semisparse.errors import ConfigError
+from semisparse.files import write_atomically
 from semisparse_lab.errors import DataError
-from semisparse_lab.files import write_atomically
 from semisparse_lab.report import style
 from semisparse_lab.report.cards import origin
 from semisparse_lab.report.summaries import spread

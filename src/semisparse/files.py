@@ -19,7 +19,7 @@ _SUFFIX = ".tmp"
 _NO_FOLLOWING = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 
 
-def write_atomically(path: Path, content: bytes) -> None:
+def write_atomically(path: Path, content: bytes, mode: int = 0o666) -> None:
     """Write content to a new file in path's folder, then rename it to path; both are on the disk when this returns.
 
     The new file's name is random, and it is never opened through a link. If path is a link, the link is replaced and
@@ -29,12 +29,13 @@ def write_atomically(path: Path, content: bytes) -> None:
     Args:
         path: The file to write.
         content: All of its bytes.
+        mode: Permissions of the new file, less those that the umask takes away.
 
     Raises:
         OSError: path is then as it was, unless only the folder could not be synced.
     """
     _sweep(path)
-    descriptor, temporary = _create(path)
+    descriptor, temporary = _create(path, mode)
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.write(content)
@@ -51,20 +52,12 @@ def write_atomically(path: Path, content: bytes) -> None:
     _sync_folder(path.parent)
 
 
-def check_replaceable(path: Path) -> None:
-    """Raise OSError if path exists and write_atomically cannot replace it: a folder, a device, a pipe."""
-    with contextlib.suppress(FileNotFoundError):
-        mode = path.lstat().st_mode
-        if not (stat.S_ISREG(mode) or stat.S_ISLNK(mode)):
-            raise OSError(errno.EEXIST, f"{path.name} is there and not a file")
-
-
-def _create(path: Path) -> tuple[int, Path]:
+def _create(path: Path, mode: int = 0o666) -> tuple[int, Path]:
     """A new file for path's content, locked, and its name."""
     while True:
         temporary = path.with_name(f"{_stem(path)}{secrets.token_hex(8)}{_SUFFIX}")
         # O_EXCL fails on anything of that name, a dangling link too.
-        descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY | _NO_FOLLOWING, 0o666)
+        descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY | _NO_FOLLOWING, mode)
         if fcntl is None:
             return descriptor, temporary
         with contextlib.suppress(OSError):  # a file system without locks; a sweep can take none there either

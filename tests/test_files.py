@@ -2,25 +2,21 @@
 
 import os
 import stat
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 
-from semisparse_lab import files
+from semisparse import files
 from tests import fresh
 from tests.arch.source import ROOT
 
-# Children are forked from one process that has imported everything, and killed there: 200 times in a few seconds.
+# Children are forked from one process that has imported everything, and killed there. At random moments: tests/faults.
 OVERWRITE = """
-import os, random, signal, sys, time
+import os, signal, sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from semisparse_lab.checkpoint import file as checkpoint
-from semisparse_lab import files
 from semisparse_lab.models.vit import build_model
 from lab.tests.toys import MODEL
 
@@ -43,26 +39,6 @@ def in_child(work):
         finally:
             os._exit(0)
     return child
-
-def overwrite_for_ever():
-    while True:
-        for seed, model in enumerate(models):
-            checkpoint.save(path, model, {"seed": seed})
-            os.write(told, b".")
-
-draw, seen = random.Random(0), set()
-for _ in range(200):
-    heard, told = os.pipe()
-    child = in_child(overwrite_for_ever)
-    for _ in range(draw.randrange(4)):  # whole saves, so that the kills spread over both versions on a busy machine too
-        os.read(heard, 1)
-    time.sleep(draw.uniform(0, 0.004))
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    os.close(heard)
-    os.close(told)
-    seen.add(check())
-assert seen == {0, 1}, seen
 
 # Killed before each call that changes anything.
 def killed_before(call):
@@ -155,20 +131,34 @@ def test_what_a_living_process_writes_is_never_swept(tmp_path):
     assert not temporary.exists()
 
 
+WRITERS = """
+import os, sys
+from pathlib import Path
+from semisparse.files import write_atomically
+
+path, children = Path(sys.argv[1]), []
+for letter in b"abc":
+    child = os.fork()
+    if not child:
+        for _ in range(100):
+            write_atomically(path, bytes([letter]) * 50_000)
+        os._exit(0)
+    children.append(child)
+while children:
+    if path.exists():
+        content = path.read_bytes()
+        assert len(content) == 50_000 and len(set(content)) == 1
+    child, status = os.waitpid(-1, os.WNOHANG)
+    if child:
+        assert status == 0
+        children.remove(child)
+"""
+
+
 def test_writers_of_one_file_do_not_disturb_each_other(tmp_path):
-    code = (
-        "import sys; from pathlib import Path; from semisparse_lab.files import write_atomically\n"
-        "for _ in range(300): write_atomically(Path(sys.argv[1]), sys.argv[2].encode() * 50_000)"
-    )
-    path = tmp_path / "model.safetensors"
-    writers = [subprocess.Popen([sys.executable, "-c", code, str(path), letter], cwd=ROOT) for letter in "abc"]
-    while any(writer.poll() is None for writer in writers):
-        if path.exists():
-            content = path.read_bytes()
-            assert len(content) == 50_000 and len(set(content)) == 1
-        time.sleep(0.001)
-    assert [writer.returncode for writer in writers] == [0, 0, 0]
-    assert list(tmp_path.iterdir()) == [path]
+    done = fresh.run("-c", WRITERS, tmp_path / "model.safetensors", cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert list(tmp_path.iterdir()) == [tmp_path / "model.safetensors"]
 
 
 def test_temporary_names_cannot_be_foreseen(tmp_path):

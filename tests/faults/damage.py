@@ -1,0 +1,116 @@
+"""Files that are not as they were written: flipped bits, cut off, empty, or of another kind."""
+
+import random
+from functools import partial
+from pathlib import Path
+
+from semisparse.errors import SemiSparseError
+from tests.faults.fault import Fault
+from tests.faults.kinds import KINDS, Kind
+
+
+def found_in(kind: Kind, folder: Path, original: object) -> str:
+    """ "refused", "ignored", "same" or "other": what reading gives; any untyped error comes through."""
+    try:
+        found = kind.read(folder)
+    except SemiSparseError as error:
+        assert str(error).splitlines()[0].isprintable(), "the message is not printable"
+        return "refused"
+    if found == original:
+        return "same"
+    return "ignored" if found in (None, []) else "other"
+
+
+def damaged(kind: Kind, folder: Path) -> tuple[Path, bytes, object]:
+    """A whole file of a kind, its bytes and what reading it gives."""
+    kind.make(folder)
+    path, original = folder / kind.file, kind.read(folder)
+    assert original not in (None, []), "the file as written is not read"
+    return path, path.read_bytes(), original
+
+
+def flips(kind: Kind, count: int, folder: Path) -> dict[str, int]:
+    """Flip one bit at a time, at random places."""
+    path, content, original = damaged(kind, folder)
+    draw, seen = random.Random(count), dict.fromkeys(("refused", "ignored", "same", "other"), 0)
+    for _ in range(count):
+        place, bit = draw.randrange(len(content)), draw.randrange(8)
+        changed = bytearray(content)
+        changed[place] ^= 1 << bit
+        path.write_bytes(changed)
+        try:
+            seen[result := found_in(kind, folder, original)] += 1
+        except Exception as error:
+            raise AssertionError(f"bit {bit} of byte {place}: {type(error).__name__}: {error}") from error
+        if result == "other" and kind.guard == "checksum":
+            raise AssertionError(f"bit {bit} of byte {place} is flipped, and another content is loaded")
+    return _counted(seen)
+
+
+def cuts(kind: Kind, count: int, folder: Path) -> dict[str, int]:
+    """Cut the file off at random places, the first and the last byte among them; and nothing at all."""
+    path, content, original = damaged(kind, folder)
+    draw, seen = random.Random(count), dict.fromkeys(("refused", "ignored", "same", "other"), 0)
+    places = [0, 1, len(content) - 1, *(draw.randrange(len(content)) for _ in range(max(0, count - 3)))]
+    for place in places[:count]:
+        path.write_bytes(content[:place])
+        try:
+            seen[result := found_in(kind, folder, original)] += 1
+        except Exception as error:
+            raise AssertionError(f"cut off at byte {place}: {type(error).__name__}: {error}") from error
+        if result == "other" and not kind.name.endswith("CSV"):  # any number of lines makes a table
+            raise AssertionError(f"cut off at byte {place}, and something is loaded")
+    return _counted(seen)
+
+
+def foreign(kind: Kind, count: int, folder: Path) -> dict[str, int]:
+    """Files of all other kinds in the place of this one."""
+    path, _, original = damaged(kind, folder)
+    seen = dict.fromkeys(("refused", "ignored", "same", "other"), 0)
+    others = [other for other in KINDS if other.name != kind.name][:count]
+    for other in others:
+        there = folder / f"other-{other.name}"
+        there.mkdir()
+        other.make(there)
+        path.write_bytes((there / other.file).read_bytes())
+        try:
+            seen[result := found_in(kind, folder, original)] += 1
+        except Exception as error:
+            raise AssertionError(f"a {other.name} instead: {type(error).__name__}: {error}") from error
+        # What check_checkpoint reads are safetensors of any program.
+        if result == "other" and not (kind.name == "safetensors" and other.name == "checkpoint"):
+            raise AssertionError(f"a {other.name} is loaded as a {kind.name}")
+    return _counted(seen)
+
+
+def _counted(seen: dict[str, int]) -> dict[str, int]:
+    words = {
+        "refused": "refused with a typed error",
+        "ignored": "ignored",
+        "same": "read as they were",
+        "other": "read as other values",
+    }
+    return {words[name]: count for name, count in seen.items()}
+
+
+def _flips(kind: Kind) -> Fault:
+    sealed = kind.guard == "checksum"
+    return Fault(
+        f"flipped bits, files {'with' if sealed else 'without'} a checksum",
+        kind.name,
+        "a typed error, ignored, or read as they were" if sealed else "no other error than a typed one",
+        25 if sealed else 10,
+        500,
+        partial(flips, kind),
+        "files",
+        "" if sealed else "a digit or a value that is flipped is read as it stands",
+    )
+
+
+FAULTS = [
+    *(_flips(kind) for kind in KINDS),
+    *(Fault("files cut off", kind.name, "a typed error or ignored; fewer lines of CSV are a shorter curve", 5, 100,
+            partial(cuts, kind), "files") for kind in KINDS),
+    *(Fault("files of another kind", kind.name, "a typed error or ignored", 2, len(KINDS) - 1, partial(foreign, kind),
+            "files") for kind in KINDS),
+]  # fmt: skip

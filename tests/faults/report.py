@@ -1,0 +1,58 @@
+"""Writes the record of the faults into docs/reliability.md: python tests/faults/report.py"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = ROOT / "docs" / "reliability.md"
+RECORD = Path(__file__).with_name("record.json")
+BEGIN, END = "<!-- faults: generated from tests/faults/record.json -->", "<!-- end of faults -->"
+
+
+def table(record: dict[str, Any]) -> str:
+    """The outcomes by item: size, what was counted, what must hold and whether it did; then limits and failures."""
+    lines = ["| fault | size | counted | must hold | pass |", "| --- | --- | --- | --- | --- |"]
+    limits = dict[str, None]()
+    for item in dict.fromkeys(row["item"] for row in record["faults"]):
+        rows = [row for row in record["faults"] if row["item"] == item]
+        counts = dict[str, int]()
+        for row in rows:
+            for what, count in row["counts"].items():
+                counts[what] = counts.get(what, 0) + count
+        sizes = f"{rows[0]['size']:,} {rows[0]['unit']}"
+        size = f"{len(rows)} x {sizes}" if len(rows) > 1 else sizes
+        counted = ", ".join(f"{count:,} {what}" for what, count in counts.items() if count) or "nothing wrong"
+        holds = " <br> ".join(dict.fromkeys(row["holds"] for row in rows))
+        passed = "yes" if all(row["passed"] for row in rows) else "NO"
+        lines.append(f"| {item} | {size} | {counted} | {holds} | {passed} |")
+        limits |= dict.fromkeys(f"- {item}: {row['limit']}." for row in rows if row["limit"])
+    failed = [f"- failed: {row['title']}: {row['error']}" for row in record["faults"] if not row["passed"]]
+    return "\n".join([*lines, "", "Known limits:", "", *limits, *failed])
+
+
+def page(text: str, record: dict[str, Any]) -> str:
+    """The page with the table of a record.
+
+    Args:
+        text: The page before.
+        record: As run.py writes it.
+    """
+    before, rest = text.split(BEGIN)
+    return f"{before}{BEGIN}\n{table(record)}\n{END}{rest.split(END)[1]}"
+
+
+def main() -> int:
+    """Write the page.
+
+    Returns:
+        Exit code.
+    """
+    record = json.loads(RECORD.read_text(encoding="utf-8"))
+    PAGE.write_text(page(PAGE.read_text(encoding="utf-8"), record), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
