@@ -1,7 +1,6 @@
 """Every kind of file that semisparse and its lab write or read: how it is made, and what reading it gives."""
 
 import json
-import logging
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -16,7 +15,6 @@ import torch
 import semisparse
 from lab.tests.made_runs import DENSE, MIXED, documents
 from lab.tests.toys import MODEL, idx
-from semisparse.errors import SemiSparseError
 from semisparse.gemm.autotune.algorithm import Choice
 from semisparse.gemm.autotune.store import Store
 from semisparse.planning.problems import LinearProblem
@@ -31,8 +29,6 @@ from semisparse_lab.report.result_files import load_results
 from semisparse_lab.report.run_document import write_document
 from tests.planning.simulated import SHARES, measurement
 from tests.selfcheck.reports import report
-
-logging.getLogger("semisparse").setLevel(logging.ERROR)  # a file that is ignored is logged each time
 
 Which = Literal[0, 1]
 Guard = Literal["checksum", "none"]
@@ -219,7 +215,6 @@ KINDS = [
     Kind("reference curve, JSON", "curve.json", None, _make_curve, partial(_curve, "curve.json"), "none"),
     Kind("reference curve, CSV", "curve.csv", None, _make_csv, partial(_curve, "curve.csv"), "none"),
 ]  # fmt: skip
-TYPED = (SemiSparseError,)
 
 
 @cache

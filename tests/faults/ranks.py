@@ -18,8 +18,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from semisparse import LossGuard, SparseConfig, SparseSchedule, recipes, sparsify, tuning
 from semisparse.errors import RankMismatchError, SemiSparseError
+from semisparse.gemm.autotune.algorithm import Choice
+from semisparse.gemm.autotune.store import to_document
 from semisparse.recipes import RecipeSchedule
 from tests.faults.fault import Fault, ended, forked
+from tests.faults.training import digest
 
 TIMEOUT = 3.0
 """Seconds of a group in which a rank is lost; else it has time for a slow machine."""
@@ -123,6 +126,35 @@ def otherwise(changes: dict[str, Any], rank: int, odd: bool, now: Path) -> None:
         run.step(number)
 
 
+def not_a_number(rank: int, odd: bool, now: Path) -> None:
+    """The loss of one rank is NaN in one step: the scaler skips it on every rank, and all go on alike."""
+    run, scaler = Run(rank, odd), torch.amp.GradScaler("cpu", init_scale=1024.0)
+    for number in range(6):
+        run.optimizer.zero_grad()
+        loss = run.model(torch.full((8, 16), float(1 + rank + number))).square().mean()
+        scaler.scale(loss * (float("nan") if odd and number == 3 else 1.0)).backward()
+        scaler.step(run.optimizer)
+        scaler.update()
+        run.schedule.step(scaler)
+    assert run.schedule.applied_steps == 5
+    alike(digest([run.model.state_dict(), run.schedule.state_dict()["applied_steps"]]))
+
+
+def another_cache(rank: int, odd: bool, now: Path) -> None:
+    """Each rank measured another algorithm for a problem, and one more problem than the others."""
+    entries = [({"gpu": name}, Choice(rank, rank, 1.0, None, "tuned")) for name in ("both", f"own {rank}")]
+    tuning.load_state(to_document(entries))
+    assert tuning.share() == 1 + dist.get_world_size()
+    alike(json.dumps(sorted((str(key["gpu"]), choice.algorithm) for key, choice in tuning.choices())))
+
+
+def alike(mine: str) -> None:
+    """Every rank has the same text."""
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, mine)
+    assert len(set(found)) == 1, "the ranks differ"
+
+
 DEAD: dict[str, Scenario] = {
     f"{name} {where.__name__}": partial(where, how)
     for name, how in (("killed while", die), ("stalled while", stall))
@@ -134,6 +166,9 @@ OTHERWISE: dict[str, Scenario] = {
     "another mask": partial(otherwise, {"config": SparseConfig(weight="row")}),
     "other weights": partial(otherwise, {"seed": 1}),
 }
+
+
+ALIKE: dict[str, Scenario] = {"NaN": not_a_number, "another tuning cache": another_cache}
 
 
 def _rank(scenario: Scenario, timeout: float, world: int, rank: int, folder: Path) -> None:
@@ -204,11 +239,25 @@ def other(world: int, count: int, folder: Path) -> dict[str, int]:
     return {"RankMismatchError on every rank": count}
 
 
+def together(world: int, count: int, folder: Path) -> dict[str, int]:
+    """One rank meets something that the others do not: afterwards all hold the same."""
+    chosen = list(ALIKE)
+    for turn in range(count):
+        name = chosen[turn % len(chosen)]
+        for answer in _all(ALIKE[name], 60.0, world, folder / str(turn)):
+            assert answer is not None and not answer[0], f"{name}: {answer}"
+    return {"ranks that differ": 0}
+
+
+_IN_TIME = f"an error on each survivor within the timeout of the group ({TIMEOUT:.0f} s) and {SLACK:.0f} s"
+
 FAULTS = [
-    *(Fault(f"one of {world} ranks {how[:-6]}", "", "an error on each survivor within the timeout of the group and 2 s",
-            change, nightly, partial(lost, how, world), "times")
-      for world, how, change, nightly in ((2, "killed while", 2, 24), (4, "killed while", 0, 24),
-                                          (2, "stalled while", 0, 12), (4, "stalled while", 0, 12))),
-    *(Fault(f"one of {world} ranks set otherwise", "", "RankMismatchError on every rank", change, 12,
-            partial(other, world), "times") for world, change in ((2, 1), (4, 0))),
+    *(Fault("one gloo rank is killed", f"{world} ranks", _IN_TIME, change, 24, partial(lost, "killed while", world),
+            "times") for world, change in ((2, 2), (4, 0))),
+    *(Fault("one gloo rank stalls", f"{world} ranks", _IN_TIME, 0, 12, partial(lost, "stalled while", world), "times")
+      for world in (2, 4)),
+    *(Fault("one gloo rank has other settings or weights", f"{world} ranks", "RankMismatchError on every rank", change,
+            12, partial(other, world), "times") for world, change in ((2, 1), (4, 0))),
+    *(Fault("one gloo rank has a loss of NaN, or another tuning cache", f"{world} ranks", "all ranks go on alike",
+            change, 12, partial(together, world), "times") for world, change in ((2, 1), (4, 0))),
 ]  # fmt: skip

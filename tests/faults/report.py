@@ -20,7 +20,8 @@ def table(record: dict[str, Any]) -> str:
         counts = dict[str, int]()
         for row in rows:
             for what, count in row["counts"].items():
-                counts[what] = counts.get(what, 0) + count
+                longest = what.startswith("ms ")
+                counts[what] = max(counts.get(what, 0), count) if longest else counts.get(what, 0) + count
         sizes = f"{rows[0]['size']:,} {rows[0]['unit']}"
         size = f"{len(rows)} x {sizes}" if len(rows) > 1 else sizes
         counted = ", ".join(f"{count:,} {what}" for what, count in counts.items() if count) or "nothing wrong"

@@ -10,6 +10,7 @@ A fault that is not tried keeps its last outcome in the record.
 import argparse
 import gc
 import json
+import logging
 import os
 import sys
 import time
@@ -80,6 +81,7 @@ def main() -> int:
         if fault.size(asked.size)
         and (not asked.only or module in asked.only or any(part in fault.title for part in asked.only))
     ]
+    logging.getLogger("semisparse").setLevel(logging.ERROR)  # a file that is ignored is logged each time
     gc.collect()
     gc.freeze()  # what is there is not walked in processes that are forked
     for number, fault in enumerate(chosen, 1):
