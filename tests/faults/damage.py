@@ -103,7 +103,10 @@ def _flips(kind: Kind) -> Fault:
         500,
         partial(flips, kind),
         "files",
-        "" if sealed else "a digit or a value that is flipped is read as it stands",
+        ""
+        if sealed
+        else "a value that is flipped is read as it stands; the tuning cache has no checksum yet, and safetensors, "
+        "indices, idx files and curves come from others",
     )
 
 
