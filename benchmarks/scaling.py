@@ -189,6 +189,8 @@ def options(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def run(given: argparse.Namespace) -> None:
     """Measure all variants and write the result after each."""
+    # It would split a block's graph by DDP's buckets, for an overlap that blocks compiled one by one have anyway.
+    torch._dynamo.config.optimize_ddp = False
     config, batch = (TOY, 1) if given.toy else (MODEL, given.tokens // CONTEXT)
     ranks = dist.get_world_size()
     config = replace(config, depth=given.depth or depth_that_fits(config, batch))

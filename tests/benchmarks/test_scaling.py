@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import cards, exposed, scaling_model, scaling_tables, table
+from benchmarks import cards, exposed, scaling, scaling_model, scaling_tables, table
+from benchmarks.ranks import TOY
 from tests.benchmarks import scaled
 from tests.benchmarks.scaled import COMPUTE, LAYERS, RATE, WHOLE
 
@@ -93,6 +94,25 @@ def test_the_card_says_what_is_measured_what_is_modelled_and_fits_the_page(monke
     assert max(len(line) for line in text.splitlines() if line.startswith("|")) <= table.WIDTH + 2
     assert scaling_tables.table(stored).text()
     assert cards.blocks()["scaling"].endswith(text.split("\n\n", 1)[1].strip())
+
+
+@pytest.mark.parametrize(("total", "expected"), [(100, 8), (9, 1), (1000, scaling.MOST_LAYERS)])
+def test_layers_are_as_many_as_fit_for_the_hungriest_precision(
+    monkeypatch: pytest.MonkeyPatch, total: int, expected: int
+) -> None:
+    per_layer, tried = {"bf16": 8, "2:4": 10, "fp8 + 2:4": 9}, []
+
+    def built(precision: str, layout: str, config: Any, compiled: bool) -> None:
+        tried.append(7 + per_layer[precision] * config.depth)
+
+    monkeypatch.setattr(scaling, "device", lambda: "cuda")
+    monkeypatch.setattr(scaling, "forget", lambda: None)
+    monkeypatch.setattr(scaling, "built", built)
+    monkeypatch.setattr(scaling, "step_of", lambda *given: lambda: None)
+    monkeypatch.setattr(scaling, "peak", lambda step: tried[-1])
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda number: SimpleNamespace(total_memory=total))
+    assert scaling.depth_that_fits(TOY, 1) == expected
+    assert expected in (1, scaling.MOST_LAYERS) or 7 + 10 * expected <= scaling.SPARE * total < 7 + 10 * (expected + 1)
 
 
 def test_differing_losses_show() -> None:
