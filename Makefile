@@ -94,12 +94,12 @@ docs: $(VENV)/.docs
 	@echo "docs: open site/index.html"
 
 # The wheel is built with the torch of $(VENV) and must serve this one. pip takes torch from PyPI, with the CUDA libraries that
-# it loads: 5 GB on disk. The other pins are those of $(VENV).
+# it loads: 5 GB on disk. The other pins are those of $(VENV), but for setuptools, of which each torch wants other versions.
 OTHER := .venv-torch-$(TORCH)
 $(OTHER)/.ready: constraints.txt
 	@echo "setup: makes $(OTHER) with torch $(TORCH) and its CUDA libraries; 5 GB on disk, about a minute on a fast connection"
 	$(PYTHON) -m venv $(OTHER)
-	grep -v '^torch==' constraints.txt > $(OTHER)/constraints.txt
+	grep -v -e '^torch==' -e '^setuptools==' constraints.txt > $(OTHER)/constraints.txt
 	PIP_CONSTRAINT=$(OTHER)/constraints.txt $(OTHER)/bin/python -m pip --disable-pip-version-check install \
 	    torch==$(TORCH) numpy nvmath-python hatchling pytest pytest-xdist hypothesis
 	@touch $@

@@ -1,0 +1,58 @@
+"""Development and CI install exact versions: each package that pip would bring along has a pin."""
+
+import re
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, distribution
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from tests.arch.source import ROOT
+
+OURS = {"semisparse", "semisparse-lab"}
+WITH_TORCH = re.compile(r"nvidia-.*|cuda-toolkit|triton")
+"""What a CUDA build of torch asks for, at exact versions of its own."""
+
+
+def pins() -> dict[str, str]:
+    """Name -> version of all constraints."""
+    lines = [
+        line.partition("#")[0].strip()
+        for path in ROOT.glob("constraints*.txt")
+        for line in path.read_text().splitlines()
+    ]
+    found = [line.split("==") for line in lines if line]
+    return {canonicalize_name(name): version for name, version in found}
+
+
+def needed(name: str, extras: frozenset[str], seen: set[tuple[str, frozenset[str]]]) -> Iterator[str]:
+    """All packages that one asks for on this machine, as far as they are installed, with what these ask for."""
+    if (name, extras) in seen:
+        return
+    seen.add((name, extras))
+    yield name
+    try:
+        requires = distribution(name).requires or []
+    except PackageNotFoundError:  # of an extra that is installed elsewhere, such as the documentation's
+        return
+    for requirement in map(Requirement, requires):
+        marker = requirement.marker
+        if marker is None or any(marker.evaluate({"extra": extra}) for extra in extras or {""}):
+            yield from needed(canonicalize_name(requirement.name), frozenset(requirement.extras), seen)
+
+
+def test_every_package_that_is_installed_along_has_an_exact_version() -> None:
+    seen: set[tuple[str, frozenset[str]]] = set()
+    names = {
+        *needed("semisparse", frozenset({"dev", "docs"}), seen),
+        *needed("semisparse-lab", frozenset({"text"}), seen),
+    }
+    if "torch" not in names:
+        pytest.skip("the package is not installed, so that what it asks for is not known here")
+    assert {"torch", "numpy", "pytest", "sphinx"} <= names
+    assert {name for name in names - pins().keys() - OURS if not WITH_TORCH.fullmatch(name)} == set()
+
+
+def test_a_pin_is_one_version() -> None:
+    assert all(re.fullmatch(r"\d[\w.]*", version) for version in pins().values())
