@@ -21,7 +21,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-ALONE = ["tests/gemm/test_engine_cost_gpu.py", "tests/gpu/test_gathering.py"]
+ALONE = ["tests/gemm/test_engine_cost_gpu.py", "tests/gpu/test_gathering.py", "tests/gpu/test_two_gpus.py"]
 sys.path.insert(0, str(ROOT))
 
 
