@@ -24,8 +24,8 @@ from tests.trust.outcome import NotHere, Part, Row
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
-RUNS = (*((tool, "kernels") for tool in TOOLS), *((tool, "layers") for tool in TOOLS))
-"""The tools over the Triton kernels alone first: the layers also run the kernels of cuSPARSELt and cuBLAS."""
+RUNS = (*((tool, "kernels") for tool in TOOLS), ("memcheck", "layers"), ("initcheck", "layers"))
+"""All tools over the Triton kernels; over layers, which run those of cuSPARSELt and cuBLAS too, what sees addresses."""
 
 PATIENCE = 150.0
 """Seconds for one run of a tool."""
@@ -90,7 +90,7 @@ def run(machine: Machine, part: Part, folder: Path, runs: Sequence[tuple[str, st
     Args:
         machine: Where.
         part: Gets the rows.
-        folder: Gets the outputs of the tools, and the caches of what they run.
+        folder: Gets the outputs of the tools.
         runs: Tool and what it runs.
 
     Raises:
@@ -161,7 +161,7 @@ def program(
     """
     result = folder / f"{name}-{mode}.json"
     result.unlink(missing_ok=True)
-    own = {"XDG_CACHE_HOME": str(folder / "cache"), "TRITON_CACHE_DIR": str(folder / "triton"), VARIABLE: "1"}
+    own = {VARIABLE: "1"}
     if command:
         own["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # each tensor is an allocation of its own, which the tools see
     python = [sys.executable, "-m", "tests.trust.launches", str(result), mode]

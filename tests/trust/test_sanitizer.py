@@ -152,3 +152,38 @@ def test_without_a_gpu_the_tools_are_left_out(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(NotHere, match="needs a GPU"):
         sanitizer.run(Machine(torch.device("cpu")), Part("sanitizer", 1.0), tmp_path)
     assert not os.listdir(tmp_path)
+
+
+def with_tools(monkeypatch: pytest.MonkeyPatch, outputs: dict[str, str]) -> tuple[Machine, list[tuple[str, ...]]]:
+    """A machine on which the tools print what is given, by name; and the commands that are run."""
+    machine, commands = Machine(torch.device("cpu")), []
+    machine.cuda = True
+
+    def program(command, mode, folder, name, seconds):
+        commands.append((mode, *command))
+        return outputs.get(name, CLEAN), LAUNCHED
+
+    monkeypatch.setattr(sanitizer, "guard", lambda *given: None)
+    monkeypatch.setattr(sanitizer, "find_tool", lambda: "compute-sanitizer")
+    monkeypatch.setattr(sanitizer, "program", program)
+    return machine, commands
+
+
+def test_every_tool_runs_after_a_run_without_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine, commands = with_tools(monkeypatch, {"racecheck": RACE})
+    tried = Part("sanitizer", 60.0)
+    sanitizer.run(machine, tried, tmp_path)
+    assert commands[:2] == [("kernels",), ("layers",)]
+    assert [(command[3], command[0]) for command in commands[2:]] == list(sanitizer.RUNS)
+    assert {command[3] for command in commands[2:]} == set(sanitizer.TOOLS)
+    assert {command[3] for command in commands[2:] if "--report-api-errors" in command} == {"memcheck"}
+    assert [row.what for row in tried.rows if not row.passed] == ["racecheck over kernels: reports"]
+    assert tried.details["launched by kernels"] == LAUNCHED
+
+
+def test_tools_for_which_no_time_is_left_do_not_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine, commands = with_tools(monkeypatch, {})
+    tried = Part("sanitizer", 0.0)
+    sanitizer.run(machine, tried, tmp_path)
+    assert len(commands) == 2 and len(tried.rows) == len(sanitizer.RUNS)
+    assert not any(row.passed for row in tried.rows)
