@@ -24,7 +24,7 @@ if __name__ == "__main__":
     if not torch.cuda.is_available():
         os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from tests.trust import algorithms, determinism, graphs, leaks, numerics, sanitizer, soak
+from tests.trust import algorithms, convergence, determinism, graphs, leaks, numerics, sanitizer, soak
 from tests.trust.machine import Machine
 from tests.trust.outcome import Part, Record
 
@@ -62,6 +62,7 @@ def budgets(folder: Path) -> dict[str, Budget]:
         ),
         "graphs": Budget(120, 8, graphs.run, partial(graphs.run, replays=20, modes=())),
         "leaks": Budget(120, 10, leaks.run, partial(leaks.run, steps=256, shapes=16, layers=64)),
+        "convergence": Budget(120, 8, convergence.run, partial(convergence.run, steps=50, seeds=1)),
         "sanitizer": Budget(560, 5, tools, lambda machine, part: sanitizer.guard(machine, part)),
         "soak": Budget(480, 10, soak.run, partial(soak.run, shapes=soak.SHAPES[:1], cycles=50)),
     }

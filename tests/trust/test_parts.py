@@ -3,7 +3,7 @@
 import torch
 
 from semisparse.gemm.autotune.algorithm import Choice
-from tests.trust import algorithms, determinism, graphs, leaks, numerics, soak
+from tests.trust import algorithms, convergence, determinism, graphs, leaks, numerics, soak
 from tests.trust.machine import Machine
 from tests.trust.outcome import Part, Row
 
@@ -166,3 +166,26 @@ def test_a_thread_of_the_soak_that_raises_ends_it(monkeypatch) -> None:
     monkeypatch.setattr(determinism.Subject, "wrong", raises)
     soak.run(machine(), tried, shapes=(SHAPE,))
     assert "RuntimeError: gone" in failed(tried)[0].faults
+
+
+def test_two_models_learn_alike_by_both_products_and_resume_bit_for_bit() -> None:
+    tried = part()
+    convergence.run(machine(), tried, steps=2, seeds=1)
+    assert not failed(tried) and len(tried.rows) == 8
+
+
+def test_another_curve_and_another_end_after_resuming_are_found(monkeypatch) -> None:
+    made, right = convergence.subjects, convergence.Run.curve
+    monkeypatch.setattr(convergence, "subjects", lambda here: made(here)[1:])
+    monkeypatch.setattr(convergence.Run, "curve", lambda self: right(self) + (self.backend == "dense"))
+    monkeypatch.setattr(convergence.Run, "load", lambda self, state: self.model.load_state_dict(state["model"]))
+    tried = part()
+    convergence.run(machine(), tried, steps=2, seeds=1)
+    assert len(failed(tried)) == 2 and all(row.what.startswith("ViT: ") for row in failed(tried))
+
+
+def test_curves_are_apart_by_what_is_allowed() -> None:
+    curve = torch.tensor([2.0, 1.0])
+    assert convergence.apart(curve, curve) == 0
+    assert convergence.apart(curve + 0.12, curve) == 2.0
+    assert convergence.apart(curve * torch.nan, curve) == float("inf")

@@ -97,5 +97,14 @@ def test_the_program_runs_the_parts_that_are_named(tmp_path: Path, monkeypatch, 
 
 def test_the_parts_are_those_of_the_plan(tmp_path: Path) -> None:
     parts = program.budgets(tmp_path)
-    assert list(parts) == ["numerics", "algorithms", "determinism", "graphs", "leaks", "sanitizer", "soak"]
+    assert list(parts) == [
+        "numerics",
+        "algorithms",
+        "determinism",
+        "graphs",
+        "leaks",
+        "convergence",
+        "sanitizer",
+        "soak",
+    ]
     assert sum(budget.quick for budget in parts.values()) < 90

@@ -1,0 +1,168 @@
+"""B8: two small models trained by sparse products and masked dense: the same losses; and resumed in the middle."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import semisparse
+from semisparse.config import SparseConfig
+from semisparse_lab.models.gpt import GPTConfig, build_gpt
+from semisparse_lab.models.vit import ViTConfig, build_model
+from tests.trust.machine import Machine, differing
+from tests.trust.outcome import Part, Row
+
+STEPS = 300
+SEEDS = 3
+WINDOW = 25
+"""Steps over which the loss is averaged before curves are compared."""
+
+ABSOLUTE, RELATIVE = 1e-2, 5e-2
+"""How far two curves may be apart: what Liger-Kernel's tests allow for losses in bf16."""
+
+BATCH, CONTEXT, PIXELS = 32, 64, 16
+Batch = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model and what it learns.
+
+    Attributes:
+        name: Of both.
+        build: Makes the model from a seed.
+        batch: Inputs and targets of a step, from its generator.
+    """
+
+    name: str
+    build: Callable[[int], nn.Module]
+    batch: Callable[[torch.Generator], Batch]
+
+
+def subjects(machine: Machine) -> list[Subject]:
+    """A GPT on the bytes of this package's source, and a ViT on noise that a fixed linear map labels."""
+    source = b"".join(path.read_bytes() for path in sorted(Path(semisparse.__file__).parent.glob("*.py")))
+    text = torch.frombuffer(bytearray(source), dtype=torch.uint8).long()
+    labels = torch.randn(PIXELS * PIXELS, 10, generator=torch.Generator().manual_seed(0))
+
+    def bytes_of(generator: torch.Generator) -> Batch:
+        starts = torch.randint(len(text) - CONTEXT - 1, (BATCH,), generator=generator)
+        rows = torch.stack([text[start : start + CONTEXT + 1] for start in starts.tolist()]).to(machine.device)
+        return rows[:, :-1], rows[:, 1:]
+
+    def images(generator: torch.Generator) -> Batch:
+        drawn = torch.randn(BATCH, 1, PIXELS, PIXELS, generator=generator)
+        return drawn.to(machine.device), (drawn.flatten(1) @ labels).argmax(1).to(machine.device)
+
+    gpt = GPTConfig(context=CONTEXT, width=128, depth=2, heads=4)
+    vit = ViTConfig(image_size=PIXELS, patch_size=4, width=128, depth=2)
+    return [
+        Subject("GPT", lambda seed: build_gpt(gpt, seed, machine.device), bytes_of),
+        Subject("ViT", lambda seed: build_model(vit, seed, machine.device), images),
+    ]
+
+
+class Run:
+    """A model in training, in autocast to bf16 over fp32 weights.
+
+    Args:
+        machine: Where.
+        subject: What.
+        seed: Of initial weights and data.
+        backend: Of the sparse layers.
+    """
+
+    def __init__(self, machine: Machine, subject: Subject, seed: int, backend: Any) -> None:
+        self.machine, self.subject, self.backend = machine, subject, backend
+        self.model = subject.build(seed)
+        semisparse.sparsify(self.model, SparseConfig(backend=backend), select="mlp")
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3)
+        self.generator = torch.Generator().manual_seed(seed)
+        self.losses: list[Tensor] = []
+
+    def train(self, steps: int) -> None:
+        """More steps. PyTorch's own attention, whose backward adds up in no fixed order, is not used."""
+        for _ in range(steps):
+            inputs, targets = self.subject.batch(self.generator)
+            self.optimizer.zero_grad(set_to_none=True)
+            with sdpa_kernel(SDPBackend.MATH):
+                with torch.autocast(self.machine.device.type, torch.bfloat16):
+                    outputs = self.model(inputs)
+                loss = F.cross_entropy(outputs.float().flatten(0, -2), targets.flatten())
+                loss.backward()
+            self.optimizer.step()
+            self.losses.append(loss.detach())
+
+    def state(self) -> dict[str, Any]:
+        """All that training depends on."""
+        parts = {"model": self.model, "optimizer": self.optimizer}
+        saved = {name: copy.deepcopy(part.state_dict()) for name, part in parts.items()}
+        return {**saved, "generator": self.generator.get_state()}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from a state."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.generator.set_state(state["generator"])
+
+    def curve(self) -> Tensor:
+        """Means of the loss over WINDOW steps, fp64."""
+        losses = torch.stack(self.losses).double()
+        return torch.stack([window.mean() for window in losses.split(WINDOW)])
+
+
+def apart(ours: Tensor, other: Tensor) -> float:
+    """The largest distance of two curves, in units of what is allowed."""
+    share = (ours - other).abs() / (ABSOLUTE + RELATIVE * other.abs())
+    return float(share.nan_to_num(torch.inf).max())
+
+
+def run(machine: Machine, part: Part, steps: int = STEPS, seeds: int = SEEDS) -> None:
+    """Train until all is compared or the budget is spent.
+
+    Args:
+        machine: Where.
+        part: Gets the rows.
+        steps: Of each run.
+        seeds: Of each model.
+    """
+    machine.tune_quickly()
+    for subject in subjects(machine):
+        gaps, curves, done = [], [], 0
+        for seed in range(seeds):
+            if part.left() <= 0:
+                break
+            pair = [Run(machine, subject, seed, backend) for backend in (machine.backend, "dense")]
+            for one in pair:
+                one.train(steps)
+            found = [one.curve() for one in pair]
+            gaps.append(apart(*found))
+            curves.append(found[0])
+            done += 1
+        size = f"{done} of {seeds} seeds, {steps} steps each"
+        part.add(Row("B8", f"{subject.name}: seeds", size, done, seeds, "at least"))
+        if not curves:
+            continue
+        what = f"{subject.name}: sparse products against masked dense, distance of losses by what is allowed"
+        part.add(Row("B8", what, size, max(gaps), 1))
+        learned = min(float(curve[-1] / curve[0]) for curve in curves)
+        part.add(Row("B8", f"{subject.name}: last loss over first", size, learned, None, "reported"))
+        wrong = _resumed(machine, subject, steps)
+        part.add(Row("B8", f"{subject.name}: parameters that differ after resuming", f"{steps} steps", wrong))
+
+
+def _resumed(machine: Machine, subject: Subject, steps: int) -> int:
+    """Parameters that differ in a bit between a run, and one that was resumed in its middle."""
+    whole, again = (Run(machine, subject, 0, machine.backend) for _ in range(2))
+    whole.train(steps // 2)
+    state = whole.state()
+    whole.train(steps - steps // 2)
+    again.load(state)
+    again.train(steps - steps // 2)
+    return int(differing(list(again.model.parameters()), list(whole.model.parameters())))
