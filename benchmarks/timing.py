@@ -4,6 +4,7 @@ A GPU that runs matrix products lowers its clock to stay under its power limit, 
 that runs first. Every variant here gets the same number of blocks in turn; a block first warms up, then runs for at
 least BLOCK_SECONDS. The figure of a variant is the median over its blocks of the mean time of one call. A ratio is the
 median over the rounds of the quotient of the two blocks that ran in one round, so a slow drift of the clock cancels.
+Python's garbage is collected before the first block; collections of all objects of the process do not fall into blocks.
 
 Without a GPU everything runs on the CPU with the host's clock, so that the programs can be tried at toy size.
 """
@@ -16,6 +17,8 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 
 import torch
+
+from semisparse.planning.timing import without_full_collections
 
 BLOCK_SECONDS = 0.4
 CPU_BLOCK_SECONDS = 0.01
@@ -65,6 +68,7 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
+@without_full_collections()
 def interleaved(
     variants: Mapping[str, Callable[[], object]],
     *,

@@ -1,5 +1,6 @@
 """Timing on a simulated GPU whose calls take as long as they say."""
 
+import gc
 import statistics
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -107,6 +108,39 @@ def test_a_step_is_timed_whole_and_on_the_host(device: Device) -> None:
     found = step_times(device.call("step", 30.0, 7.0))
     assert (found.ms, found.device_ms) == (pytest.approx(30.0), None)
     assert found.on_device == found.ms
+
+
+@pytest.fixture
+def collected() -> Iterator[list[int]]:
+    """The generations that are collected, with thresholds at which the old one is, soon."""
+    generations: list[int] = []
+
+    def note(phase: str, info: dict[str, int]) -> None:
+        if phase == "start":
+            generations.append(info["generation"])
+
+    before = gc.get_threshold()
+    gc.callbacks.append(note)
+    gc.set_threshold(10, 1, 1)
+    yield generations
+    gc.callbacks.remove(note)
+    gc.set_threshold(*before)
+
+
+def test_old_garbage_is_collected_before_blocks_and_not_within_them(collected: list[int]) -> None:
+    def allocate() -> list[list[object]]:
+        return [[] for _ in range(200 + len(gc.get_objects()))]  # full collections wait for a quarter more objects
+
+    kept = allocate()
+    assert 2 in collected
+    collected.clear()
+    with pytest.raises(ZeroDivisionError), timing.without_full_collections():
+        assert 2 in collected
+        collected.clear()
+        kept += allocate()
+        assert set(collected) == {0, 1}
+        _ = 1 / 0
+    assert gc.get_threshold() == (10, 1, 1)
 
 
 def test_sums_keep_what_is_not_known() -> None:

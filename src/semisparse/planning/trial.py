@@ -12,7 +12,14 @@ from torch import nn
 
 from semisparse.config import SparseConfig
 from semisparse.errors import PlanError
-from semisparse.planning.timing import BLOCK_SECONDS, ROUNDS, Call, block_ms, calls_per_block
+from semisparse.planning.timing import (
+    BLOCK_SECONDS,
+    ROUNDS,
+    Call,
+    block_ms,
+    calls_per_block,
+    without_full_collections,
+)
 from semisparse.schedule import Phase, SparseSchedule
 from semisparse.schedule.step_packing import Pack
 from semisparse.surgery.densify import densify
@@ -50,10 +57,11 @@ def tried(model: nn.Module, step: Call, variants: Sequence[Configs], pack: Pack 
                 raise PlanError("step does not run the layers of model: it may replay a graph, or run a copy of model")
             counts.append(calls_per_block(call, _STEP_BLOCK_SECONDS))
     blocks: list[list[float]] = [[] for _ in variants]
-    for _ in range(ROUNDS):
-        for times, count, configs in zip(blocks, counts, variants, strict=True):
-            with training(model, step, configs, pack) as call:
-                times.append(block_ms(call, count))
+    with without_full_collections():
+        for _ in range(ROUNDS):
+            for times, count, configs in zip(blocks, counts, variants, strict=True):
+                with training(model, step, configs, pack) as call:
+                    times.append(block_ms(call, count))
     return [statistics.median(times) for times in blocks]
 
 
