@@ -200,6 +200,17 @@ def guarded(rank: int) -> None:
     assert guard.report().not_finite == 0
 
 
+def resumed_elsewhere(rank: int) -> None:
+    """One rank is in a sparse phase and one in a dense one: only the first would compare which layers are called."""
+    model = net(0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    schedule = SparseSchedule.sparse_then_dense(model, 10)
+    schedule.resume_at(8 * rank)
+    model(torch.ones(4, 16)).sum().backward()
+    optimizer.step()
+    schedule.step()
+
+
 def ended_on_one(rank: int) -> None:
     """The ranks are at different steps."""
     schedule = SparseSchedule.sparse_then_dense(net(0), 10)
@@ -229,6 +240,7 @@ SCENARIOS: dict[Callable[[int], None], tuple[str, str]] = {
     replaced_on_one: ("RankMismatchError", "ScheduleError"),
     guarded: NONE,
     ended_on_one: MISMATCH,
+    resumed_elsewhere: MISMATCH,
     experts_called_elsewhere: NONE,
     experts_bypassed: ("ScheduleError", "ScheduleError"),
 }

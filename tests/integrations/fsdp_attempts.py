@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 
-from semisparse import SparseConfig, routes, sparsify
+from semisparse import SparseConfig, SparseSchedule, routes, sparsify
 from semisparse.errors import SemiSparseError
 from semisparse.integrations.fsdp import compress_all_gather
 from tests.integrations.fsdp_ranks import inputs, net, sharded
@@ -105,6 +105,13 @@ def a_gpu_without_fp8_on_one(rank: int) -> None:
         compress_all_gather(model)
 
 
+def resumed_elsewhere(rank: int) -> None:
+    model = sharded(net())
+    compress_all_gather(model)
+    SparseSchedule.sparse_then_dense(model, 10).resume_at(8 * rank)
+    model(inputs(0)[rank])
+
+
 def inner_module_first(rank: int) -> None:
     model = sharded(net(SparseConfig(precision="fp8")))
     compress_all_gather(model)
@@ -139,6 +146,7 @@ BOTH = {
     fp8_in_fp16: "ConfigError",
     a_gpu_without_fp8_on_one: "RankMismatchError",
     inner_module_first: "ConfigError",
+    resumed_elsewhere: "RankMismatchError",
     offloaded: "ConfigError",
     tied: "LayerRefusedError",
 }

@@ -67,11 +67,11 @@ def agree(mine: int | Exception, group: Group = None) -> None:
         highest, lowest = both[0].item(), -both[1].item()
         if highest != lowest and isinstance(mine, int):
             raise RankMismatchError(
-                "the ranks do not hold the same semi-sparse layers, settings and held masks (or one of them failed: "
-                "see its error). Swap the same layers on every rank, and start a recipe that holds masks or scales "
-                "after the weights are equal: after wrapping in DistributedDataParallel, or with one seed. If ranks "
-                "hold different parts of a model, pass the data-parallel group as process_group, or False to compare "
-                "nothing"
+                "the ranks do not hold the same semi-sparse layers, settings, steps and held masks (or one of them "
+                "failed: see its error). Swap the same layers on every rank, and start a recipe that holds masks or "
+                "scales after the weights are equal: after wrapping in DistributedDataParallel, or with one seed. If "
+                "ranks hold different parts of a model, pass the data-parallel group as process_group, or False to "
+                "compare nothing"
             )
     if isinstance(mine, Exception):
         raise mine

@@ -147,18 +147,14 @@ class ScheduledLayers:
             )
         _share_held(pairs)
 
-    def look(self) -> int:
+    def look(self) -> None:
         """Check that the layers are still what they were, and let copies follow that no schedule switches.
-
-        Returns:
-            0, so that attempt() can run it.
 
         Raises:
             ScheduleError: As check_present.
         """
         self.check_present()
         self.adopt_copies()
-        return 0
 
     def check_present(self) -> None:
         """Raise ScheduleError, with its name, if a layer was replaced, made dense or can no longer be pruned."""

@@ -295,8 +295,7 @@ class SparseSchedule:
         def prepare() -> int:
             if self.phase != "sparse":
                 raise ScheduleError(f"end_sparse_phase() in a dense phase, after {self._applied_steps} applied steps")
-            self._layers.look()
-            return digest((self._phases, self._applied_steps), {})
+            return self._look()
 
         agree(attempt(prepare), self._group)
         self._ended_at = self._applied_steps
@@ -363,12 +362,8 @@ class SparseSchedule:
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles, which come with their model: in the same phase, observing that model's optimizers."""
         group = None if self._group is not False else False  # a process group cannot be copied
-        return {
-            **self.__dict__,
-            "_evidence": self._evidence.last_scale,
-            "_group": group,
-            "_seeds": self._seeds.seed,
-        }
+        other = {"_evidence": self._evidence.last_scale, "_group": group, "_seeds": self._seeds.seed}
+        return {**self.__dict__, **other}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -380,10 +375,15 @@ class SparseSchedule:
     def _check_layers(self) -> None:
         """Check the layers at the first step, and if the coming step ends a phase."""
         if not self._checked_once:
-            agree(attempt(self._layers.look), self._group)  # on every rank, so that none waits for one that raises
+            agree(attempt(self._look), self._group)  # on every rank, so that none waits for one that raises
         elif kind_at(self._phases, self._applied_steps + 1) != self.phase:
             self._layers.look()
         self._checked_once = True
+
+    def _look(self) -> int:
+        """Check the layers; what ranks compare: one that resumed elsewhere would be in another phase."""
+        self._layers.look()
+        return digest((self._phases, self._applied_steps), {})
 
     def _advance(self) -> None:
         self._applied_steps += 1

@@ -38,11 +38,17 @@ class GatherReport:
 class _Forwards:
     """Hook of an outermost FSDP2 module: what its weights need before a forward gathers any of them."""
 
-    def __init__(self, weights: list[GatheredWeight], owners: Mapping[GatheredWeight, FSDPModule]) -> None:
-        self._weights, self._owners = weights, owners
+    def __init__(
+        self, weights: list[GatheredWeight], owners: Mapping[GatheredWeight, FSDPModule], group: Group
+    ) -> None:
+        self._weights, self._owners, self._group = weights, owners, group
+        self._compared = False
 
     @torch.compiler.disable
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if not self._compared:  # a rank that resumed elsewhere may be in another phase, and would wait for other sizes
+            agree(digest([(weight.name, weight.form) for weight in self._weights], {}), self._group)
+            self._compared = True
         for weight in self._weights:
             weight.attach()
             if weight.outdated:  # the phase changed while it was gathered; FSDP2 does nothing if it is not
@@ -87,8 +93,8 @@ def compress_all_gather(
         model: Has FSDP2 modules (torch.distributed.fsdp.fully_shard) and semi-sparse layers with masks "transposable"
             or "row". The number of rows that a rank holds of each weight must be a multiple of 4, the same on all.
         exclude: Layers to gather whole, as sparsify's.
-        process_group: The ranks that call this with the same model, to compare settings; None for all of the job, False
-            to compare nothing.
+        process_group: The ranks that call this with the same model, to compare settings, and phases at the first
+            forward; None for all of the job, False to compare nothing.
 
     Returns:
         Which weights are gathered compressed.
@@ -99,7 +105,8 @@ def compress_all_gather(
         NoLayerMatchedError: No weight is left to compress, or a selector matches nothing.
         ShapeError: Shards of a weight do not have a multiple of 4 rows each.
         LayerRefusedError: A weight is not sharded by FSDP2 along its rows, is shared, or is sharded otherwise, too.
-        RankMismatchError: Ranks differ in layers or settings, or another rank raised one of these.
+        RankMismatchError: Ranks differ in layers or settings, or another rank raised one of these. Also raised by the
+            first forward, if ranks are in different phases.
     """
     found: Found = []
     whole: dict[str, str] = {}
@@ -119,7 +126,7 @@ def compress_all_gather(
         inside = {id(module) for module in root.modules()}
         own = [weight for weight in weights if id(weight.layer) in inside]
         if own:
-            root.register_forward_pre_hook(_Forwards(own, owners), prepend=True)
+            root.register_forward_pre_hook(_Forwards(own, owners, process_group), prepend=True)
     sizes = [_bytes(weight) for weight in weights]
     names = tuple(weight.name for weight in weights)
     return GatherReport(names, whole, sum(size[0] for size in sizes), sum(size[1] for size in sizes))
