@@ -11,6 +11,8 @@ from tests.faults.fault import Fault
 
 ROOT = Path(__file__).resolve().parents[2]
 NIGHTLY = 2000
+KINDS = {"compiled": "with compiled steps", "recipe": "recipes", "packed": "schedules", "exported": "exports"}
+"""What hypothesis tells by the first word of an event, and how the table names it."""
 
 
 def sequences(count: int, folder: Path) -> dict[str, int]:
@@ -22,10 +24,15 @@ def sequences(count: int, folder: Path) -> dict[str, int]:
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     if done.returncode:
         print(done.stdout + done.stderr, file=sys.stderr)
-    said = re.search(r"(\d+) passing, (\d+) failing", done.stdout)
+    said = re.search(r"(\d+) passing, (\d+) failing, and (\d+) invalid", done.stdout)
     assert done.returncode == 0 and said is not None, f"seed {seed}: a sequence failed"
     assert int(said[1]) >= count, f"{said[1]} sequences ran, of {count}"
-    return {"sequences that fail": int(said[2])}
+    drawn = dict.fromkeys(KINDS, 0)
+    for share, event in re.findall(r"([\d.]+)%, (\w+)", done.stdout):
+        if event in drawn:
+            drawn[event] += round(float(share) / 100 * sum(map(int, said.groups())))
+    assert all(drawn.values()), f"seed {seed}: something was not drawn: {drawn}"
+    return {"sequences that fail": int(said[2])} | {KINDS[event]: number for event, number in drawn.items()}
 
 
 FAULTS = [

@@ -6,21 +6,23 @@ step with plain PyTorch. 100 sequences per change, 2,000 with SEMISPARSE_EVERY_C
 
 import copy
 import io
+import tempfile
 from itertools import product
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, event, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from safetensors.torch import load, save
+from safetensors.torch import load, load_file, save, save_file
 from torch import Tensor, nn
 
 import semisparse
 from semisparse import Phase, SparseConfig, SparseSchedule, recipes, routes
 from semisparse.exactness import ERROR_RATIO, largest, own_error
 from semisparse.nn import SemiSparseLinear
+from semisparse.reference.masks import from_codes
 from tests.conftest import EVERY_CASE
 
 K, WIDTH, N, LR = 16, 32, 16, 0.25
@@ -42,7 +44,16 @@ CONFIGS = {
     "repack": SparseConfig(repack=True),
     "mvue": SparseConfig(grad_output="mvue"),
 }
-RECIPES = {"safest": recipes.safest(sparse_fraction=0.5), "sr_ste": recipes.sr_ste(decay=0.0625)}
+DECAY = 0.0625
+HELD = 2  # applied steps for which fst holds its masks
+FOREVER = 10**9
+RECIPES = {
+    "safest": (recipes.safest(sparse_fraction=0.5), 4, 2),
+    "sr_ste": (recipes.sr_ste(decay=DECAY), 4, FOREVER),
+    "fst": (recipes.fst(decay=DECAY, refresh_every=HELD, sparse_fraction=0.75, grad_output=None), 8, 6),
+}
+"""With the steps of the run and how many of them are sparse."""
+DECAYED = ("sr_ste", "fst")
 
 
 def tiled(matrix: Tensor) -> Tensor:
@@ -83,7 +94,7 @@ class Use(RuleBasedStateMachine):
     @initialize(
         seed=st.integers(0, 2**16),
         packed=st.booleans(),
-        compiled=st.sampled_from([False] * 9 + [True]),
+        compiled=st.sampled_from([False] * 3 + [True]),
         key=st.sampled_from([*sorted(CONFIGS), ""]),
     )
     def build(self, seed: int, packed: bool, compiled: bool, key: str) -> None:
@@ -101,6 +112,10 @@ class Use(RuleBasedStateMachine):
         self.recipe = ""
         self.sparse_steps = 0  # applied steps until the schedule's dense phase; negative without a schedule
         self.off: set[str] = set()  # layers that a schedule left in its dense phase
+        self.held: dict[str, Tensor] = {}  # masks that fst holds
+        self.age = 0  # applied steps since they were chosen
+        if compiled:
+            event("compiled")
         self.rebuilt()
         if key:
             self.sparsify(key, NAMES)
@@ -130,8 +145,8 @@ class Use(RuleBasedStateMachine):
     def densify(self, weights: str) -> None:
         masks = self.masks(everywhere=True)
         before = {name: self.layer(name).weight.detach().clone() for name in masks}
+        semisparse.densify(self.model, weights)  # before a recipe takes its masks along
         self._drop_schedule()
-        semisparse.densify(self.model, weights)
         for name, weight in before.items():
             wanted = weight * masks[name] if weights == "masked" else weight
             assert torch.equal(self.layer(name).weight, wanted)
@@ -141,6 +156,7 @@ class Use(RuleBasedStateMachine):
     @precondition(lambda self: self.sparse and self.schedule is None)
     @rule(steps=st.integers(1, 3), pack=st.sampled_from(["each_forward", "per_step"]))
     def follow_a_schedule(self, steps: int, pack: Any) -> None:
+        event(f"packed {pack}")
         self.schedule = SparseSchedule(self.model, [Phase("sparse", steps), Phase("dense", 2)], pack=pack)
         self.sparse_steps, self.off = steps, set()
 
@@ -149,11 +165,12 @@ class Use(RuleBasedStateMachine):
     def follow_a_recipe(self, name: str) -> None:
         if self.sparse:
             self.densify("dense")
-        semisparse.sparsify(self.model, RECIPES[name].config)
+        event(f"recipe {name}")
+        recipe, total_steps, self.sparse_steps = RECIPES[name]
+        semisparse.sparsify(self.model, recipe.config)
         self.expected = dict.fromkeys(NAMES, "2:4")
-        self.schedule = recipes.RecipeSchedule(RECIPES[name], self.model, self.optimizer, total_steps=4)
-        self.recipe, self.off = name, set()
-        self.sparse_steps = 2 if name == "safest" else 10**9  # sr_ste stays sparse
+        self.schedule = recipes.RecipeSchedule(recipe, self.model, self.optimizer, total_steps)
+        self.recipe, self.off, self.held, self.age = name, set(), {}, 0
 
     @rule()
     def copy(self) -> None:
@@ -174,6 +191,34 @@ class Use(RuleBasedStateMachine):
         file = io.BytesIO()
         torch.save(self.model.state_dict(), file)
         self.model.load_state_dict(torch.load(io.BytesIO(file.getvalue()), weights_only=True))
+
+    @precondition(lambda self: self.sparse and self.schedule is None)
+    @rule(how=st.sampled_from(["file", "fx", "torch.export"]))
+    def export(self, how: str) -> None:
+        """What is exported computes what the model does."""
+        if how == "torch.export" and not EVERY_CASE:  # takes as long as twenty sequences
+            how = "fx"
+        event(f"exported: {how}")
+        masks = self.masks(everywhere=True)
+        if how == "file":
+            self._export_to_a_file(masks)
+            return
+        x = torch.ones(8, K, dtype=self.layer("0").weight.dtype)
+        program = torch.fx.symbolic_trace(self.model) if how == "fx" else torch.export.export(self.model, (x,)).module()
+        assert torch.equal(program(x), self.model(x))
+
+    def _export_to_a_file(self, masks: dict[str, Tensor]) -> None:
+        """The masked weights of a copy, which another program finds to be 2:4."""
+        there = copy.deepcopy(self.model)
+        semisparse.densify(there, "masked")
+        with tempfile.TemporaryDirectory() as folder:
+            save_file(there.state_dict(), f"{folder}/model.safetensors")
+            found = {weight.name: weight for weight in semisparse.check_checkpoint(f"{folder}/model.safetensors")}
+            read = load_file(f"{folder}/model.safetensors")
+        for name, mask in masks.items():
+            assert torch.equal(read[f"{name}.weight"], self.layer(name).weight * mask)
+            assert found[f"{name}.weight"].columns == 1.0
+            assert found[f"{name}.weight"].rows == 1.0 or self.expected[name] == "row"
 
     @rule(dtype=st.sampled_from([torch.float32, torch.bfloat16]))
     def cast(self, dtype: torch.dtype) -> None:
@@ -204,7 +249,10 @@ class Use(RuleBasedStateMachine):
         plain = step_of(self.model, x, dy, masks, dtype)
         x.requires_grad_()
         self.optimizer.zero_grad()
-        forward = torch.compile(self.model, backend="eager") if self.compiled else self.model
+        compiles = self.compiled and bool(
+            torch.rand((), generator=self.random) < 0.4
+        )  # each takes as long as ten steps
+        forward = torch.compile(self.model, backend="eager") if compiles else self.model
         with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
             y = forward(x)
         y.backward(dy.to(y.dtype))
@@ -230,14 +278,15 @@ class Use(RuleBasedStateMachine):
         for name in NAMES:
             if raw[name] is not None:
                 slope = raw[name]
-                if self.recipe == "sr_ste" and name in masks:
-                    slope = slope + 0.0625 * (before[name] * ~masks[name])
-                assert torch.equal(self.layer(name).weight, before[name] - LR * slope) or self.recipe == "sr_ste"
+                if self.recipe in DECAYED and name in masks:
+                    slope = slope + DECAY * (before[name] * ~masks[name])
+                assert torch.equal(self.layer(name).weight, before[name] - LR * slope) or self.recipe in DECAYED
                 torch.testing.assert_close(self.layer(name).weight, before[name] - LR * slope)
         if self.schedule is not None:
             self.schedule.step()
             self.sparse_steps -= 1
             self.off = set(self.expected) if self.sparse_steps <= 0 else set()
+            self.age = self.age if self.off else (self.age + 1) % HELD
 
     def masks(self, everywhere: bool = False) -> dict[str, Tensor]:
         """By layer name, each proved to be the best, of layers that are sparse now; or of all that are swapped."""
@@ -247,8 +296,12 @@ class Use(RuleBasedStateMachine):
             assert isinstance(layer, SemiSparseLinear)
             assert layer.sparse_enabled == (name not in self.off)
             if everywhere or name not in self.off:
-                found[name] = layer.chosen_mask()
-                assert_best(found[name], layer.weight, key)
+                held = layer.held_codes
+                found[name] = layer.chosen_mask() if held is None else from_codes(held)
+                if self.recipe != "fst" or name not in self.held or (self.age == 0 and not self.off):
+                    assert_best(found[name], layer.weight, key)
+                    self.held[name] = found[name]
+                assert torch.equal(found[name], self.held[name])
         return found
 
     def layer(self, name: str) -> Any:
