@@ -9,7 +9,7 @@ from lab.tests.toy_kernel import source_files, write_archive, write_toy_tokens
 from semisparse_lab.data import bundle, linux
 from semisparse_lab.data.byte_pairs import trained_tokenizer
 from semisparse_lab.data.linux import PARTS, fetched_archive, part_of, read_source
-from semisparse_lab.data.tokens import load_tokens, prepare
+from semisparse_lab.data.tokens import load_tokens, prepare, read_manifest, write_manifest
 from semisparse_lab.errors import DataError, OutputExistsError
 
 FILES = source_files(120)
@@ -92,6 +92,17 @@ def test_the_tokenizer_depends_on_its_text_alone() -> None:
     assert trained_tokenizer(text, 300) == trained_tokenizer(text, 300)
     with pytest.raises(DataError, match="vocabulary=10"):
         trained_tokenizer(text, 10)
+
+
+@pytest.mark.parametrize("token_bytes", [None, 5, [], [1, "2"], [1, -1], [1, True]])
+def test_tokens_whose_lengths_are_not_known_are_refused(tmp_path: Path, token_bytes: object) -> None:
+    folder = write_toy_tokens(tmp_path)
+    manifest = {**read_manifest(folder), "token_bytes": token_bytes}
+    if token_bytes is None:
+        del manifest["token_bytes"]
+    write_manifest(folder, manifest)
+    with pytest.raises(DataError, match="prepare the data again"):
+        load_tokens(folder)
 
 
 def test_a_bundle_gives_the_tokens_back_and_says_what_is_damaged(
