@@ -77,7 +77,7 @@ def without_full_collections() -> Iterator[None]:
     """Collect garbage now, and what is old by then not again before the end.
 
     A full collection walks every object of the process, millions with a few libraries loaded, and falls into one block
-    in many. Young objects, and so the cycles that steps leave, are collected as ever. Restores what the process had set.
+    in many. Young objects, and so the cycles that steps leave, are collected as ever. Restores what was set before.
     """
     gc.collect()
     young, middle, old = gc.get_threshold()
