@@ -190,5 +190,6 @@ def _shipped(
         machine.engine.release(problem, machine.index)
         wrong += [f"{number} for {problem}"] if count is None or int(count) else []
         done += 1
-    size = f"{done} of {len(here)} choices, {repeats} runs each"
+    part.add(Row("B2", "shipped choices that were run", f"of {len(here)}", done, len(here), "at least"))
+    size = f"{done} choices, {repeats} runs each"
     part.add(Row("B2", "shipped choices whose own product was wrong", size, len(wrong), faults=wrong))

@@ -67,7 +67,7 @@ def _number(value: float | None) -> str:
     """Integers with separators, others with three digits."""
     if value is None:
         return "not finite"
-    return f"{value:,}" if float(value).is_integer() else f"{value:.3g}"
+    return f"{int(value):,}" if float(value).is_integer() else f"{value:.3g}"
 
 
 def page(text: str, record: Document | None) -> str:

@@ -25,6 +25,13 @@ def test_a_figure_keeps_to_its_limit_or_not(figure, limit, rule, passed) -> None
     assert Row("B1", "x", "y", figure, limit, rule).document()["passed"] is passed
 
 
+@pytest.mark.parametrize(
+    ("value", "shown"), [(0.0, "0"), (262144, "262,144"), (0.98765, "0.988"), (2.0, "2"), (None, "not finite")]
+)
+def test_figures_are_short(value: float | None, shown: str) -> None:
+    assert report._number(value) == shown
+
+
 def test_what_a_part_raises_is_recorded_and_the_next_one_runs(tmp_path: Path) -> None:
     record = Record(tmp_path, quick=False, provenance=PROVENANCE)
     with record.part("first", 1.0) as part:
