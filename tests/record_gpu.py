@@ -21,7 +21,12 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-ALONE = ["tests/gemm/test_engine_cost_gpu.py", "tests/gpu/test_gathering.py", "tests/gpu/test_two_gpus.py"]
+TWO_GPUS = (
+    "tests/gpu/test_gathering.py",
+    "tests/gpu/test_two_gpus.py",
+    "tests/gemm/test_engine_gpu.py::test_another_device_than_the_current_one",
+)
+ALONE = ["tests/gemm/test_engine_cost_gpu.py", *TWO_GPUS]
 sys.path.insert(0, str(ROOT))
 
 
