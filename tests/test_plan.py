@@ -76,6 +76,10 @@ def test_a_known_step_is_predicted_and_the_host_is_weighed() -> None:
     )
     assert bound.predicted_ms is not None and bound.predicted_ms <= 200.0
     assert all(row.choice not in ("2:4", "fp8 + 2:4") for row in bound)
+    could = sum(min(times.on_device for times in row.times.values()) for row in bound if row.times)
+    text = " ".join(str(bound).split())
+    assert f"the layers could then take {could:.2f} ms" in text and 'Plan with mode="compiled"' in text
+    assert "could then take" not in str(plan), "the host is not known to bound this step"
 
 
 def test_packing_and_accumulation_are_part_of_the_plan_and_of_the_predicted_step(tmp_path: Path) -> None:

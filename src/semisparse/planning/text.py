@@ -3,6 +3,7 @@
 import textwrap
 
 from semisparse.planning.candidates import DENSE
+from semisparse.planning.choosing import MARGIN
 from semisparse.planning.contents import PlanContents, PlanRow
 
 WIDTH = 80
@@ -70,12 +71,25 @@ def sums(plan: PlanContents) -> list[str]:
         lines.append(f"Step: {times} ({plan.step.ms / plan.predicted_ms:.2f}x).")
     if plan.host_weight:
         lines.append("The host bounds this step in part: its time was weighed in the choice.")
+        lines += _without_the_host(plan, measured)
     if plan.extra_bytes:
         lines.append(f"Kept for the backward beyond dense: {plan.extra_bytes / _GIB:+.2f} GiB.")
     lines.append(f"{len(plan.configs)} of {len(plan.rows)} linear layers are swapped.")
     lines.append(str(plan.packing))
     lines.append(f"Measured in mode {plan.mode} on {plan.machine.get('GPU', 'an unknown GPU')}.")
     return [line for text in (*lines, *plan.remarks) for line in _wrapped(text, "")]
+
+
+def _without_the_host(plan: PlanContents, measured: list[PlanRow]) -> list[str]:
+    """What the GPU alone could save, where that is more than the plan does."""
+    fastest = sum(min(times.on_device for times in row.times.values()) for row in measured)
+    planned = sum(row.times[row.choice].on_device for row in measured)
+    if plan.mode != "eager" or fastest > (1 - MARGIN) * planned:
+        return []
+    return [
+        f"torch.compile or a CUDA graph takes the host out of the way: the layers could then take {fastest:.2f} ms. "
+        'Plan with mode="compiled" or mode="graph".'
+    ]
 
 
 def _table(plan: PlanContents, groups: list[tuple[str, list[PlanRow]]]) -> list[str]:
