@@ -24,7 +24,7 @@ CACHES = ("__pycache__", "matplotlib", "semisparse-inductor-")
 SYSTEM = ("/dev/null", "/proc/self/")
 """What is written there is no file; the peak of memory is reset in the second one."""
 
-ASIDE = re.compile(r"tmp\w+\.tmp")
+ASIDE = re.compile(r"(tmp\w+|\.semisparse-[0-9a-f]{16}-[0-9a-f]{16})\.tmp")
 """Names of files that are written beside FILE of an option, and then renamed to it."""
 
 _lists: list[list[Path]] = []
