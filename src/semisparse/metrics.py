@@ -12,8 +12,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from semisparse.errors import ConfigError, NoLayerMatchedError
+from semisparse.errors import ConfigError, LayerRefusedError, NoLayerMatchedError
 from semisparse.nn import SemiSparseLinear
+from semisparse.nn.tensor_parallel import UNSHARD, is_sharded
 from semisparse.surgery.layers import changed_since, layers_with_masks
 
 FLIP_RATE, FLIP_RATIO, KEPT_MAGNITUDE = "flip_rate", "flip_ratio", "kept_magnitude"
@@ -40,6 +41,7 @@ class MaskMetrics:
     Raises:
         NoLayerMatchedError: model has no SemiSparseLinear.
         ConfigError: interval is not a whole number, 2 or more.
+        LayerRefusedError: A weight is sharded (FSDP2, tensor parallelism); also raised by update().
     """
 
     def __init__(self, model: nn.Module, interval: int = DEFAULT_INTERVAL) -> None:
@@ -142,6 +144,7 @@ def mask_statistics(model: nn.Module) -> dict[str, float]:
 
     Raises:
         NoLayerMatchedError: model has no SemiSparseLinear.
+        LayerRefusedError: A weight is sharded.
     """
     found = {}
     for name, layer in _weight_layers(model).items():
@@ -156,6 +159,9 @@ def _weight_layers(model: nn.Module) -> dict[str, SemiSparseLinear]:
         raise NoLayerMatchedError(
             f"model={type(model).__name__} has no SemiSparseLinear to follow; call sparsify first"
         )
+    for name, layer in layers.items():
+        if is_sharded(layer.weight):
+            raise LayerRefusedError(f"{name}.weight is a sharded DTensor: {UNSHARD}")
     return layers
 
 

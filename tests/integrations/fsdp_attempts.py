@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 
-from semisparse import SparseConfig, SparseSchedule, routes, sparsify
+from semisparse import MaskMetrics, SparseConfig, SparseSchedule, mask_statistics, routes, sparsify
 from semisparse.errors import SemiSparseError
 from semisparse.integrations.fsdp import compress_all_gather
 from tests.integrations.fsdp_ranks import inputs, net, sharded
@@ -128,6 +128,32 @@ def tied(rank: int) -> None:
     compress_all_gather(fully_shard(model))
 
 
+def metrics_of_shards(rank: int) -> None:
+    MaskMetrics(sharded(net()))
+
+
+def metrics_of_what_was_sharded_since(rank: int) -> None:
+    model = net()
+    metrics = MaskMetrics(model, interval=2)
+    sharded(model)
+    metrics.update()
+
+
+def statistics_of_shards(rank: int) -> None:
+    mask_statistics(sharded(net()))
+
+
+def pruned_weight_of_a_shard(rank: int) -> None:
+    sharded(net())[0].pruned_weight()
+
+
+def statistics_of_gathered_weights(rank: int) -> None:
+    model = sharded(net())
+    for layer in model:
+        layer.unshard()
+    assert mask_statistics(model) == mask_statistics(net())
+
+
 BOTH = {
     uneven: "ShapeError",
     uneven_excluded: "",
@@ -149,6 +175,11 @@ BOTH = {
     resumed_elsewhere: "RankMismatchError",
     offloaded: "ConfigError",
     tied: "LayerRefusedError",
+    metrics_of_shards: "LayerRefusedError",
+    metrics_of_what_was_sharded_since: "LayerRefusedError",
+    statistics_of_shards: "LayerRefusedError",
+    pruned_weight_of_a_shard: "LayerRefusedError",
+    statistics_of_gathered_weights: "",
 }
 """How each attempt ends on both ranks."""
 ENDS: dict[Callable[[int], None], tuple[str, str]] = {attempt: (end, end) for attempt, end in BOTH.items()}

@@ -6,11 +6,11 @@ from torch import Tensor
 
 from semisparse import functional, ops
 from semisparse.config import Operand, SparseConfig
-from semisparse.errors import ConfigError, TensorError
+from semisparse.errors import ConfigError, LayerRefusedError, TensorError
 from semisparse.masks import MaskName
 from semisparse.nn.base import SemiSparseBase
 from semisparse.nn.packed_weight import PackedWeight, held_changed, usable
-from semisparse.nn.tensor_parallel import is_sharded, sharded_linear
+from semisparse.nn.tensor_parallel import UNSHARD, is_sharded, sharded_linear
 from semisparse.reference.masks import from_codes
 
 
@@ -119,8 +119,9 @@ class SemiSparseLinear(SemiSparseBase):
 
         Raises:
             ConfigError: The mask is "soft" and no recipe has set a scale.
+            LayerRefusedError: The weight is sharded.
         """
-        weight = self.weight.detach()
+        weight = self._whole_weight()
         if self.sparse_config.weight is None:
             return weight
         return ops.prune(weight, weight.dtype, self._mask, self._codes, self.held_scale)
@@ -130,5 +131,12 @@ class SemiSparseLinear(SemiSparseBase):
 
         Raises:
             ConfigError: The weight is not pruned.
+            LayerRefusedError: The weight is sharded.
         """
-        return from_codes(ops.tile_codes(self.weight.detach(), self._mask))
+        return from_codes(ops.tile_codes(self._whole_weight(), self._mask))
+
+    def _whole_weight(self) -> Tensor:
+        weight = self.weight.detach()
+        if is_sharded(weight):
+            raise LayerRefusedError(f"the weight {tuple(weight.shape)} is a sharded DTensor: {UNSHARD}")
+        return weight

@@ -20,6 +20,12 @@ if TYPE_CHECKING:
 Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 """input, weight, bias -> output."""
 
+UNSHARD = (
+    "a mask needs whole tiles. With FSDP2 call unshard() of the module that shards it before, on all ranks, and "
+    "reshard() afterwards; or look at a model that a full state dict was loaded into"
+)
+"""The way out where something reads a mask of a sharded weight outside of a forward."""
+
 
 def is_sharded(weight: Tensor) -> bool:
     """Whether weight is a DTensor."""
