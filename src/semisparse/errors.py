@@ -105,7 +105,7 @@ class BenchError(SemiSparseError, ValueError):
 
 
 class RankMismatchError(SemiSparseError, RuntimeError):
-    """The ranks of a data-parallel group hold different layers, settings or held masks.
+    """The ranks of a data-parallel group hold different layers, settings or held masks, or resumed at different steps.
 
     Swap the same layers with the same config on every rank, and load the same checkpoint on all of them. The message
     names what differs. It is raised on every rank, so that none waits for another.
