@@ -4,9 +4,12 @@ One process per GPU, one of them writes the result, scaling-RANKS.json:
 
     NCCL_NVLS_ENABLE=0 torchrun --nproc-per-node 2 -m benchmarks.scaling --out DIR
 
-with 1, 2, 4 and 8 processes. --toy runs on any machine, with gloo on a CPU, and measures nothing. All variants have as
-many layers as fit into the GPU for the one that needs most, found by trying one and two layers; --depth sets another
-number, which runs that are to be compared should share.
+with 1, 2, 4 and 8 processes. A run takes about seven minutes, and half as long with --eager. With NCCL_P2P_DISABLE=1 as
+well, GPUs of one host exchange data through its memory, about as slowly as between hosts; such a result needs a --name
+of its own and the --depth of the other. --toy runs on any machine, with gloo on a CPU, and measures nothing.
+
+All variants have as many layers as fit into the GPU for the one that needs most, found by trying one and two layers;
+--depth sets another number, which runs that are to be compared should share.
 
 bf16 weights, gradients and AdamW states, so that all layouts compute the same: their losses are compared. 16,384 tokens
 per GPU. Each variant is built, timed and freed before the next one, sustained; the first one is timed again at the end,

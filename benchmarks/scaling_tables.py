@@ -14,6 +14,8 @@ from semisparse_lab.report import style
 Result = dict[str, Any]
 
 PICTURE = ROOT / "docs" / "img" / "scaling.svg"
+SLOW = "NCCL_P2P_DISABLE"
+THROUGH_HOST = f"With `{SLOW}=1`, GPUs exchange data through the host's memory, about as slowly as between hosts:"
 COMMAND = "NCCL_NVLS_ENABLE=0 torchrun --nproc-per-node RANKS -m benchmarks.scaling --out benchmarks/results"
 MISSING = f"Not measured yet: `{COMMAND}`."
 PRECISIONS = ("bf16", "2:4", "fp8 + 2:4")
@@ -29,9 +31,10 @@ NOTE = (
 )
 
 
-def by_ranks() -> list[Result]:
-    """The stored results, fewest GPUs first."""
-    return sorted(load("scaling"), key=lambda result: result["ranks"])
+def by_ranks(slow: bool = False) -> list[Result]:
+    """The stored results over direct links between GPUs, or over slow ones (SLOW), fewest GPUs first."""
+    found = [result for result in load("scaling") if (SLOW in result["nccl"]) == slow]
+    return sorted(found, key=lambda result: result["ranks"])
 
 
 def found(result: Result, precision: str, layout: str) -> Result | None:
@@ -78,6 +81,8 @@ def setup(result: Result) -> str:
 def text(results: Sequence[Result]) -> str:
     """Tables, what they mean, and the model of more GPUs from the result with most."""
     parts = [table(results).markdown(), NOTE, " ".join(setup(result) for result in results)]
+    if slow := by_ranks(slow=True):
+        parts += [THROUGH_HOST, table(slow).markdown(), " ".join(setup(result) for result in slow)]
     if results[-1]["ranks"] > 1:
         parts += [scaling_model.table(results[-1]).markdown(), scaling_model.note()]
     return "\n\n".join([*parts, f"{origin(results)} Remake: `{COMMAND}`."])

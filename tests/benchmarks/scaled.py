@@ -35,6 +35,7 @@ def result(ranks: int = 2) -> dict[str, Any]:
         "kind": "scaling",
         "file": f"scaling-{ranks}.json",
         "ranks": ranks,
+        "nccl": {"NCCL_NVLS_ENABLE": "0"},
         "model": {"width": 4096, "hidden": 11008, "depth": LAYERS, "batch": 8},
         "tokens_per_rank": 16384,
         "compiled": True,

@@ -115,6 +115,16 @@ def test_layers_are_as_many_as_fit_for_the_hungriest_precision(
     assert expected in (1, scaling.MOST_LAYERS) or 7 + 10 * expected <= scaling.SPARE * total < 7 + 10 * (expected + 1)
 
 
+def test_results_over_slow_links_have_a_table_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    direct, slow = scaled.result(2), scaled.result(2)
+    slow["nccl"][scaling_tables.SLOW] = "1"
+    variant(slow, "2:4", "FSDP2")["median_ms"] = 999.0
+    monkeypatch.setattr(scaling_tables, "load", lambda kind: [slow, direct])
+    before, after = scaling_tables.block().split(scaling_tables.THROUGH_HOST)
+    assert "999.0" not in before and "| 2:4 | FSDP2 | 2 | 999.0 |" in after
+    assert len(scaling_tables.by_ranks()) == len(scaling_tables.by_ranks(slow=True)) == 1
+
+
 def test_differing_losses_show() -> None:
     result = scaled.result()
     variant(result, "2:4", "FSDP2")["losses"] = [10.0, 9.009]
