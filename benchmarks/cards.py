@@ -377,6 +377,7 @@ def outputs() -> dict[Path, str]:
         made[CARDS / "host-time.md"] = host_card()
     if load("compare-linear") or load("compare-model"):
         made[CARDS / "compare.md"] = compare_card()
+    made[CARDS / "plans.md"] = _page("Plans as they print", _text(load("plan"), decisions.printed, "--plan "))
     made |= {CARDS / "pack.md": pack_card(), CARDS / "metrics.md": metrics_card()}
     made |= {**accuracy_cards(), **scaling_tables.cards()}
     return made | filled(PAGES, blocks())

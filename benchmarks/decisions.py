@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.origin import gpu
-from benchmarks.planned import DENSE, EVERY, PLAN
+from benchmarks.planned import DENSE, EVERY, PLAN, table
 from benchmarks.table import Table
 
 Result = dict[str, Any]
@@ -45,6 +45,14 @@ def reasons(results: Sequence[Result]) -> str:
             said = "; ".join(f"{count}x {why}" for why, count in whys.most_common(3))
             lines.append(f"- {result['label']}: {said}.")
     return "\n".join(lines)
+
+
+def printed(results: Sequence[Result]) -> str:
+    """Each plan as it prints itself, below what was predicted and measured."""
+    pages = []
+    for result in _in_order(results):
+        pages += [f"## {result['label']}", table([result]).markdown(), f"```text\n{result['printed']}\n```"]
+    return "\n\n".join(pages)
 
 
 def swapped(result: Result) -> str:

@@ -42,6 +42,7 @@ def test_every_card_has_its_result() -> None:
     stems |= {"no-gain"} if store.load("small-linear") else set()
     stems |= {"models"} if store.load("end-to-end") else set()
     stems |= {"compare"} if store.load("compare-linear") or store.load("compare-model") else set()
+    stems |= {"plans"} if store.load("plan") else set()
     stems |= {"scaling"} if store.load("scaling") else set()
     stems |= {"host-time"} if store.load("host") or store.load("host-parts") else set()
     assert {path.stem for path in cards.CARDS.glob("*.md")} <= stems

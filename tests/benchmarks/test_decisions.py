@@ -37,6 +37,15 @@ def test_every_model_is_shown_with_what_was_swapped_the_one_that_gains_most_firs
     assert decisions.reasons(RESULTS).splitlines() == ["- large: 1x it is slower.", "- small: 2x it is slower."]
 
 
+def test_plans_stand_as_they_print_below_what_was_predicted_and_measured() -> None:
+    timed = {"times_ms": {"dense": {"median_ms": 10.0}, "planned": {"median_ms": 8.0}}, "predicted_ms": 8.2}
+    plan = {"rows": [], "step": {"ms": 9.5}}
+    made = [{**one, **timed, "plan": plan, "printed": f"the plan of {one['label']}"} for one in RESULTS]
+    large, small = decisions.printed(made).split("## ")[1:]
+    assert large.startswith("large") and "```text\nthe plan of large\n```" in large and "the plan of small" in small
+    assert "| 8.20 | +2.5 % |" in large and "| 9.50 | -5.0 % |" in large
+
+
 def test_only_models_that_lose_stand_where_it_does_not_help(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [row[0] for row in decisions.avoided(RESULTS).rows] == ["small"]
     monkeypatch.setattr(cards, "load", lambda kind: RESULTS if kind == "plan" else store.load(kind))
