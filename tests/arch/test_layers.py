@@ -53,6 +53,7 @@ LEVELS = {
         "",
     },
     6: {"cli", "integrations"},
+    7: {"__main__"},
 }
 LEVEL_OF = {name: level for level, names in LEVELS.items() for name in names}
 # Imports that the levels would allow and that are forbidden all the same: what is tested and its specification,

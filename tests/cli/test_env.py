@@ -56,7 +56,8 @@ def test_another_missing_import_is_not_blamed_on_the_extra(monkeypatch: pytest.M
         main.run()
 
 
-def test_the_module_runs_as_a_program() -> None:
-    result = fresh.run("-m", "semisparse.cli.main", "--version")
+@pytest.mark.parametrize("module", ["semisparse", "semisparse.cli.main"])
+def test_the_module_runs_as_a_program(module: str) -> None:
+    result = fresh.run("-m", module, "--version")
     assert (result.returncode, result.stderr) == (0, "")
     assert result.stdout == f"semisparse {semisparse_package.__version__}\n"

@@ -256,6 +256,7 @@ def test_close_lets_go_and_a_later_pack_begins_anew() -> None:
     model = model_of()
     weights = packed(model)
     buffer = torch.multiprocessing.reductions.StorageWeakRef(model[0]._packed.packed.matrix.untyped_storage())
+    assert repr(weights) == "PackedWeights(keep='both', 3 layers packed, 0 fallbacks)"
     weights.close()
     assert weights.layers == 0 and all(layer._packed is None for layer in model)
     assert buffer.expired()

@@ -111,7 +111,7 @@ BAD_CALLS = {
         r"config: 'blocks\.0\.mlp\.fc9'.*closest names: 'blocks\.0\.mlp\.fc1'",
         {FC1: ROW, "blocks.0.mlp.fc9": ROW},
     ),
-    "substring": (NoLayerMatchedError, "'mlp' matches no nn.Linear", {"mlp": ROW}),
+    "substring": (NoLayerMatchedError, r"'mlp' matches no nn.Linear.*such as '\*mlp\*'", {"mlp": ROW}),
     "not_a_linear": (NoLayerMatchedError, "'norm' matches no nn.Linear", {"norm": ROW}),
     "glob": (NoLayerMatchedError, r"'\*\.fc3' matches no nn.Linear", {FC1: ROW, "*.fc3": ROW}),
     "refused": (

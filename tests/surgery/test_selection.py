@@ -89,6 +89,18 @@ def test_the_closest_names_are_suggested(asked: str, first: str) -> None:
     assert f"closest names: '{first}'" in str(caught.value)
 
 
+def test_a_swap_of_nothing_names_the_layers_that_were_asked_for_and_each_reason_once() -> None:
+    model = Network()
+    sparsify(model, select="blocks")
+    with pytest.raises(NoLayerMatchedError) as caught:
+        sparsify(model, select=["head", "blocks"])
+    first = ", ".join(LINEAR_NAMES[:3])
+    assert f"{first} and {len(LINEAR_NAMES) - 3} more: already semi-sparse" in str(caught.value)
+    with pytest.raises(NoLayerMatchedError) as caught:
+        sparsify(model, select="head")
+    assert "change. head: " in str(caught.value) and "not selected" not in str(caught.value)
+
+
 def test_suggestions_list_each_name_once() -> None:
     assert closest("a.b", ["c", "c", "b"]) == ["b", "c"]
 

@@ -19,7 +19,7 @@ _LARGEST = 2**31
 def plan(
     context: typer.Context,
     shapes: Annotated[list[str] | None, typer.Option(metavar="M,K,N", help="Layers: tokens, in, out features.")] = None,
-    more: Annotated[list[str] | None, typer.Argument(metavar="[M,K,N]...", help="More of them.")] = None,
+    more: Annotated[list[str] | None, typer.Argument(metavar="[M,K,N]...", help="More layers, after --shapes.")] = None,
     timm: Annotated[str | None, typer.Option(metavar="NAME", help="A model of timm instead.")] = None,
     batch: Annotated[int, typer.Option(help="Images per step of the timm model.")] = 64,
     mode: Annotated[str, typer.Option(help="How you train: eager, graph (captured) or compiled.")] = "eager",

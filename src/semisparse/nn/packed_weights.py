@@ -95,6 +95,9 @@ class PackedWeights:
     def __reduce__(self) -> tuple[Any, ...]:
         return partial(PackedWeights, keep=self._keep), (self._model,)
 
+    def __repr__(self) -> str:
+        return f"PackedWeights(keep={self._keep!r}, {self.layers} layers packed, {len(self.fallbacks)} fallbacks)"
+
     @property
     def layers(self) -> int:
         """The number of layers whose packed weight is in use."""

@@ -131,6 +131,8 @@ def nothing_matched(selector: Selector, layers: list[FoundLayer], argument: str)
     names = [found.name for found in layers]
     near = closest(selector, names) if isinstance(selector, str) else names[:3]
     hint = ", ".join(repr(name) for name in near)
+    if isinstance(selector, str) and not is_glob(selector) and any(selector in name for name in names):
+        hint += f"; a key is a whole name or a glob over it, such as '*{selector}*'"
     return NoLayerMatchedError(f"{argument}: {selector!r} matches no nn.Linear of model; closest names: {hint}")
 
 

@@ -28,6 +28,8 @@ LAYER_CLASSES: dict[str, type[SemiSparseBase]] = {
 Decision = SparseConfig | str
 """The config that a layer is swapped with, or why it stays as it is."""
 
+_NOT_SELECTED, _NOT_NAMED = "not selected", "not named"
+
 
 @overload
 def sparsify(
@@ -109,7 +111,7 @@ def _by_names(
         refusal = candidates.refusal(found)
         if id(found.layer) in wanted:
             return refusal or wanted[id(found.layer)]
-        return _left("not named", refusal)
+        return _left(_NOT_NAMED, refusal)
 
     return decide, remarks
 
@@ -150,7 +152,7 @@ def by_selectors(
 
     def decide(found: FoundLayer) -> Decision:
         if selected and not any(matches(selector, found) for selector in selected):
-            return _left("not selected", candidates.refusal(found))
+            return _left(_NOT_SELECTED, candidates.refusal(found))
         if id(found.layer) in kept_dense:
             return "excluded"
         return candidates.refusal(found) or roles.get(id(found.layer)) or config
@@ -163,6 +165,18 @@ def _left(why: str, refusal: str | None) -> str:
     return why if refusal is None else f"{why}, and could not be swapped: {refusal}"
 
 
+def _reasons(decided: list[tuple[FoundLayer, Decision]]) -> str:
+    """Why the layers that were asked for stay dense: each reason once, with the first names."""
+    names: dict[str, list[str]] = {}
+    for found, decision in decided:
+        names.setdefault(str(decision), []).append(found.name or "(root)")
+    return "; ".join(
+        f"{', '.join(of[:3])}{f' and {len(of) - 3} more' if len(of) > 3 else ''}: {reason}"
+        for reason, of in names.items()
+        if not reason.startswith((_NOT_SELECTED, _NOT_NAMED))
+    )
+
+
 def _swap(candidates: Candidates, decide: Callable[[FoundLayer], Decision], remarks: tuple[str, ...]) -> SwapReport:
     """Swap the layers for which decide gives a config. A tied layer is swapped if any of its names has one."""
     decided = [(found, decide(found)) for found in candidates.layers]
@@ -171,8 +185,7 @@ def _swap(candidates: Candidates, decide: Callable[[FoundLayer], Decision], rema
         if isinstance(decision, SparseConfig):
             chosen.setdefault(id(found.layer), (found, decision))
     if not chosen:
-        listing = "; ".join(f"{found.name or '(root)'}: {decision}" for found, decision in decided)
-        raise NoLayerMatchedError(". ".join([f"no layer of model would change. {listing}", *remarks]))
+        raise NoLayerMatchedError(". ".join([f"no layer of model would change. {_reasons(decided)}", *remarks]))
     for _, config in chosen.values():
         LAYER_CLASSES[config.operand]._announce()  # a warning that is an error comes before the first change
     rows = []
