@@ -4,9 +4,9 @@ One process per GPU, one of them writes the result, scaling-RANKS.json:
 
     NCCL_NVLS_ENABLE=0 torchrun --nproc-per-node 2 -m benchmarks.scaling --out DIR
 
-with 1, 2, 4 and 8 processes. A run takes about seven minutes, and half as long with --eager. With NCCL_P2P_DISABLE=1 as
-well, GPUs of one host exchange data through its memory, about as slowly as between hosts; such a result needs a --name
-of its own and the --depth of the other. --toy runs on any machine, with gloo on a CPU, and measures nothing.
+with 1, 2, 4 and 8 processes. Compiling takes most of the time: --eager leaves it out. With NCCL_P2P_DISABLE=1 as well,
+GPUs of one host exchange data through its memory, about as slowly as between hosts; such a result needs a --name of its
+own and the --depth of the other. --toy runs on any machine, with gloo on a CPU, and measures nothing.
 
 All variants have as many layers as fit into the GPU for the one that needs most, found by trying one and two layers;
 --depth sets another number, which runs that are to be compared should share.
