@@ -24,7 +24,7 @@ def host_time(result: Result) -> Table:
                 cells = [f"{mode}, {name}: {kind}", f"{found['median']:.1f}", _range(found, 1)]
                 compared = ("", "", "") if kind == DENSE else (_bold(ratio), _range(ratio, 2), _native(found))
                 rows.append((*cells, *compared))
-    columns = ("host time per layer", "us", "p20 to p80", "times nn.Linear", "p20 to p80", "in C++")
+    columns = ("host time per layer", "us", "p20 to p80", "x nn.Linear", "p20 to p80", "in C++")
     return Table(columns, tuple(rows))
 
 
