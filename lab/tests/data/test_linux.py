@@ -125,6 +125,8 @@ def test_a_bundle_gives_the_tokens_back_and_says_what_is_damaged(
     (packed / "test.u16.xz").write_bytes(b"")
     with pytest.raises(DataError, match=r"test\.u16\.xz is missing or damaged"):
         bundle.unpack(packed, there)
+    bundle.pack(folder, folder)  # whose manifest is that of tokens
+    assert (folder / "test.u16.xz").exists()
     monkeypatch.setattr(bundle, "LIMIT", size - 1)
     with pytest.raises(DataError, match="smaller share"):
         bundle.pack(folder, packed)

@@ -46,12 +46,12 @@ def pack(folder: Path, out: Path, on_progress: OnProgress = lambda *_: None, say
     """
     manifest = read_manifest(folder)
     out.mkdir(parents=True, exist_ok=True)
-    old = read_manifest(out)["bundle"] if (out / MANIFEST).exists() else {}
+    old = read_manifest(out).get("bundle", {}) if (out / MANIFEST).exists() else {}
     files: Manifest = {}
     for part in PARTS:
         path, source = out / f"{part}.u16.xz", manifest["files"][f"{part}.npy"]
         known = old.get(path.name, {})
-        if known.get("tokens") == source["sha256"] and is_whole(path, known["file"]):
+        if known.get("tokens") == source["sha256"] and is_whole(path, known.get("file")):
             say(f"{path.name}: there, size and checksum are right")
         else:
             tokens = np.load(folder / f"{part}.npy").tobytes()
@@ -84,10 +84,11 @@ def unpack(bundle: Path, folder: Path, say: Say = lambda line: None) -> Manifest
             continue
         if not is_whole(packed, manifest.get("bundle", {}).get(packed.name, {}).get("file")):
             raise DataError(f"{packed} is missing or damaged; carry the bundle again")
-        write_tokens(path, np.frombuffer(lzma.decompress(packed.read_bytes()), dtype="<u2"))
+        tokens = np.frombuffer(lzma.decompress(packed.read_bytes()), dtype="<u2")
+        write_tokens(path, tokens)
         if not is_whole(path, manifest["files"][path.name]):
             raise DataError(f"{packed} holds other tokens than its manifest says; pack the bundle again")
-        say(f"{path.name}: {manifest['tokens'][part]:,} tokens of {manifest['bytes'][part]:,} bytes")
+        say(f"{path.name}: {len(tokens):,} tokens")
     write_manifest(folder, manifest)
     return manifest
 
