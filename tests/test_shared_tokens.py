@@ -33,6 +33,11 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, ...]]]:
     shared_tokens._here.last = None
 
 
+def trainable(x: Tensor) -> Tensor:
+    """x, as it comes from a layer that trains."""
+    return x.requires_grad_().view_as(x)
+
+
 def tokens(shapes: list[tuple[int, ...]]) -> int:
     """How often x was rounded; weights have other shapes."""
     return sum(shape[0] == 13 for shape in shapes)
@@ -40,7 +45,7 @@ def tokens(shapes: list[tuple[int, ...]]) -> int:
 
 def test_an_input_is_rounded_once_for_all_layers_and_anew_in_the_next_pass(calls) -> None:
     x, dy = fp8_inputs(13)
-    x.requires_grad_()
+    x = trainable(x)
     for step in range(1, 4):
         for layer in LAYERS:
             found = layer(x)
@@ -51,7 +56,7 @@ def test_an_input_is_rounded_once_for_all_layers_and_anew_in_the_next_pass(calls
 def test_the_gradients_are_those_of_layers_alone(calls) -> None:
     x, dy = fp8_inputs(13)
     expected = [by_equations(layer, x, dy) for layer in LAYERS]
-    x.requires_grad_()
+    x = trainable(x)
     outputs = [layer(x) for layer in LAYERS]
     assert tokens(calls) == 1
     for layer, y, wanted in zip(LAYERS, outputs, expected, strict=True):
@@ -80,12 +85,43 @@ def test_a_transpose_that_was_not_wanted_before_is_made(calls) -> None:
     with torch.no_grad():
         LAYERS[0](x)
     assert_results_equal(run(LAYERS[1], x, dy), by_equations(LAYERS[1], x, dy))
-    x.requires_grad_()
+    x = trainable(x)
     with torch.no_grad():
         LAYERS[0](x)
     calls.clear()
     LAYERS[1](x)
     assert tokens(calls) == 1
+
+
+def test_an_input_that_is_read_in_another_dtype_is_rounded_again(calls) -> None:
+    x, dy = fp8_inputs(13)
+    LAYERS[0](x)
+    x.data = x.data.view(torch.float16)
+    layer = fp8_layer(dtype=torch.float16)
+    assert_bit_equal(layer(x).detach(), by_equations(layer, x, dy.half()).output)
+
+
+def test_what_an_optimizer_may_write_to_is_rounded_by_each_layer(calls) -> None:
+    x = torch.nn.Parameter(fp8_inputs(13, dtype=torch.float32)[0])
+    first, second = fp8_layer(dtype=torch.float32), fp8_layer("row", dtype=torch.float32)
+    optimizer, version = torch.optim.SGD([x], lr=1.0, fused=True), x._version
+    first(x).sum().backward()
+    optimizer.step()
+    if x._version == version:  # as in torch 2.11 to 2.13
+        assert_bit_equal(second(x).detach(), second(x.detach().clone()).detach())
+    assert tokens(calls) >= 2
+
+
+def test_what_inference_mode_rounded_serves_no_backward(calls) -> None:
+    x, dy = fp8_inputs(13)
+    x, layer = trainable(x), LAYERS[1]
+    with torch.inference_mode():
+        shared_tokens.quantised(x, LAYERS[0].weight, columns=True)
+        shared_tokens.quantised(x, LAYERS[2].weight, columns=True)
+    assert tokens(calls) == 1
+    layer.zero_grad()
+    layer(x).backward(dy)
+    assert_bit_equal(layer.weight.grad + 0.0, by_equations(layer, x.detach(), dy).grad_weight + 0.0)
 
 
 def test_nothing_is_held_once_the_input_is_gone_or_another_one_came(calls) -> None:

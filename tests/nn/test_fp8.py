@@ -1,5 +1,6 @@
 """Layers with precision="fp8": the equations of reference/linear.py, whichever way a layer is called."""
 
+import inspect
 import math
 from functools import partial
 
@@ -10,7 +11,7 @@ from torch.func import functional_call, grad, jvp, vmap
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from semisparse import SemiSparseLinear, SparseConfig
-from semisparse.errors import ConfigError, EngineError, ShapeError
+from semisparse.errors import ConfigError, EngineError, ShapeError, TensorError
 from semisparse.functional import semi_sparse_linear
 from semisparse.ops import sac_save_ops
 from semisparse.reference import fp8, masks
@@ -240,6 +241,11 @@ def test_an_exported_layer_trains(mask: str | None, strict: bool) -> None:
     assert_results_equal(run(program, x, dy), by_equations(layer, x, dy))
 
 
+@pytest.mark.parametrize("mask", ["transposable", None])
+def test_every_attribute_can_be_read_as_torch_jit_trace_does(mask: str | None) -> None:
+    assert dict(inspect.getmembers(fp8_layer(mask)))["has_mask"] is (mask is not None)
+
+
 @pytest.mark.parametrize("enabled", [True, False])
 @pytest.mark.parametrize("mask", ["transposable", None])
 def test_other_sizes_and_fp64_compute_as_without_fp8(mask: str | None, enabled: bool) -> None:
@@ -273,6 +279,8 @@ def test_bad_arguments_are_named_and_change_nothing() -> None:
         semi_sparse_linear(x, weight, precision="fp8", backend="cusparselt")
     with pytest.raises(ShapeError, match="input has shape"):
         layer(x[:, 1:])
+    with pytest.raises(TensorError, match=r"layout torch\.sparse_coo.*to_dense"):
+        layer(x.to_sparse())
     with pytest.raises(ConfigError, match="has no mask"):
         fp8_layer(None).chosen_mask()
     assert_bit_equal(layer.weight.detach(), before)

@@ -1,6 +1,8 @@
 """torchao's Float8Linear beside semi-sparse layers: left alone, taken over, and never put in their place unnoticed."""
 
 import copy
+import pickle
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -133,6 +135,31 @@ def test_a_layer_that_a_conversion_replaced_is_noticed() -> None:
     assert sparsify(model, FP8, select="0", take_float8=True).swapped == ("0",)
     assert check(model, torch.randn(4, 32)).ok
     assert train(model)
+
+
+def emptied(model: nn.Sequential) -> nn.Sequential:
+    return model.to("meta").to_empty(device="cpu")
+
+
+def assigned(model: nn.Sequential) -> nn.Sequential:
+    model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True)
+    return model
+
+
+def built(_: nn.Sequential) -> nn.Sequential:
+    return nn.Sequential(*(SemiSparseLinear(32, 32, config=FP8) for _ in range(3)))
+
+
+@pytest.mark.parametrize("change", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model)), emptied, assigned,
+                                    built], ids=["copied", "pickled", "emptied", "assigned", "built"])  # fmt: skip
+def test_so_it_is_whatever_the_weight_went_through(change: Callable[[nn.Sequential], nn.Sequential]) -> None:
+    model = network()
+    sparsify(model, FP8)
+    model = change(model)
+    convert(model, lambda _, name: name == "0")
+    assert list(check(model, torch.zeros(4, 32)).problems) == ["0"]
+    with pytest.raises(ScheduleError, match=r"^0 was made semi-sparse, but.*not_swapped"):
+        SparseSchedule.sparse_then_dense(model, total_steps=4)
 
 
 def test_layers_that_were_made_dense_first_may_be_converted() -> None:

@@ -1,7 +1,8 @@
 """Base class of the semi-sparse layers: settings, the two states of a forward, and the swap in place and back."""
 
+from collections.abc import Callable
 from functools import partial
-from typing import ClassVar, NoReturn, Self
+from typing import Any, ClassVar, NoReturn, Self
 
 import torch
 import torch.nn.functional as F
@@ -187,6 +188,21 @@ class SemiSparseBase(CopyableLinear):
         if config.precision is not None and weight is not None and (reason := why_not_fp8(weight, weight.dtype)):
             said.append(f"not in fp8: {reason}")
         return ", ".join(said)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As nn.Module's; a weight that is set or loaded (assign=True) is known as a semi-sparse layer's, too."""
+        super().register_parameter(name, param)
+        if name == "weight":
+            note_swapped(self, True)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        note_swapped(self, True)  # to_empty, for one, makes another Parameter
+        return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        note_swapped(self, True)
 
     def __prepare_scriptable__(self) -> NoReturn:
         refuse_script(self)

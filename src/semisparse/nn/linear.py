@@ -1,6 +1,6 @@
 """The layer with a 2:4 weight, or with a dense one in fp8."""
 
-from typing import ClassVar
+from typing import ClassVar, cast
 
 from torch import Tensor
 
@@ -50,10 +50,11 @@ class SemiSparseLinear(SemiSparseBase):
 
     @property
     def _mask(self) -> MaskName:
-        """The mask that sparse_config names; only for layers that have one."""
-        if self.sparse_config.weight is None:
-            raise ConfigError("the weight of this layer is not pruned (SparseConfig(weight=None)): it has no mask")
-        return self.sparse_config.weight
+        """The mask that sparse_config names; only for layers that have one.
+
+        It never raises: tools read all properties of a module (torch.jit.trace does).
+        """
+        return cast(MaskName, self.sparse_config.weight)
 
     @property
     def _codes(self) -> Tensor | None:
@@ -133,6 +134,8 @@ class SemiSparseLinear(SemiSparseBase):
             ConfigError: The weight is not pruned.
             LayerRefusedError: The weight is sharded.
         """
+        if not self.has_mask:
+            raise ConfigError("the weight of this layer is not pruned (SparseConfig(weight=None)): it has no mask")
         return from_codes(ops.tile_codes(self._whole_weight(), self._mask))
 
     def _whole_weight(self) -> Tensor:
