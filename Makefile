@@ -26,8 +26,8 @@ help:
 	@echo "make test-nightly  test-all, then all faults and all planted defects"
 	@echo "make check     format, lint, types and import levels"
 	@echo "make native    build the native library (C++ compiler needed); make test and make check do that too"
-	@echo "make wheel     build the wheel with the native library into dist"
-	@echo "make test-torch TORCH=2.11.0   run the tests of the ops from the wheel with another torch, in an environment of its own"
+	@echo "make wheel     build the sdist into dist, and the wheel with the native library from it"
+	@echo "make test-torch TORCH=2.11.0   run README, types and the tests of the ops from the wheel with another torch, in an environment of its own"
 	@echo "make test-gpu  run the GPU tests with $(PYTHON) and write tests/gpu_record.json"
 	@echo "make trust     run what takes long on a GPU with $(PYTHON); TRUST='trust-out --parts leaks' chooses parts"
 	@echo "make docs      build the site of the documentation into site/, with every warning as an error"
@@ -79,9 +79,11 @@ check: native
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/arch/test_layers.py tests/arch/test_lab_imports.py
 
+# The wheel is built from the sdist, as pip does where no wheel fits.
 wheel: $(READY)
 	rm -rf dist
-	SEMISPARSE_BUILD_NATIVE=1 $(PIP) wheel --verbose --no-build-isolation --no-deps --wheel-dir dist .
+	$(BIN)/python -m hatchling build -t sdist
+	SEMISPARSE_BUILD_NATIVE=1 $(PIP) wheel --verbose --no-build-isolation --no-deps --wheel-dir dist dist/*.tar.gz
 
 # Sphinx is installed when the site is built, not for the tests.
 $(VENV)/.docs: $(READY)
@@ -104,11 +106,21 @@ $(OTHER)/.ready: constraints.txt
 	    torch==$(TORCH) numpy nvmath-python hatchling pytest pytest-xdist hypothesis
 	@touch $@
 
-test-torch: wheel $(OTHER)/.ready
+# pyright and the node that it runs on: 250 MB on disk, so in an environment of their own, which the tests do not need.
+PYRIGHT := .venv-pyright
+$(PYRIGHT)/.ready:
+	$(PYTHON) -m venv $(PYRIGHT)
+	$(PYRIGHT)/bin/python -m pip --disable-pip-version-check install 'pyright[nodejs]==1.1.414'
+	@touch $@
+
+test-torch: wheel $(OTHER)/.ready $(PYRIGHT)/.ready
 	$(OTHER)/bin/python -m pip --disable-pip-version-check install --no-deps --force-reinstall dist/*.whl
-	@echo "test-torch: tests of the ops with torch $(TORCH) and the installed wheel; about a minute on two cores"
+	@echo "test-torch: types that a user's program sees of the installed wheel"
+	$(PYRIGHT)/bin/pyright -p tests/typing/pyrightconfig.json --pythonpath $(OTHER)/bin/python
+	@echo "test-torch: README's examples, and tests of the ops, with torch $(TORCH) and the installed wheel; about a minute on two cores"
 	# Without the sanitizers, the stress program and kernels in the interpreter, which do not depend on the torch beside them.
 	SEMISPARSE_REQUIRE_NATIVE=1 $(OTHER)/bin/python -m pytest -q -n auto -o pythonpath=. tests/native tests/ops tests/functional \
+		'tests/arch/test_docs_examples.py::test_the_examples_of_a_page_run[README.md]' \
 		--ignore=tests/native/test_sanitized.py --ignore=tests/native/test_stress.py \
 		--ignore=tests/ops/test_cuda_side.py --ignore=tests/ops/test_cuda_fp8.py
 	@echo "test-torch: compiles the kernels for a GPU that need not be there"

@@ -3,7 +3,7 @@
 Importing this package does nothing but define names: no CUDA call, no environment read, no patching.
 """
 
-from semisparse import recipes, tuning
+from semisparse import errors, recipes, tuning
 from semisparse._check import CheckReport, check
 from semisparse._plan import Plan, plan
 from semisparse.checkpoint import CheckpointReport, check_checkpoint
@@ -49,6 +49,7 @@ __all__ = [
     "check_checkpoint",
     "conv1d_to_linear",
     "densify",
+    "errors",
     "linear_to_conv1d",
     "mask_statistics",
     "not_swapped",

@@ -31,6 +31,7 @@ PUBLIC = {
     "check_checkpoint",
     "conv1d_to_linear",
     "densify",
+    "errors",
     "linear_to_conv1d",
     "mask_statistics",
     "not_swapped",

@@ -126,3 +126,15 @@ def test_the_sdist_holds_what_builds_the_library_and_not_the_library(tree: Path)
     assert {"csrc/build.py", "csrc/launch.cpp", "hatch_build.py", "src/semisparse/native/__init__.py"} < names
     assert "csrc/tests/fake.cpp" not in names
     assert f"src/{LAUNCH}" not in names
+
+
+def test_the_sdist_gives_the_wheel_of_the_tree(tree: Path) -> None:
+    done = run(tree, "-m", "hatchling", "build", "-t", "sdist")
+    assert done.returncode == 0, done.stdout
+    (found,) = (tree / "dist").glob("*.tar.gz")
+    shutil.unpack_archive(found, tree / "unpacked", filter="data")
+    (unpacked,) = (tree / "unpacked").iterdir()
+    wheels = [wheel(root, SEMISPARSE_BUILD_NATIVE="0")[0] for root in (tree, unpacked)]
+    of_tree, of_sdist = ({entry.filename: entry.CRC for entry in zipfile.ZipFile(one).infolist()} for one in wheels)
+    assert of_sdist == of_tree
+    assert "semisparse/py.typed" in of_tree
