@@ -44,7 +44,10 @@ def test_without_the_extra_the_error_says_what_to_install(
     with pytest.raises(SystemExit) as ended:
         main.run()
     assert ended.value.code == 2
-    assert capsys.readouterr().err == f"error: the semisparse command needs {package}: pip install 'semisparse[cli]'\n"
+    assert (
+        capsys.readouterr().err
+        == f"error: the semisparse command needs {package}: pip install typer rich safetensors\n"
+    )
 
 
 def test_another_missing_import_is_not_blamed_on_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,7 +43,7 @@ def run() -> None:
     except ImportError as error:
         if error.name not in ("typer", "rich", "safetensors"):
             raise
-        print(f"error: the semisparse command needs {error.name}: pip install 'semisparse[cli]'", file=sys.stderr)
+        print(f"error: the semisparse command needs {error.name}: pip install typer rich safetensors", file=sys.stderr)
         raise SystemExit(2) from None
 
 
