@@ -198,8 +198,11 @@ def test_strides_and_jagged_batches_are_their_rows() -> None:
     assert_results_equal(found, expected._replace(grad_weight=found.grad_weight, grad_bias=found.grad_bias))
 
 
-def test_the_output_may_be_written_to_in_place() -> None:
-    layer, (x, dy) = fp8_layer(), fp8_inputs(2, 8)
+@pytest.mark.parametrize("leading", [(13,), (2, 8)], ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("mask", ["transposable", None])
+def test_the_output_may_be_written_to_in_place(mask: str | None, bias: bool, leading: tuple[int, ...]) -> None:
+    layer, (x, dy) = fp8_layer(mask, bias=bias), fp8_inputs(*leading)
     expected = run(layer, x, dy, lambda x: layer(x) * 2)
     assert_results_equal(run(layer, x, dy, lambda x: layer(x).mul_(2)), expected)
 

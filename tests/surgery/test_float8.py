@@ -141,6 +141,14 @@ def emptied(model: nn.Sequential) -> nn.Sequential:
     return model.to("meta").to_empty(device="cpu")
 
 
+def swapped(model: nn.Sequential) -> nn.Sequential:
+    torch.__future__.set_swap_module_params_on_conversion(True)  # as torch does for DTensors
+    try:
+        return model.double().float()
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+
+
 def assigned(model: nn.Sequential) -> nn.Sequential:
     model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True)
     return model
@@ -150,8 +158,9 @@ def built(_: nn.Sequential) -> nn.Sequential:
     return nn.Sequential(*(SemiSparseLinear(32, 32, config=FP8) for _ in range(3)))
 
 
-@pytest.mark.parametrize("change", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model)), emptied, assigned,
-                                    built], ids=["copied", "pickled", "emptied", "assigned", "built"])  # fmt: skip
+@pytest.mark.parametrize("change", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model)), emptied, swapped,
+                                    assigned, built],
+                         ids=["copied", "pickled", "emptied", "swapped", "assigned", "built"])  # fmt: skip
 def test_so_it_is_whatever_the_weight_went_through(change: Callable[[nn.Sequential], nn.Sequential]) -> None:
     model = network()
     sparsify(model, FP8)

@@ -196,8 +196,11 @@ class SemiSparseBase(CopyableLinear):
             note_swapped(self, True)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        super()._apply(fn, recurse)
-        note_swapped(self, True)  # to_empty, for one, makes another Parameter
+        note_swapped(self, False)  # torch swaps no Parameter that something refers to weakly
+        try:
+            super()._apply(fn, recurse)
+        finally:
+            note_swapped(self, True)  # to_empty, for one, makes another Parameter
         return self
 
     def __setstate__(self, state: dict[str, Any]) -> None:
