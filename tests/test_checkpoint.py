@@ -120,3 +120,10 @@ def test_a_file_without_a_matrix_and_an_empty_folder_are_refused(tmp_path: Path)
         check_checkpoint(tmp_path)
     with pytest.raises(CheckpointError, match="no matrix"):
         check_checkpoint(saved(tmp_path, {"bias": torch.ones(4)}))
+
+
+def test_a_name_in_two_files_of_a_folder_is_an_error_that_names_both(tmp_path: Path) -> None:
+    for name in ("first.safetensors", "second.safetensors"):
+        saved(tmp_path, {"a": torch.ones(8, 8)}, name)
+    with pytest.raises(CheckpointError, match=r"'a' in first\.safetensors and in second\.safetensors; name one"):
+        check_checkpoint(tmp_path)

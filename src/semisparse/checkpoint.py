@@ -109,13 +109,20 @@ def check_checkpoint(path: str | Path) -> CheckpointReport:
         Every matrix of floating-point numbers. +0 and -0 count as zero, NaN does not.
 
     Raises:
-        CheckpointError: There is no such file, it cannot be read, or it has no matrix.
+        CheckpointError: There is no such file, it cannot be read, it has no matrix, or two files have one of a name.
         ImportError: safetensors is not installed.
     """
     weights: list[WeightPattern] = []
     others = 0
+    file_of: dict[str, Path] = {}
     for file in _files(Path(path)):
         found, rest = _weights_of(file)
+        for weight in found:
+            first = file_of.setdefault(weight.name, file)
+            if first != file:
+                raise CheckpointError(
+                    f"path={str(path)!r} has {weight.name!r} in {first.name} and in {file.name}; name one of the files"
+                )
         weights += found
         others += rest
     if not weights:
