@@ -105,8 +105,8 @@ def _flips(kind: Kind) -> Fault:
         "files",
         ""
         if sealed
-        else "a value that is flipped is read as it stands; the tuning cache has no checksum yet, and safetensors, "
-        "indices, idx files and curves come from others",
+        else "a value that is flipped is read as it stands; safetensors, indices, idx files "
+        "and curves come from others",
     )
 
 

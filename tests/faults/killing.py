@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import cast
 
 from tests.faults.fault import Fault, ended, forked
-from tests.faults.kinds import KINDS, Kind, Which, by_name
+from tests.faults.kinds import KINDS, Kind, Which
 
 
 def kills(kind: Kind, count: int, folder: Path) -> dict[str, int]:
@@ -40,13 +40,8 @@ def kills(kind: Kind, count: int, folder: Path) -> dict[str, int]:
         kind.write(folder, 1)
         assert kind.read(folder) == versions[1]
         rest = [path.name for path in folder.iterdir() if path.name != kind.file]
-        if kind.name == "tuning cache":  # its limit, which the table tells
-            for name in rest:
-                (folder / name).unlink()
-        else:
-            assert rest == [], "the next save leaves what a killed one left"
-    stay = left if kind.name == "tuning cache" else 0
-    return {"unreadable": 0, "orphans that the next save removed": left - stay, "orphans that stay": stay}
+        assert rest == [], "the next save leaves what a killed one left"
+    return {"unreadable": 0, "orphans that the next save removed": left}
 
 
 def _save_for_ever(kind: Kind, folder: Path, told: int) -> None:
@@ -57,14 +52,9 @@ def _save_for_ever(kind: Kind, folder: Path, told: int) -> None:
             os.write(told, b".")
 
 
-_WHOLE = "the old version or the new one, whole"
-
 FAULTS = [
-    Fault("kill -9 while saving", kind.name, f"{_WHOLE}; the next save removes the rest", 5, 200, partial(kills, kind),
-          "kills")
+    Fault("kill -9 while saving", kind.name, "the old version or the new one, whole; the next save removes the rest",
+          5, 200, partial(kills, kind), "kills")
     for kind in KINDS
-    if kind.write is not None and kind.name != "tuning cache"
-] + [
-    Fault("kill -9 while saving the tuning cache", "", _WHOLE, 5, 200, partial(kills, by_name("tuning cache")), "kills",
-          "rests of killed saves stay in the folder, under names that nothing reads")
+    if kind.write is not None
 ]  # fmt: skip

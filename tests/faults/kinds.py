@@ -202,7 +202,7 @@ KINDS = [
     _written("self-check", "bench.json",
              lambda folder, which: selfchecks.write(folder / "bench.json", _reports()[which]),
              lambda folder: selfchecks.read(folder / "bench.json"), "checksum"),
-    _written("tuning cache", CACHE, _save_choice, lambda folder: Store(folder).load(KEY), "none"),
+    _written("tuning cache", CACHE, _save_choice, lambda folder: Store(folder).load(KEY), "checksum"),
     _written("times of a plan", PLANS, lambda folder, which: PlanStore(folder).save(PLAN_KEY, MEASURED[which]),
              lambda folder: PlanStore(folder).load(PLAN_KEY), "checksum"),
     _written("manifest of tokens", "manifest.json", _write_manifest, _read_manifest, "checksum"),

@@ -33,9 +33,27 @@ def _load() -> tuple[Interface | None, str]:
     if not LIBRARY.is_file():
         return None, f"not built: {LIBRARY.name} is not there"
     try:
+        if not _is_whole(LIBRARY):
+            return None, f"cannot be loaded: {LIBRARY.name} is cut off; build or install it again"
         return Interface(LIBRARY), f"{LIBRARY.name} is loaded"
     except Exception as error:  # a library that does not fit this torch can fail in any way
         return None, f"cannot be loaded: {type(error).__name__}: {error}"
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a file of the format ELF, 64 bits, little-endian, ends where its table of sections does, or later.
+
+    The system maps a file that is cut off, and the process ends with SIGBUS where it reads beyond.
+    """
+    with path.open("rb") as file:
+        head = file.read(64)
+    if head[:6] != b"\x7fELF\x02\x01" or len(head) < 64:
+        return True  # which the system refuses, or it is another format
+    table, size, count = (
+        int.from_bytes(head[40:48], "little"),
+        *(int.from_bytes(head[at : at + 2], "little") for at in (58, 60)),
+    )
+    return path.stat().st_size >= table + size * count
 
 
 def library() -> Interface | None:

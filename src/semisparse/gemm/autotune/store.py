@@ -7,8 +7,8 @@ damaged or foreign: from_document() then raises ValueError, and no algorithm run
 Only files and folders of this user that nobody else can write to are read: choices of others are not followed.
 
 On disk each problem has a small file of its own, named by a digest of its key. The file also contains the full key, so
-a result of another machine or version is never used, even after a hash collision. Files are written aside and renamed:
-any number of processes may write at once, and a reader sees a complete file or none.
+a result of another machine or version is never used, even after a hash collision. Its checksum shows a flipped digit.
+Files are written aside and renamed: any number of processes may write at once, and a reader sees a whole file or none.
 """
 
 import hashlib
@@ -17,15 +17,15 @@ import logging
 import math
 import os
 import stat
-import tempfile
 import warnings
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from semisparse.documents import with_checksum, without_checksum
+from semisparse.files import write_atomically
 from semisparse.gemm.autotune.algorithm import Choice, Source, from_record
 
 logger = logging.getLogger(__name__)
@@ -92,7 +92,7 @@ class Store:
         path = None
         try:
             path = self._path(key)
-            ((found, choice),) = from_document(json.loads(read_own(path)), "disk")
+            ((found, choice),) = from_document(without_checksum(json.loads(read_own(path))), "disk")
             if canonical(found) != canonical(key):
                 raise ValueError("the file holds another key than its name says")
             return choice
@@ -107,7 +107,8 @@ class Store:
         try:
             path = self._path(key)
             make_own_folder(path.parent)
-            replace_file(path, json.dumps(to_document([(key, choice)]), indent=1, allow_nan=False))
+            text = json.dumps(with_checksum(to_document([(key, choice)])), indent=1, allow_nan=False)
+            write_atomically(path, text.encode(), mode=0o600)  # read_own reads no file that others may write to
             logger.debug("wrote %s", path)
         except (OSError, ValueError, RuntimeError) as error:
             logger.info("could not store a tuning result: %s", error)
@@ -165,27 +166,6 @@ def make_own_folder(folder: Path) -> None:
     mode = folder.stat()
     if mode.st_mode & _OTHERS_WRITE and mode.st_uid == os.geteuid():
         folder.chmod(stat.S_IMODE(mode.st_mode) & ~_OTHERS_WRITE)
-
-
-def replace_file(path: Path, text: str) -> None:
-    """Write text to path by way of a file beside it, so that readers see the old file or the new one.
-
-    Args:
-        path: In a folder that exists.
-        text: The whole content.
-
-    Raises:
-        OSError: It cannot be written.
-    """
-    descriptor, aside = tempfile.mkstemp(suffix=".tmp", dir=path.parent)
-    try:
-        with open(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.replace(aside, path)
-    except BaseException:
-        with suppress(OSError):
-            os.unlink(aside)
-        raise
 
 
 @cache
