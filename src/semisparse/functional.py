@@ -70,7 +70,7 @@ def semi_sparse_linear(
         grad_output: As SparseConfig's.
         seed: Key of grad_output's random numbers (one int64 number), read in the backward; None for the key 0.
         precision: As SparseConfig's, with the same exclusions.
-        repack: As SparseConfig's; without effect where no transpose would be kept.
+        repack: As SparseConfig's, not with precision; without effect where no transpose would be kept.
         backend: As SparseConfig's.
         packed: ops.pack's result for these arguments, to use it again (in fp8 ops.pack_fp8's, which is whole); without
             its transpose, the backward packs that.
@@ -92,7 +92,7 @@ def semi_sparse_linear(
     dtype = compute_dtype(input, weight)
     transform = routes.transform_at_work(backend)
     if precision is not None or mask is None:
-        _check_fp8(mask, codes, scale, grad_output, precision)
+        _check_fp8(mask, codes, scale, grad_output, precision, repack, backend)
         if transform != "other" and routes.takes_fp8(weight, dtype, mask, backend):
             return fp8_linear(input, weight, bias, dtype, mask, codes, backend, packed, transform, grad_output, seed)
         if mask is None:
@@ -182,7 +182,13 @@ def semi_sparse_activation_linear(
 
 
 def _check_fp8(
-    mask: str | None, codes: Tensor | None, scale: Tensor | None, grad_output: str | None, precision: str | None
+    mask: str | None,
+    codes: Tensor | None,
+    scale: Tensor | None,
+    grad_output: str | None,
+    precision: str | None,
+    repack: bool,
+    backend: str,
 ) -> None:
     """Raise ConfigError where precision is unknown or excludes what else is given."""
     check_precision(precision)
@@ -190,6 +196,10 @@ def _check_fp8(
         raise ConfigError("mask=None prunes nothing: name a mask, call F.linear, or set precision='fp8'")
     if scale is not None:
         raise ConfigError(f"precision={precision!r} does not work together with scale: leave scale out")
+    if repack:
+        raise ConfigError(f"precision={precision!r} does not work together with repack=True: leave repack out")
+    if mask is None and backend == "cusparselt":
+        raise ConfigError("backend='cusparselt' has no sparse product to compute with mask=None: use 'auto'")
     for name, given in (("codes", codes), ("grad_output", grad_output)):
         if mask is None and given is not None:
             raise ConfigError(f"mask=None takes no {name}: leave {name} out, or set mask='transposable'")

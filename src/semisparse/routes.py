@@ -17,6 +17,12 @@ FP8_CAPABILITY = (8, 9)
 """The lowest CUDA capability whose tensor cores multiply e4m3."""
 
 
+def check_backend(backend: str) -> None:
+    """Raise ConfigError unless there is such a backend."""
+    if backend not in BACKENDS:
+        raise ConfigError(f"backend={backend!r} is not one of {', '.join(map(repr, BACKENDS))}")
+
+
 def packs(weight: Tensor, dtype: torch.dtype, backend: Backend) -> bool:
     """Whether a layer takes the packed route; a fact of device, dtype and sizes alone.
 
@@ -29,8 +35,7 @@ def packs(weight: Tensor, dtype: torch.dtype, backend: Backend) -> bool:
         ConfigError: There is no such backend.
         EngineError: backend="cusparselt" asks for a route that is not there.
     """
-    if backend not in BACKENDS:
-        raise ConfigError(f"backend={backend!r} is not one of {', '.join(map(repr, BACKENDS))}")
+    check_backend(backend)
     rows, columns = weight.shape
     possible = weight.is_cuda and dtype in PACKED_DTYPES and not (rows % SPARSE_MULTIPLE or columns % SPARSE_MULTIPLE)
     if backend == "cusparselt" and not possible:
@@ -56,7 +61,8 @@ def takes_fp8(weight: Tensor, dtype: torch.dtype, mask: str | None, backend: Bac
         ConfigError: There is no such backend.
         EngineError: backend="cusparselt" asks for a sparse product that is not there.
     """
-    if mask is not None and (backend not in BACKENDS or (backend == "cusparselt" and not weight.is_cuda)):
+    check_backend(backend)
+    if mask is not None and backend == "cusparselt" and not weight.is_cuda:
         packs(weight, dtype, backend)  # raises
     rows, columns = weight.shape
     return (

@@ -125,3 +125,25 @@ def test_compute_dtype_is_the_weights_unless_autocast_applies() -> None:
 def test_an_unknown_backend_is_named_on_every_device() -> None:
     with pytest.raises(ConfigError, match="backend='fast' is not one of 'auto', 'cusparselt', 'dense'"):
         semi_sparse_linear(torch.ones(4, 16), torch.ones(16, 16), backend="fast")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("mask", ["transposable", "row", None])
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"backend": "fast"}, "backend='fast' is not one of"),
+        ({"repack": True}, "precision='fp8' does not work together with repack=True"),
+    ],
+    ids=str,
+)
+def test_in_fp8_what_no_product_takes_is_named_for_a_pruned_and_a_whole_weight(
+    mask: str | None, given: dict[str, object], said: str
+) -> None:
+    x, weight = torch.ones(4, 32), torch.ones(32, 32)
+    with pytest.raises(ConfigError, match=said):
+        semi_sparse_linear(x, weight, mask=mask, precision="fp8", **given)  # type: ignore[arg-type]
+
+
+def test_a_whole_weight_has_no_sparse_product_to_ask_for() -> None:
+    with pytest.raises(ConfigError, match="no sparse product to compute with mask=None"):
+        semi_sparse_linear(torch.ones(4, 32), torch.ones(32, 32), mask=None, precision="fp8", backend="cusparselt")
