@@ -18,17 +18,20 @@ from benchmarks.compare import DENSE, ROWS, forget_compiled, model_of
 from benchmarks.models import CARDS, sparsified
 from benchmarks.timing import synchronize
 
+SPARSE, DENSE_FP8, PRODUCTS = "sparse products", "dense fp8 products", "dense products"
+AMAX, ROUNDING, RESCALING = "largest magnitudes", "rounding to e4m3", "rescaling"
+PACKING, SAMPLING = "pruning and packing", "sampling"
 KINDS = (
-    ("sparse products", r"sparse|spmma|sp_gemm"),
-    ("dense fp8 products", r"nvjet_\w*_q|e4m3.*gemm|gemm.*e4m3|f8f8"),
-    ("largest magnitudes", r"^amax|scale_of"),
-    ("rounding to e4m3", r"^quantise"),
-    ("rescaling", r"^rescale"),
-    ("pruning and packing", r"^prune_pack"),
-    ("sampling", r"^sample_pack"),
+    (SPARSE, r"sparse|spmma|sp_gemm"),
+    (DENSE_FP8, r"nvjet_\w*_q|e4m3.*gemm|gemm.*e4m3|f8f8"),
+    (AMAX, r"^amax|scale_of"),
+    (ROUNDING, r"^quantise"),
+    (RESCALING, r"^rescale"),
+    (PACKING, r"^prune_pack"),
+    (SAMPLING, r"^sample_pack"),
     ("attention", r"sdpa|flash|fmha|attention"),
     ("optimizer", r"multi_tensor|adam"),
-    ("dense products", r"nvjet|gemm|cutlass|cublas"),
+    (PRODUCTS, r"nvjet|gemm|cutlass|cublas"),
     ("fused pointwise and reductions", r"^triton_"),
 )
 """Kind -> pattern of the kernels' names; the first that matches counts. cuBLAS writes e4m3 as q and e5m2 as r."""

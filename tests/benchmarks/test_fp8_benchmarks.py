@@ -83,6 +83,26 @@ def test_kernels_are_told_apart_by_their_names() -> None:
     assert {name: step_profile.kind_of(name) for name in kinds} == kinds
 
 
+def test_a_profile_says_how_far_its_fastest_fp8_row_is_from_its_floors_and_what_is_left() -> None:
+    def row(**ms: float) -> dict[str, object]:
+        return {"total_ms": sum(ms.values()), "longest": list(ms.items())}
+
+    floors = {"two fp8 products with 2:4": 2.0, "three bf16 products": 10.0}
+    rows = {
+        "dense bf16": row(gemm=17.0),
+        "a": row(gemm=5.0, amax=0.25, sparse=4.0, nvjet_x_q=2.0, quantise=1.5),
+        "b": row(gemm=5.0, amax=0.25, sparse=4.5, quantise=0.25, sample_pack8=0.5),
+    }
+    for names, said in (
+        (["a"], ("2.00 times", "1.8 ms (", "(1.8 ms)")),
+        (["a", "b"], ("1.50 times", "1.0 ms (", "(1.0 ms)")),
+    ):
+        result = {"rows": {name: rows[name] for name in ["dense bf16", *names]}, "floors_ms": floors}
+        text = " ".join(fp8_tables.remaining(result))
+        assert all(part in text for part in (*said, "dense bf16 take 1.20 times")) and names[-1] in text
+    assert fp8_tables.remaining({"rows": {"dense bf16": rows["dense bf16"]}, "floors_ms": floors}) == []
+
+
 def test_a_profile_has_a_column_per_row_and_floors(torchao: None, monkeypatch: pytest.MonkeyPatch) -> None:
     def build(toy: bool) -> nn.Module:
         return nn.Sequential(nn.Linear(64, 96), nn.Linear(96, 64)).to(torch.bfloat16)
