@@ -72,8 +72,6 @@ class Fp8Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
         output = _forward(inputs)
-        if not torch.compiler.is_compiling() and output._is_view():  # rows without their padding
-            output = output.data  # the same memory; torch lets nothing write to a view that comes from here
         _save(ctx, inputs, output)
         return output
 

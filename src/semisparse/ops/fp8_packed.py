@@ -204,7 +204,9 @@ def fp8_forward(
 ) -> Tensor:
     """y = x8 W8^T * (scale_x * scale_w) + bias, (tokens, out_features) in dtype; operands as fp8_linear's."""
     if mask is None and bias is None:
-        return fp8_dense_product(x8, w8, dtype, scale_x, scale_w)[:tokens]
+        y = fp8_dense_product(x8, w8, dtype, scale_x, scale_w)
+        # Not a view of the rows with padding: torch lets nothing write in place to a view that a function returns.
+        return y if y.shape[0] == tokens else y[:tokens].clone()
     wide = sums_dtype(dtype)
     sums = fp8_dense_product(x8, w8, wide) if mask is None else fp8_product(x8, w8, out_features, backend, wide)
     return rescaled(sums, scale_x, scale_w, bias, tokens, dtype)
