@@ -127,12 +127,34 @@ def _profiled(step: Any) -> dict[str, Any]:
             step()
         synchronize()
     longest: Counter[str] = Counter()
-    launches = 0
+    kernels = []
     for event in profile.events():
         if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation:
             longest[event.name] += event.time_range.elapsed_us() / 1e3 / STEPS
-            launches += 1
-    return {"total_ms": longest.total(), "launches": launches / STEPS, "longest": longest.most_common(60)}
+            kernels.append((event.time_range.start, event.time_range.end, event.name))
+    return {
+        "total_ms": longest.total(),
+        "launches": len(kernels) / STEPS,
+        "longest": longest.most_common(60),
+        "timeline": timeline(sorted(kernels)[len(kernels) - len(kernels) // STEPS :]),
+    }
+
+
+def timeline(kernels: Sequence[tuple[float, float, str]]) -> list[tuple[float, float, str]]:
+    """When which kind of kernels ran: start and end in milliseconds since the first one's start, and the kind.
+
+    Args:
+        kernels: Start and end in microseconds and name, by start. Those of one kind that follow each other within 50
+            microseconds are joined.
+    """
+    found: list[tuple[float, float, str]] = []
+    for start, end, name in kernels:
+        begin, stop, kind = (start - kernels[0][0]) / 1e3, (end - kernels[0][0]) / 1e3, kind_of(name)
+        if found and found[-1][2] == kind and begin - found[-1][1] <= 0.05:
+            found[-1] = found[-1][0], max(found[-1][1], stop), kind
+        else:
+            found.append((begin, stop, kind))
+    return found
 
 
 def kind_of(kernel: str) -> str:

@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 
+from benchmarks import step_profile
 from docs import draw
 from docs.drawings import packed, products, step, tiles
 from semisparse.pattern import GROUP, KEPT, TRANSPOSABLE_TILES
@@ -50,6 +51,19 @@ def test_values_and_metadata_are_those_of_the_matrix_that_is_drawn() -> None:
     matrix = packed.example()
     assert torch.equal(unpack(packed.packed()), torch.where(masks.transposable(matrix), matrix, 0))
     assert packed.share() == packed.Fraction(1, 2) + packed.Fraction(4, GROUP * 16)  # 4 bits per group of 16-bit values
+
+
+def test_a_profile_that_says_when_kernels_ran_is_drawn_in_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    timeline = step_profile.timeline(
+        [(1000.0, 3000.0, "gemm"), (3010.0, 5000.0, "nvjet"), (6000.0, 7000.0, "flash"), (7100.0, 9000.0, "gemm")]
+    )
+    assert timeline == [(0.0, 4.0, "dense products"), (5.0, 6.0, "attention"), (6.1, 8.0, "dense products")]
+    whole = step.profile()
+    assert not step.in_order(whole)
+    ordered = {**whole, "rows": {"dense bf16": {"total_ms": 6.9, "longest": [], "timeline": timeline}}}
+    assert step.segments(ordered["rows"]["dense bf16"])[1] == (5.0, 6.0, "attention")
+    monkeypatch.setattr(step, "profile", lambda: ordered)
+    assert "kernels as they ran" in step.draw() and ">8.0<" in step.draw()
 
 
 def test_the_step_is_drawn_in_full_length() -> None:
