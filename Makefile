@@ -116,7 +116,7 @@ $(PYRIGHT)/.ready:
 test-torch: wheel $(OTHER)/.ready $(PYRIGHT)/.ready
 	$(OTHER)/bin/python -m pip --disable-pip-version-check install --no-deps --force-reinstall dist/*.whl
 	@echo "test-torch: types that a user's program sees of the installed wheel"
-	$(PYRIGHT)/bin/pyright -p tests/typing/pyrightconfig.json --pythonpath $(OTHER)/bin/python
+	$(PYRIGHT)/bin/pyright -p tests/typed/pyrightconfig.json --pythonpath $(OTHER)/bin/python
 	@echo "test-torch: README's examples, and tests of the ops, with torch $(TORCH) and the installed wheel; about a minute on two cores"
 	# Without the sanitizers, the stress program and kernels in the interpreter, which do not depend on the torch beside them.
 	SEMISPARSE_REQUIRE_NATIVE=1 $(OTHER)/bin/python -m pytest -q -n auto -o pythonpath=. tests/native tests/ops tests/functional \
