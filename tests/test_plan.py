@@ -11,6 +11,7 @@ from torch import nn
 import semisparse
 from semisparse import Plan, SparseConfig, _plan, sparsify
 from semisparse._plan import planned, uses_of
+from semisparse.documents import without_checksum
 from semisparse.errors import ConfigError, NoLayerMatchedError, PlanError
 from semisparse.nn import SemiSparseLinear
 from semisparse.planning import files
@@ -186,13 +187,13 @@ def test_a_plan_from_elsewhere_says_so(path: Path, monkeypatch: pytest.MonkeyPat
     ids=str,
 )
 def test_a_damaged_plan_is_refused(path: Path, change: dict[str, Any]) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    path.write_text(json.dumps(without_checksum(json.loads(path.read_text())) | change))
     with pytest.raises(PlanError, match="holds no plan that can be used"):
         Plan.load(path)
 
 
 def test_a_damaged_row_is_refused(path: Path) -> None:
-    content = json.loads(path.read_text())
+    content = without_checksum(json.loads(path.read_text()))
     row = content["rows"][0]
     for key, value in [("choice", "3:4"), ("times", {}), ("calls", [{"problem": {}, "calls": 1}]), ("in_features", "8"),
                        ("name", 3)]:  # fmt: skip
