@@ -299,7 +299,7 @@ def gpus(results: list[Result]) -> str:
 
 
 def _speed_block() -> str:
-    """The largest model beside torchao's float8, for README."""
+    """Models beside torchao's float8, for README."""
     compared = load("compare-model")
     if not compared:
         return _missing("--compare ")

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.timing import device, synchronize
+from benchmarks.timing import device, kernels_of, synchronize
 
 Span = tuple[float, float]
 """Begin and end of a kernel, in one unit of time."""
@@ -65,8 +65,6 @@ def spans_of(events: Iterable[Any]) -> tuple[list[Span], list[Span]]:
     """
     collectives: list[Span] = []
     others: list[Span] = []
-    for event in events:
-        if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation:
-            kind = collectives if event.name.startswith("nccl") else others
-            kind.append((event.time_range.start, event.time_range.end))
+    for begin, end, name in kernels_of(events):
+        (collectives if name.startswith("nccl") else others).append((begin, end))
     return collectives, others

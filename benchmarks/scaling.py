@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
@@ -36,6 +36,7 @@ from benchmarks.ranks import CONTEXT, MODEL, TOY, Bytes, join, milliseconds, set
 from benchmarks.timing import device
 from semisparse import SparseConfig
 from semisparse.integrations.fsdp import compress_all_gather
+from semisparse.schedule.ranks import mean_over_ranks
 from semisparse_lab.models.llama import Llama, LlamaConfig, build_llama
 
 TOKENS = 16384
@@ -108,13 +109,6 @@ def measure(precision: str, layout: str, config: LlamaConfig, batch: int, given:
     }
     del step
     return found
-
-
-def mean_over_ranks(values: Tensor) -> list[float]:
-    """Of each value."""
-    total = values.double()
-    dist.all_reduce(total)
-    return [float(value) / dist.get_world_size() for value in total]
 
 
 def peak(step: Any) -> int:

@@ -16,7 +16,7 @@ from torch import nn
 from benchmarks import float8
 from benchmarks.compare import DENSE, ROWS, forget_compiled, model_of
 from benchmarks.models import CARDS, sparsified
-from benchmarks.timing import synchronize
+from benchmarks.timing import kernels_of, synchronize
 
 SPARSE, DENSE_FP8, PRODUCTS = "sparse products", "dense fp8 products", "dense products"
 AMAX, ROUNDING, RESCALING = "largest magnitudes", "rounding to e4m3", "rescaling"
@@ -126,17 +126,15 @@ def _profiled(step: Any) -> dict[str, Any]:
         for _ in range(STEPS):
             step()
         synchronize()
+    kernels = sorted(kernels_of(profile.events()))
     longest: Counter[str] = Counter()
-    kernels = []
-    for event in profile.events():
-        if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation:
-            longest[event.name] += event.time_range.elapsed_us() / 1e3 / STEPS
-            kernels.append((event.time_range.start, event.time_range.end, event.name))
+    for start, end, name in kernels:
+        longest[name] += (end - start) / 1e3 / STEPS
     return {
         "total_ms": longest.total(),
         "launches": len(kernels) / STEPS,
         "longest": longest.most_common(60),
-        "timeline": timeline(sorted(kernels)[len(kernels) - len(kernels) // STEPS :]),
+        "timeline": timeline(kernels[len(kernels) - len(kernels) // STEPS :]),
     }
 
 

@@ -12,9 +12,10 @@ Without a GPU everything runs on the CPU with the host's clock, so that the prog
 import gc
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 
@@ -152,6 +153,19 @@ def peak_memory(call: Callable[[], object]) -> int:
     call()
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - before
+
+
+def kernels_of(events: Iterable[Any]) -> list[tuple[float, float, str]]:
+    """Start and end in microseconds, and name, of each kernel of a profile.
+
+    Args:
+        events: What torch.profiler's events() gives.
+    """
+    return [
+        (event.time_range.start, event.time_range.end, event.name)
+        for event in events
+        if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation
+    ]
 
 
 def _run(call: Callable[[], object], count: int) -> float:
