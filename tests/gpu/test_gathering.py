@@ -5,16 +5,15 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 from semisparse import Phase, SparseConfig, SparseSchedule, sparsify
 from semisparse.integrations.fsdp import compress_all_gather
+from tests.gpu.two import WORLD, on_two_gpus
 
 pytestmark = pytest.mark.gpu
 
-WORLD = 2
 CONFIGS = {
     "transposable": SparseConfig(),
     "repack": SparseConfig(repack=True),
@@ -74,14 +73,7 @@ def worker(rank: int, folder: str) -> None:
 
 @pytest.fixture(scope="module")
 def records(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
-    if torch.cuda.device_count() < WORLD:
-        pytest.skip("needs two GPUs")
-    folder = tmp_path_factory.mktemp("nccl")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("NCCL_NVLS_ENABLE", "0")
-        patch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.multiprocessing.spawn(worker, args=(str(folder),), nprocs=WORLD)
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(WORLD)]
+    return on_two_gpus(worker, tmp_path_factory.mktemp("nccl"))
 
 
 @pytest.mark.parametrize("name", CONFIGS)

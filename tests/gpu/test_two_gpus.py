@@ -5,16 +5,16 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from semisparse import Phase, SparseConfig, SparseSchedule, sparsify
+from tests.gpu.two import WORLD, on_two_gpus
 
 pytestmark = pytest.mark.gpu
 
-WORLD, STEPS, TOKENS = 2, 5, 128
+STEPS, TOKENS = 5, 128
 CONFIGS = {"transposable": SparseConfig(), "row": SparseConfig(weight="row"), "fp8": SparseConfig(precision="fp8")}
 LAYOUTS = ("ddp", "fsdp")
 PHASES = [Phase("sparse", 3), Phase("dense", 1), Phase("sparse", 1)]
@@ -89,14 +89,7 @@ def worker(rank: int, folder: str, kind: str) -> None:
 
 @pytest.fixture(scope="module")
 def records(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
-    if torch.cuda.device_count() < WORLD:
-        pytest.skip("needs two GPUs")
-    folder = tmp_path_factory.mktemp("two")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("NCCL_NVLS_ENABLE", "0")
-        patch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.multiprocessing.spawn(worker, args=(str(folder), "cuda"), nprocs=WORLD)
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(WORLD)]
+    return on_two_gpus(worker, tmp_path_factory.mktemp("two"), "cuda")
 
 
 @pytest.mark.parametrize("name", CONFIGS)
