@@ -69,8 +69,8 @@ test-nightly: native
 	@echo "test-nightly: every case, then all faults and all planted defects, one at a time; an hour on two cores"
 	SEMISPARSE_EVERY_CASE=1 $(BIN)/python -m pytest -q -n auto
 	$(BIN)/python tests/faults/run.py
-	$(BIN)/python tests/faults/report.py
 	$(BIN)/python tests/defects/run.py
+	$(BIN)/python tests/reliability.py
 
 check: native
 	@echo "check: format, lint, types, import levels; about half a minute"

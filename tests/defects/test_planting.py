@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.defects import planting, report
+from tests import reliability
+from tests.defects import planting
 from tests.defects.planting import Defect, DefectError, check, load, planted, turn
 
 DEFECTS = load()
@@ -61,4 +62,4 @@ def test_turns_depend_on_the_key_alone_and_reach_all_defects() -> None:
 def test_the_page_shows_the_record() -> None:
     record = json.loads((planting.HERE / "record.json").read_text())
     assert record["killed"] == sum(row["killed"] for row in record["defects"])
-    assert report.PAGE.read_text() == report.page(report.PAGE.read_text(), record)
+    assert reliability.PAGE.read_text() == reliability.page()

@@ -1,14 +1,9 @@
-"""Writes the record of the faults into docs/reliability.md: python tests/faults/report.py"""
+"""The record of the faults as a table; tests/reliability.py writes it into docs/reliability.md."""
 
-import json
-import sys
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
-PAGE = ROOT / "docs" / "reliability.md"
 RECORD = Path(__file__).with_name("record.json")
-BEGIN, END = "<!-- faults: generated from tests/faults/record.json -->", "<!-- end of faults -->"
 
 
 def table(record: dict[str, Any]) -> str:
@@ -31,29 +26,3 @@ def table(record: dict[str, Any]) -> str:
         limits |= dict.fromkeys(f"- {item}: {row['limit']}." for row in rows if row["limit"])
     failed = [f"- failed: {row['title']}: {row['error']}" for row in record["faults"] if not row["passed"]]
     return "\n".join([*lines, "", "Known limits:", "", *limits, *failed])
-
-
-def page(text: str, record: dict[str, Any]) -> str:
-    """The page with the table of a record.
-
-    Args:
-        text: The page before.
-        record: As run.py writes it.
-    """
-    before, rest = text.split(BEGIN)
-    return f"{before}{BEGIN}\n{table(record)}\n{END}{rest.split(END)[1]}"
-
-
-def main() -> int:
-    """Write the page.
-
-    Returns:
-        Exit code.
-    """
-    record = json.loads(RECORD.read_text(encoding="utf-8"))
-    PAGE.write_text(page(PAGE.read_text(encoding="utf-8"), record), encoding="utf-8")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

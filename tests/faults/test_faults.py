@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import fresh
+from tests import fresh, reliability
 from tests.arch.source import ROOT
 from tests.faults import report
 from tests.faults.fault import Fault, tried
@@ -45,4 +45,4 @@ def test_the_page_shows_the_record_and_the_record_is_of_a_whole_night() -> None:
     rows = {row["title"]: row for row in record["faults"]}
     assert {fault.title: fault.nightly for _, fault in faults()} == {name: row["size"] for name, row in rows.items()}
     assert record == document([], record)
-    assert report.PAGE.read_text(encoding="utf-8") == report.page(report.PAGE.read_text(encoding="utf-8"), record)
+    assert reliability.PAGE.read_text(encoding="utf-8") == reliability.page()

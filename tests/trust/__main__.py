@@ -4,7 +4,7 @@
     python -m tests.trust OUT --quick                      cut sizes, about a minute
     python -m tests.trust OUT --parts soak --seconds 480   one part, with another budget
 
-OUT/trust.json is written as results come. `python -m tests.trust.report OUT/trust.json` adds them to the record.
+OUT/trust.json is written as results come. `python tests/reliability.py OUT/trust.json` adds them to the record.
 """
 
 import argparse

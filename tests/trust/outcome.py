@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from semisparse.files import write_atomically
 from semisparse.gemm.autotune.algorithm import one_line
 
 FILE = "trust.json"
@@ -134,9 +134,7 @@ class Record:
             "kind": "trust", "quick": self._quick, "provenance": self._provenance,
             "parts": [part.document() for part in self.parts],
         }  # fmt: skip
-        fresh = self.path.with_suffix(".tmp")
-        fresh.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        os.replace(fresh, self.path)
+        write_atomically(self.path, json.dumps(document, indent=1, allow_nan=False).encode() + b"\n")
 
     @contextmanager
     def part(self, name: str, seconds: float) -> Iterator[Part]:

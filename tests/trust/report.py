@@ -1,21 +1,13 @@
-"""The record of the trust suite and its table in docs/reliability.md.
-
-python -m tests.trust.report                   write the page from tests/trust/record.json
-python -m tests.trust.report RUN.json ...      first add the parts of these runs; the last run of a part counts
-"""
+"""The record of the trust suite, and its table, which tests/reliability.py writes into docs/reliability.md."""
 
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.origin import origin
 
-ROOT = Path(__file__).resolve().parents[2]
-PAGE = ROOT / "docs" / "reliability.md"
 RECORD = Path(__file__).with_name("record.json")
-BEGIN, END = "<!-- trust: generated from tests/trust/record.json -->", "<!-- end of trust -->"
 NONE = "No run on a GPU is recorded yet."
 
 Document = dict[str, Any]
@@ -70,34 +62,18 @@ def _number(value: float | None) -> str:
     return f"{int(value):,}" if float(value).is_integer() else f"{value:.3g}"
 
 
-def page(text: str, record: Document | None) -> str:
-    """The page with the table of a record.
-
-    Args:
-        text: The page before.
-        record: As table takes it.
-    """
-    before, rest = text.split(BEGIN)
-    return f"{before}{BEGIN}\n{table(record)}\n{END}{rest.split(END)[1]}"
-
-
 def read(path: Path) -> Document | None:
     """A document, or None where there is no file."""
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
-def main() -> int:
-    """Add runs to the record, and write the page.
+def add(runs: Sequence[Document]) -> None:
+    """Add runs to the record.
 
-    Returns:
-        Exit code.
+    Args:
+        runs: As merged takes them.
+
+    Raises:
+        ValueError: As merged.
     """
-    runs = [json.loads(Path(name).read_text(encoding="utf-8")) for name in sys.argv[1:]]
-    if runs:
-        RECORD.write_text(json.dumps(merged(read(RECORD), runs), indent=1) + "\n", encoding="utf-8")
-    PAGE.write_text(page(PAGE.read_text(encoding="utf-8"), read(RECORD)), encoding="utf-8")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    RECORD.write_text(json.dumps(merged(read(RECORD), runs), indent=1) + "\n", encoding="utf-8")

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import reliability
 from tests.trust import __main__ as program
 from tests.trust import report
 from tests.trust.outcome import MOST_FAULTS, NotHere, Record, Row
@@ -71,8 +72,7 @@ def test_what_is_no_whole_run_is_refused(run: report.Document) -> None:
 
 
 def test_the_page_shows_the_record() -> None:
-    text = report.PAGE.read_text()
-    assert text == report.page(text, report.read(report.RECORD))
+    assert reliability.PAGE.read_text() == reliability.page()
 
 
 def test_a_record_shows_what_holds() -> None:
