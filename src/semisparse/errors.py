@@ -1,8 +1,8 @@
 """Exceptions of semisparse. Each is also a ValueError, RuntimeError or ImportError, so that existing handlers catch it.
 
-Every message names the argument, the value that was given and a way out, and a traceback the section of
-docs/errors.md. A docstring's first paragraph says what the
-error means, its last what to do; docs/errors.md is generated from them (`python docs/errors_page.py`).
+Every message names the argument, the value that was given and a way out, and a traceback the section of docs/errors.md.
+That page is generated from the docstrings here (`python docs/errors_page.py`): the first paragraph says what an error
+means, the last what to do.
 """
 
 import functools

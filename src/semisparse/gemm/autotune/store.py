@@ -144,7 +144,7 @@ def read_own(path: Path) -> bytes:
             if state.st_uid != os.geteuid():
                 raise PermissionError(f"{name} belongs to another user (id {state.st_uid})")
             if state.st_mode & _OTHERS_WRITE:
-                raise PermissionError(f"others may write to {'it' if name == 'it' else name}: chmod go-w")
+                raise PermissionError(f"others may write to {name}: chmod go-w")
         if found.st_size > LARGEST:
             raise OSError(f"it has more than {LARGEST} bytes")
         return file.read(LARGEST)
