@@ -1,0 +1,38 @@
+# Sourced by the runs beside it, each of which is one machine's work for less than ten minutes:
+#
+#     bash benchmarks/runs/NAME.sh OUT
+#
+# Every step has its own time limit and log in OUT, and what failed does not stop what follows. Two GPUs are used side by
+# side where a run has two streams; with one GPU the streams follow each other.
+
+set -u
+OUT=$(realpath -m "$1")
+mkdir -p "$OUT"
+cd "$(dirname "${BASH_SOURCE[0]}")/../.." || exit 1
+export PYTHONPATH="src:lab/src:.${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+export TORCHINDUCTOR_CACHE_DIR="${TORCHINDUCTOR_CACHE_DIR:-/tmp/inductor}" TRITON_CACHE_DIR="${TRITON_CACHE_DIR:-/tmp/triton}"
+: "${PYTHON:=python3}"
+BENCHMARK="$PYTHON benchmarks/benchmark_semi_structured_training.py"
+GPUS=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')
+
+# step SECONDS NAME COMMAND...: its output goes to OUT/NAME.log; one line says how it ended.
+step() {
+    local limit=$1 name=$2 begin=$SECONDS code
+    shift 2
+    timeout "$limit" "$@" >"$OUT/$name.log" 2>&1
+    code=$?
+    echo "$(printf %4d $SECONDS) s  $name: exit $code after $((SECONDS - begin)) s"
+    [ $code = 0 ] || tail -n 5 "$OUT/$name.log"
+}
+
+# streams FUNCTION FUNCTION: each on a GPU of its own, at the same time if there are two.
+streams() {
+    if [ "$GPUS" -ge 2 ]; then
+        CUDA_VISIBLE_DEVICES=0 "$1" &
+        CUDA_VISIBLE_DEVICES=1 "$2" &
+        wait
+    else
+        "$1"
+        "$2"
+    fi
+}
