@@ -28,8 +28,10 @@ size on any device, without a GPU too; its figures mean nothing, and it refuses 
 """
 
 import argparse
+import gc
 import os
 import sys
+import traceback
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -129,7 +131,7 @@ def _prepare(options: argparse.Namespace) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the jobs; each result is printed and saved before the next one starts."""
+    """Run the jobs; each result is printed and saved before the next one starts, and a failure stops no other job."""
     command = parser()
     options = command.parse_args(arguments)
     if not torch.cuda.is_available() and not options.toy:
@@ -154,16 +156,28 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"{name}; peaks by data sheet (TFLOP/s): {store.PEAKS_TFLOPS.get(name, 'unknown')}")
     if options.prepare:
         _prepare(options)
-    for job in chosen(options):
+    failed = [job.name for job in chosen(options) if not _done(job, options)]
+    if failed:
+        sys.exit(f"failed, as said above: {', '.join(failed)}")
+
+
+def _done(job: jobs.Job, options: argparse.Namespace) -> bool:
+    """Run one job, print and save its result; False if it failed, which leaves the others their turn."""
+    try:
         result = job.measure()
-        shown = job.show(result)
-        print(f"\n{job.name}", *(table.text() for table in shown), sep="\n\n", flush=True)
-        if options.save:
-            path = store.save(
-                job.name, {"kind": job.kind, **({"toy": True} if options.toy else {}), **result}, options.save
-            )
-            shown[0].write_csv(path.with_suffix(".csv"))
-        torch.cuda.empty_cache()
+    except Exception:
+        print(f"\n{job.name} failed", flush=True)
+        traceback.print_exc()
+        return False
+    shown = job.show(result)
+    print(f"\n{job.name}", *(table.text() for table in shown), sep="\n\n", flush=True)
+    if options.save:
+        toy = {"toy": True} if options.toy else {}
+        path = store.save(job.name, {"kind": job.kind, **toy, **result}, options.save)
+        shown[0].write_csv(path.with_suffix(".csv"))
+    gc.collect()
+    torch.cuda.empty_cache()
+    return True
 
 
 if __name__ == "__main__":

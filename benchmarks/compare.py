@@ -166,9 +166,10 @@ def model_of(row: Row | None, card: Card, swapped: Sequence[str], toy: bool) -> 
 def forget_compiled() -> None:
     """Start torch.compile anew: it would make sizes dynamic that changed, and run models from the ninth on eagerly.
 
-    Past this limit an error is raised instead.
+    Here are more: blocks of several sizes, each dense and with several settings. Past the limit an error is raised.
     """
     torch.compiler.reset()
+    torch._dynamo.config.recompile_limit = 64
     torch._dynamo.config.fail_on_recompile_limit_hit = True
 
 

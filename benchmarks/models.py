@@ -29,7 +29,8 @@ class Card:
         select: Which linears are made sparse, as semisparse.sparsify takes it.
         exclude: Which are not.
         note: What else to tell the reader.
-        blocks: Submodule list whose members are compiled one by one (they share their code) instead of the whole model.
+        blocks: Lists of submodules whose members are compiled one by one (they share their code) instead of the whole
+            model.
         compiled: Whether the model is compiled at all.
         gains: Whether the model is here to show a gain, or where there is none.
         optimizes: Whether the step ends with an optimizer step.
@@ -42,7 +43,7 @@ class Card:
     select: str | None
     exclude: tuple[str, ...] = ()
     note: str = ""
-    blocks: str | None = None
+    blocks: tuple[str, ...] = ()
     compiled: bool = True
     gains: bool = True
     optimizes: bool = True
@@ -56,10 +57,11 @@ class Card:
         """The model as the benchmark runs it."""
         if not self.compiled:
             return model
-        if self.blocks is None:
+        if not self.blocks:
             return torch.compile(model)
-        for block in model.get_submodule(self.blocks).children():
-            block.compile()
+        for name in self.blocks:
+            for block in model.get_submodule(name).children():
+                block.compile()
         return model
 
 
@@ -172,7 +174,7 @@ CARDS = {
         note="The seed document reports 1.063 for this model on an A100. On an H200 only a quarter of the step is "
         "matrix products (84 of 311 ms when it was first profiled); attention with relative positions takes most of "
         "the rest. Dense and sparse are compiled block by block, which takes less time than the whole encoder at once.",
-        blocks="vision_encoder.layers",
+        blocks=("vision_encoder.layers",),
         optimizes=False,
     ),
     "timm-vit-l": Card(

@@ -31,8 +31,9 @@ from semisparse.planning.timing import Times
 DENSE, PLAN = "dense", "planned"
 EVERY = ("2:4", "fp8 + 2:4")
 """Candidates that every selected layer is swapped to, each in a variant of its own."""
-_BLOCK_SECONDS = 1.0
-"""Longer than the other benchmarks' blocks: the host, which bounds eager steps, is less steady than the GPU."""
+_BLOCK_SECONDS, _EAGER_BLOCK_SECONDS, _EAGER_MORE = 1.0, 0.3, 3
+"""Longer blocks than other benchmarks': whole steps heat the GPU. Eager ones are bounded by a host that may be slower
+for a second at a time: shorter blocks, and so many times more rounds."""
 Result = dict[str, Any]
 
 NOTE = (
@@ -76,7 +77,11 @@ def benchmark(name: str, rounds: int, toy: bool = False) -> Result:
         calls[variant] = advancing(step, model) if samples(model) else step
         compile_seconds[variant] = seconds(calls[variant])
     memory = {variant: peak_memory(call) for variant, call in calls.items()}
-    times = interleaved(calls, rounds=rounds, block_seconds=_BLOCK_SECONDS)
+    host = host_loop_ms()
+    if card.compiled:
+        times = interleaved(calls, rounds=rounds, block_seconds=_BLOCK_SECONDS)
+    else:
+        times = interleaved(calls, rounds=_EAGER_MORE * rounds, block_seconds=_EAGER_BLOCK_SECONDS)
     assert plan.predicted_ms is not None and plan.step is not None
     return {
         "card": name,
@@ -95,6 +100,7 @@ def benchmark(name: str, rounds: int, toy: bool = False) -> Result:
         "ratio_to_dense": {variant: ratio(times[DENSE], timing).median for variant, timing in times.items()},
         "ratio_spread": {variant: asdict(ratio(times[DENSE], timing)) for variant, timing in times.items()},
         "peak_memory_bytes": memory,
+        "host_loop_ms": [host, host_loop_ms()],
         "plan_seconds": plan_seconds,
         "compile_seconds": compile_seconds,
         "launches": launches(),
@@ -102,18 +108,19 @@ def benchmark(name: str, rounds: int, toy: bool = False) -> Result:
     }
 
 
-def compile_parts(name: str, toy: bool = False) -> None:
+def compile_parts(name: str, toy: bool = False, share: slice = slice(None)) -> None:
     """Run what a plan of this model compiles for timing, once, with made-up times.
 
     Args:
         name: A key of PLANNED.
         toy: Run at toy size, on any device.
+        share: Of the problems, the largest first.
     """
     card = PLANNED[name]
     model = card.build(toy)
     uses = uses_of(model, *_inputs(card, model, toy), None, card.select, card.exclude)
     where = torch.device(device())
-    Measurer(as_candidates(None), "compiled", where, timer=_toy_times).measure(distinct(uses))
+    Measurer(as_candidates(None), "compiled", where, timer=_toy_times).measure(distinct(uses)[share])
 
 
 def table(results: list[Result]) -> Table:
@@ -127,6 +134,21 @@ def table(results: list[Result]) -> Table:
             ratio_to_dense = f"{result['ratio_to_dense'][variant]:.3f}"
             rows.append((result["label"], variant, f"{measured:.2f}", *predicted, ratio_to_dense))
     return Table(("model", "variant", "ms", "predicted ms", "error", "dense / this"), tuple(rows), (NOTE,))
+
+
+def host_loop_ms(count: int = 40) -> list[float]:
+    """Milliseconds of one loop in Python each time that it runs: how steady the host is, whatever the GPU does.
+
+    Args:
+        count: Of runs, each about 10 ms.
+    """
+    found = []
+    for _ in range(count):
+        begin = perf_counter()
+        for _ in range(200_000):
+            pass
+        found.append(1000 * (perf_counter() - begin))
+    return found
 
 
 def _inputs(card: Card, model: nn.Module, toy: bool) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -1,7 +1,8 @@
 """Compiling side by side what a benchmark is about to time, so that the time on a GPU is not spent waiting for it.
 
-Every model of --compare and --plan is compiled once by a process of its own, into torch's caches on disk; the run that
-measures loads what it finds there. These processes share the GPU, so they tune nothing.
+Every model of --compare, and the layers that plans time in --plan, are compiled once by processes of their own, into
+torch's caches on disk; the run that measures loads what it finds there. These processes share the GPU, so they tune
+nothing. Models of --plan that are compiled block by block are left to the run itself, which takes seconds.
 """
 
 import os
@@ -11,6 +12,8 @@ import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from threading import Semaphore
 from typing import NamedTuple
 
 import torch
@@ -24,8 +27,10 @@ from benchmarks.store import ROOT
 from semisparse.planning.candidates import default_candidates
 
 PARTS, DENSE = "parts", "dense"
-WORKERS = 4
-"""Processes at a time: a training step takes up to 20 GiB, and so do inductor's own workers of host time."""
+SHARES = 4
+"""Processes among which the layers of one plan are divided."""
+WORKERS, MODELS = 10, 4
+"""Processes at a time, and how many of them may run a whole training step, which takes up to 20 GiB."""
 
 
 class Task(NamedTuple):
@@ -34,7 +39,7 @@ class Task(NamedTuple):
     Attributes:
         kind: "compare" or "plan".
         card: Of CARDS or PLANNED.
-        variant: A row, a candidate, DENSE, or PARTS of a plan.
+        variant: A row, a candidate, DENSE, or a share of the layers of a plan, such as "parts 0".
     """
 
     kind: str
@@ -53,7 +58,9 @@ def tasks(kind: str, cards: Sequence[str], rows: Sequence[str]) -> list[Task]:
     if kind == "compare":
         return [Task(kind, card, row) for card in cards for row in (DENSE, *rows)]
     compiled = [card for card in cards if PLANNED[card].compiled]
-    return [Task(kind, card, variant) for card in compiled for variant in (DENSE, PARTS, *planned.EVERY)]
+    shares = [f"{PARTS} {share}" for share in range(SHARES)]
+    whole = {card: () if PLANNED[card].blocks else (DENSE, *planned.EVERY) for card in compiled}
+    return [Task(kind, card, variant) for card in compiled for variant in (*shares, *whole[card])]
 
 
 def prepare(work: Sequence[Task], toy: bool) -> float:
@@ -69,12 +76,15 @@ def prepare(work: Sequence[Task], toy: bool) -> float:
     begin = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(WORKERS) as pool:
         environment = os.environ | {"XDG_CACHE_HOME": folder, "SEMISPARSE_TUNE": "0"}
+        environment |= {"TORCHINDUCTOR_COMPILE_THREADS": "2"}  # inductor's own processes, by default one per core
+        models = Semaphore(MODELS)
         for cache, place in (("TORCHINDUCTOR_CACHE_DIR", "torchinductor"), ("TRITON_CACHE_DIR", "triton")):
             environment.setdefault(cache, os.environ.setdefault(cache, os.path.join(tempfile.gettempdir(), place)))
 
         def run(task: Task) -> None:
             command = [sys.executable, "-m", "benchmarks.prepare", *task, *(["--toy"] if toy else [])]
-            done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+            with nullcontext() if task.variant.startswith(PARTS) else models:
+                done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
             if done.returncode:
                 print(f"not prepared: {' '.join(task)}: {done.stderr.strip().splitlines()[-1:]}", flush=True)
 
@@ -90,8 +100,9 @@ def compile_one(task: Task, toy: bool) -> None:
         toy: At toy size.
     """
     compare.forget_compiled()
-    if task.variant == PARTS:
-        planned.compile_parts(task.card, toy)
+    if task.variant.startswith(PARTS):
+        share = int(task.variant.removeprefix(PARTS))
+        planned.compile_parts(task.card, toy, slice(share, None, SHARES))
         return
     card = (CARDS if task.kind == "compare" else PLANNED)[task.card]
     if task.variant == DENSE:

@@ -19,17 +19,18 @@ GPUS=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')
 step() {
     local limit=$1 name=$2 begin=$SECONDS code
     shift 2
-    timeout "$limit" "$@" >"$OUT/$name.log" 2>&1
+    timeout "$limit" ${PIN:-} "$@" >"$OUT/$name.log" 2>&1
     code=$?
     echo "$(printf %4d $SECONDS) s  $name: exit $code after $((SECONDS - begin)) s"
     [ $code = 0 ] || tail -n 5 "$OUT/$name.log"
 }
 
-# streams FUNCTION FUNCTION: each on a GPU of its own, at the same time if there are two.
+# streams FUNCTION FUNCTION: at the same time if there are two GPUs, each with one of them and half of the cores.
 streams() {
+    local half=$(($(nproc) / 2))
     if [ "$GPUS" -ge 2 ]; then
-        CUDA_VISIBLE_DEVICES=0 "$1" &
-        CUDA_VISIBLE_DEVICES=1 "$2" &
+        CUDA_VISIBLE_DEVICES=0 PIN="taskset -c 0-$((half - 1))" "$1" &
+        CUDA_VISIBLE_DEVICES=1 PIN="taskset -c $half-$((2 * half - 1))" "$2" &
         wait
     else
         "$1"

@@ -3,10 +3,7 @@
 source "$(dirname "$0")/common.sh"
 export SEMISPARSE_TUNE=1
 
-plans() {
-    local card
-    for card in "$@"; do step 170 "plan-$card" $BENCHMARK --plan --card "$card" --save "$OUT"; done
-}
-first() { plans llama-1-eager llama-eager timm-vit-l-eager bert-base-eager gpt2-2-eager; }
-second() { plans timm-vit-l-32-eager llama-4096-eager gpt2-eager convnext-16-eager convnext-eager; }
+plans() { step 570 "plans-$1" $BENCHMARK --plan --card "${@:2}" --save "$OUT"; }
+first() { plans 0 llama-1-eager timm-vit-l-eager bert-base-eager convnext-16-eager llama-eager; }
+second() { plans 1 timm-vit-l-32-eager gpt2-2-eager llama-4096-eager gpt2-eager convnext-eager; }
 streams first second

@@ -30,9 +30,9 @@ from semisparse.surgery.selection import Selector
 __all__ = ["Plan", "plan"]
 
 _TRIED = 3
-"""Choices that are tried in the whole step: each takes about three seconds."""
-TRIAL_MARGIN = 0.01
-"""A choice must save this share of the whole step when it is tried in it."""
+"""Choices that are tried in the whole step: each takes about five seconds."""
+_NEAR = 1.1
+"""Those are tried whose predicted step is at most this much of the dense one's: host times are known about so well."""
 
 
 def plan(
@@ -103,6 +103,7 @@ def _in_step(
     """Time the step, if it can be run, and plan; in mode "eager" with a trial of the best choices."""
     if not callable(step):
         return planned(uses, measurer, _given(step))
+    measurer.progress("timing the dense step")
     dense = step_times(step)
     trial = partial(tried, model, step, pack=measurer.packing.pack) if measurer.mode == "eager" else None
     return planned(uses, measurer, dense, trial)
@@ -151,10 +152,10 @@ def planned(
     choice, remarks = choices[0], tuple[str, ...]()
     by_layers = None if step is None else predicted(layers, choice, step)
     expected = by_layers
-    if trial is not None and step is not None and set(choice.names) != {DENSE}:
+    if trial is not None and step is not None and (near := _near(choices, layers, step)):
         try:
-            choice, base, expected, told = _fastest(choices, layers, measurer, trial)
-            step = replace(step, ms=base)
+            choice, base, expected, told = _fastest(near, layers, measurer, trial)
+            step = replace(step, ms=base, host_ms=None if step.host_ms is None else min(base, step.host_ms))
             by_layers = predicted(layers, choice, step)
             remarks = (told,)
         except (SemiSparseError, torch.OutOfMemoryError) as error:
@@ -175,12 +176,16 @@ def planned(
     )
 
 
+def _near(choices: Sequence[Choice], layers: Sequence[Measured], step: Times) -> list[Choice]:
+    """The best choices that swap a layer and may be faster than the dense step."""
+    sparse = [choice for choice in choices if set(choice.names) != {DENSE}]
+    return [choice for choice in sparse if predicted(layers, choice, step) <= _NEAR * step.ms][:_TRIED]
+
+
 def _fastest(
-    choices: Sequence[Choice], layers: Sequence[Measured], measurer: Measurer, trial: Trial
+    better: Sequence[Choice], layers: Sequence[Measured], measurer: Measurer, trial: Trial
 ) -> tuple[Choice, float, float, str]:
-    """Try the best choices: the fastest, the milliseconds of the dense step and of its own, and what was found."""
-    dense = next(choice for choice in choices if set(choice.names) == {DENSE})
-    better = choices[: min(choices.index(dense), _TRIED)]
+    """Try choices: the fastest, the milliseconds of the dense step and of its own, and what was found."""
     measurer.progress(f"trying {len(better)} choices in the whole step")
     variants = [
         {
@@ -190,15 +195,16 @@ def _fastest(
         }
         for choice in better
     ]
-    base, *times = trial([{}, *variants])
+    base, found = trial(variants)
     listed = ", ".join(
-        f"{ms:.2f} ms with {len(configs)} layers swapped" for ms, configs in zip(times, variants, strict=True)
+        f"{one.ms:.2f} ms with {len(configs)} layers swapped" for one, configs in zip(found, variants, strict=True)
     )
     told = f"Tried in the whole step: {base:.2f} ms dense, {listed}."
-    best = min(range(len(times)), key=lambda index: times[index])
-    if times[best] < (1 - TRIAL_MARGIN) * base:
-        return better[best], base, times[best], told
-    return replace(dense, tried=True), base, base, told
+    best = min((index for index, one in enumerate(found) if one.pays), key=lambda index: found[index].ms, default=None)
+    if best is None:
+        dense = Choice((DENSE,) * len(layers), (None,) * len(layers), better[0].host_weight, tried=True)
+        return dense, base, base, told
+    return better[best], base, found[best].ms, told
 
 
 def _row(index: int, layers: Sequence[Measured], choice: Choice, candidates: Mapping[str, SparseConfig]) -> PlanRow:

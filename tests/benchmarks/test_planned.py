@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks import benchmark_semi_structured_training as program
-from benchmarks import decisions, models, planned, planned_models, table
+from benchmarks import decisions, models, planned, planned_models, prepare, table
 from semisparse import Plan
 from semisparse.planning.timing import Times
 from tests.benchmarks.test_compare import build, training
@@ -62,3 +62,19 @@ def test_a_card_of_other_benchmarks_is_refused(capsys: pytest.CaptureFixture[str
     with pytest.raises(SystemExit):
         program.main(["--card", "gpt2", "--toy"])
     assert "--card sam-vit-l is not one of timm-vit-l, llama" in capsys.readouterr().err
+
+
+def test_layers_of_plans_are_compiled_before_and_models_that_are_compiled_whole(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    work = prepare.tasks("plan", ["gpt2", "llama", "gpt2-eager"], ())
+    shares = [f"parts {share}" for share in range(prepare.SHARES)]
+    assert [task.variant for task in work if task.card == "gpt2"] == shares
+    assert [task.variant for task in work if task.card == "llama"] == [*shares, "dense", "2:4", "fp8 + 2:4"]
+    assert not [task for task in work if task.card == "gpt2-eager"]
+    compiled: list[slice] = []
+    monkeypatch.setattr(planned, "compile_parts", lambda card, toy, share: compiled.append(share))
+    for task in work[: prepare.SHARES]:
+        prepare.compile_one(task, True)
+    problems = list(range(11))
+    assert sorted(one for share in compiled for one in problems[share]) == problems

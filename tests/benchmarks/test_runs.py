@@ -59,6 +59,19 @@ def test_a_toy_run_prints_narrow_tables_and_writes_its_result(
         assert written.with_suffix(".csv").exists()
 
 
+def test_a_job_that_fails_is_said_and_the_next_one_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(n: int, k: int, rounds: int) -> dict:
+        raise RuntimeError("this one fails")
+
+    monkeypatch.setattr(jobs.pack, "benchmark", fail)
+    with pytest.raises(SystemExit, match="failed, as said above: pack-64x64"):
+        program.main(["--pack", "--toy", "--rounds", "1", "--save", str(tmp_path)])
+    assert "RuntimeError: this one fails" in capsys.readouterr().err
+    assert {path.stem for path in tmp_path.glob("*.json")} == {"pack-together"}
+
+
 def test_toy_results_cannot_be_taken_for_measurements(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         program.main(["--linear", "--toy", "--save"])

@@ -110,6 +110,11 @@ def test_a_step_is_timed_whole_and_on_the_host(device: Device) -> None:
     assert found.on_device == found.ms
 
 
+def test_host_time_is_no_longer_than_the_step(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "host_ms", lambda call, calls: 40.0)  # a moment when the host was slow
+    assert step_times(device.call("step", 30.0, 7.0)).host_ms == pytest.approx(30.0)
+
+
 @pytest.fixture
 def collected() -> Iterator[list[int]]:
     """The generations that are collected, with thresholds at which the old one is, soon."""
