@@ -84,12 +84,12 @@ def test_a_known_step_is_predicted_and_the_host_is_weighed() -> None:
 
 
 def test_packing_and_accumulation_are_part_of_the_plan_and_of_the_predicted_step(tmp_path: Path) -> None:
-    one, per_step = made(candidates="fp8 + 2:4", step=Times(2000.0)), Packing("per_step", 4)
-    plan = made(candidates="fp8 + 2:4", step=Times(2000.0), packing=per_step)
+    one, per_step = made(candidates="fp8 + 2:4", step=Times(500.0)), Packing("per_step", 4)
+    plan = made(candidates="fp8 + 2:4", step=Times(500.0), packing=per_step)
     swapped, apart = len(plan.configs), PACK_MS / 8
     assert swapped == len(one.configs) == 6
     assert plan.saving_ms == 4 * one.saving_ms - swapped * apart
-    assert plan.predicted_ms == 2000.0 - plan.saving_ms
+    assert plan.predicted_ms == 500.0 - plan.saving_ms
     assert "Weights are packed once per step, all together; 4 micro-batches per step." in str(plan).splitlines()
     assert "Weights are packed at each forward." in str(one).splitlines()
     plan.save(tmp_path / "plan.json")

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -31,6 +31,8 @@ __all__ = ["Plan", "plan"]
 
 _TRIED = 3
 """Choices that are tried in the whole step: each takes about five seconds."""
+STEP_MARGIN = 0.02
+"""Share of the step that a plan must be predicted to save if it is not tried in it: predictions are about so exact."""
 _NEAR = 1.1
 """Those are tried whose predicted step is at most this much of the dense one's: host times are known about so well."""
 
@@ -148,18 +150,7 @@ def planned(
     with torch.random.fork_rng([measurer.device] if kind == "cuda" else []), torch.autocast(kind, enabled=False):
         found = measurer.measure(distinct(uses))
     layers = [summed(use, found, measurer.packing.accumulation) for use in uses]
-    choices = ranked(layers, measurer.candidates, measurer.mode, step)
-    choice, remarks = choices[0], tuple[str, ...]()
-    by_layers = None if step is None else predicted(layers, choice, step)
-    expected = by_layers
-    if trial is not None and step is not None and (near := _near(choices, layers, step)):
-        try:
-            choice, base, expected, told = _fastest(near, layers, measurer, trial)
-            step = replace(step, ms=base, host_ms=None if step.host_ms is None else min(base, step.host_ms))
-            by_layers = predicted(layers, choice, step)
-            remarks = (told,)
-        except (SemiSparseError, torch.OutOfMemoryError) as error:
-            remarks = (f"No choice could be tried in the whole step: {one_line(error)}",)
+    choice, step, expected, by_layers, remarks = _decided(layers, measurer, step, trial)
     rows = tuple(_row(index, layers, choice, measurer.candidates) for index in range(len(layers)))
     facts = machine(measurer.device)
     return Plan(
@@ -174,6 +165,40 @@ def planned(
         by_layers,
         measurer.packing,
     )
+
+
+class _Decision(NamedTuple):
+    """A choice, times of the dense step, and milliseconds of the planned one: expected, and by the layers alone."""
+
+    choice: Choice
+    step: Times | None = None
+    expected: float | None = None
+    by_layers: float | None = None
+    remarks: tuple[str, ...] = ()
+
+
+def _decided(layers: Sequence[Measured], measurer: Measurer, step: Times | None, trial: Trial | None) -> _Decision:
+    """The best choice, by trial if there is one; dense where the step as a whole gains too little."""
+    choices = ranked(layers, measurer.candidates, measurer.mode, step)
+    if step is None:
+        return _Decision(choices[0])
+    by_layers = predicted(layers, choices[0], step)
+    untried = _Decision(choices[0], step, by_layers, by_layers)
+    if trial is None:
+        gain = 1 - by_layers / step.ms
+        if not 0 < gain < STEP_MARGIN:
+            return untried
+        instead = f"but the whole step would gain {gain:.1%}, which is within {STEP_MARGIN:.0%}"
+        return untried._replace(choice=_all_dense(choices[0], instead), expected=step.ms)
+    near = _near(choices, layers, step)
+    if not near:
+        return untried
+    try:
+        choice, base, expected, told = _fastest(near, layers, measurer, trial)
+    except (SemiSparseError, torch.OutOfMemoryError) as error:
+        return untried._replace(remarks=(f"No choice could be tried in the whole step: {one_line(error)}",))
+    step = replace(step, ms=base, host_ms=None if step.host_ms is None else min(base, step.host_ms))
+    return _Decision(choice, step, expected, predicted(layers, choice, step), (told,))
 
 
 def _near(choices: Sequence[Choice], layers: Sequence[Measured], step: Times) -> list[Choice]:
@@ -202,9 +227,13 @@ def _fastest(
     told = f"Tried in the whole step: {base:.2f} ms dense, {listed}."
     best = min((index for index, one in enumerate(found) if one.pays), key=lambda index: found[index].ms, default=None)
     if best is None:
-        dense = Choice((DENSE,) * len(layers), (None,) * len(layers), better[0].host_weight, tried=True)
-        return dense, base, base, told
+        return _all_dense(better[0], "but the whole step was not faster"), base, base, told
     return better[best], base, found[best].ms, told
+
+
+def _all_dense(other: Choice, instead: str) -> Choice:
+    count = len(other.names)
+    return Choice((DENSE,) * count, (None,) * count, other.host_weight, instead)
 
 
 def _row(index: int, layers: Sequence[Measured], choice: Choice, candidates: Mapping[str, SparseConfig]) -> PlanRow:
@@ -227,10 +256,10 @@ def _why_dense(layer: Measured, choice: Choice) -> str:
     best = min(others, key=lambda name: others[name].ms if weight is None else others[name].on_device)
     dense = layer.times[DENSE]
     ratio = others[best].ms / dense.ms if weight is None else others[best].on_device / dense.on_device
-    if ratio < 1 - MARGIN and choice.tried:
-        return f"{best} takes {ratio:.2f} of dense's time on the GPU, but the whole step was not faster"
     if ratio < 1 - MARGIN:
-        return f"{best} takes {ratio:.2f} of dense's time on the GPU, but costs the host more than the step gains"
+        instead = choice.instead or "but costs the host more than the step gains"
+        where = "" if weight is None else " on the GPU"
+        return f"{best} takes {ratio:.2f} of dense's time{where}, {instead}"
     if ratio < 1:
         return f"the fastest, {best}, takes {ratio:.3f} of dense's time, which is within {MARGIN:.0%}"
     return f"the fastest, {best}, takes {ratio:.2f} of dense's time"

@@ -15,7 +15,13 @@ def result(label: str, planned: float, everything: float, choices: list[str]) ->
     head = {"choice": "dense", "times": {}, "why": "output head"}
     return {
         "label": label,
-        "times_ms": {"dense": {"median_ms": 10.0}},
+        "times_ms": {
+            "dense": {"median_ms": 10.0},
+            "planned": {"median_ms": 10.0 / planned, "p20_ms": 7.0, "p80_ms": 11.0},
+        },
+        "predicted_ms": 9.5,
+        "error": 9.5 * planned / 10 - 1,
+        "host_loop_ms": [[2.0, 3.0], [2.5]],
         "ratio_to_dense": {"dense": 1.0, "planned": planned, "all 2:4": everything},
         "plan": {"rows": [*rows, head]},
         "provenance": store.provenance() | {"gpu": "NVIDIA H100 80GB HBM3"},
@@ -33,8 +39,14 @@ def test_every_model_is_shown_with_what_was_swapped_the_one_that_gains_most_firs
     assert decisions.decided(RESULTS).rows[0][1:] == (
         "10.0", "**1.40**", "**1.20**", "", "2 fp8+2:4, 1 2:4 of 4", "H100",
     )  # fmt: skip
-    assert decisions.decided(RESULTS).rows[1][5] == "none of 2"
+    assert decisions.decided(RESULTS).rows[1][2:] == ("dense (1.00)", "**0.80**", "", "none of 2", "H100")
     assert decisions.reasons(RESULTS).splitlines() == ["- large: 1x it is slower.", "- small: 2x it is slower."]
+
+
+def test_predictions_stand_beside_what_was_measured_and_how_steady_the_host_was() -> None:
+    assert decisions.exactness(RESULTS).rows[0] == (
+        "large", "9.5", "7.1", "7.0 to 11.0", "+33.0 %", "2.0 / 2.5 / 3.0 ms",
+    )  # fmt: skip
 
 
 def test_plans_stand_as_they_print_below_what_was_predicted_and_measured() -> None:

@@ -77,7 +77,7 @@ def test_an_error_of_the_step_comes_through_and_the_model_is_dense_again(monkeyp
 STEP = Times(100.0, None, 60.0)
 
 
-def choices(attempt: trial.Trial, step: Times = STEP) -> tuple[Sequence[str], object]:
+def choices(attempt: trial.Trial | None, step: Times = STEP) -> tuple[Sequence[str], object]:
     """A plan of two layers whose candidate saves 0.5 ms each on the device and costs the host 1 ms."""
     model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)).to(torch.bfloat16)
     timer = SimulatedTimer({"dense": 1.0, "2:4": 0.5}, {"dense": 1.0, "2:4": 2.0})
@@ -148,3 +148,14 @@ def test_what_the_host_model_deems_a_little_slower_is_tried_too(host: float, ask
 
     found, _ = choices(attempt, Times(100.0, None, host))
     assert len(variants) == asked and set(found) == {"2:4" if asked else "dense"}
+
+
+@pytest.mark.parametrize(("ms", "chosen"), [(6400.0, "dense"), (640.0, "2:4")])
+def test_without_a_trial_a_plan_must_gain_more_of_the_step_than_predictions_are_exact_to(
+    ms: float, chosen: str
+) -> None:
+    """Two layers save 64 ms together."""
+    found, plan = choices(None, Times(ms))
+    assert set(found) == {chosen} and plan.predicted_ms == (ms if chosen == "dense" else ms - 64)
+    if chosen == "dense":
+        assert "the whole step would gain 1.0%, which is within 2%" in " ".join(str(plan).split())

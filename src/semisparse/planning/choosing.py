@@ -99,13 +99,13 @@ class Choice:
         names: Candidate of each layer, in their order.
         casts: Of the inputs that are rounded once for several layers, how much of each layer's time that saves.
         host_weight: Share of host time in the costs that were compared; None if the step's times are not known.
-        tried: Whether others were tried in the whole step, and none was faster.
+        instead: For choices that leave all dense though a layer gains: what the whole step says against it.
     """
 
     names: tuple[str, ...]
     casts: tuple[Times | None, ...]
     host_weight: float | None = None
-    tried: bool = False
+    instead: str = ""
 
 
 def ranked(
