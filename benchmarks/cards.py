@@ -262,6 +262,7 @@ def blocks() -> dict[str, str]:
         "compare": _compare_block(),
         "no-gain": _no_gain_block([*slow, *small, *linear]),
         "decisions": _text(load("plan"), decisions.text, "--plan "),
+        "left-dense": decisions.left_dense(load("plan")) or _missing("--plan "),
         "gpus": bench_cards.block(),
         "scaling": scaling_tables.block(),
         "accuracy": f"{accuracy_summary()} Measured on {gpus(every)}.",
@@ -300,8 +301,7 @@ def gpus(results: list[Result]) -> str:
 
 def _speed_block() -> str:
     """Models beside torchao's float8, for README."""
-    compared = load("compare-model")
-    if not compared:
+    if not (compared := load("compare-model")):
         return _missing("--compare ")
     return f"{compare_tables.short(compared).markdown()}\n\n{short_origin(compared)}"
 
@@ -324,7 +324,7 @@ def _compare_block() -> str:
 
 def _models_block() -> str:
     steps = all_steps()
-    table = "\n\n".join(made.markdown() for made in (tables.models(steps), tables.end_to_end(steps)))
+    table = f"{tables.models(steps).markdown()}\n\n{tables.end_to_end(steps).markdown()}"
     measured = _sentences(origin(steps), launch_note(steps), f"Remake: {_card_commands(steps)}.")
     return f"{RATIOS}\n\n{table}\n\n{measured}"
 

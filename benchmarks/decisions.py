@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks.origin import gpu
+from benchmarks.origin import gpu, short_origin
 from benchmarks.planned import DENSE, EVERY, PLAN, table
 from benchmarks.table import Table
 
@@ -20,8 +20,8 @@ NOTE = (
 )
 HOST = (
     "*error*: predicted / measured - 1, of the planned step. *host loop*: shortest, median and longest time of a loop "
-    "in Python that always does the same, timed 80 times around the model's blocks: a step that the host bounds cannot be "
-    "known better than the host is steady."
+    "in Python that always does the same, timed 80 times around the model's blocks: a step that the host bounds cannot "
+    "be known better than the host is steady."
 )
 _COLUMNS = ("model, compiled where it does not say eager", "dense ms", "planned", *(f"all {name}" for name in EVERY))
 
@@ -37,6 +37,22 @@ def decided(results: Sequence[Result]) -> Table:
     """Every model: what the plan swaps, and what that and swapping everything are worth."""
     rows = tuple((*_figures(result), swapped(result), gpu(result)) for result in _in_order(results))
     return Table((*_COLUMNS, "swapped", "GPU"), rows)
+
+
+def left_dense(results: Sequence[Result]) -> str:
+    """The models of which plans swap nothing, and what swapping everything would be; "" without plans."""
+    dense = [result for result in _in_order(results) if _swaps_nothing(result)]
+    gaining = [result for result in _in_order(results) if not _swaps_nothing(result)]
+    gains = "; ".join(f"{result['label']} ({result['ratio_to_dense'][PLAN]:.2f})" for result in gaining[:3])
+    losses = "; ".join(f"{result['label']} ({_lost(result)})" for result in dense)
+    sentences = []
+    if dense:
+        everything = " and in ".join(EVERY)
+        told = "Plans of whole models left these dense; in brackets, dense time / time with every layer in"
+        sentences.append(f"{told} {everything}: {losses}.")
+    if gaining:
+        sentences.append(f"Plans gained most on {gains}.")
+    return " ".join([*sentences, short_origin(results)]) if results else ""
 
 
 def exactness(results: Sequence[Result]) -> Table:
@@ -87,10 +103,17 @@ def swapped(result: Result) -> str:
 
 def _figures(result: Result) -> tuple[str, ...]:
     ratios = result["ratio_to_dense"]
-    nothing = all(row["choice"] == DENSE for row in result["plan"]["rows"])
-    planned = f"dense ({ratios[PLAN]:.2f})" if nothing else f"**{ratios[PLAN]:.2f}**"
+    planned = f"dense ({ratios[PLAN]:.2f})" if _swaps_nothing(result) else f"**{ratios[PLAN]:.2f}**"
     everything = (f"**{ratios[name]:.2f}**" if name in ratios else "" for name in (f"all {one}" for one in EVERY))
     return (result["label"], f"{result['times_ms'][DENSE]['median_ms']:.1f}", planned, *everything)
+
+
+def _swaps_nothing(result: Result) -> bool:
+    return all(row["choice"] == DENSE for row in result["plan"]["rows"])
+
+
+def _lost(result: Result) -> str:
+    return ", ".join(f"{ratio:.2f}" for ratio in _everything(result))
 
 
 def _everything(result: Result) -> list[float]:
@@ -101,7 +124,7 @@ def _in_order(results: Sequence[Result]) -> list[Result]:
     """The model that gains most first, those that stay dense last, by what swapping everything would cost."""
 
     def worth(result: Result) -> tuple[bool, float]:
-        nothing = all(row["choice"] == DENSE for row in result["plan"]["rows"])
+        nothing = _swaps_nothing(result)
         return nothing, -max(_everything(result)) if nothing else -result["ratio_to_dense"][PLAN]
 
     return sorted(results, key=worth)

@@ -43,6 +43,13 @@ def test_every_model_is_shown_with_what_was_swapped_the_one_that_gains_most_firs
     assert decisions.reasons(RESULTS).splitlines() == ["- large: 1x it is slower.", "- small: 2x it is slower."]
 
 
+def test_models_that_stay_dense_are_named_with_what_swapping_everything_would_be() -> None:
+    text = decisions.left_dense(RESULTS)
+    assert "small (0.80). Plans gained most on large (1.40). Measured on one NVIDIA H100" in text
+    assert decisions.left_dense(RESULTS[1:]).startswith("Plans gained most on large (1.40).")
+    assert decisions.left_dense([]) == ""
+
+
 def test_predictions_stand_beside_what_was_measured_and_how_steady_the_host_was() -> None:
     assert decisions.exactness(RESULTS).rows[0] == (
         "large", "9.5", "7.1", "7.0 to 11.0", "+33.0 %", "2.0 / 2.5 / 3.0 ms",
