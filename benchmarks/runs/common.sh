@@ -37,3 +37,24 @@ streams() {
         "$2"
     fi
 }
+
+# queue SECONDS: lines of standard input, "NAME COMMAND...", are run in their order, one at a time on each GPU, until
+# SECONDS after the script began; a command finds the seconds that are left in $LEFT.
+queue() {
+    local limit=$1 folder
+    folder=$(mktemp -d)
+    cat >"$folder/lines"
+    echo 0 >"$folder/next"
+    _work() {
+        local number line
+        while [ $((limit - SECONDS)) -gt 0 ]; do
+            number=$(flock "$folder/lock" bash -c 'number=$(($(cat "$0") + 1)); echo $number | tee "$0"' "$folder/next")
+            line=$(sed -n "${number}p" "$folder/lines")
+            [ -n "$line" ] || return 0
+            export LEFT=$((limit - SECONDS))
+            step "$LEFT" "${line%% *}" bash -c "${line#* }"
+        done
+    }
+    streams _work _work
+    rm -r "$folder"
+}

@@ -190,7 +190,7 @@ def settings(
         device=str(place),
         precision="bf16" if place.type == "cuda" else "fp32",
     )
-    tiny = LlamaConfig(vocabulary=512, context=16, width=32, hidden=64, depth=1, heads=2)
+    tiny = LlamaConfig(context=16, width=32, hidden=64, depth=1, heads=2)  # the vocabulary is that of the prepared text
     sizes: dict[str, Any] = {} if steps is None else {"steps": steps}
     if small:
         sizes = {"model": tiny, "steps": 20, "scores": 5, "score_windows": 4, "final_windows": 8, **sizes}
