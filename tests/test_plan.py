@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 from typing import Any
+from unicodedata import east_asian_width
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from semisparse.planning import files
 from semisparse.planning.packing import Packing
 from semisparse.planning.text import WIDTH
 from semisparse.planning.timing import Times
+from semisparse.planning.trial import Tried
 from tests.planning.simulated import PACK_MS, SHARES, SimulatedTimer, dense_ms, measurer
 
 
@@ -179,6 +181,9 @@ def test_a_plan_from_elsewhere_says_so(path: Path, monkeypatch: pytest.MonkeyPat
         {"candidates": {}},
         {"step": {"ms": "long"}},
         {"predicted_ms": "short"},
+        {"predicted_ms": 0},
+        {"predicted_ms": float("nan")},
+        {"step": {"ms": 0.0, "device_ms": None, "host_ms": None, "held_bytes": 0}},
         {"machine": {"GPU": 3}},
         {"rows": [{}]},
         {"rows": 3},
@@ -200,6 +205,9 @@ def test_a_damaged_row_is_refused(path: Path) -> None:
         path.write_text(json.dumps(content | {"rows": [row | {key: value}]}))
         with pytest.raises(PlanError):
             Plan.load(path)
+    path.write_text(json.dumps(content | {"rows": [row, row]}))
+    with pytest.raises(PlanError, match="is in it twice"):
+        Plan.load(path)
     for text in ("", "[]", "{", "null"):
         path.write_text(text)
         with pytest.raises(PlanError):
@@ -216,7 +224,9 @@ def test_without_a_gpu_it_says_what_to_do_instead() -> None:
 def test_wrong_arguments_are_refused_before_anything_runs() -> None:
     model = Model()
     x = torch.ones(16, 32, dtype=torch.bfloat16)
-    for wrong in ({"mode": "fast"}, {"candidates": ["3:4"]}, {"seconds": 0}, {"pack": "never"}, {"accumulation": 0}):
+    for wrong in ({"mode": "fast"}, {"candidates": ["3:4"]}, {"seconds": 0}, {"pack": "never"}, {"accumulation": 0},
+                  {"seconds": float("nan")}, {"progress": True}, {"candidates": {"a\nb": SparseConfig()}},
+                  {"candidates": {"(cast)": SparseConfig()}}):  # fmt: skip
         with pytest.raises(ConfigError):
             semisparse.plan(model, x, **wrong)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="tokens is given, and inputs as well"):
@@ -235,3 +245,34 @@ def test_measuring_leaves_random_numbers_and_the_autocast_of_the_caller_alone() 
         plan = made(model)
     assert torch.equal(torch.get_rng_state(), before)
     assert plan.configs
+
+
+def test_long_and_wide_names_stay_within_80_columns() -> None:
+    long, wide = "a setting whose name goes on and on and on, for ever and ever", "設定" * 30
+    layers = nn.ModuleDict({"層" * 50: nn.Linear(64, 64), "x" * 90: nn.Linear(64, 64), "短": nn.Linear(64, 32)})
+    for name in (long, wide):
+        timer, candidates = SimulatedTimer({"dense": 1.0, name: 0.5}), {name: SparseConfig(), "2:4": SparseConfig()}
+        plan = planned(uses_of(layers.bfloat16(), (), {}, 2**20), measurer(timer, candidates))
+        lines = str(plan).splitlines()
+        widths = [sum(2 if east_asian_width(one) in "WF" else 1 for one in line) for line in lines]
+        assert max(widths) <= WIDTH and "\0" not in str(plan)
+        assert lines[1].endswith(name[-7:]) and lines[3].startswith("短") and lines[1].startswith("..")
+
+
+def test_a_layer_that_takes_no_time_that_could_be_measured_says_so() -> None:
+    """As the difference of two compiled functions may."""
+    plan = made(timer=SimulatedTimer({"dense": 0.0, "2:4": 0.0}))
+    assert plan.dense["blocks.0.out"] == "it takes too little time to be measured"
+
+
+def test_one_layer_is_not_one_layers() -> None:
+    def attempt(variants: Any) -> Any:
+        return 100.0, [Tried(80.0, (0.8,) * 16)] * len(variants)
+
+    told: list[str] = []
+    timer = SimulatedTimer({"dense": 1.0, "2:4": 0.5})
+    model = nn.Sequential(nn.Linear(64, 64)).bfloat16()
+    plan = planned(
+        uses_of(model, (), {}, 64), measurer(timer, ["2:4"], progress=told.append), Times(100.0, None, 1.0), attempt
+    )
+    assert "80.00 ms with 1 layer swapped." in str(plan) and told[-1] == "trying 1 choice in the whole step"

@@ -176,3 +176,5 @@ def test_what_cannot_be_tuned_is_refused() -> None:
         tuning.tune(Model(), X)
     with pytest.raises(ConfigError, match="seconds=0"):
         tuning.tune(sparse_model(), X, seconds=0)
+    with pytest.raises(ConfigError, match="progress=True must be a callable"):
+        tuning.tune(sparse_model(), X, progress=True)  # type: ignore[arg-type]

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from semisparse.arguments import check_budget, check_choice
+from semisparse.arguments import check_budget, check_choice, check_progress
 from semisparse.config import SparseConfig
 from semisparse.errors import ConfigError, PlanError, SemiSparseError
 from semisparse.gemm.autotune.algorithm import one_line
@@ -33,6 +33,7 @@ _TRIED = 3
 """Choices that are tried in the whole step: each takes about five seconds."""
 STEP_MARGIN = 0.02
 """Share of the step that a plan must be predicted to save if it is not tried in it: predictions are about so exact."""
+_NO_MEMORY = "but the whole step ran out of memory"
 _NEAR = 1.1
 """Those are tried whose predicted step is at most this much of the dense one's: host times are known about so well."""
 
@@ -68,13 +69,12 @@ def plan(
         accumulation: Micro-batches per optimizer step; times are those of a step.
         candidates: Names of "dense fp8", "2:4", "2:4 + mvue", "fp8 + 2:4" and "fp8 + 2:4 + mvue" (default: all there
             are), or settings by names of your own. Accuracy is not measured here.
-        tokens: Instead of inputs: M of all layers, or by layer name or glob; or mappings from an M to how often the
-            layer is called with it. Layers that are not named then stay dense.
+        tokens: Instead of inputs: M of all layers, or by name or glob, or {M: calls}. Layers not named stay dense.
         select: As sparsify's. Default: every linear layer except heads, patch embeddings and adapters.
         exclude: As sparsify's.
         step: The whole dense step, to predict the planned one: its milliseconds, or a callable without arguments, which
-            is run and timed (it trains), the host's share, too. In mode "eager" the best choices are tried in it,
-            swapped into model and out again, and only what makes the step faster is planned.
+            is run and timed, host included; it trains. In mode "eager" the best choices are tried in it, swapped into
+            model and out again, and only what makes the step faster is planned.
         seconds: Budget for measuring layers. What is not reached stays dense and says so. Default: no limit.
         device: CUDA device to measure on. Default: the model's, or the current one.
         progress: Gets a line of text per problem; print, for example.
@@ -87,12 +87,13 @@ def plan(
     Raises:
         PlanError: There is no CUDA GPU.
         NoLayerMatchedError: The model has no nn.Linear, or a selector or name matches none.
-        ConfigError: An argument is not among its choices.
-        Exception: Whatever the model's forward raises; its hooks are gone then.
+        ConfigError: An argument is not among its choices, or the model has parameters without sizes (lazy ones).
+        Exception: Whatever the model's forward, step or progress raises. Hooks are gone then, and the model is dense.
     """
     check_choice("mode", mode, Mode)
     settings, packing = as_candidates(candidates), Packing(pack, accumulation)
     check_budget(seconds)
+    check_progress(progress)
     uses = uses_of(model, inputs, keywords, tokens, select, exclude)
     where = _where(model, device)
     with torch.cuda.device(where):
@@ -185,20 +186,37 @@ def _decided(layers: Sequence[Measured], measurer: Measurer, step: Times | None,
     by_layers = predicted(layers, choices[0], step)
     untried = _Decision(choices[0], step, by_layers, by_layers)
     if trial is None:
-        gain = 1 - by_layers / step.ms
-        if not 0 < gain < STEP_MARGIN:
-            return untried
-        instead = f"but the whole step would gain {gain:.1%}, which is within {STEP_MARGIN:.0%}"
-        return untried._replace(choice=_all_dense(choices[0], instead), expected=step.ms)
+        return _worth_it(untried)
     near = _near(choices, layers, step)
     if not near:
         return untried
     try:
         choice, base, expected, told = _fastest(near, layers, measurer, trial)
     except (SemiSparseError, torch.OutOfMemoryError) as error:
-        return untried._replace(remarks=(f"No choice could be tried in the whole step: {one_line(error)}",))
+        decided = _worth_it(untried)
+        if isinstance(error, torch.OutOfMemoryError):
+            decided = untried._replace(choice=_all_dense(choices[0], _NO_MEMORY), expected=step.ms)
+        told = f"No choice could be tried in the whole step: {one_line(error)}"
+        return decided._replace(remarks=(*decided.remarks, told))
     step = replace(step, ms=base, host_ms=None if step.host_ms is None else min(base, step.host_ms))
     return _Decision(choice, step, expected, predicted(layers, choice, step), (told,))
+
+
+def _worth_it(untried: _Decision) -> _Decision:
+    """A choice that was not tried in the step, where it is predicted to gain enough of it; else all dense."""
+    choice, step, expected = untried.choice, untried.step, untried.expected
+    assert step is not None and expected is not None
+    if expected <= 0:
+        told = (
+            f"A step of {step.ms:.4g} ms cannot be this model's, as its layers would save {step.ms - expected:.4g} ms. "
+            "Nothing is predicted: give step the milliseconds of a whole dense step, or a callable that runs one."
+        )
+        return _Decision(choice, remarks=(told,))
+    gain = 1 - expected / step.ms
+    if gain >= STEP_MARGIN or set(choice.names) == {DENSE}:
+        return untried
+    instead = f"but the whole step would gain {gain:.1%}, which is within {STEP_MARGIN:.0%}"
+    return untried._replace(choice=_all_dense(choice, instead), expected=step.ms)
 
 
 def _near(choices: Sequence[Choice], layers: Sequence[Measured], step: Times) -> list[Choice]:
@@ -211,7 +229,7 @@ def _fastest(
     better: Sequence[Choice], layers: Sequence[Measured], measurer: Measurer, trial: Trial
 ) -> tuple[Choice, float, float, str]:
     """Try choices: the fastest, the milliseconds of the dense step and of its own, and what was found."""
-    measurer.progress(f"trying {len(better)} choices in the whole step")
+    measurer.progress(f"trying {_count(len(better), 'choice')} in the whole step")
     variants = [
         {
             layer.use.name: measurer.candidates[name]
@@ -222,13 +240,20 @@ def _fastest(
     ]
     base, found = trial(variants)
     listed = ", ".join(
-        f"{one.ms:.2f} ms with {len(configs)} layers swapped" for one, configs in zip(found, variants, strict=True)
+        f"{f'{one.ms:.2f} ms' if one.ratio else 'out of memory'} with {_count(len(configs), 'layer')} swapped"
+        for one, configs in zip(found, variants, strict=True)
     )
     told = f"Tried in the whole step: {base:.2f} ms dense, {listed}."
     best = min((index for index, one in enumerate(found) if one.pays), key=lambda index: found[index].ms, default=None)
     if best is None:
-        return _all_dense(better[0], "but the whole step was not faster"), base, base, told
+        ran = any(one.ratio for one in found)
+        instead = "but the whole step was not faster" if ran else _NO_MEMORY
+        return _all_dense(better[0], instead), base, base, told
     return better[best], base, found[best].ms, told
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def _all_dense(other: Choice, instead: str) -> Choice:
@@ -255,7 +280,10 @@ def _why_dense(layer: Measured, choice: Choice) -> str:
         return "no candidate could be measured"
     best = min(others, key=lambda name: others[name].ms if weight is None else others[name].on_device)
     dense = layer.times[DENSE]
-    ratio = others[best].ms / dense.ms if weight is None else others[best].on_device / dense.on_device
+    taken, whole = (one.ms if weight is None else one.on_device for one in (others[best], dense))
+    if whole <= 0:  # of a compiled layer, where its neighbours alone took as long
+        return "it takes too little time to be measured"
+    ratio = taken / whole
     if ratio < 1 - MARGIN:
         instead = choice.instead or "but costs the host more than the step gains"
         where = "" if weight is None else " on the GPU"

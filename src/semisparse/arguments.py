@@ -19,6 +19,12 @@ def check_choice(name: str, value: object, choices: Any) -> None:
         raise ConfigError(f"{name}={value!r} is not one of {', '.join(map(repr, get_args(choices)))}")
 
 
+def check_progress(progress: object) -> None:
+    """Raise ConfigError unless progress can be called."""
+    if not callable(progress):
+        raise ConfigError(f"progress={progress!r} must be a callable that takes a line of text: print, for example")
+
+
 def check_budget(seconds: object) -> None:
     """Raise ConfigError unless seconds is a positive number, or None for no limit."""
     if seconds is not None and not (type(seconds) in (int, float) and seconds > 0):  # type: ignore[operator]

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import nn
 
 from semisparse._tune import tuned
-from semisparse.arguments import check_budget
+from semisparse.arguments import check_budget, check_progress
 from semisparse.errors import ConfigError
 from semisparse.gemm.autotune.algorithm import Choice
 from semisparse.gemm.autotune.autotuner import autotuner
@@ -66,11 +66,12 @@ def tune(
 
     Raises:
         NoLayerMatchedError: model has no semi-sparse layer.
-        ConfigError: seconds is not a positive number, or SEMISPARSE_TUNE is not among its values.
+        ConfigError: seconds or progress is not what it should be, or SEMISPARSE_TUNE is not among its values.
         RankMismatchError: Another rank failed.
         Exception: Whatever the model's forward or progress raises.
     """
     check_budget(seconds)
+    check_progress(progress)
     active = dist.is_available() and dist.is_initialized() and dist.get_rank(group) >= 0
     return tuned(model, inputs, keywords, seconds, progress, Ranks(group, lambda: share(group), active))
 

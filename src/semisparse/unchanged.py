@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
+from torch.nn.parameter import is_lazy
 
 from semisparse import calls
+from semisparse.errors import ConfigError
 from semisparse.nn import SemiSparseBase
 
 
@@ -25,7 +27,13 @@ def unchanged(model: nn.Module, inputs: Any) -> Iterator[None]:
     Args:
         model: The model.
         inputs: Tensors in any nesting of containers.
+
+    Raises:
+        ConfigError: A parameter or buffer has no size yet.
     """
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if is_lazy(tensor):
+            raise ConfigError(f"model: {name} is lazy, without a size yet: run one forward first")
     modules = list(model.modules())
     flags = [module.training for module in modules]
     tables: list[tuple[dict[str, Any], dict[str, Any]]] = [

@@ -146,6 +146,9 @@ def test_a_model_of_timm_is_looked_at_on_meta(timm: None, gpu: None) -> None:
         (("--shapes", "1,2,-3"), "is not M,K,N"),
         (("--shapes", "a,b,c"), "is not M,K,N"),
         (("--shapes", "64,64,64", "--mode", "fast"), "--mode='fast' is not one of"),
+        (("--shapes", "64,64,64", "--seconds", "-1"), "--seconds=-1.0 must be a positive number"),
+        (("--shapes", "64,64,64", "--seconds", "nan"), "--seconds=nan must be a positive number"),
+        (("--shapes", "64,64,64", "--candidates", "3:4"), "'3:4' is not one of 'dense fp8'"),
         (("--timm", "resmet"), "--timm='resmet' is no model of timm 1; closest: vit_tiny"),
         (("--timm", "vit", "--batch", 0), "--batch=0 must be positive"),
         (("--shapes", "64,64,64", "--save", "plan.json"), "there is no CUDA GPU here, so there is no plan to keep"),
@@ -162,3 +165,20 @@ def test_without_timm_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setitem(sys.modules, "timm", None)
     outcome = semisparse("plan", "--timm", "vit")
     assert outcome.code == WRONG_INPUT and "pip install timm" in outcome.err
+
+
+def test_a_plan_that_cannot_be_saved_is_not_measured_or_else_printed_first(
+    gpu: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for save in (tmp_path / "no folder" / "plan.json", tmp_path):
+        outcome = semisparse("plan", "--shapes", "16,64,64", "--save", save)
+        assert (outcome.code, outcome.out) == (WRONG_INPUT, "")
+        assert "cannot be written: name a file in a folder that exists" in outcome.err
+
+    def full(self: object, path: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("semisparse.Plan.save", full)
+    outcome = semisparse("plan", "--shapes", "16,64,64", "--save", tmp_path / "plan.json")
+    assert outcome.code == WRONG_INPUT and "1 of 1 linear layers are swapped." in outcome.out
+    assert outcome.err.startswith("error: --save=") and "cannot be written: Permission denied" in outcome.err

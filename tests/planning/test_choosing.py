@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from semisparse.planning.candidates import DENSE, default_candidates
+from semisparse.planning.candidates import DENSE, as_candidates, default_candidates
 from semisparse.planning.choosing import MARGIN, Choice, Measured, difference, predicted, ranked, summed
 from semisparse.planning.problems import LayerUse, LinearProblem
 from semisparse.planning.store import Measurement
@@ -116,3 +116,10 @@ def test_a_step_whose_host_time_is_not_known_is_changed_by_the_layers_alone() ->
     layers = [layer({"dense": 1.0, "2:4": 0.75})]
     choice = choose(layers, CANDIDATES, "eager", Times(10.0))
     assert (predicted(layers, choice, Times(10.0)), choice.host_weight) == (9.0, None)
+
+
+@pytest.mark.parametrize(("ms", "choice"), [(-0.99, "dense"), (-1.01, "dense"), (-1.03, "2:4")])
+def test_a_difference_below_zero_needs_the_margin_too(ms: float, choice: str) -> None:
+    """Of a small compiled layer, whose neighbours alone took longer."""
+    small = Measured(LayerUse("", 32, 32, ((SMALL, 1.0),)), {"dense": Times(-1.0), "2:4": Times(ms)})
+    assert choose([small], as_candidates(["2:4"]), "compiled", None).names == (choice,)

@@ -1,5 +1,6 @@
 """What one forward tells about the linear layers of a model, and that it leaves no trace."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -7,9 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from semisparse import Plan
+from semisparse._plan import planned, uses_of
 from semisparse.errors import ConfigError, NoLayerMatchedError
 from semisparse.planning.collect import NEVER_CALLED, from_forward, from_tokens
 from semisparse.planning.problems import LinearProblem
+from tests.planning.simulated import measurer
 from tests.surgery.models import LINEAR_NAMES, Network, Snapshot
 
 
@@ -117,7 +121,7 @@ def test_numbers_of_tokens_by_hand() -> None:
     assert all(use.calls[0][0].tokens == 64 for use in from_tokens(model, 64))
 
 
-@pytest.mark.parametrize("tokens", [0, -1, 1.5, "8", {"q": 0}, {"q": {8: 0}}, {"q": {"8": 1}}, {3: 8}, True])
+@pytest.mark.parametrize("tokens", [0, -1, 1.5, "8", {"q": 0}, {"q": {}}, {"q": {8: 0}}, {"q": {"8": 1}}, {3: 8}, True])
 def test_wrong_numbers_of_tokens_are_refused(tokens: Any) -> None:
     with pytest.raises(ConfigError, match="tokens"):
         from_tokens(Attention(), tokens)
@@ -136,3 +140,60 @@ def test_a_tied_layer_is_one_row() -> None:
     (use,) = from_forward(model, (torch.ones(4, 16),), {})
     assert use.name == "0"
     assert sum(count for _, count in use.calls) == 2
+
+
+def test_layers_in_inference_mode_are_seen_as_those_that_need_no_gradient() -> None:
+    """As a frozen teacher runs."""
+
+    class Taught(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.teacher, self.student = nn.Linear(16, 16), nn.Linear(16, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.inference_mode():
+                target = self.teacher(self.teacher(x))
+            return self.student(x) - target
+
+    teacher, student = from_forward(Taught(), (torch.ones(4, 16),), {})
+    ((problem, count),) = teacher.calls
+    assert (count, problem.grad_input, problem.grad_weight) == (2, False, False)
+    assert student.calls[0][0].grad_weight and teacher.reads[0] == student.reads[0] != teacher.reads[1]
+
+
+class Stored4Bit(nn.Linear):
+    """As quantising libraries store weights."""
+
+    def __init__(self) -> None:
+        super().__init__(16, 16)
+        self.weight = nn.Parameter(torch.zeros(128, 1, dtype=torch.uint8), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [Stored4Bit(), nn.Linear(16, 16, dtype=torch.complex64), pytest.param((16, 0), id="empty")],
+    ids=lambda one: type(one).__name__,
+)
+@pytest.mark.parametrize("tokens", [None, 4])
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_a_layer_of_dtypes_or_sizes_that_are_not_timed_stays_dense_and_its_plan_can_be_read(
+    layer: Any, tokens: int | None, tmp_path: Path
+) -> None:
+    model = nn.Sequential(layer if isinstance(layer, nn.Linear) else nn.Linear(*layer))
+    dtype = model[0].weight.dtype if model[0].weight.is_complex() else torch.float32
+    inputs = (torch.ones(4, 16, dtype=dtype),) if tokens is None else ()
+    plan = planned(uses_of(model, inputs, {}, tokens), measurer())
+    (row,) = plan
+    assert row.choice == "dense" and not row.calls and row.why not in ("", "never called in this forward")
+    plan.save(tmp_path / "plan.json")
+    assert Plan.load(tmp_path / "plan.json") == plan
+
+
+def test_lazy_layers_are_refused_by_name() -> None:
+    model = nn.Sequential(nn.Linear(16, 16), nn.LazyLinear(16))
+    with pytest.raises(ConfigError, match=r"model: 1\.weight is lazy, without a size yet: run one forward first"):
+        from_forward(model, (torch.ones(4, 16),), {})
+    assert isinstance(model[1], nn.LazyLinear)

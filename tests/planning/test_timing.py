@@ -150,3 +150,13 @@ def test_old_garbage_is_collected_before_blocks_and_not_within_them(collected: l
 
 def test_sums_keep_what_is_not_known() -> None:
     assert plus(Times(1.0, 1.0, None, 8), Times(2.0, None, 1.0, 4), -0.5) == Times(0.0, None, None, 6)
+
+
+def test_a_candidate_may_have_the_name_of_the_graph_of_another(device: Device) -> None:
+    calls = {"a": device.call("a", 2.0, 0.5), "graph: a": device.call("graph: a", 3.0, 0.5)}
+    found = cuda_times(calls, "eager")
+    assert {name: times.ms for name, times in found.items()} == {
+        "a": pytest.approx(2.0),
+        "graph: a": pytest.approx(3.0),
+    }
+    assert found["a"].device_ms == pytest.approx(2.0)

@@ -1,18 +1,21 @@
 """Trying choices in the whole step: a simulated clock tells what a step takes with the layers that are swapped."""
 
+import gc
 from collections.abc import Callable, Sequence
 
 import pytest
 import torch
 from torch import nn
 
-from semisparse import SparseConfig
+from semisparse import Plan, SparseConfig, sparsify
 from semisparse._plan import planned, uses_of
 from semisparse.errors import PlanError
+from semisparse.nn import SemiSparseLinear
 from semisparse.nn.base import SemiSparseBase
 from semisparse.planning import timing, trial
 from semisparse.planning.timing import Times
-from semisparse.planning.trial import Configs, Tried, tried
+from semisparse.planning.trial import NO_MEMORY, Configs, Tried, tried
+from semisparse.schedule import optimizer_steps
 from tests.planning.simulated import SimulatedTimer, measurer
 
 PLAIN, SAMPLED = SparseConfig(), SparseConfig(grad_output="mvue")
@@ -77,10 +80,10 @@ def test_an_error_of_the_step_comes_through_and_the_model_is_dense_again(monkeyp
 STEP = Times(100.0, None, 60.0)
 
 
-def choices(attempt: trial.Trial | None, step: Times = STEP) -> tuple[Sequence[str], object]:
-    """A plan of two layers whose candidate saves 0.5 ms each on the device and costs the host 1 ms."""
+def choices(attempt: trial.Trial | None, step: Times = STEP, host: float = 2.0) -> tuple[Sequence[str], Plan]:
+    """A plan of two layers whose candidate saves 32 ms each on the device, and takes 2 ms of the host instead of 1."""
     model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)).to(torch.bfloat16)
-    timer = SimulatedTimer({"dense": 1.0, "2:4": 0.5}, {"dense": 1.0, "2:4": 2.0})
+    timer = SimulatedTimer({"dense": 1.0, "2:4": 0.5}, {"dense": 1.0, "2:4": host})
     x = torch.ones(64, 64, dtype=torch.bfloat16)
     plan = planned(uses_of(model, (x,), {}, None), measurer(timer, ["2:4"]), step, attempt)
     return [row.choice for row in plan], plan
@@ -159,3 +162,138 @@ def test_without_a_trial_a_plan_must_gain_more_of_the_step_than_predictions_are_
     assert set(found) == {chosen} and plan.predicted_ms == (ms if chosen == "dense" else ms - 64)
     if chosen == "dense":
         assert "the whole step would gain 1.0%, which is within 2%" in " ".join(str(plan).split())
+
+
+def test_a_model_that_is_sparse_in_part_is_not_tried_and_stays_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = Net(monkeypatch, each=2.0)
+    sparsify(net.model, {"1": SAMPLED})
+    net.model[1].sparse_enabled = False  # as in a dense phase of the user's schedule
+    with pytest.raises(PlanError, match="model is not dense: 1 is semi-sparse"):
+        tried(net.model, net.step, [{"0": PLAIN}])
+    assert [layer.sparse_config for layer in net.swapped()] == [SAMPLED] and not net.model[1].sparse_enabled
+
+
+def test_ctrl_c_in_the_middle_of_a_swap_leaves_the_model_dense(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = Net(monkeypatch, each=2.0)
+    swap = SemiSparseLinear.from_dense
+
+    def interrupted(linear: nn.Linear, config: SparseConfig) -> nn.Linear:
+        if linear is net.model[1]:
+            raise KeyboardInterrupt
+        return swap(linear, config)
+
+    monkeypatch.setattr(SemiSparseLinear, "from_dense", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        tried(net.model, net.step, [{"0": PLAIN, "1": PLAIN}])
+    assert not net.swapped()
+
+
+def test_a_layer_that_the_step_takes_out_of_the_model_is_dense_again_and_the_steps_error_comes_through(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    net = Net(monkeypatch, each=2.0)
+    layer = net.model[0]
+
+    def step() -> None:
+        if net.swapped():
+            net.model[0] = nn.Linear(32, 32)
+            raise ValueError("of the step")
+        net.step()
+
+    with pytest.raises(ValueError, match="of the step"):
+        tried(net.model, step, [{"0": PLAIN}])
+    assert type(layer) is nn.Linear
+
+
+def test_data_that_end_during_a_trial_end_it_as_they_would_end_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    net, data = Net(monkeypatch, each=2.0), iter(range(9))
+
+    def step() -> None:
+        next(data)
+        net.step()
+
+    with pytest.raises(StopIteration):
+        tried(net.model, step, [{"0": PLAIN}])
+    assert not net.swapped()
+
+
+def test_no_schedule_of_a_variant_is_left_while_the_dense_step_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    net, before = Net(monkeypatch, each=2.0), len(optimizer_steps._listeners)
+    left = set[int]()
+
+    def step() -> None:
+        if not net.swapped():
+            left.add(len(optimizer_steps._listeners) - before)
+        net.step()
+
+    gc.disable()
+    try:
+        tried(net.model, step, [{"0": PLAIN}, {"1": SAMPLED}])
+    finally:
+        gc.enable()
+    assert left == {0}
+
+
+def test_moments_parameters_and_flags_are_those_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = Net(monkeypatch, each=2.0)
+    net.optimizer = torch.optim.AdamW(net.model.parameters(), lr=0.1)
+    net.model[1].bias.requires_grad_(False)
+    net.model[0].eval()
+    parameters, keys = list(net.model.parameters()), [dict(layer.__dict__) for layer in net.model]
+    tried(net.model, net.step, [{"0": PLAIN, "1": SAMPLED}])
+    assert all(one is other for one, other in zip(net.model.parameters(), parameters, strict=True))
+    assert [layer.__dict__.keys() for layer in net.model] == [before.keys() for before in keys]
+    steps = {float(state["step"]) for state in net.optimizer.state.values()}
+    assert len(net.optimizer.state) == 3 and len(steps) == 1 and steps.pop() > timing.STEP_ROUNDS
+    assert not net.model[1].bias.requires_grad and (net.model[0].training, net.model[1].training) == (False, True)
+
+
+def test_a_variant_that_runs_out_of_memory_is_left_out_and_the_others_are_timed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    net = Net(monkeypatch, each=-2.0)
+
+    def step() -> None:
+        if len(net.swapped()) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        net.step()
+
+    _, found = tried(net.model, step, [{"0": PLAIN, "1": PLAIN}, {"0": PLAIN}])
+    assert found[0] is NO_MEMORY and not found[0].pays
+    assert found[1].ms == pytest.approx(8.0) and found[1].pays and not net.swapped()
+
+
+def test_a_choice_that_does_not_fit_into_memory_is_not_planned() -> None:
+    found, plan = choices(lambda variants: (100.0, [NO_MEMORY] * len(variants)))
+    text = " ".join(str(plan).split())
+    assert set(found) == {"dense"} and plan.predicted_ms == 100.0
+    assert "100.00 ms dense, out of memory with 2 layers swapped" in text
+    assert "2:4 takes 0.50 of dense's time on the GPU, but the whole step ran out of memory" in text
+
+    def attempt(variants: Sequence[Configs]) -> tuple[float, list[Tried]]:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    found, plan = choices(attempt)
+    assert set(found) == {"dense"} and "OutOfMemoryError: CUDA out of memory" in " ".join(str(plan).split())
+
+
+def test_a_failed_trial_leaves_dense_what_gains_too_little_as_without_a_trial() -> None:
+    def attempt(variants: Sequence[Configs]) -> tuple[float, list[Tried]]:
+        raise PlanError("step is of another model")
+
+    found, plan = choices(attempt, Times(6400.0, None, 60.0))
+    assert set(found) == {"dense"} and plan.predicted_ms == 6400.0
+    assert "within 2%" in " ".join(str(plan).split()) and "step is of another model" in " ".join(str(plan).split())
+
+
+def test_without_a_trial_a_plan_that_gains_nothing_of_a_step_that_the_host_bounds_stays_dense() -> None:
+    found, plan = choices(None, Times(1000.0, None, 1000.0), host=1.0)
+    assert set(found) == {"dense"} and "the whole step would gain 0.0%" in " ".join(str(plan).split())
+
+
+@pytest.mark.parametrize("ms", [0.1385, 64.0])
+def test_a_step_shorter_than_what_its_layers_save_is_said_and_predicts_nothing(ms: float) -> None:
+    """Seconds instead of milliseconds, or a callable that runs something else."""
+    found, plan = choices(None, Times(ms))
+    assert set(found) == {"2:4"} and plan.step is plan.predicted_ms is None
+    assert f"A step of {ms:g} ms cannot be this model's, as its layers would save 64 ms." in " ".join(str(plan).split())

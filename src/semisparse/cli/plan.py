@@ -36,18 +36,23 @@ def plan(
     with typed_errors(context):
         import torch
 
-        from semisparse.arguments import check_choice
+        from semisparse.arguments import check_budget, check_choice
+        from semisparse.planning.candidates import as_candidates
         from semisparse.planning.packing import Packing
         from semisparse.planning.timing import Mode
 
         check_choice("mode", mode, Mode)
+        check_budget(seconds)
+        as_candidates(candidates)
         packing = Packing(cast(Any, pack), accumulation)
         uses = _uses([*(shapes or []), *(more or [])], timm, batch)
         if torch.cuda.is_available():
+            _check_folder(save)
             made = _measured(uses, mode, packing, candidates, seconds)
-            if save is not None:
-                made.save(save)
-            _print_plan(made, as_json)
+            try:
+                _keep(made, save)
+            finally:  # what was measured is not lost with the file
+                _print_plan(made, as_json)
         else:
             _refuse_save(save)
             _print_known(uses, mode, packing, as_json)
@@ -147,6 +152,24 @@ def _print_plan(made: "Plan", as_json: bool) -> None:
     out.print(table)
     for line in sums(made):
         out.print(line)
+
+
+def _check_folder(save: Path | None) -> None:
+    """Before minutes are spent on measuring."""
+    from semisparse.errors import PlanError
+
+    if save is not None and (save.is_dir() or not save.parent.is_dir()):
+        raise PlanError(f"save={str(save)!r} cannot be written: name a file in a folder that exists")
+
+
+def _keep(made: "Plan", save: Path | None) -> None:
+    from semisparse.errors import PlanError
+
+    try:
+        if save is not None:
+            made.save(save)
+    except OSError as error:
+        raise PlanError(f"save={str(save)!r} cannot be written: {error.strerror or error}") from error
 
 
 def _refuse_save(save: Path | None) -> None:

@@ -57,6 +57,8 @@ def as_candidates(given: Iterable[str] | Mapping[str, SparseConfig] | None) -> d
             )
         if not isinstance(name, str) or name == DENSE or not name:
             raise ConfigError(f"candidates has the name {name!r}: use text other than {DENSE!r}, which is nn.Linear")
+        if name.startswith("(") or not name.isprintable():
+            raise ConfigError(f"candidates has the name {name!r}: use one line of text that begins with no bracket")
     if not given:
         raise ConfigError("candidates is empty, so there is nothing to choose; leave it out to try all")
     return dict(given)

@@ -199,7 +199,7 @@ def _of_group(group: list[Measured], candidates: Mapping[str, SparseConfig], cos
     plain = [_best(layer, candidates, cost, fp8=False) for layer in group]
     in_fp8 = [_best(layer, candidates, cost, fp8=True) for layer in group]
     # What fp8 must save beyond its cost: the margin, where the alternative is dense.
-    least = [MARGIN * cost(layer.times[DENSE]) if name == DENSE and layer.times else 0.0
+    least = [MARGIN * abs(cost(layer.times[DENSE])) if name == DENSE and layer.times else 0.0
              for layer, (name, _) in zip(group, plain, strict=True)]  # fmt: skip
     gains = {i: plain[i][1] - in_fp8[i][1] - least[i] for i in range(len(group)) if in_fp8[i][0]}
     order = sorted(gains, key=lambda i: -gains[i])
@@ -220,7 +220,9 @@ def _best(layer: Measured, candidates: Mapping[str, SparseConfig], cost: Cost, *
     offered = {name: cost(times) for name, times in layer.times.items()
                if name != DENSE and (candidates[name].precision is not None) == fp8}  # fmt: skip
     dense = cost(layer.times[DENSE]) if DENSE in layer.times else 0.0
+    # A difference of two times, as of compiled layers, may come out below zero.
+    enough = dense - MARGIN * abs(dense)
     best = min(offered, key=lambda name: offered[name], default="")
     if fp8:
         return (best, offered[best]) if best else ("", 0.0)
-    return (best, offered[best]) if best and offered[best] < (1 - MARGIN) * dense else (DENSE, dense)
+    return (best, offered[best]) if best and offered[best] < enough else (DENSE, dense)

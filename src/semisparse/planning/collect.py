@@ -23,6 +23,7 @@ Tokens = int | Mapping[str, int | Mapping[int, float]]
 """M of all layers; or a layer's name or glob -> its M, or each M with how often a step calls the layer with it."""
 
 NEVER_CALLED = "never called in this forward"
+_NOT_TIMED = "its sizes or dtypes are none that are timed"
 
 
 def from_forward(
@@ -46,7 +47,7 @@ def from_forward(
 
     Raises:
         NoLayerMatchedError: The model has no nn.Linear, or a selector matches none.
-        ConfigError: model is not a module, or a selector is none.
+        ConfigError: model is not a module or has lazy parameters, or a selector is none.
         Exception: Whatever the model raises; the hooks are gone then, too.
     """
     return calls_of(model, _layers(model, select, exclude), inputs, keywords)
@@ -106,9 +107,9 @@ def from_tokens(
     uses = []
     for found, stays in layers:
         counts = by_layer.get(id(found.layer), {})
-        calls = tuple((_problem(found.layer, rows, found.layer.weight, True, True), float(count))
-                      for rows, count in counts.items())  # fmt: skip
-        why = stays or ("" if calls else "tokens does not name it")
+        made = {_problem(found.layer, rows, found.layer.weight, True, True): float(n) for rows, n in counts.items()}
+        calls = tuple((problem, n) for problem, n in made.items() if problem.timed)
+        why = stays or ("" if calls else _NOT_TIMED if counts else "tokens does not name it")
         uses.append(LayerUse(clean_name(found.name), found.layer.in_features, found.layer.out_features, calls, (), why))
     return tuple(uses)
 
@@ -116,6 +117,8 @@ def from_tokens(
 def _counts(tokens: object) -> dict[int, float]:
     """M -> how often, from an M or such a mapping."""
     counts: dict[Any, Any] = dict(tokens) if isinstance(tokens, Mapping) else {tokens: 1.0}
+    if not counts:
+        raise ConfigError(f"tokens={tokens!r} has no number of tokens; leave out layers that are never called")
     for rows, count in counts.items():
         good = type(rows) is int and rows > 0 and type(count) in (int, float) and 0 < count < float("inf")
         if not good:
@@ -163,6 +166,7 @@ class _Probe:
         self._calls: dict[int, Counter[LinearProblem]] = {id(found.layer): Counter() for found, _ in layers}
         self._reads: dict[int, list[int]] = {id(found.layer): [] for found, _ in layers}
         self._inputs: dict[int, tuple[ReferenceType[Tensor], int, int]] = {}
+        self._others: set[int] = set()  # layers with calls that cannot be timed
         self._count = 0
 
     @contextmanager
@@ -182,22 +186,26 @@ class _Probe:
         rows, grads = operand.numel() // max(1, layer.in_features), torch.is_grad_enabled()
         if rows:
             problem = _problem(layer, rows, operand, bool(grads and operand.requires_grad), grads)
+            if not problem.timed:
+                self._others.add(id(layer))
+                return
             self._calls[id(layer)][problem] += 1
             self._reads[id(layer)].append(self._number(operand))
 
     def _number(self, operand: Tensor) -> int:
         """The same number for the same state of the same tensor."""
         known = self._inputs.get(id(operand))
-        if known is not None and known[0]() is operand and known[1] == operand._version:
+        version = -1 if operand.is_inference() else operand._version  # such a tensor counts no writes
+        if known is not None and known[0]() is operand and known[1] == version >= 0:
             return known[2]
         self._count += 1
-        self._inputs[id(operand)] = ref(operand), operand._version, self._count
+        self._inputs[id(operand)] = ref(operand), version, self._count
         return self._count
 
     def use(self, found: FoundLayer, stays: str) -> LayerUse:
         """What one layer did."""
         layer = found.layer
         calls = tuple((problem, float(count)) for problem, count in self._calls[id(layer)].items())
-        why = stays or ("" if calls else NEVER_CALLED)
+        why = stays or (_NOT_TIMED if id(layer) in self._others else "" if calls else NEVER_CALLED)
         sizes = layer.in_features, layer.out_features
         return LayerUse(clean_name(found.name), *sizes, calls, tuple(self._reads[id(layer)]), why)

@@ -93,14 +93,18 @@ def read(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
             "mode": content["mode"],
             "candidates": candidates,
             "machine": {_text(name): _text(value) for name, value in content["machine"].items()},
-            "step": None if content["step"] is None else times(content["step"]),
-            "predicted_ms": _number(content["predicted_ms"]),
+            "step": _step(content["step"]),
+            "predicted_ms": None if content["predicted_ms"] is None else _positive(content["predicted_ms"]),
             "host_weight": _number(content["host_weight"]),
             "remarks": tuple(_text(remark) for remark in content["remarks"]),
             "by_layers_ms": _number(content["by_layers_ms"]),
             "packing": Packing(**content["packing"]),
         }
-        return fields, [_row(record, candidates) for record in content["rows"]]
+        rows = [_row(record, candidates) for record in content["rows"]]
+        names = [row["name"] for row in rows]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(f"the layer {twice!r} is in it twice")
+        return fields, rows
     except OSError as error:
         raise PlanError(f"path={str(path)!r}: the plan cannot be read: {error}") from error
     except (AttributeError, KeyError, OverflowError, RecursionError, SemiSparseError, TypeError, ValueError) as error:
@@ -144,6 +148,13 @@ def _row(record: Mapping[str, Any], candidates: Mapping[str, SparseConfig]) -> d
     }
 
 
+def _step(record: Mapping[str, Any] | None) -> Times | None:
+    step = None if record is None else times(record)
+    if step is not None and step.ms <= 0:
+        raise ValueError(f"a step takes {step.ms!r} ms")
+    return step
+
+
 def _record(found: Times | None) -> dict[str, Any] | None:
     return None if found is None else asdict(found)
 
@@ -171,5 +182,5 @@ def _number(value: object) -> float | None:
 def _positive(value: object) -> float:
     number = _number(value)
     if number is None or number <= 0:
-        raise ValueError(f"{value!r} is no number of calls")
+        raise ValueError(f"{value!r} is no positive number")
     return number

@@ -46,6 +46,12 @@ class LinearProblem:
         """M x K x N as text."""
         return f"{self.tokens} x {self.in_features} x {self.out_features}"
 
+    @property
+    def timed(self) -> bool:
+        """Whether a layer of this kind can be built and timed: nothing is empty, and DTYPES has its dtypes."""
+        dtypes = {self.dtype, self.weight_dtype, self.input_dtype}
+        return min(self.tokens, self.in_features, self.out_features) > 0 and dtypes <= DTYPES.keys()
+
     def to_record(self) -> dict[str, Any]:
         """As JSON values."""
         return asdict(self)
@@ -63,11 +69,10 @@ def from_record(record: Mapping[str, Any]) -> LinearProblem:
     problem = LinearProblem(**record)
     sizes = (problem.tokens, problem.in_features, problem.out_features)
     flags = (problem.bias, problem.grad_input, problem.grad_weight)
-    if not all(type(size) is int and size > 0 for size in sizes):
-        raise ValueError(f"sizes {sizes} are not positive integers")
-    dtypes = {problem.dtype, problem.weight_dtype, problem.input_dtype}
-    if not all(type(flag) is bool for flag in flags) or not dtypes <= DTYPES.keys():
-        raise ValueError(f"{dict(record)} has a flag or a dtype that is none")
+    if not all(type(size) is int for size in sizes) or not all(type(flag) is bool for flag in flags):
+        raise ValueError(f"{dict(record)} has a size or a flag that is none")
+    if not problem.timed:
+        raise ValueError(f"{dict(record)} has a size that is not positive, or a dtype that is none")
     return problem
 
 

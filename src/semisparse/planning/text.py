@@ -1,6 +1,7 @@
 """A plan as text of 80 columns: layers that are alike are one line."""
 
 import textwrap
+import unicodedata
 
 from semisparse.planning.candidates import DENSE
 from semisparse.planning.choosing import MARGIN
@@ -10,6 +11,8 @@ WIDTH = 80
 _GIB = 2**30
 _LISTED = 4
 """Names in one line of reasons."""
+_FILLER = "\0"
+"""Follows each character of two columns while text is laid out, so that its length is its width."""
 
 
 def shown(plan: PlanContents) -> str:
@@ -103,8 +106,9 @@ def _table(plan: PlanContents, groups: list[tuple[str, list[PlanRow]]]) -> list[
             times = [f"{dense:.3f}", f"{dense - sum(plan.saving_of(one) for one in rows):.3f}"]
         else:
             times = ["", ""]
-        body.append([name, size, *times, row.choice])
+        body.append([_spread(name), size, *times, _spread(row.choice)])
     widths = [max(len(line[column]) for line in body) for column in range(5)]
+    widths[4] = min(widths[4], max(16, WIDTH - sum(widths[1:4]) - 8 - 8))  # the layer's name has 8 columns at least
     widths[0] = min(widths[0], max(8, WIDTH - sum(widths[1:]) - 8))
     return [
         "  ".join([
@@ -112,8 +116,8 @@ def _table(plan: PlanContents, groups: list[tuple[str, list[PlanRow]]]) -> list[
             size.ljust(widths[1]),
             dense.rjust(widths[2]),
             ms.rjust(widths[3]),
-            choice,
-        ]).rstrip()
+            _cut(choice, widths[4]),
+        ]).rstrip().replace(_FILLER, "")
         for name, size, dense, ms, choice in body
     ]  # fmt: skip
 
@@ -129,8 +133,18 @@ def _pattern(name: str) -> str:
 
 def _cut(text: str, width: int) -> str:
     """The end of text says more than its beginning."""
-    return text if len(text) <= width else ".." + text[-(width - 2) :]
+    if len(text) <= width:
+        return text
+    end = text[-(width - 2) :]
+    return ".." + (end if end[0] != _FILLER else "." + end[1:])
+
+
+def _spread(text: str) -> str:
+    return "".join(one + _FILLER * (unicodedata.east_asian_width(one) in "WF") for one in text)
 
 
 def _wrapped(text: str, indent: str) -> list[str]:
-    return textwrap.wrap(text, WIDTH, initial_indent=indent, subsequent_indent=indent + "  ", break_long_words=True)
+    spread = _spread(text)
+    width = WIDTH - (_FILLER in spread)  # a character and what follows it may be parted
+    lines = textwrap.wrap(spread, width, initial_indent=indent, subsequent_indent=indent + "  ")
+    return [line.replace(_FILLER, "") for line in lines]

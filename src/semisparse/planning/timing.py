@@ -112,8 +112,10 @@ def cuda_times(calls: Mapping[str, Call], mode: Mode) -> dict[str, Times]:
             logger.info("%s cannot be captured in a CUDA graph: %s", name, error)
     if mode == "graph":
         return {name: Times(ms, ms) for name, ms in interleaved(graphs).items()}
-    ms = interleaved({**calls, **{f"graph: {name}": graph for name, graph in graphs.items()}})
-    return {name: Times(ms[name], ms.get(f"graph: {name}"), host_ms(call)) for name, call in calls.items()}
+    # All names have a prefix, so that no candidate's is that of the graph of another.
+    as_called = {f"call: {name}": call for name, call in calls.items()}
+    ms = interleaved(as_called | {f"graph: {name}": graph for name, graph in graphs.items()})
+    return {name: Times(ms[f"call: {name}"], ms.get(f"graph: {name}"), host_ms(call)) for name, call in calls.items()}
 
 
 @without_full_collections()

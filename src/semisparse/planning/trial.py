@@ -5,15 +5,18 @@ So the best choices are swapped in, timed interleaved with the dense step, and t
 with the dense step of the same round, and has to be faster in most rounds: a host that others use is unsteady.
 """
 
+import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from semisparse.config import SparseConfig
 from semisparse.errors import PlanError
+from semisparse.nn import SemiSparseBase
 from semisparse.planning.timing import (
     STEP_BLOCK_SECONDS,
     STEP_ROUNDS,
@@ -24,8 +27,8 @@ from semisparse.planning.timing import (
 )
 from semisparse.schedule import Phase, SparseSchedule
 from semisparse.schedule.step_packing import Pack
-from semisparse.surgery.densify import densify
 from semisparse.surgery.layers import semi_sparse_layers
+from semisparse.surgery.selection import linear_layers
 from semisparse.surgery.swap import sparsify
 
 Configs = Mapping[str, SparseConfig]
@@ -44,7 +47,7 @@ class Tried:
 
     Attributes:
         ms: Of the dense step's median, times the median of ratio over the rounds.
-        ratio: Of each round, to the dense step.
+        ratio: Of each round, to the dense step. Empty if the step ran out of memory.
     """
 
     ms: float
@@ -53,8 +56,14 @@ class Tried:
     @property
     def pays(self) -> bool:
         """Whether it is faster by MARGIN at least, and in enough of the rounds."""
+        if not self.ratio:
+            return False
         faster = sum(one < 1 for one in self.ratio) / len(self.ratio)
         return statistics.median(self.ratio) < 1 - MARGIN and faster >= _AGREE
+
+
+NO_MEMORY = Tried(math.inf, ())
+"""A step that runs out of memory with a choice."""
 
 
 Trial = Callable[[Sequence[Configs]], tuple[float, list[Tried]]]
@@ -78,25 +87,40 @@ def tried(
         Milliseconds of the dense step, its median, and what each variant took beside it.
 
     Raises:
-        PlanError: step does not run the layers of model: it may replay a graph, or run a copy.
-        Exception: What the swap or a step raises.
+        PlanError: model has semi-sparse layers; or step does not run its layers: it may replay a graph, or run a copy.
+        Exception: What the swap or a step raises, unless a variant runs out of memory.
     """
-    counts = [calls_per_block(step, STEP_BLOCK_SECONDS)]
-    for configs in variants:
-        with training(model, step, configs, pack) as call:
-            if not _runs(model, call):
-                raise PlanError("step does not run the layers of model: it may replay a graph, or run a copy of model")
-            counts.append(calls_per_block(call, STEP_BLOCK_SECONDS))
+    if sparse := semi_sparse_layers(model):
+        raise PlanError(f"model is not dense: {next(iter(sparse)) or '(root)'} is semi-sparse. Densify it first")
+    dense_count = calls_per_block(step, STEP_BLOCK_SECONDS)
+    counts = [_calls(model, step, configs, pack) for configs in variants]
     dense: list[float] = []
     ratios: list[list[float]] = [[] for _ in variants]
     with without_full_collections():
         for _ in range(STEP_ROUNDS):
-            dense.append(block_ms(step, counts[0]))
-            for ratio, count, configs in zip(ratios, counts[1:], variants, strict=True):
-                with training(model, step, configs, pack) as call:
-                    ratio.append(block_ms(call, count) / dense[-1])
+            dense.append(block_ms(step, dense_count))
+            for ratio, count, configs in zip(ratios, counts, variants, strict=True):
+                if count:
+                    ratio.append(_block(model, step, configs, pack, count) / dense[-1])
     base = statistics.median(dense)
-    return base, [Tried(base * statistics.median(ratio), tuple(ratio)) for ratio in ratios]
+    return base, [Tried(base * statistics.median(one), tuple(one)) if one else NO_MEMORY for one in ratios]
+
+
+def _calls(model: nn.Module, step: Call, configs: Configs, pack: Pack) -> int:
+    """How many steps of a variant fill a block; 0 if it runs out of memory."""
+    try:
+        with training(model, step, configs, pack) as call:
+            if not _runs(model, call):
+                raise PlanError("step does not run the layers of model: it may replay a graph, or run a copy of model")
+            return calls_per_block(call, STEP_BLOCK_SECONDS)
+    except torch.OutOfMemoryError:
+        return 0
+
+
+def _block(model: nn.Module, step: Call, configs: Configs, pack: Pack, count: int) -> float:
+    """Milliseconds of a step of a variant. When this returns, nothing refers to the schedule and what it packed."""
+    with training(model, step, configs, pack) as call:
+        return block_ms(call, count)
 
 
 @contextmanager
@@ -109,8 +133,10 @@ def training(model: nn.Module, step: Call, configs: Configs, pack: Pack) -> Iter
         configs: Settings by layer name.
         pack: As SparseSchedule's.
     """
-    sparsify(model, configs)
-    try:
+    with ExitStack() as stack:
+        for found in linear_layers(model):  # before the swap, which ctrl-C may end, and also those that step replaces
+            stack.callback(_make_dense, found.layer)
+        sparsify(model, configs)
         schedule = SparseSchedule(model, [Phase("sparse", _LONG)], process_group=False, pack=pack)
 
         def scheduled() -> None:
@@ -118,8 +144,11 @@ def training(model: nn.Module, step: Call, configs: Configs, pack: Pack) -> Iter
             schedule.step()
 
         yield scheduled
-    finally:
-        densify(model)
+
+
+def _make_dense(layer: nn.Linear) -> None:
+    if isinstance(layer, SemiSparseBase):
+        SemiSparseBase.to_dense(layer)
 
 
 def _runs(model: nn.Module, call: Call) -> bool:
