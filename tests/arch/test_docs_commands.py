@@ -36,7 +36,7 @@ REMADE = [
 
 
 def test_the_pages_show_commands() -> None:
-    assert {command[0] for command in COMMANDS} == {"make", "semisparse", "semisparse-lab", "python", "pip"}
+    assert {command[0] for command in COMMANDS} == {"make", "semisparse", "semisparse-lab", "python", "pip", "bash"}
     lab = {"train", "evaluate", "experiment", "data", "card"}
     assert {command[1] for command in OURS} == lab | {"env", "check", "plan", "bench"}
     assert len(REMADE) > 10
@@ -46,6 +46,11 @@ def test_the_pages_show_commands() -> None:
 def test_make_has_the_target(command: list[str]) -> None:
     targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
     assert command[1] in targets
+
+
+@pytest.mark.parametrize("command", [command for command in COMMANDS if command[0] == "bash"], ids=" ".join)
+def test_the_script_exists(command: list[str]) -> None:
+    assert (ROOT / command[1]).is_file()
 
 
 @pytest.mark.parametrize("command", [command for command in COMMANDS if command[0] == "python"], ids=" ".join)

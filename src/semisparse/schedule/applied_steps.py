@@ -13,6 +13,8 @@ from semisparse.schedule import optimizer_steps
 _SAMPLE = 64
 _UNCOUNTED = 64
 """Calls in a row that did not count, without an optimizer step, after which a schedule warns."""
+_UNASKED = 64
+"""Steps of one optimizer without a call, after which a schedule warns: more than any loop makes between two calls."""
 
 
 class StepEvidence:
@@ -45,6 +47,8 @@ class StepEvidence:
         self._ours: WeakKeyDictionary[torch.optim.Optimizer, tuple[int, bool]] = WeakKeyDictionary()
         self._compiled_step = self._any_compiled = False
         self._uncounted = 0
+        self._unasked: WeakKeyDictionary[torch.optim.Optimizer, int] = WeakKeyDictionary()
+        self._reminded = False
         self._versions, self._samples = self._versions_now(), self._samples_now()
         optimizer_steps.listen(self)
 
@@ -56,6 +60,7 @@ class StepEvidence:
             skipped: As given to SparseSchedule.step.
         """
         optimizer_steps.deliver_compiled()
+        self._asked()
         fired, overflows = self._fired, self._overflows
         self._fired, self._overflows = False, []
         self._ever_fired = self._ever_fired or fired
@@ -97,6 +102,7 @@ class StepEvidence:
     def begin_anew(self) -> None:
         """Observe from now on, after a state was loaded: its count has what came before, and loading writes weights."""
         self._fired, self._overflows = False, []
+        self._asked()
         self._versions, self._samples = self._versions_now(), self._samples_now()
 
     def saw_a_step(self) -> bool:
@@ -120,11 +126,28 @@ class StepEvidence:
         if not self._holds_ours(optimizer):
             return
         self._fired = True
+        self._count_unasked(optimizer)
         found_inf = getattr(optimizer, "found_inf", None)
         if isinstance(found_inf, Tensor):
             self._overflows.append(found_inf)
         if self._watches_gradients:
             self._trained |= {id(weight) for weight in self._weights() if _has_gradient(weight)}
+
+    def _asked(self) -> None:
+        self._unasked.clear()
+        self._reminded = False
+
+    def _count_unasked(self, optimizer: torch.optim.Optimizer) -> None:
+        """Warn, once per forgotten stretch, if a loop steps its optimizer and never the schedule."""
+        count = self._unasked[optimizer] = self._unasked.get(optimizer, 0) + 1
+        if count >= _UNASKED and not self._reminded:
+            self._reminded = True
+            warnings.warn(
+                f"{type(optimizer).__name__} made {_UNASKED} steps of a model with a schedule, without schedule.step() "
+                "between them: phases, seeds and weights packed per step stand still; call schedule.step() after each "
+                "optimizer.step()",
+                stacklevel=2,
+            )
 
     def _holds_ours(self, optimizer: torch.optim.Optimizer) -> bool:
         """Whether optimizer holds a parameter of the model; looked up again if its number of parameters changes."""
