@@ -245,6 +245,8 @@ def test_measuring_leaves_random_numbers_and_the_autocast_of_the_caller_alone() 
         plan = made(model)
     assert torch.equal(torch.get_rng_state(), before)
     assert plan.configs
+    with torch.inference_mode():
+        assert made(model).configs == plan.configs
 
 
 def test_long_and_wide_names_stay_within_80_columns() -> None:

@@ -148,7 +148,8 @@ def planned(
         trial: Tries choices in the step, if it can be done.
     """
     kind = measurer.device.type
-    with torch.random.fork_rng([measurer.device] if kind == "cuda" else []), torch.autocast(kind, enabled=False):
+    forked = torch.random.fork_rng([measurer.device] if kind == "cuda" else [])
+    with forked, torch.autocast(kind, enabled=False), torch.inference_mode(False):
         found = measurer.measure(distinct(uses))
     layers = [summed(use, found, measurer.packing.accumulation) for use in uses]
     choice, step, expected, by_layers, remarks = _decided(layers, measurer, step, trial)

@@ -147,3 +147,18 @@ def test_the_dense_product_refuses_a_wrong_shape(name):
     given[name] = given[name][:-1]
     with pytest.raises(ShapeError, match=rf"^{name} has shape"):
         dense.product(problem, given["a"], Operands(given["a"], given["b"], given["out"], given["bias"]))
+
+
+def test_the_scales_of_a_dense_fp8_product_on_a_gpu_are_fp32_whatever_the_default_dtype_is(monkeypatch):
+    class OnCuda(torch.Tensor):
+        device = torch.device("cuda")
+
+    seen = []
+    monkeypatch.setattr(torch, "_scaled_mm", lambda left, right, *scales, **_: seen.extend(scales))
+    codes = torch.zeros(16, 16, dtype=torch.float8_e4m3fn).as_subclass(OnCuda)
+    torch.set_default_dtype(BF16)
+    try:
+        dense._fp8_product(codes, codes, torch.empty(16, 16, dtype=BF16))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert [(one.dtype, float(one)) for one in seen] == [(torch.float32, 1.0)] * 2

@@ -297,3 +297,30 @@ def test_a_step_shorter_than_what_its_layers_save_is_said_and_predicts_nothing(m
     found, plan = choices(None, Times(ms))
     assert set(found) == {"2:4"} and plan.step is plan.predicted_ms is None
     assert f"A step of {ms:g} ms cannot be this model's, as its layers would save 64 ms." in " ".join(str(plan).split())
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["the model", "a layer"])
+def test_a_step_in_compiled_code_is_not_tried(monkeypatch: pytest.MonkeyPatch, whole: bool) -> None:
+    """Each swap would compile anew, until torch.compile gives up and leaves the user's dense step eager, too."""
+    net = Net(monkeypatch, each=-2.0)
+    if whole:
+        compiled = torch.compile(net.model, backend="eager")
+    else:
+        net.model[0].compile(backend="eager")
+        compiled = net.model
+
+    def step() -> None:
+        compiled(torch.ones(8, 32)).sum().backward()
+
+    with pytest.raises(PlanError, match="compiled code, which each swap would compile anew: plan with mode='compiled'"):
+        tried(net.model, step, [{"0": PLAIN}])
+    assert not net.swapped() and not any(layer._forward_pre_hooks for layer in net.model)
+
+
+def test_a_step_without_an_optimizer_causes_no_warning_about_a_schedule(
+    monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    net = Net(monkeypatch, each=-1.0)
+    monkeypatch.setattr(timing, "_run", lambda call, count: [call() for _ in range(count)] and 5.0 * count)
+    tried(net.model, lambda: net.model(torch.ones(8, 32)).sum().backward(), [{"0": PLAIN}])
+    assert not recwarn.list

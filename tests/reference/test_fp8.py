@@ -139,3 +139,12 @@ def test_a_tensor_that_is_not_finite_becomes_nan_throughout(bad: float) -> None:
     x[2, 1] = bad
     multiplier = fp8.multiplier_for(fp8.largest_magnitude(x))
     assert fp8.dequantise(fp8.quantise(x, multiplier), 1 / multiplier).isnan().all()
+
+
+def test_codes_do_not_depend_on_the_default_dtype() -> None:
+    expected = fp8.encode(POSITIVE.float())
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert torch.equal(fp8.encode(POSITIVE.float()), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)

@@ -122,6 +122,12 @@ def checkpointed() -> tuple[nn.Module, str]:
     return model, ""
 
 
+def test_a_compiled_sequential_is_swapped_as_any_compiled_model() -> None:
+    """torch.compile says that its forward wraps the module, which is no function."""
+    model = torch.compile(nn.Sequential(nn.Linear(16, 16)), backend="eager")
+    assert list(sparsify(model).swapped) == ["_orig_mod.0"]
+
+
 @pytest.mark.parametrize("make", [compiled, checkpointed])
 def test_layers_inside_wrappers_answer_to_their_plain_names(make) -> None:
     model, _ = make()

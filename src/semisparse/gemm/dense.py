@@ -61,7 +61,7 @@ def _fp8_product(left: Tensor, right: Tensor, out: Tensor) -> None:
         out.copy_(left.float() @ right.float().mT)
         return
     # Made anew in each call: a tensor kept from a CUDA graph's capture would live in the memory of that graph.
-    one = torch.ones((), device=left.device)
+    one = left.new_ones((), dtype=torch.float32)
     # use_fast_accum=True would leave partial sums in the tensor cores, with fewer bits than fp32 has, over the whole
     # reduction. Tuning would then choose between products of different accuracy.
     torch._scaled_mm(

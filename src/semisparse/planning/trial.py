@@ -7,6 +7,7 @@ with the dense step of the same round, and has to be faster in most rounds: a ho
 
 import math
 import statistics
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -87,7 +88,7 @@ def tried(
         Milliseconds of the dense step, its median, and what each variant took beside it.
 
     Raises:
-        PlanError: model has semi-sparse layers; or step does not run its layers: it may replay a graph, or run a copy.
+        PlanError: model has semi-sparse layers; or step does not run its layers, or runs them in compiled code.
         Exception: What the swap or a step raises, unless a variant runs out of memory.
     """
     if sparse := semi_sparse_layers(model):
@@ -96,7 +97,7 @@ def tried(
     counts = [_calls(model, step, configs, pack) for configs in variants]
     dense: list[float] = []
     ratios: list[list[float]] = [[] for _ in variants]
-    with without_full_collections():
+    with without_full_collections(), _no_word_of_schedules():
         for _ in range(STEP_ROUNDS):
             dense.append(block_ms(step, dense_count))
             for ratio, count, configs in zip(ratios, counts, variants, strict=True):
@@ -110,8 +111,8 @@ def _calls(model: nn.Module, step: Call, configs: Configs, pack: Pack) -> int:
     """How many steps of a variant fill a block; 0 if it runs out of memory."""
     try:
         with training(model, step, configs, pack) as call:
-            if not _runs(model, call):
-                raise PlanError("step does not run the layers of model: it may replay a graph, or run a copy of model")
+            if why := _obstacle(model, call):
+                raise PlanError(why)
             return calls_per_block(call, STEP_BLOCK_SECONDS)
     except torch.OutOfMemoryError:
         return 0
@@ -151,15 +152,29 @@ def _make_dense(layer: nn.Linear) -> None:
         SemiSparseBase.to_dense(layer)
 
 
-def _runs(model: nn.Module, call: Call) -> bool:
-    """Whether call runs a semi-sparse layer of model."""
-    seen: list[bool] = []
-    handles = [
-        layer.register_forward_pre_hook(lambda *_: seen.append(True)) for layer in semi_sparse_layers(model).values()
-    ]
+def _obstacle(model: nn.Module, call: Call) -> str:
+    """Why call tells nothing about the semi-sparse layers of model; "" if it runs them eagerly."""
+    compiled: list[bool] = []
+
+    def hook(*_: object) -> None:
+        compiled.append(torch.compiler.is_compiling())
+
+    handles = [layer.register_forward_pre_hook(hook) for layer in semi_sparse_layers(model).values()]
     try:
         call()
     finally:
         for handle in handles:
             handle.remove()
-    return bool(seen)
+    if not compiled:
+        return "step does not run the layers of model: it may replay a graph, or run a copy of model"
+    if any(compiled):
+        return "step runs layers in compiled code, which each swap would compile anew: plan with mode='compiled'"
+    return ""
+
+
+@contextmanager
+def _no_word_of_schedules() -> Iterator[None]:
+    """Without a warning that the user, who has none, would not understand: that a step runs no optimizer."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"schedule\.step\(\) was called")
+        yield

@@ -132,4 +132,4 @@ def decode(codes: Tensor) -> Tensor:
 
 
 def _bits_of(value: float) -> int:
-    return int(torch.tensor(value).view(torch.int32))
+    return int(torch.tensor(value, dtype=torch.float32, device="cpu").view(torch.int32))

@@ -80,7 +80,9 @@ def _functions(value: Any) -> Iterator[Callable[..., Any]]:
     value = getattr(value, "__func__", value)
     if not inspect.isfunction(value):
         return
-    value = inspect.unwrap(value)
+    unwrapped = inspect.unwrap(value)
+    if inspect.isfunction(unwrapped):  # torch.compile's forward of an nn.Sequential wraps a module
+        value = unwrapped
     yield value
     for cell in value.__closure__ or ():  # a decorator without functools.wraps holds the method it wraps
         try:
