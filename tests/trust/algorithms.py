@@ -1,6 +1,7 @@
 """B2: every algorithm of the library over many shapes, again and again; what is wrong once is listed."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -66,46 +67,82 @@ def run(machine: Machine, part: Part, every: int = 1, repeats: int = REPEATS) ->
     verdict = machine.engine.available(machine.device)
     if not verdict.ok:
         raise NotHere(verdict.reason)
-    listed: list[dict[str, Any]] = []
-    missed: list[str] = []
-    refused: list[str] = []
-    in_time, done, products = part.share(0.75), 0, 0
-    part.details["listed"] = listed
-    todo = list(enumerate(SHAPES))[::every]
+    found, in_time, todo = Found(), part.share(0.75), list(enumerate(SHAPES))[::every]
+    part.details["listed"] = found.listed
     for at, shape in todo:
         if not in_time():
             break
         for problem in of_shape(at, shape):
-            if problem.dtype is FP8 and not _has_fp8(machine):
-                continue
-            try:
-                wrong, count = _wrong(machine, problem, repeats)
-            except EngineError as error:
-                refused.append(f"{problem}: {error}")
-                continue
-            products += count
-            listed += [_entry(machine, problem, number, times, repeats) for number, times in wrong.items()]
-            missed += [f"{number} of {problem}" for number in _not_refused(machine, problem, list(wrong))]
-        done += 1
-        part.details["shapes"] = done
-        part.changed()
-    part.add(Row("B2", "shapes, with all algorithms", f"of {len(todo)}", done, min(WANTED, len(todo)), "at least"))
-    size, names = f"{products} products", [f"{one['algorithm']} of {one['problem']}" for one in listed]
-    part.add(
-        Row("B2", "algorithms that were wrong once or more, and are listed", size, len(listed), None, "reported", names)
-    )
-    part.add(Row("B2", "listed algorithms that the autotuner's checks let pass", size, len(missed), faults=missed))
-    part.add(Row("B2", "products that the library refuses", f"of {done} shapes", len(refused), 0, faults=refused))
-    _shipped(machine, part, repeats, {(kind, number) for kind, number in _kinds(listed)}, list(shipped()))
+            if in_time() and (problem.dtype is not FP8 or _has_fp8(machine)):
+                with part.attempt(str(problem)):
+                    _look(machine, problem, repeats, found, in_time)
+        found.shapes += in_time()
+        part.renew(found.rows(len(todo)))
+    part.renew(found.rows(len(todo)))
+    _shipped(machine, part, repeats, {(kind, number) for kind, number in _kinds(found.listed)}, list(shipped()))
 
 
-def _wrong(machine: Machine, problem: Problem, repeats: int) -> tuple[dict[int, int], int]:
+@dataclass
+class Found:
+    """What is known of the algorithms.
+
+    Attributes:
+        shapes: That were looked at.
+        products: That ran.
+        kinds: How many problems.
+        listed: Algorithms that were wrong once or more.
+        missed: Those of them that the autotuner's checks let pass.
+        refused: Products that the library refuses.
+    """
+
+    shapes: int = 0
+    products: int = 0
+    kinds: int = 0
+    listed: list[dict[str, Any]] = field(default_factory=list)
+    missed: list[str] = field(default_factory=list)
+    refused: list[str] = field(default_factory=list)
+
+    def rows(self, of: int) -> list[Row]:
+        """As lines of the table; of: shapes there are."""
+        size = f"{self.products} products of {self.kinds} problems"
+        names = [f"{one['algorithm']} of {one['problem']}" for one in self.listed]
+        wrong, refused = "algorithms that were wrong once or more, and are listed", "products that the library refuses"
+        return [
+            Row("B2", "shapes, with all algorithms", f"of {of}", self.shapes, min(WANTED, of), "at least"),
+            Row("B2", wrong, size, len(self.listed), None, "reported", names),
+            Row(
+                "B2",
+                "listed algorithms that the autotuner's checks let pass",
+                size,
+                len(self.missed),
+                0,
+                faults=self.missed,
+            ),
+            Row("B2", refused, f"of {self.shapes} shapes", len(self.refused), 0, faults=self.refused),
+        ]
+
+
+def _look(machine: Machine, problem: Problem, repeats: int, found: Found, in_time: Callable[[], bool]) -> None:
+    """Run all algorithms of a problem, or as many as there is time for."""
+    try:
+        wrong, count = _wrong(machine, problem, repeats, in_time)
+    except EngineError as error:
+        found.refused.append(f"{problem}: {error}")
+        return
+    found.products, found.kinds = found.products + count, found.kinds + 1
+    found.listed += [_entry(machine, problem, number, times, repeats) for number, times in wrong.items()]
+    found.missed += [f"{number} of {problem}" for number in _not_refused(machine, problem, list(wrong))]
+
+
+def _wrong(machine: Machine, problem: Problem, repeats: int, in_time: Callable[[], bool]) -> tuple[dict[int, int], int]:
     """Algorithm -> how many of its runs were wrong, for those with any; and how many products ran."""
     a, b, out, bias = machine.operands(problem)
     right = product(problem, a, b, bias, torch.float32).to(problem.out_dtype)
     operands = Operands(machine.engine.compress(a), b, out, bias)
     counts: dict[int, torch.Tensor] = {}
     for algorithm in machine.engine.algorithms(problem, machine.index):
+        if not in_time():
+            break
         counts[algorithm] = _runs(machine, problem, algorithm, operands, right, repeats)
     machine.engine.release(problem, machine.index)
     known = {number: count for number, count in counts.items() if count is not None}
@@ -144,9 +181,8 @@ def _has_fp8(machine: Machine) -> bool:
 
 
 def _entry(machine: Machine, problem: Problem, algorithm: int, times: int, repeats: int) -> dict[str, Any]:
-    gpu = machine.engine.runtime.identity(machine.index)["gpu"]
     version = machine.engine.available(machine.device).version
-    key = {"gpu": gpu, "cusparselt": version, **problem.key()}
+    key = {**machine.engine.runtime.identity(machine.index), "cusparselt": version, **problem.key()}
     return {"algorithm": algorithm, "wrong": times, "runs": repeats, "problem": str(problem), "key": key}
 
 
@@ -180,16 +216,21 @@ def _shipped(
     part.add(
         Row("B2", "shipped choices that name a listed algorithm", f"{len(here)} choices", len(named), faults=named)
     )
-    wrong, done = [], 0
+    wrong, ran, own = (
+        [],
+        0,
+        part.add(Row("B2", "shipped choices that were run", f"of {len(here)}", 0, len(here), "at least")),
+    )
     for problem, number in here:
         if part.left() <= 0:
             break
-        a, b, out, bias = machine.operands(problem)
-        right = product(problem, a, b, bias, torch.float32).to(problem.out_dtype)
-        count = _runs(machine, problem, number, Operands(machine.engine.compress(a), b, out, bias), right, repeats)
-        machine.engine.release(problem, machine.index)
-        wrong += [f"{number} for {problem}"] if count is None or int(count) else []
-        done += 1
-    part.add(Row("B2", "shipped choices that were run", f"of {len(here)}", done, len(here), "at least"))
-    size = f"{done} choices, {repeats} runs each"
+        with part.attempt(f"{number} for {problem}"):
+            a, b, out, bias = machine.operands(problem)
+            right = product(problem, a, b, bias, torch.float32).to(problem.out_dtype)
+            count = _runs(machine, problem, number, Operands(machine.engine.compress(a), b, out, bias), right, repeats)
+            machine.engine.release(problem, machine.index)
+            wrong += [f"{number} for {problem}"] if count is None or int(count) else []
+            ran += 1
+        own.figure = ran
+    size = f"{ran} choices, {repeats} runs each"
     part.add(Row("B2", "shipped choices whose own product was wrong", size, len(wrong), faults=wrong))

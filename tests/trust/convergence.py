@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import semisparse
 from semisparse.config import SparseConfig
+from semisparse.exactness import ERROR_RATIO
 from semisparse_lab.models.gpt import GPTConfig, build_gpt
 from semisparse_lab.models.vit import ViTConfig, build_model
 from tests.trust.machine import Machine, differing
@@ -75,13 +76,14 @@ class Run:
         machine: Where.
         subject: What.
         seed: Of initial weights and data.
-        backend: Of the sparse layers.
+        backend: Of the sparse layers; None for none.
     """
 
     def __init__(self, machine: Machine, subject: Subject, seed: int, backend: Any) -> None:
         self.machine, self.subject, self.backend = machine, subject, backend
         self.model = subject.build(seed)
-        semisparse.sparsify(self.model, SparseConfig(backend=backend), select="mlp")
+        if backend is not None:
+            semisparse.sparsify(self.model, SparseConfig(backend=backend), select="mlp")
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3)
         self.generator = torch.Generator().manual_seed(seed)
         self.losses: list[Tensor] = []
@@ -133,28 +135,113 @@ def run(machine: Machine, part: Part, steps: int = STEPS, seeds: int = SEEDS) ->
         seeds: Of each model.
     """
     machine.tune_quickly()
+    rows: list[Row] = []
     for subject in subjects(machine):
-        gaps, curves, done = [], [], 0
+        with part.attempt(f"{subject.name}, first step"):
+            worse = _first_step(machine, subject)
+            what = f"{subject.name}: error of the first gradients against fp64, in units of masked dense's"
+            rows.append(Row("B8", what, "all parameters", worse, ERROR_RATIO))
+        found = Curves(subject.name, steps, seeds)
         for seed in range(seeds):
             if part.left() <= 0:
                 break
-            pair = [Run(machine, subject, seed, backend) for backend in (machine.backend, "dense")]
-            for one in pair:
-                one.train(steps)
-            found = [one.curve() for one in pair]
-            gaps.append(apart(*found))
-            curves.append(found[0])
-            done += 1
-        size = f"{done} of {seeds} seeds, {steps} steps each"
-        part.add(Row("B8", f"{subject.name}: seeds", size, done, seeds, "at least"))
-        if not curves:
-            continue
-        what = f"{subject.name}: sparse products against masked dense, distance of losses by what is allowed"
-        part.add(Row("B8", what, size, max(gaps), 1))
-        learned = min(float(curve[-1] / curve[0]) for curve in curves)
-        part.add(Row("B8", f"{subject.name}: last loss over first", size, learned, None, "reported"))
-        wrong = _resumed(machine, subject, steps)
-        part.add(Row("B8", f"{subject.name}: parameters that differ after resuming", f"{steps} steps", wrong))
+            with part.attempt(f"{subject.name}, seed {seed}"):
+                found.add(
+                    [_curve(machine, subject, seed, steps, backend) for backend in (machine.backend, "dense", None)]
+                )
+            part.renew([*rows, *found.rows()])
+        rows += found.rows()
+        if part.left() > 0:
+            with part.attempt(f"{subject.name}, resumed"):
+                wrong = _resumed(machine, subject, steps)
+                what = f"{subject.name}: parameters that differ after resuming at step {steps // 2}"
+                rows.append(Row("B8", what, f"{steps} steps", wrong))
+        else:
+            rows.append(Row("B8", f"{subject.name}: runs that were resumed", "no time was left", 0, 1, "at least"))
+        part.renew(rows)
+
+
+def _curve(machine: Machine, subject: Subject, seed: int, steps: int, backend: Any) -> Tensor:
+    one = Run(machine, subject, seed, backend)
+    one.train(steps)
+    return one.curve()
+
+
+class Curves:
+    """The losses of one model.
+
+    Args:
+        name: Of the model.
+        steps: Of each run.
+        seeds: That are asked for.
+    """
+
+    def __init__(self, name: str, steps: int, seeds: int) -> None:
+        self.name, self.steps, self.seeds = name, steps, seeds
+        self.found: list[list[Tensor]] = []
+
+    def add(self, curves: list[Tensor]) -> None:
+        """Those of one seed: sparse products, masked dense, and no mask."""
+        self.found.append(curves)
+
+    def rows(self) -> list[Row]:
+        """As lines of the table."""
+        size = f"{len(self.found)} of {self.seeds} seeds, {self.steps} steps each"
+        rows = [Row("B8", f"{self.name}: seeds", size, len(self.found), self.seeds, "at least")]
+        if not self.found:
+            return rows
+        far = f"{self.name}: sparse products against masked dense, distance of losses by what is allowed"
+        rows.append(Row("B8", far, size, max(apart(ours, dense) for ours, dense, _ in self.found), 1))
+        last = torch.stack([torch.stack([curve[-1] for curve in curves]) for curves in self.found])  # seeds x kinds
+        if len(last) > 1:
+            gap = f"{self.name}: mean gap of last losses, in units of two standard deviations between seeds"
+            rows.append(Row("B8", gap, size, mean_gap(last[:, 0], last[:, 1]), 1))
+        learned = min(float(curves[0][-1] / curves[0][0]) for curves in self.found)
+        rows.append(Row("B8", f"{self.name}: last loss over first", size, learned, None, "reported"))
+        against = float((last[:, 0] / last[:, 2]).mean())
+        rows.append(
+            Row("B8", f"{self.name}: last loss of 2:4 over that without a mask", size, against, None, "reported")
+        )
+        return rows
+
+
+def mean_gap(ours: Tensor, other: Tensor) -> float:
+    """How far the means are apart, in units of two standard deviations, which both share; inf where one is not finite.
+
+    Args:
+        ours: Of at least two seeds.
+        other: Of the same seeds.
+    """
+    gap, spread = float((ours - other).mean().abs()), float(((ours.var() + other.var()) / 2).sqrt())
+    if gap == 0:
+        return 0.0
+    return gap / (2 * spread) if spread > 0 and gap < float("inf") else float("inf")
+
+
+def _first_step(machine: Machine, subject: Subject) -> float:
+    """The error of all gradients of the first step as one vector, against fp64, over that of masked dense."""
+    inputs, targets = subject.batch(torch.Generator().manual_seed(0))
+    exact = Run(machine, subject, 0, "dense")
+    exact.model.double()
+    right = _gradients(exact, inputs.double() if inputs.is_floating_point() else inputs, targets)
+    errors = []
+    for backend in (machine.backend, "dense"):
+        one = Run(machine, subject, 0, backend)
+        with torch.autocast(machine.device.type, torch.bfloat16):
+            found = _gradients(one, inputs, targets)
+        errors.append(
+            sum(float((ours.double() - other).square().sum()) for ours, other in zip(found, right, strict=True))
+        )
+    ours, dense = errors
+    return (ours / dense) ** 0.5 if dense else float("inf") if ours else 0.0
+
+
+def _gradients(run: Run, inputs: Tensor, targets: Tensor) -> list[Tensor]:
+    with sdpa_kernel(SDPBackend.MATH):
+        outputs = run.model(inputs)
+        outputs = outputs if outputs.dtype is torch.float64 else outputs.float()
+        loss = F.cross_entropy(outputs.flatten(0, -2), targets.flatten())
+        return list(torch.autograd.grad(loss, list(run.model.parameters())))
 
 
 def _resumed(machine: Machine, subject: Subject, steps: int) -> int:

@@ -58,9 +58,11 @@ def run(machine: Machine, part: Part, runs: int = RUNS, shapes: tuple[tuple[int,
     """
     machine.tune_quickly()
     subjects = [Subject(machine, case, shape) for case in cases(machine, NAMES) for shape in shapes]
-    _streams(machine, part, subjects, runs)
-    _threads(machine, part, subjects)
-    with _deterministic():
+    with part.attempt("streams"):
+        _streams(machine, part, subjects, runs)
+    with part.attempt("threads"):
+        _threads(machine, part, subjects)
+    with part.attempt("deterministic mode"), _deterministic():
         _again(machine, part, [Subject(machine, case, shapes[0]) for case in cases(machine, NAMES)])
 
 
@@ -71,6 +73,17 @@ def _streams(machine: Machine, part: Part, subjects: list[Subject], runs: int) -
     found: list[dict[str, Tensor]] = [{name: one.clone() for name, one in counts.items()} for _ in streams]
     machine.wait()
     done = 0
+    rounds = part.add(Row("B3", "rounds on four streams", f"of {runs}", 0, runs, "at least"))
+    bits = part.add(Row("B3", "layers with other bits on a stream", "", None))
+
+    def tell() -> None:
+        machine.wait()
+        totals = {name: sum(int(one[name]) for one in found) for name in counts}
+        faults = [f"{name}: {total} results" for name, total in totals.items() if total]
+        bits.size = f"{len(subjects)} layers, {done * STREAMS} steps each on {STREAMS} streams"
+        rounds.figure, bits.figure, bits.faults = done, len(faults), faults
+        part.changed()
+
     for turn in range(runs):
         if not in_time():
             break
@@ -80,11 +93,9 @@ def _streams(machine: Machine, part: Part, subjects: list[Subject], runs: int) -
                     churn(machine, turn + at)
                     found[at][subject.name] += subject.wrong()
         done += 1
-    machine.wait()
-    faults = [f"{name}: {total} results" for name in counts if (total := sum(int(one[name]) for one in found))]
-    size = f"{len(subjects)} layers, {done * STREAMS} steps each on {STREAMS} streams"
-    part.add(Row("B3", "rounds on four streams", f"of {runs}", done, runs, "at least"))
-    part.add(Row("B3", "layers with other bits on a stream", size, len(faults), faults=faults))
+        if done % 25 == 0:
+            tell()
+    tell()
 
 
 def _threads(machine: Machine, part: Part, subjects: list[Subject]) -> None:
@@ -106,7 +117,8 @@ def _threads(machine: Machine, part: Part, subjects: list[Subject]) -> None:
     size = f"{sum(done)} steps of {THREADS} threads"
     part.add(Row("B3", "steps of eight threads with other bits, or an error", size, len(faults) + len(raised),
                  faults=[*raised, *faults]))  # fmt: skip
-    part.add(Row("B3", "steps of the slowest thread", f"of {OF_A_THREAD * len(subjects)}", min(done), 1, "at least"))
+    most = OF_A_THREAD * len(subjects)
+    part.add(Row("B3", "steps of the slowest thread", f"of {most}", min(done), most, "at least"))
 
 
 def together(works: list[Callable[[], Any]]) -> list[str]:

@@ -45,6 +45,11 @@ class Machine:
         verdict = available(self.device)
         return "cusparselt" if verdict.ok else "dense"
 
+    def why_not_sparse(self) -> str:
+        """Why there are no sparse products; "" if there are."""
+        verdict = self.engine.available(self.device)
+        return "" if verdict.ok else verdict.reason
+
     def tune_quickly(self) -> None:
         """Let the autotuner take TUNING_SECONDS a problem in this process."""
         autotuner()._seconds = TUNING_SECONDS

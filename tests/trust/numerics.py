@@ -17,6 +17,7 @@ from semisparse.reference import masks, mvue
 from semisparse.selfcheck.operands import SEED
 from tests.trust.cases import Case, cases, fill, make_layer, normal, step, whole, whole_sums
 from tests.trust.machine import Machine
+from tests.trust.noise import Noise, decibels
 from tests.trust.outcome import Part, Row
 
 Shape = tuple[int, int, int]
@@ -35,8 +36,10 @@ FEATURES = (
     (16, 16), (48, 80), (80, 48), (112, 144), (144, 112), (128, 256), (240, 272), (272, 240), (64, 2048), (2048, 32),
     (528, 1040), (1008, 336),
 )  # fmt: skip
-UNALIGNED = tuple(itertools.product((1, 13, 200, 1001), ((20, 36), (100, 48), (64, 52))))
-"""Multiples of 4 alone, which 16-bit layers compute masked dense."""
+UNALIGNED = tuple(
+    itertools.product((1, 13, 200, 1001), ((8, 12), (20, 36), (24, 40), (100, 48), (64, 52), (124, 132), (252, 260)))
+)
+"""Multiples of 4 and 8 alone, which 16-bit layers compute masked dense."""
 # ViT-B, ViT-L, Llama with 2048 features, Llama 7B, Llama 3 8B.
 FFN = ((768, 3072), (1024, 4096), (2048, 8192), (4096, 11008), (4096, 14336))
 
@@ -57,13 +60,17 @@ def shapes() -> list[Shape]:
 class Tally:
     """What was found of one kind of layer."""
 
-    name: str
+    case: Case
     ratio: float = 0.0
     checks: int = 0
     faults: list[str] = field(default_factory=list)
     inexact: int = 0
     integers: int = 0
     inexact_faults: list[str] = field(default_factory=list)
+    noise: Noise = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.noise = Noise(self.case)
 
 
 def run(machine: Machine, part: Part, every: int = 1, chosen: Sequence[Shape] | None = None) -> None:
@@ -75,7 +82,7 @@ def run(machine: Machine, part: Part, every: int = 1, chosen: Sequence[Shape] | 
         every: One shape in as many.
         chosen: Instead of all shapes.
     """
-    tallies = {case.name: Tally(case.name) for case in cases(machine)}
+    tallies = {case.name: Tally(case) for case in cases(machine)}
     todo, done = (list(chosen) if chosen is not None else shapes())[::every], 0
     # Every shape would be tuned; algorithms are compared in algorithms.py.
     with mock.patch.dict(os.environ, {VARIABLE: "0"}), whole_sums():
@@ -83,7 +90,8 @@ def run(machine: Machine, part: Part, every: int = 1, chosen: Sequence[Shape] | 
             if part.left() <= 0:
                 break
             for case in cases(machine, (*ALWAYS, IN_TURN[at % len(IN_TURN)])):
-                _check(machine, case, shape, bias=bool((at + at // 5) % 3), tally=tallies[case.name])
+                with part.attempt(f"{case.name} at {shape}"):
+                    _check(machine, case, shape, at, tallies[case.name])
             done += 1
             if done % 10 == 0:
                 _tell(part, done, len(todo), list(tallies.values()))
@@ -92,19 +100,22 @@ def run(machine: Machine, part: Part, every: int = 1, chosen: Sequence[Shape] | 
 
 def _tell(part: Part, done: int, of: int, tallies: Sequence[Tally]) -> None:
     """Replace the rows by what was found up to now."""
-    part.rows[:] = [Row("B1", "shapes", f"of {of}", done, min(WANTED, of), "at least")]
+    rows = [Row("B1", "shapes", f"of {of}", done, min(WANTED, of), "at least")]
     for tally in tallies:
+        name = tally.case.name
         if tally.checks:
-            what = f"{tally.name}: largest error, in units of PyTorch's"
-            part.rows.append(Row("B1", what, f"{tally.checks} results", tally.ratio, ERROR_RATIO, faults=tally.faults))
+            what = f"{name}: largest error, in units of PyTorch's"
+            rows.append(Row("B1", what, f"{tally.checks} results", tally.ratio, ERROR_RATIO, faults=tally.faults))
+        rows += tally.noise.rows()
         if tally.integers:
-            what, size = f"{tally.name}: results of whole numbers that differ in a bit", f"{tally.integers} results"
-            part.rows.append(Row("B1", what, size, tally.inexact, faults=tally.inexact_faults))
-    part.changed()
+            what, size = f"{name}: results of whole numbers that differ in a bit", f"{tally.integers} results"
+            rows.append(Row("B1", what, size, tally.inexact, faults=tally.inexact_faults))
+    part.renew(rows)
 
 
-def _check(machine: Machine, case: Case, shape: Shape, bias: bool, tally: Tally) -> None:
-    m, k, n = shape
+def _check(machine: Machine, case: Case, shape: Shape, at: int, tally: Tally) -> None:
+    """Compare one step with fp64, and one of whole numbers bit for bit; bias and layouts change with the number at."""
+    (m, k, n), bias = shape, bool((at + at // 5) % 3)
     aligned = k % 16 == 0 and n % 16 == 0
     if case.fp8:
         k, n = (-(-size // case.multiple) * case.multiple for size in (k, n))
@@ -113,7 +124,9 @@ def _check(machine: Machine, case: Case, shape: Shape, bias: bool, tally: Tally)
     fill(machine, layer, integers=False)
     x, dy = (normal(machine, m, size, seed=at, dtype=case.dtype) for at, size in ((5, k), (6, n)))
     ours = step(layer, x, dy)
-    for name, mine, torchs, exact in zip(NAMES, ours, *_yardstick(machine, case, layer, x, dy), strict=False):
+    same, exacts = (list(one) for one in _yardstick(machine, case, layer, x, dy))
+    _noise(tally.noise, layer, x, dy, where, ours, exacts, sparse=aligned or case.fp8)
+    for name, mine, torchs, exact in zip(NAMES, ours, same, exacts, strict=False):
         if exact is None:
             continue
         error, allowed = largest(mine.double() - exact), ERROR_RATIO * own_error(torchs, exact)
@@ -126,11 +139,53 @@ def _check(machine: Machine, case: Case, shape: Shape, bias: bool, tally: Tally)
         return  # what is kept of a sample is scaled, so that it is no whole number
     fill(machine, layer, integers=True)
     x, dy = (whole(machine, m, size, seed=at, dtype=case.dtype) for at, size in ((5, k), (6, n)))
-    for name, mine, right in zip(NAMES, step(layer, x, dy), _whole(case, layer, x, dy), strict=False):
+    found = step(layer, arranged(x, at), arranged(dy, at // len(ARRANGEMENTS)))
+    for name, mine, right in zip(NAMES, found, _whole(case, layer, x, dy), strict=False):
         tally.integers += 1
         if not torch.equal(mine + 0.0, right + 0.0):  # a zero's sign depends on the order of summation
             tally.inexact += 1
             tally.inexact_faults.append(f"{name} at {where}: {int((mine != right).sum())} values")
+
+
+def _noise(
+    noise: Noise, layer: nn.Linear, x: Tensor, dy: Tensor, where: str, ours: Sequence[Tensor],
+    exacts: Sequence[Tensor | None], sparse: bool,
+) -> None:  # fmt: skip
+    """Put the noise of all results into levels; exacts: as _yardstick has them. sparse: dW may be of a sample."""
+    case, bias = noise.case, None if layer.bias is None else layer.bias.detach()
+    plain = list(_plain(case, layer, x, dy, torch.float64)) if case.fp8 or case.sampled else []
+    operands = {"y": (x, layer.weight), "dx": (dy, layer.weight), "dW": (dy, x)}
+    for at, (name, mine, exact) in enumerate(zip(NAMES, ours, exacts, strict=False)):
+        place = f"{name} at {where}"
+        if exact is not None and case.fp8 and name != "db":
+            noise.codes.add(decibels(mine, exact), place)
+        elif exact is not None:
+            noise.in_16_bits(name, mine, exact, bias, place)
+        if name == "dW" and case.sampled and sparse:
+            noise.sampled(mine, _given(plain[at]), dy, place)
+        elif case.fp8 and name != "db":
+            noise.in_fp8(mine, _given(plain[at]), operands[name], place)
+
+
+def _given(tensor: Tensor | None) -> Tensor:
+    assert tensor is not None
+    return tensor
+
+
+ARRANGEMENTS = ("as it is", "turned", "every second row", "behind another number")
+
+
+def arranged(matrix: Tensor, turn: int) -> Tensor:
+    """The same numbers laid out in another way: layers take any strides and addresses."""
+    rows, columns = matrix.shape
+    match ARRANGEMENTS[turn % len(ARRANGEMENTS)]:
+        case "turned":
+            return matrix.mT.contiguous().mT
+        case "every second row":
+            return matrix.new_zeros(2 * rows, columns).copy_(matrix.repeat_interleave(2, 0))[::2]
+        case "behind another number":  # at an address that is a multiple of 2 alone
+            return torch.cat([matrix.new_ones(1), matrix.flatten()])[1:].view(rows, columns)
+    return matrix
 
 
 Results = Iterator[Tensor | None] | Sequence[Tensor | None]

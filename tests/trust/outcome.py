@@ -3,7 +3,7 @@
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,6 +15,15 @@ from semisparse.gemm.autotune.algorithm import one_line
 FILE = "trust.json"
 MOST_FAULTS = 20
 """Descriptions of faults that a row keeps; its figure counts all of them."""
+
+MOST_RAISED = 50
+"""Cases that may raise before a part ends: after some errors of CUDA all others do."""
+
+ITEMS = {
+    "numerics": "B1", "algorithms": "B2", "determinism": "B3", "sanitizer": "B4", "graphs": "B5", "leaks": "B7",
+    "convergence": "B8", "soak": "C1",
+}  # fmt: skip
+"""What each part is called in the plan."""
 
 Rule = Literal["at most", "at least", "reported"]
 
@@ -83,6 +92,8 @@ class Part:
     outcome: str = "running"
     reason: str = ""
     took: float = 0.0
+    cases: int = 0
+    raised: list[str] = field(default_factory=list)
     begin: float = field(init=False)
 
     def __post_init__(self) -> None:
@@ -94,9 +105,37 @@ class Part:
         self.changed()
         return row
 
+    def renew(self, rows: Iterable[Row]) -> None:
+        """Replace the rows by what was found up to now."""
+        self.rows[:] = rows
+        self.changed()
+
+    @contextmanager
+    def attempt(self, what: str) -> Iterator[None]:
+        """One case of many: what it raises is recorded, and the next one can run.
+
+        Args:
+            what: The case, in reports.
+        """
+        self.cases += 1
+        try:
+            yield
+        except NotHere:
+            raise
+        except Exception as error:
+            self.raised.append(f"{what}: {one_line(error)}")
+            self.changed()
+
     def left(self) -> float:
-        """Seconds of the budget that are left."""
-        return self.seconds - (self.clock() - self.begin)
+        """Seconds of the budget that are left; none after MOST_RAISED errors."""
+        return self.seconds - (self.clock() - self.begin) if len(self.raised) < MOST_RAISED else 0.0
+
+    def all_rows(self) -> list[Row]:
+        """The rows, and one for the cases that raised."""
+        if not self.cases:
+            return self.rows
+        item = ITEMS.get(self.name, "B")
+        return [*self.rows, Row(item, "cases that raised", f"of {self.cases}", len(self.raised), faults=self.raised)]
 
     def share(self, of: float) -> Callable[[], bool]:
         """Whether a share of the whole budget is left, from now on.
@@ -105,14 +144,28 @@ class Part:
             of: From 0 to 1.
         """
         end = self.clock() + of * self.seconds
-        return lambda: self.clock() < end
+        return lambda: self.clock() < end and len(self.raised) < MOST_RAISED
 
     def document(self) -> dict[str, Any]:
         """As JSON values."""
         return {
             "name": self.name, "outcome": self.outcome, "reason": self.reason, "budget": self.seconds,
-            "seconds": round(self.took, 1), "rows": [row.document() for row in self.rows], **self.details,
+            "seconds": round(self.took or self.clock() - self.begin, 1),
+            "rows": [row.document() for row in self.all_rows()], **self.details,
         }  # fmt: skip
+
+
+def write(path: Path, quick: bool, provenance: dict[str, Any], parts: Sequence[dict[str, Any]]) -> None:
+    """Write the file of a run anew; a reader never sees half of it.
+
+    Args:
+        path: Of the file.
+        quick: Whether sizes were cut.
+        provenance: Machine, versions and commit.
+        parts: As Part.document gives them.
+    """
+    document = {"kind": "trust", "quick": quick, "provenance": provenance, "parts": list(parts)}
+    write_atomically(path, json.dumps(document, indent=1, allow_nan=False).encode() + b"\n")
 
 
 class Record:
@@ -130,11 +183,7 @@ class Record:
 
     def save(self) -> None:
         """Write the file anew; a reader never sees half of it."""
-        document = {
-            "kind": "trust", "quick": self._quick, "provenance": self._provenance,
-            "parts": [part.document() for part in self.parts],
-        }  # fmt: skip
-        write_atomically(self.path, json.dumps(document, indent=1, allow_nan=False).encode() + b"\n")
+        write(self.path, self._quick, self._provenance, [part.document() for part in self.parts])
 
     @contextmanager
     def part(self, name: str, seconds: float) -> Iterator[Part]:
@@ -148,10 +197,14 @@ class Record:
             part.outcome, part.reason = "skipped", str(reason)
         except Exception as error:  # a part that fails must not hide the others
             part.outcome, part.reason = "raised", one_line(error)
-        part.took = part.clock() - part.begin
-        self.save()
+        except BaseException as error:  # the program is being ended
+            part.outcome, part.reason = "raised", f"ended by {one_line(error)}"
+            raise
+        finally:
+            part.took = part.clock() - part.begin
+            self.save()
 
     @property
     def passed(self) -> bool:
         """Whether nothing raised and all figures keep to their limits."""
-        return all(part.outcome != "raised" and all(row.passed for row in part.rows) for part in self.parts)
+        return all(part.outcome != "raised" and all(row.passed for row in part.all_rows()) for part in self.parts)

@@ -27,8 +27,13 @@ def merged(record: Document | None, runs: Sequence[Document]) -> Document:
     for run in runs:
         if run.get("kind") != "trust" or run.get("quick") is not False:
             raise ValueError(f"kind {run.get('kind')!r}, quick {run.get('quick')!r}: no whole run of the trust suite")
-        parts |= {part["name"]: {**part, "provenance": run["provenance"]} for part in run["parts"]}
+        parts |= {part["name"]: {**_ended(part), "provenance": run["provenance"]} for part in run["parts"]}
     return {"kind": "trust", "parts": list(parts.values())}
+
+
+def _ended(part: Document) -> Document:
+    """A part; one whose run was killed was not done."""
+    return {**part, "outcome": "raised", "reason": "the run was killed"} if part["outcome"] == "running" else part
 
 
 def table(record: Document | None) -> str:

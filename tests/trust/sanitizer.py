@@ -4,7 +4,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ import torch
 
 from semisparse import native
 from semisparse.gemm.autotune.autotuner import VARIABLE
+from tests.trust import apart
 from tests.trust.cases import CASES, cases, fill, make_layer, normal, step
 from tests.trust.guards import Guards, guarded
 from tests.trust.launches import EIGHT, LAYERS, SIXTEEN, Kernels, counted, entry_points
@@ -27,8 +27,19 @@ TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 RUNS = (*((tool, "kernels") for tool in TOOLS), ("memcheck", "layers"), ("initcheck", "layers"))
 """All tools over the Triton kernels; over layers, which run those of cuSPARSELt and cuBLAS too, what sees addresses."""
 
+# Of NVIDIA's manual. The callers that a report names are PyTorch's, and are left out. Python starts no other program
+# that uses the GPU. It takes longer to import PyTorch than the tool waits for a program by default.
+OPTIONS = (
+    "--print-limit", "10000", "--target-processes", "application-only", "--launch-timeout", "120",
+    "--show-backtrace", "device",
+)  # fmt: skip
+MORE = {"memcheck": ("--report-api-errors", "no")}  # PyTorch asks for attributes that a driver does not have
+
 PATIENCE = 150.0
 """Seconds for one run of a tool."""
+
+AT_ONCE = 3.0
+"""Seconds that Python needs at least to import PyTorch under a tool."""
 
 SUMMARY = re.compile(r"^=+ (?:ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: (\d+) hazard)", re.MULTILINE)
 _BANNERS = ("COMPUTE-SANITIZER", "ERROR SUMMARY", "RACECHECK SUMMARY", "LEAK SUMMARY", "Target application")
@@ -96,26 +107,38 @@ def run(machine: Machine, part: Part, folder: Path, runs: Sequence[tuple[str, st
     Raises:
         NotHere: There is no GPU, or no compute-sanitizer.
     """
-    guard(machine, part)
+    with part.attempt("guard zones"):
+        guard(machine, part)
     if not machine.cuda:
         raise NotHere("compute-sanitizer needs a GPU")
     tool, folder = find_tool(), folder / "sanitizer"
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     for mode in dict.fromkeys(mode for _, mode in runs):
         # Without a tool first: it compiles the kernels and measures the choices, which then are on disk.
-        output, result = program([], mode, folder, "warm", min(PATIENCE, max(part.left(), 1.0)))
-        if result is None:
-            raise RuntimeError(f"the program {mode} did not end: {output.strip()[-300:]}")
-        part.details[f"launched by {mode}"] = result
+        with part.attempt(f"{mode} without a tool"):
+            output, result = program([], mode, folder, "warm", min(PATIENCE, max(part.left(), 1.0)))
+            if result is None:
+                raise RuntimeError(f"it did not end: {' | '.join(output.strip().splitlines()[-2:])[-200:]}")
+            part.details[f"launched by {mode}"] = result
     for name, mode in runs:
         if part.left() <= 0:
             part.add(Row("B4", f"{name} over {mode}: runs", "no time was left", 0, 1, "at least"))
             continue
-        options = ["--report-api-errors", "no"] if name == "memcheck" else []
-        command = [tool, "--tool", name, "--print-limit", "10000", *options]
-        output, result = program(command, mode, folder, name, min(PATIENCE, part.left()))
-        for row in rows_of(name, mode, output, result):
-            part.add(row)
+        with part.attempt(f"{name} over {mode}"):
+            output, result = _with_tool(tool, name, mode, folder, part)
+            for row in rows_of(name, mode, output, result):
+                part.add(row)
+
+
+def _with_tool(tool: str, name: str, mode: str, folder: Path, part: Part) -> tuple[str, dict[str, object] | None]:
+    """As program; once more without options where a tool ends at once, as one does that does not know one of them."""
+    output, result, begin = "", None, part.left()
+    for options in ((*OPTIONS, *MORE.get(name, ())), ()):
+        command = [tool, "--tool", name, *options]
+        output, result = program(command, mode, folder, name, min(PATIENCE, max(part.left(), 1.0)))
+        if result is not None or begin - part.left() > AT_ONCE:
+            break
+    return output, result
 
 
 def rows_of(name: str, mode: str, output: str, result: dict[str, object] | None) -> list[Row]:
@@ -133,7 +156,9 @@ def rows_of(name: str, mode: str, output: str, result: dict[str, object] | None)
     reports = read(output)
     if result is None or reports.count is None:
         last = output.strip().splitlines()[-3:] or ["it printed nothing"]
-        return [Row("B4", f"{name} over {mode}: runs that ended", "of 1", 0, 1, "at least", [" | ".join(last)[-300:]])]
+        # After an access that the GPU itself refuses nothing else runs: what was reported before that says why.
+        faults = [" | ".join(last)[-300:], *(text[:300] for text in reports.texts)]
+        return [Row("B4", f"{name} over {mode}: runs that ended", "of 1", 0, 1, "at least", faults)]
     launches = result["launches"]
     assert isinstance(launches, dict)
     size = f"{len(launches)} kernels, {sum(launches.values())} launches by Python, {result['native']} products by C++"
@@ -173,12 +198,20 @@ def program(
         try:
             child.wait(seconds)
         except subprocess.TimeoutExpired:
-            os.killpg(child.pid, signal.SIGKILL)
-            child.wait()
             file.write(f"\nended after {seconds:.0f} s\n")
+        finally:  # where this program is told to end, too
+            apart.end(child)
         file.seek(0)
         output = file.read()
-    return output, json.loads(result.read_text(encoding="utf-8")) if result.exists() else None
+    return output, _written(result)
+
+
+def _written(file: Path) -> dict[str, object] | None:
+    try:
+        found: dict[str, object] = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # it was not written, or not to its end
+        return None
+    return found
 
 
 def guard(
@@ -197,23 +230,26 @@ def guard(
         eight: The same.
         shapes: Tokens, in_features and out_features of the layers.
     """
-    with guarded() as guards, counted() as counts:
-        Kernels(machine).run(sixteen, eight)
-        torn, kernels = guards.torn(), len(guards)
-    size = f"{kernels} buffers, {len(counts)} kernels, {sum(counts.values())} launches"
-    part.add(Row("B4", "buffers of kernels with a torn guard zone", size, torn))
-    torn, buffers, wrong = 0, 0, []
+    with part.attempt("kernels between guard zones"):
+        with guarded() as guards, counted() as counts:
+            Kernels(machine).run(sixteen, eight)
+            torn, kernels = guards.torn(), len(guards)
+        size = f"{kernels} buffers, {len(counts)} kernels, {sum(counts.values())} launches"
+        part.add(Row("B4", "buffers of kernels with a torn guard zone", size, torn))
+    torn, buffers, done, wrong = 0, 0, 0, []
     native.watch(1)  # Python allocates, not C++
     try:
         with mock.patch.dict(os.environ, {VARIABLE: "0"}):
             for case in cases(machine, tuple(CASES)):
                 for shape in shapes:
-                    guards, differ = _layer(machine, case.name, shape)
-                    torn, buffers = torn + guards.torn(), buffers + len(guards)
-                    wrong += [f"{case.name} at {shape}: {differ} results"] if differ else []
+                    with part.attempt(f"{case.name} at {shape}"):
+                        guards, differ = _layer(machine, case.name, shape)
+                        torn, buffers, done = torn + guards.torn(), buffers + len(guards), done + 1
+                        wrong += [f"{case.name} at {shape}: {differ} results"] if differ else []
     finally:
         native.watch(-1)
-    size = f"{buffers} buffers, {len(cases(machine))} kinds of layers, {len(shapes)} shapes"
+    kinds = len(cases(machine))
+    size = f"{buffers} buffers, {done} of {kinds} kinds of layers x {len(shapes)} shapes"
     part.add(Row("B4", "buffers of layers with a torn guard zone", size, torn))
     part.add(Row("B4", "layers whose bits depend on what lies around their buffers", size, len(wrong), faults=wrong))
 

@@ -2,8 +2,10 @@
 
 import random
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import torch
 
@@ -21,13 +23,16 @@ CYCLES = 500
 MOST = 1_000
 """Faults after which it ends."""
 
+WARM, EACH, POLL = 0.1, 10.0, 0.05
+"""The share of time that is the warm-up; seconds until results are written again, and until they are looked at."""
+
 SHAPES = (
     (64, 128, 256), (200, 256, 128), (513, 256, 512), (1000, 512, 256), (31, 512, 512), (1032, 128, 128),
 )  # fmt: skip
 
 
 def run(machine: Machine, part: Part, shapes: tuple[tuple[int, int, int], ...] = SHAPES, cycles: int = CYCLES) -> None:
-    """Run for the budget once all is set up; a tenth of it is the warm-up.
+    """Run for what is left of the budget once all is set up, at least half of it; a tenth is the warm-up.
 
     Args:
         machine: Where.
@@ -41,13 +46,19 @@ def run(machine: Machine, part: Part, shapes: tuple[tuple[int, int, int], ...] =
     faults: list[str] = []
     counts = [0] * THREADS
     replaying = threading.Lock()
-    warm, all_of_it, every = part.share(0.1), part.share(1), threading.Barrier(THREADS + 1)
-    taken: list[tuple[int, int]] = []
+    seconds = max(part.left(), part.seconds / 2)
+    begin = part.clock()
+    found = Found(part, seconds, cycles, faults, counts)
+
+    def within(share: float) -> Callable[[], bool]:
+        return lambda: part.clock() - begin < share * seconds
+
+    every = threading.Barrier(THREADS + 1)
 
     def work(at: int) -> None:
         chance = random.Random(at)
         with ending(every), machine.streams(1)[0]():
-            for until in (warm, all_of_it):
+            for until in (within(WARM), within(1)):
                 counts[at] = 0
                 while until() and len(faults) < MOST:
                     cycle(at, chance)
@@ -58,8 +69,11 @@ def run(machine: Machine, part: Part, shapes: tuple[tuple[int, int, int], ...] =
     def measure() -> None:
         with ending(every):
             for _ in range(2):
+                while every.n_waiting < THREADS and not every.broken:
+                    time.sleep(POLL)
+                    found.tell_now_and_then()
                 every.wait()
-                taken.append((machine.allocated(), machine.resident()))
+                found.memory.append((machine.allocated(), machine.resident()))
                 every.wait()
 
     def cycle(at: int, chance: random.Random) -> None:
@@ -79,16 +93,53 @@ def run(machine: Machine, part: Part, shapes: tuple[tuple[int, int, int], ...] =
             layer = make_layer(machine, case, 64, 96)
             step(layer, *(normal(machine, 32, size, seed=1, dtype=case.dtype) for size in (64, 96)))
 
-    raised = together([*(lambda at=at: work(at) for at in range(THREADS)), measure])
-    if raised:
-        part.add(Row("C1", "threads that raised", f"of {THREADS}", len(raised), faults=raised))
-        return
-    before, after = taken
-    size = f"{sum(counts)} cycles of {THREADS} threads, {part.clock() - part.begin:.0f} s"
-    part.add(Row("C1", "cycles after the warm-up", f"in {part.seconds:.0f} s", sum(counts), cycles, "at least"))
-    part.add(Row("C1", "steps with other bits", size, len(faults), faults=faults))
-    part.add(Row("C1", "growth on the device in bytes", size, after[0] - before[0], DEVICE_BYTES))
-    part.add(Row("C1", "growth of the process in bytes", size, after[1] - before[1], HOST_BYTES))
+    found.raised = together([*(lambda at=at: work(at) for at in range(THREADS)), measure])
+    found.tell()
+
+
+@dataclass
+class Found:
+    """What a soak found, while it runs.
+
+    Attributes:
+        part: Gets the rows.
+        seconds: That it runs.
+        cycles: Fewest that are asked for.
+        faults: Steps with other bits.
+        counts: Cycles of each thread.
+        memory: Of the device and of the process, after the warm-up and at the end.
+        raised: Errors of threads.
+    """
+
+    part: Part
+    seconds: float
+    cycles: int
+    faults: list[str]
+    counts: list[int]
+    memory: list[tuple[int, int]] = field(default_factory=list)
+    raised: list[str] = field(default_factory=list)
+    told: float = 0.0
+
+    def tell_now_and_then(self) -> None:
+        """Write down what there is, each EACH seconds."""
+        if self.part.clock() - self.told > EACH:
+            self.tell()
+
+    def tell(self) -> None:
+        """Replace the rows."""
+        self.told = self.part.clock()
+        done, warm = sum(self.counts), "after" if self.memory else "in"
+        size = f"{done} cycles of {THREADS} threads"
+        growth = [new - old for old, new in zip(*self.memory, strict=True)] if len(self.memory) == 2 else [None, None]
+        self.part.renew(
+            [
+                Row("C1", "threads that raised", f"of {THREADS}", len(self.raised), faults=self.raised),
+                Row("C1", f"cycles {warm} the warm-up", f"in {self.seconds:.0f} s", done, self.cycles, "at least"),
+                Row("C1", "steps with other bits", size, len(self.faults), faults=self.faults),
+                Row("C1", "growth on the device in bytes", size, growth[0], DEVICE_BYTES),
+                Row("C1", "growth of the process in bytes", size, growth[1], HOST_BYTES),
+            ]
+        )
 
 
 @contextmanager

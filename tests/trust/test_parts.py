@@ -1,5 +1,6 @@
 """Each part of the trust suite on the CPU: right code passes, and a planted fault is counted and named."""
 
+import pytest
 import torch
 
 from semisparse.gemm.autotune.algorithm import Choice
@@ -19,7 +20,7 @@ def machine() -> Machine:
 
 
 def failed(tried: Part) -> list[Row]:
-    return [row for row in tried.rows if not row.passed]
+    return [row for row in tried.all_rows() if not row.passed]
 
 
 def test_there_are_as_many_shapes_as_the_plan_asks_for() -> None:
@@ -34,7 +35,7 @@ def test_there_are_as_many_shapes_as_the_plan_asks_for() -> None:
 def test_numerics_hold_and_a_result_that_is_off_is_named(monkeypatch) -> None:
     tried = part()
     numerics.run(machine(), tried, chosen=[SHAPE, (5, 20, 36)])
-    assert not failed(tried) and len(tried.rows) > 6
+    assert not failed(tried) and len(tried.rows) > 6 and tried.cases == 8
     right = numerics.step
 
     def off(layer, x, dy):
@@ -44,8 +45,33 @@ def test_numerics_hold_and_a_result_that_is_off_is_named(monkeypatch) -> None:
     monkeypatch.setattr(numerics, "step", off)
     tried = part()
     numerics.run(machine(), tried, chosen=[SHAPE])
-    assert failed(tried)
+    assert any("correct rounding" in row.what for row in failed(tried))
     assert all(fault.startswith("dx at M=24, K=64, N=32") for row in failed(tried) for fault in row.faults)
+
+
+def test_a_case_that_raises_is_named_and_the_others_run(monkeypatch) -> None:
+    right = numerics.make_layer
+
+    def fails(here, case, *given, **options):
+        if case.dtype is torch.float16:
+            raise RuntimeError("gone")
+        return right(here, case, *given, **options)
+
+    monkeypatch.setattr(numerics, "make_layer", fails)
+    tried = part()
+    numerics.run(machine(), tried, chosen=[SHAPE])
+    assert [row.what for row in failed(tried)] == ["cases that raised"]
+    assert failed(tried)[0].faults == [f"2:4, fp16 at {SHAPE}: RuntimeError: gone"]
+    assert any("fp8" in row.what for row in tried.rows)
+
+
+@pytest.mark.parametrize("turn", range(len(numerics.ARRANGEMENTS)))
+def test_an_arrangement_holds_the_same_numbers(turn: int) -> None:
+    matrix = torch.randn(6, 4).bfloat16()
+    arranged = numerics.arranged(matrix, turn)
+    assert torch.equal(arranged, matrix)
+    seen = arranged.stride(), arranged.storage_offset()
+    assert seen == [((4, 1), 0), ((1, 6), 0), ((8, 1), 0), ((4, 1), 1)][turn]
 
 
 def test_nothing_is_passed_where_the_time_is_over() -> None:
@@ -113,6 +139,44 @@ def test_a_replay_that_does_not_see_new_inputs_is_counted(monkeypatch) -> None:
     assert [row.faults for row in failed(tried)] == [["2:4, bf16: 12 results"]]
 
 
+def test_token_counts_share_compilations_and_one_more_is_an_error(monkeypatch) -> None:
+    monkeypatch.setattr(graphs, "BATCH_SIZES", 4)
+    assert graphs._compilations(machine(), (32, 64), backend="aot_eager") == (2, 2)
+    monkeypatch.setattr(graphs, "model", lambda *given, **options: Recompiling())
+    assert graphs._compilations(machine(), (32, 64), backend="aot_eager")[1] == 1
+
+
+class Recompiling(torch.nn.Linear):
+    """Compiled again where the number of tokens is no multiple of 4."""
+
+    def __init__(self) -> None:
+        super().__init__(32, 32, dtype=torch.bfloat16)
+
+    def forward(self, x):
+        return super().forward(x) * (3 if x.shape[0] % 4 else 1)
+
+
+def test_a_mode_of_the_compiler_that_fails_or_has_no_time_does_not_pass(monkeypatch) -> None:
+    def fails(here, case, mode, sizes):
+        if mode == "default":
+            raise RuntimeError("gone")
+        return 0
+
+    monkeypatch.setattr(graphs, "NAMES", ("2:4, bf16",))
+    monkeypatch.setattr(graphs, "_replayed", lambda *given: 0)
+    monkeypatch.setattr(graphs, "COMPILED", ("2:4, bf16",))
+    monkeypatch.setattr(graphs, "_compiled", fails)
+    monkeypatch.setattr(graphs, "_compilations", lambda here, sizes: (2, graphs.BATCH_SIZES - graphs.SETTLED))
+    tried = part()
+    graphs.run(machine(), tried, modes=("default", "reduce-overhead"))
+    assert [row.what for row in failed(tried)] == [
+        "2:4, bf16: results with other bits, compiled in mode default", "cases that raised",
+    ]  # fmt: skip
+    tried = part(0.0)
+    graphs.run(machine(), tried, modes=("default",))
+    assert ["no time was left"] in [row.faults for row in failed(tried)]
+
+
 class Growing(Machine):
     """Every look at the memory of the device finds more in use, by some bytes."""
 
@@ -171,7 +235,29 @@ def test_a_thread_of_the_soak_that_raises_ends_it(monkeypatch) -> None:
 def test_two_models_learn_alike_by_both_products_and_resume_bit_for_bit() -> None:
     tried = part()
     convergence.run(machine(), tried, steps=2, seeds=1)
-    assert not failed(tried) and len(tried.rows) == 8
+    assert not failed(tried) and len(tried.rows) == 12
+
+
+def test_the_gap_of_means_is_measured_by_the_spread_of_seeds() -> None:
+    seeds = torch.tensor([1.0, 2.0, 3.0])
+    assert convergence.mean_gap(seeds, seeds) == 0
+    assert convergence.mean_gap(seeds + 2, seeds) == 1
+    assert convergence.mean_gap(seeds * torch.nan, seeds) == float("inf")
+    assert convergence.mean_gap(torch.ones(2), torch.zeros(2)) == float("inf")
+
+
+def test_gradients_that_are_off_in_the_first_step_are_found(monkeypatch) -> None:
+    here, right = machine(), convergence._gradients
+    subject = convergence.subjects(here)[1]
+    assert convergence._first_step(here, subject) <= 2
+    calls = []
+
+    def off(run, *given):
+        calls.append(1)
+        return [one * (1.1 if len(calls) == 2 else 1) for one in right(run, *given)]
+
+    monkeypatch.setattr(convergence, "_gradients", off)
+    assert convergence._first_step(here, subject) > 2
 
 
 def test_another_curve_and_another_end_after_resuming_are_found(monkeypatch) -> None:

@@ -94,9 +94,9 @@ def test_the_program_runs_the_parts_that_are_named(tmp_path: Path, monkeypatch, 
 
     monkeypatch.setattr(program, "budgets", budgets)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert program.main([str(tmp_path / "out"), "--parts", "leaks,numerics", "--quick"]) == 0
+    assert program.main([str(tmp_path / "out"), "--parts", "leaks,numerics", "--quick", "--here"]) == 0
     assert ran == [("numerics", 3.0), ("leaks", 3.0)]
-    assert program.main([str(tmp_path / "out"), "--parts", "soak", "--seconds", "5"]) == 1
+    assert program.main([str(tmp_path / "out"), "--parts", "soak", "--seconds", "5", "--here"]) == 1
     assert ran[2] == ("soak", 5.0) and "FAIL B1 x: 1" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         program.main([str(tmp_path / "out"), "--parts", "nothing"])
