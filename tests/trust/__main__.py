@@ -129,8 +129,8 @@ def _here(folder: Path, given: argparse.Namespace) -> bool:
 
 def _run(record: Record, machine: Machine, name: str, budget: Budget, given: argparse.Namespace) -> None:
     seconds = _seconds(budget, given)
-    print(f"{name}: at most about {seconds:.0f} s", flush=True)
     with record.part(name, seconds) as part:
+        print(f"{name}: at most about {seconds:.0f} s", flush=True)
         if machine.cuda and (reason := machine.why_not_sparse()):
             raise RuntimeError(f"no sparse products on this GPU: {reason}")
         (budget.cut if given.quick else budget.whole)(machine, part)

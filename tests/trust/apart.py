@@ -55,7 +55,7 @@ def run(
         raise
     end(child)
     part = read(file, part)
-    if late or part["outcome"] == "running":
+    if part["outcome"] == "running" or (late and part["outcome"] != "done"):
         why = (
             f"ended after {time.monotonic() - begin:.0f} s" if late else f"exit code {child.returncode} before its end"
         )

@@ -88,9 +88,15 @@ class Run:
         self.generator = torch.Generator().manual_seed(seed)
         self.losses: list[Tensor] = []
 
-    def train(self, steps: int) -> None:
-        """More steps. PyTorch's own attention, whose backward adds up in no fixed order, is not used."""
+    def train(self, steps: int, check: Callable[[], None]) -> None:
+        """More steps. PyTorch's own attention, whose backward adds up in no fixed order, is not used.
+
+        Args:
+            steps: How many.
+            check: Raises where there is no time for all of them.
+        """
         for _ in range(steps):
+            check()
             inputs, targets = self.subject.batch(self.generator)
             self.optimizer.zero_grad(set_to_none=True)
             with sdpa_kernel(SDPBackend.MATH):
@@ -146,24 +152,21 @@ def run(machine: Machine, part: Part, steps: int = STEPS, seeds: int = SEEDS) ->
             if part.left() <= 0:
                 break
             with part.attempt(f"{subject.name}, seed {seed}"):
-                found.add(
-                    [_curve(machine, subject, seed, steps, backend) for backend in (machine.backend, "dense", None)]
-                )
+                kinds = (machine.backend, "dense", None)
+                found.add([_curve(machine, part, subject, seed, steps, kind) for kind in kinds])
             part.renew([*rows, *found.rows()])
         rows += found.rows()
-        if part.left() > 0:
-            with part.attempt(f"{subject.name}, resumed"):
-                wrong = _resumed(machine, subject, steps)
-                what = f"{subject.name}: parameters that differ after resuming at step {steps // 2}"
-                rows.append(Row("B8", what, f"{steps} steps", wrong))
-        else:
-            rows.append(Row("B8", f"{subject.name}: runs that were resumed", "no time was left", 0, 1, "at least"))
+        resumed = Row("B8", f"{subject.name}: parameters that differ after resuming", "not run", None)
+        with part.attempt(f"{subject.name}, resumed"):
+            resumed.figure = _resumed(machine, part, subject, steps)
+            resumed.size = f"{steps} steps, resumed after {steps // 2}"
+        rows.append(resumed)
         part.renew(rows)
 
 
-def _curve(machine: Machine, subject: Subject, seed: int, steps: int, backend: Any) -> Tensor:
+def _curve(machine: Machine, part: Part, subject: Subject, seed: int, steps: int, backend: Any) -> Tensor:
     one = Run(machine, subject, seed, backend)
-    one.train(steps)
+    one.train(steps, part.check)
     return one.curve()
 
 
@@ -244,12 +247,12 @@ def _gradients(run: Run, inputs: Tensor, targets: Tensor) -> list[Tensor]:
         return list(torch.autograd.grad(loss, list(run.model.parameters())))
 
 
-def _resumed(machine: Machine, subject: Subject, steps: int) -> int:
+def _resumed(machine: Machine, part: Part, subject: Subject, steps: int) -> int:
     """Parameters that differ in a bit between a run, and one that was resumed in its middle."""
     whole, again = (Run(machine, subject, 0, machine.backend) for _ in range(2))
-    whole.train(steps // 2)
+    whole.train(steps // 2, part.check)
     state = whole.state()
-    whole.train(steps - steps // 2)
+    whole.train(steps - steps // 2, part.check)
     again.load(state)
-    again.train(steps - steps // 2)
+    again.train(steps - steps // 2, part.check)
     return int(differing(list(again.model.parameters()), list(whole.model.parameters())))

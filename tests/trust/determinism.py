@@ -131,7 +131,7 @@ def together(works: list[Callable[[], Any]]) -> list[str]:
         except BaseException as error:
             raised.append(f"{type(error).__name__}: {error}")
 
-    threads = [threading.Thread(target=run_one, args=(work,)) for work in works]
+    threads = [threading.Thread(target=run_one, args=(work,), daemon=True) for work in works]
     for thread in threads:
         thread.start()
     for thread in threads:

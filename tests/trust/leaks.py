@@ -106,8 +106,10 @@ def _trained(machine: Machine, part: Part, steps: int, shapes: int) -> None:
         machine.allocated(), machine.resident()
         train(min(steps, shapes))
     growth, done = Growth(machine, part, "training steps after the warm-up", steps), 0
+    # Whole rounds, after which the same plans are held as before them.
+    rounds = -(-steps // (LOOKS * shapes))
     while done < steps and (done == 0 or part.left() > 0):
-        done += train(min(-(-steps // LOOKS), steps - done), done)
+        done += train(rounds * shapes, done)
         growth.tell(done, f"{done} steps, {shapes} shapes")
     plans = machine.engine.plan_count(machine.index)
     part.add(Row("B7", "plans that this thread holds", f"{done} steps", plans, engine().MAX_PLANS))

@@ -43,8 +43,8 @@ UNALIGNED = tuple(
 # ViT-B, ViT-L, Llama with 2048 features, Llama 7B, Llama 3 8B.
 FFN = ((768, 3072), (1024, 4096), (2048, 8192), (4096, 11008), (4096, 14336))
 
-LARGEST_SAMPLE = 2**20
-"""Entries of dy up to which the specification draws the sample; it does so on the CPU."""
+LARGEST_SAMPLE = 2**18
+"""Entries of dy up to which the specification draws the sample; it does so on the CPU, in up to a second."""
 
 
 def shapes() -> list[Shape]:

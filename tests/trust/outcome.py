@@ -28,6 +28,10 @@ ITEMS = {
 Rule = Literal["at most", "at least", "reported"]
 
 
+class OutOfTime(Exception):
+    """A case that would last longer than its part may; rows say how much was done."""
+
+
 class NotHere(Exception):
     """Something that this machine does not have; the message says what."""
 
@@ -122,6 +126,8 @@ class Part:
             yield
         except NotHere:
             raise
+        except OutOfTime:
+            self.cases -= 1
         except Exception as error:
             self.raised.append(f"{what}: {one_line(error)}")
             self.changed()
@@ -129,6 +135,11 @@ class Part:
     def left(self) -> float:
         """Seconds of the budget that are left; none after MOST_RAISED errors."""
         return self.seconds - (self.clock() - self.begin) if len(self.raised) < MOST_RAISED else 0.0
+
+    def check(self) -> None:
+        """Raise OutOfTime where nothing of the budget is left."""
+        if self.left() <= 0:
+            raise OutOfTime
 
     def all_rows(self) -> list[Row]:
         """The rows, and one for the cases that raised."""
@@ -191,6 +202,7 @@ class Record:
         part = Part(name, seconds, changed=self.save)
         self.parts.append(part)
         try:
+            self.save()
             yield part
             part.outcome = "done"
         except NotHere as reason:

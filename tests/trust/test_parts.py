@@ -270,6 +270,17 @@ def test_another_curve_and_another_end_after_resuming_are_found(monkeypatch) -> 
     assert len(failed(tried)) == 2 and all(row.what.startswith("ViT: ") for row in failed(tried))
 
 
+def test_models_for_which_no_time_is_left_do_not_pass(monkeypatch) -> None:
+    made = convergence.subjects
+    monkeypatch.setattr(convergence, "subjects", lambda here: made(here)[1:])
+    tried = part(60.0)
+    ticks = iter(range(1, 10**6))
+    tried.clock = lambda: tried.begin + 20.0 * next(ticks)
+    convergence.run(machine(), tried, steps=4, seeds=1)
+    assert [row.what for row in failed(tried)] == ["ViT: seeds", "ViT: parameters that differ after resuming"]
+    assert not tried.raised
+
+
 def test_curves_are_apart_by_what_is_allowed() -> None:
     curve = torch.tensor([2.0, 1.0])
     assert convergence.apart(curve, curve) == 0

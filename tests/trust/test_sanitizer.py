@@ -181,6 +181,40 @@ def test_every_tool_runs_after_a_run_without_one(tmp_path: Path, monkeypatch: py
     assert tried.details["launched by kernels"] == LAUNCHED
 
 
+def test_a_tool_that_does_not_know_an_option_runs_without_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commands = []
+
+    def program(command, mode, folder, name, seconds):
+        commands.append(command)
+        return ("unrecognised option", None) if "--launch-timeout" in command else (CLEAN, LAUNCHED)
+
+    monkeypatch.setattr(sanitizer, "program", program)
+    tried = Part("sanitizer", 60.0)
+    assert sanitizer._with_tool("tool", "memcheck", "kernels", tmp_path, tried) == (CLEAN, LAUNCHED)
+    assert commands[1] == ["tool", "--tool", "memcheck"]
+    commands.clear()
+    monkeypatch.setattr(sanitizer, "AT_ONCE", -1.0)  # it took longer, so that it was no matter of options
+    assert sanitizer._with_tool("tool", "memcheck", "kernels", tmp_path, tried) == ("unrecognised option", None)
+    assert len(commands) == 1
+
+
+def test_a_program_that_fails_without_a_tool_hides_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine, _ = with_tools(monkeypatch, {})
+    right = sanitizer.program
+    monkeypatch.setattr(
+        sanitizer, "program", lambda command, *given: right(command, *given) if command else ("gone", None)
+    )
+    tried = Part("sanitizer", 60.0)
+    sanitizer.run(machine, tried, tmp_path)
+    assert len(tried.rows) == len(sanitizer.RUNS) and all(row.passed for row in tried.rows)
+    assert tried.all_rows()[-1].figure == 2 and "gone" in tried.raised[0]
+
+
+def test_what_a_tool_reported_before_the_gpu_refused_is_kept() -> None:
+    (row,) = sanitizer.rows_of("memcheck", "kernels", WRITE.format(kernel="unpack"), None)
+    assert not row.passed and any("at unpack+0x1230" in fault for fault in row.faults)
+
+
 def test_tools_for_which_no_time_is_left_do_not_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     machine, commands = with_tools(monkeypatch, {})
     tried = Part("sanitizer", 0.0)
