@@ -22,6 +22,7 @@ from semisparse.ops.products import multiply
 from semisparse.planning.ranks import Ranks, divided
 from semisparse.planning.tuned import Outcome, TunedProblem, TuningReport
 from semisparse.planning.wanted import Wanted, wanted_by
+from semisparse.stopwatch import Stopwatch
 
 _AT_ONCE = 2**24
 """Entries of a random operand that are pruned at a time."""
@@ -37,7 +38,7 @@ def tuned(
     clock: Callable[[], float] = time.monotonic,
 ) -> TuningReport:
     """As semisparse.tuning.tune, with the ranks that work together."""
-    begin, tuner = clock(), autotuner()
+    elapsed, tuner = Stopwatch(clock), autotuner()
 
     def look() -> tuple[dict[str, Wanted], dict[str, str], dict[str, Choice]]:
         wanted, without = wanted_by(model, inputs, keywords)
@@ -56,7 +57,7 @@ def tuned(
     def measure() -> None:
         mine = [name for name, rank in parts.items() if rank == ranks.rank]
         for number, name in enumerate(mine, 1):
-            spent = clock() - begin
+            spent = elapsed()
             if tuner.off:
                 reasons[name] = f"tuning is off, by {VARIABLE}=0 or torch.use_deterministic_algorithms"
             elif seconds is not None and spent > seconds:
@@ -71,7 +72,7 @@ def tuned(
     if ranks.active:
         ranks.share()
     rows = _rows(wanted, before, parts, reasons)
-    return TuningReport(rows, without, clock() - begin)
+    return TuningReport(rows, without, elapsed())
 
 
 def _known(wanted: Mapping[str, Wanted]) -> dict[str, Choice]:

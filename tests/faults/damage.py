@@ -1,6 +1,7 @@
-"""Files that are not as they were written: flipped bits, cut off, empty, or of another kind."""
+"""Files that are not as they were written: flipped bits, cut off, empty, of another kind, or that cannot be read."""
 
 import random
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -83,6 +84,31 @@ def foreign(kind: Kind, count: int, folder: Path) -> dict[str, int]:
     return _counted(seen)
 
 
+UNREADABLE: dict[str, Callable[[Path], object]] = {
+    "reading fails (EIO)": lambda path: path.symlink_to("/proc/self/mem"),  # no memory is at its beginning
+    "a folder": lambda path: path.mkdir(),
+    "a link to itself": lambda path: path.symlink_to(path.name),
+    "a link to nothing": lambda path: path.symlink_to("nowhere"),
+}
+
+
+def unreadable(kind: Kind, count: int, folder: Path) -> dict[str, int]:
+    """Something that cannot be read is in the place of the file."""
+    seen = dict.fromkeys(("refused", "ignored", "same", "other"), 0)
+    for turn in range(count):
+        what, there = list(UNREADABLE)[turn % len(UNREADABLE)], folder / str(turn)
+        there.mkdir()
+        path, _, original = damaged(kind, there)
+        path.unlink()
+        UNREADABLE[what](path)
+        try:
+            seen[result := found_in(kind, there, original)] += 1
+        except Exception as error:
+            raise AssertionError(f"{what}: {type(error).__name__}: {error}") from error
+        assert result in ("refused", "ignored"), f"{what}: it is {result}"
+    return _counted(seen)
+
+
 def _counted(seen: dict[str, int]) -> dict[str, int]:
     words = {
         "refused": "refused with a typed error",
@@ -116,4 +142,6 @@ FAULTS = [
             partial(cuts, kind), "files") for kind in KINDS),
     *(Fault("files of another kind", kind.name, "a typed error or ignored", 2, len(KINDS) - 1, partial(foreign, kind),
             "files") for kind in KINDS),
+    *(Fault("files that cannot be read", kind.name, "a typed error or ignored", 2, len(UNREADABLE),
+            partial(unreadable, kind), "files") for kind in KINDS),
 ]  # fmt: skip

@@ -1,9 +1,14 @@
-"""kill -9 at a random moment while a file is saved: the old version or the new one is there, and no rest of a third."""
+"""The end of a process at a random moment while it saves a file: the old version or the new one is there, whole.
+
+By kill -9, or by a SIGTERM that a handler makes a SystemExit of, as job systems and trainers do.
+"""
 
 import os
 import random
 import signal
+import sys
 import time
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import cast
@@ -12,8 +17,8 @@ from tests.faults.fault import Fault, ended, forked
 from tests.faults.kinds import KINDS, Kind, Which
 
 
-def kills(kind: Kind, count: int, folder: Path) -> dict[str, int]:
-    """Kill a process that saves two versions in turns, and look after each kill."""
+def kills(how: signal.Signals, kind: Kind, count: int, folder: Path) -> dict[str, int]:
+    """End a process that saves two versions in turns, and look after each end."""
     assert kind.write is not None
     versions = []
     for which in (0, 1):
@@ -31,8 +36,8 @@ def kills(kind: Kind, count: int, folder: Path) -> dict[str, int]:
         for _ in range(1 + draw.randrange(4)):  # whole saves, so that both versions are met on a busy machine, too
             os.read(heard, 1)
         time.sleep(draw.uniform(0, 2 * each))
-        os.kill(child, signal.SIGKILL)
-        assert ended(child) == -signal.SIGKILL
+        os.kill(child, how)
+        assert ended(child) == (-how if how == signal.SIGKILL else 0)
         os.close(heard)
         os.close(told)
         left += len(list(folder.iterdir())) - 1
@@ -46,15 +51,23 @@ def kills(kind: Kind, count: int, folder: Path) -> dict[str, int]:
 
 def _save_for_ever(kind: Kind, folder: Path, told: int) -> None:
     assert kind.write is not None
-    while True:
-        for which in (0, 1):
-            kind.write(folder, cast(Which, which))
-            os.write(told, b".")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())
+    with suppress(SystemExit):
+        while True:
+            for which in (0, 1):
+                kind.write(folder, cast(Which, which))
+                os.write(told, b".")
 
 
 FAULTS = [
     Fault("kill -9 while saving", kind.name, "the old version or the new one, whole; the next save removes the rest",
-          5, 200, partial(kills, kind), "kills")
+          5, 200, partial(kills, signal.SIGKILL, kind), "kills")
+    for kind in KINDS
+    if kind.write is not None
+] + [
+    Fault("SIGTERM that ends a save by an exception", kind.name,
+          "the old version or the new one, whole; the next save removes the rest", 1, 48,
+          partial(kills, signal.SIGTERM, kind), "signals")
     for kind in KINDS
     if kind.write is not None
 ]  # fmt: skip

@@ -194,7 +194,7 @@ def _warm() -> None:
     torch.optim.AdamW(model.parameters()).step()
 
 
-def _all(scenario: Scenario, timeout: float, world: int, folder: Path) -> list[tuple[list[str], float] | None]:
+def on_ranks(scenario: Scenario, timeout: float, world: int, folder: Path) -> list[tuple[list[str], float] | None]:
     """What each rank ended in and when; None for one that was killed."""
     _warm()
     folder.mkdir()
@@ -216,7 +216,7 @@ def lost(how: str, world: int, count: int, folder: Path) -> dict[str, int]:
     slowest = 0.0
     for turn in range(count):
         name, there = chosen[turn % len(chosen)], folder / str(turn)
-        survivors = _all(DEAD[name], TIMEOUT, world, there)[:-1]
+        survivors = on_ranks(DEAD[name], TIMEOUT, world, there)[:-1]
         begin = float((there / "now").read_text())
         for answer in survivors:
             assert answer is not None and answer[0], f"{name}: a survivor ended without an error"
@@ -232,7 +232,7 @@ def other(world: int, count: int, folder: Path) -> dict[str, int]:
     chosen = list(OTHERWISE)
     for turn in range(count):
         name = chosen[turn % len(chosen)]
-        for answer in _all(OTHERWISE[name], 60.0, world, folder / str(turn)):
+        for answer in on_ranks(OTHERWISE[name], 60.0, world, folder / str(turn)):
             assert answer is not None and answer[0], f"{name}: a rank ended without an error"
             assert RankMismatchError.__name__ in answer[0], f"{name}: {answer[0][0]}"
             assert SemiSparseError.__name__ in answer[0]
@@ -244,7 +244,7 @@ def together(world: int, count: int, folder: Path) -> dict[str, int]:
     chosen = list(ALIKE)
     for turn in range(count):
         name = chosen[turn % len(chosen)]
-        for answer in _all(ALIKE[name], 60.0, world, folder / str(turn)):
+        for answer in on_ranks(ALIKE[name], 60.0, world, folder / str(turn)):
             assert answer is not None and not answer[0], f"{name}: {answer}"
     return {"ranks that differ": 0}
 

@@ -26,7 +26,19 @@ import torch  # noqa: E402
 
 from tests.faults.fault import Fault, Outcome, tried  # noqa: E402
 
-MODULES = ("damage", "killing", "disk", "training", "engine", "writers", "ranks", "use")
+MODULES = (
+    "damage",
+    "killing",
+    "disk",
+    "clocks",
+    "training",
+    "forking",
+    "engine",
+    "writers",
+    "ranks",
+    "resharding",
+    "use",
+)
 RECORD = Path(__file__).with_name("record.json")
 SCHEMA = 1
 

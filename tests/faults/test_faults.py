@@ -13,7 +13,9 @@ from tests.faults.run import document, faults
 
 
 @pytest.mark.parametrize(
-    "modules", [("damage", "disk", "writers"), ("killing", "engine"), ("training", "ranks")], ids="-".join
+    "modules",
+    [("damage", "disk", "writers", "clocks"), ("killing", "engine", "resharding"), ("training", "forking", "ranks")],
+    ids="-".join,
 )
 def test_what_is_promised_holds(modules: tuple[str, ...]) -> None:
     """In a process of its own: faults fork, set limits and kill."""
@@ -35,6 +37,8 @@ def test_what_does_not_hold_is_a_failure_with_its_reason(tmp_path: Path) -> None
 def test_names_are_distinct_and_sizes_of_a_night_are_those_of_the_plan() -> None:
     every = [fault for _, fault in faults()]
     assert len({fault.title for fault in every}) == len(every) >= 25
+    assert sum(fault.item.startswith("the number of gloo ranks") for fault in every) == 14
+    assert {fault.nightly for fault in every if fault.item.startswith("the number of gloo ranks")} == {3}
     assert {fault.nightly for fault in every if fault.item.startswith("kill -9 while")} == {200}
     assert {fault.nightly for fault in every if fault.item.startswith("flipped")} == {500}
     assert all(fault.change <= fault.nightly for fault in every)

@@ -47,11 +47,21 @@ class Training:
         self.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=8)
         self.schedule = RecipeSchedule(recipe, self.model, self.optimizer, STEPS, seed=3)
 
-    def step(self, number: int, poison: float = 1.0) -> None:
-        """One optimizer step; its inputs depend on number, its dropout on the state of the generator."""
+    def step(self, number: int, poison: float = 1.0, entry: int | None = None) -> None:
+        """One optimizer step; its inputs depend on number, its dropout on the state of the generator.
+
+        Args:
+            number: Of the step.
+            poison: Times the loss, or in the place of one gradient.
+            entry: Of the first weight, whose gradient alone is poisoned; None for the loss.
+        """
         x = torch.randn(8, 16, generator=torch.Generator().manual_seed(number))
         self.optimizer.zero_grad()
-        self.scaler.scale(F.mse_loss(self.model(x), x) * poison).backward()
+        self.scaler.scale(F.mse_loss(self.model(x), x) * (poison if entry is None else 1.0)).backward()
+        if entry is not None:
+            grad = self.model[0].weight.grad
+            assert isinstance(grad, Tensor)
+            grad.view(-1)[entry] = poison
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.schedule.step(self.scaler)
@@ -148,7 +158,7 @@ def interrupted(how: signal.Signals, count: int, folder: Path) -> dict[str, int]
 
 
 def poisoned(count: int, folder: Path) -> dict[str, int]:
-    """Steps whose loss is NaN or infinite: nothing moves but the scale, and later steps are applied."""
+    """Steps whose loss or one gradient is NaN or infinite: nothing moves but the scale, and later steps are applied."""
     draw, names = random.Random(count), list(RECIPES)
     for turn in range(count):
         name, poison = names[turn % len(names)], draw.choice((math.nan, math.inf, -math.inf))
@@ -159,7 +169,7 @@ def poisoned(count: int, folder: Path) -> dict[str, int]:
         masks = [layer.chosen_mask().clone() for layer in _layers(run.model)]
         scale = run.scaler.get_scale()
         for _ in range(draw.choice((1, 3))):
-            run.step(good, poison)
+            run.step(good, poison, draw.randrange(512) if turn % 2 else None)
         after = run.state()
         for part in ("model", "optimizer"):
             assert digest(before[part]) == digest(after[part]), f"{name}, {poison}: the {part} moved"
@@ -203,7 +213,7 @@ FAULTS = [
           4, 200, partial(interrupted, signal.SIGKILL), "kills"),
     Fault("SIGTERM in training that saves each step", "", "resumed, it ends with the bits of an uninterrupted run",
           2, 48, partial(interrupted, signal.SIGTERM), "signals"),
-    Fault("poisoned loss under GradScaler", "", "weights, moments, masks and schedule do not move", 4, 100, poisoned,
-          "steps"),
+    Fault("poisoned loss or gradient under GradScaler", "", "weights, moments, masks and schedule do not move", 4, 100,
+          poisoned, "steps"),
     Fault("fork in mid-training", "", "parent and child go on with the same bits", 2, 40, forks, "forks"),
 ]  # fmt: skip

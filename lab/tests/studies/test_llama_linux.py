@@ -1,7 +1,6 @@
 """llama-linux in small: its arms share one path, runs are kept, skipped and stopped."""
 
 import json
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -89,12 +88,12 @@ def test_runs_are_kept_listed_and_skipped_and_settings_never_mix(tokens: TokenSe
 def test_a_run_that_meets_the_deadline_leaves_what_it_has(tokens: TokenSets, tmp_path: Path) -> None:
     (job,) = jobs(arms()[:1], [0], "tokens", SETTINGS, tokens, tmp_path)
     said: list[str] = []
-    late = time.monotonic() + 0.001
-    assert run_jobs([job], SETTINGS, tokens, late, said.append) == [] and not job.path.exists()
+    late = iter((0.001, -0.001))
+    assert run_jobs([job], SETTINGS, tokens, lambda: next(late), said.append) == [] and not job.path.exists()
     partial = json.loads(job.path.with_suffix(".partial").read_text())
     assert not partial["finished"] and partial["test"] is None and partial["scores"]
     assert "time is up" in said[-1]
-    assert run_jobs([replace(job, seconds=1e6)], SETTINGS, tokens, time.monotonic() + 1e3, said.append) == []
+    assert run_jobs([replace(job, seconds=1e6)], SETTINGS, tokens, lambda: 1e3, said.append) == []
     assert "not started" in said[-1] and "1000000 s" in said[-1]
 
 

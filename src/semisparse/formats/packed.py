@@ -6,6 +6,7 @@ buffer, so the kernel writes the sm90 layout.
 """
 
 import logging
+import sys
 import threading
 import warnings
 from importlib.util import find_spec
@@ -14,6 +15,7 @@ from typing import Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from semisparse import forks
 from semisparse.errors import EngineError
 from semisparse.formats.layout import LARGEST_BLOCK, MetadataLayout, sm90_layout
 from semisparse.formats.probe import NotAPermutation, discover
@@ -79,6 +81,7 @@ class Compressor(Protocol):
 
 _FORMATS: dict[tuple[int, torch.dtype], PackedFormat] = {}
 _LOCK = threading.Lock()
+forks.renewed_in_children(sys.modules[__name__], "_LOCK", threading.Lock)
 
 
 def packed_format(index: int, dtype: torch.dtype, engine: Compressor) -> PackedFormat:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from semisparse import native
 from semisparse.errors import EngineError, ShapeError, TensorError
+from semisparse.forks import renewed_in_children
 from semisparse.formats.layout import ALIGNMENT, FP8, PACKED_DTYPES, sparse_multiple
 from semisparse.gemm import cusparselt
 from semisparse.gemm.cusparselt import Availability, Handle, Plan
@@ -49,6 +50,7 @@ class Engine:
         self.runtime = runtime or CudaRuntime()
         self._local = threading.local()
         self._lock = threading.Lock()
+        renewed_in_children(self, "_lock", threading.Lock)
         self._verdicts: dict[int, Availability] = {}
         self._follows: dict[int, bool] = {}
         self.python_products = 0

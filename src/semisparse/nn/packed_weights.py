@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from semisparse import routes
 from semisparse.arguments import check_choice, check_module
 from semisparse.errors import EngineError, SemiSparseError
+from semisparse.forks import renewed_in_children
 from semisparse.formats.layout import FP8, PACKED_DTYPES
 from semisparse.formats.packed import PackedMatrix
 from semisparse.nn.linear import SemiSparseLinear
@@ -89,6 +90,7 @@ class PackedWeights:
         self._noted_before = len(noted_compute_dtypes())
         self._logged = False
         self._lock = threading.RLock()
+        renewed_in_children(self, "_lock", threading.RLock)
         # If this object is dropped without close(), nothing keeps the packed weights current any longer.
         weakref.finalize(self, _close, self._records).atexit = False
 

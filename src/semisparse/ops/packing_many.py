@@ -1,5 +1,6 @@
 """Packing many matrices at once, into buffers that keep their addresses."""
 
+import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, MutableMapping, Sequence
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from semisparse import masks
+from semisparse import forks, masks
 from semisparse.errors import ConfigError, EngineError, ShapeError, TensorError
 from semisparse.formats.layout import FP8, MetadataLayout
 from semisparse.formats.packed import PackedMatrix, packed_format
@@ -39,6 +40,7 @@ class _Plan(NamedTuple):
 # Plans by all that they depend on, the last used at the end.
 _PLANS: OrderedDict[tuple[Any, ...], _Plan] = OrderedDict()
 _LOCK = threading.Lock()
+forks.renewed_in_children(sys.modules[__name__], "_LOCK", threading.Lock)
 # Those that a CUDA graph has recorded, for each buffer that its replays write: they read the tables.
 _RECORDED: MutableMapping[Tensor, list[_Plan]] = WeakTensorKeyDictionary()
 

@@ -17,6 +17,7 @@ from semisparse.planning.packing import EACH_FORWARD, Packing
 from semisparse.planning.problems import LayerUse, LinearProblem
 from semisparse.planning.store import Measurement, PlanStore, machine
 from semisparse.planning.timing import Call, Mode, Times, cuda_times, plus
+from semisparse.stopwatch import Stopwatch
 
 logger = logging.getLogger(__name__)
 
@@ -64,20 +65,20 @@ class Measurer:
         Raises:
             Exception: nn.Linear itself failed, other than by lack of memory.
         """
-        begin, asked = self.clock(), list(problems)
+        elapsed, asked = Stopwatch(self.clock), list(problems)
         found = {problem: stored for problem in asked if (stored := self._load(problem)) is not None}
         missing = [problem for problem in asked if problem not in found]
         if found:
             self.progress(f"{len(found)} of {len(asked)} problems were measured before")
         for number, problem in enumerate(missing, 1):
-            spent = self.clock() - begin
+            spent = elapsed()
             self.progress(f"measuring {number} of {len(missing)}: {problem.size} {problem.dtype} ({spent:.0f} s spent)")
-            found[problem] = self._one(problem, begin)
+            found[problem] = self._one(problem, elapsed)
         return found
 
-    def _one(self, problem: LinearProblem, begin: float) -> Measurement:
+    def _one(self, problem: LinearProblem, elapsed: Stopwatch) -> Measurement:
         def late() -> bool:
-            return self.seconds is not None and self.clock() - begin > self.seconds
+            return self.seconds is not None and elapsed() > self.seconds
 
         unmeasured = f"not measured: the budget of {self.seconds} s was spent"
         if late():

@@ -15,6 +15,7 @@ from semisparse.planning.measuring import Measurer
 from semisparse.selfcheck import layers, layouts, model, numerics
 from semisparse.selfcheck.contents import LayerTimes, Part, Report
 from semisparse.selfcheck.machine import gpu
+from semisparse.stopwatch import Stopwatch
 
 BUDGET = 300.0
 """Seconds for all parts together, unless another number is given."""
@@ -46,16 +47,17 @@ class Running:
     progress: Callable[[str], None]
     keep: Callable[[Report], None]
     clock: Callable[[], float] = time.monotonic
+    _elapsed: Stopwatch = field(init=False)
     _ends: dict[str, float] = field(init=False)
     _until: float = field(default=0.0, init=False)
 
     def __post_init__(self) -> None:
         runs = [name for name in SHARES if not (self.report.quick and name in TIMED)]
-        begin, whole, done = self.clock(), sum(SHARES[name] for name in runs), 0
-        self._ends = {}
+        whole, done = sum(SHARES[name] for name in runs), 0
+        self._elapsed, self._ends = Stopwatch(self.clock), {}
         for name in runs:
             done += SHARES[name]
-            self._ends[name] = begin + self.report.budget * done / whole
+            self._ends[name] = self.report.budget * done / whole
 
     def part(self, name: str, work: Callable[[], None]) -> None:
         """Run one part.
@@ -64,13 +66,13 @@ class Running:
             name: A key of SHARES.
             work: What it does.
         """
-        begin = self.clock()
+        begin = self._elapsed()
         self._until = self._ends[name]
         try:
             work()
-            outcome = Part(name, "done", self.clock() - begin)
+            outcome = Part(name, "done", self._elapsed() - begin)
         except Exception as error:  # on a foreign machine anything may go wrong; the next part is tried all the same
-            outcome = Part(name, "raised", self.clock() - begin, one_line(error))
+            outcome = Part(name, "raised", self._elapsed() - begin, one_line(error))
         self.report.parts.append(outcome)
         self.keep(self.report)
 
@@ -81,7 +83,7 @@ class Running:
 
     def left(self) -> float:
         """Seconds that are left for the part that runs."""
-        return self._until - self.clock()
+        return self._until - self._elapsed()
 
     def late(self) -> str:
         """Why there is no time for more of this part; "" while there is."""

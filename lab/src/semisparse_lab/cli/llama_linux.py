@@ -1,6 +1,5 @@
 """`semisparse-lab experiment llama-linux` and `semisparse-lab card`: time to loss on the kernel's source."""
 
-import time
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -8,6 +7,7 @@ from typing import Annotated
 import typer
 
 from semisparse.cli.common import typed_errors
+from semisparse.stopwatch import Stopwatch
 from semisparse_lab.cli.common import Device, DeviceOption
 from semisparse_lab.cli.data import LINUX
 
@@ -42,8 +42,7 @@ def llama_linux(
     device: DeviceOption = Device.AUTO,
 ) -> None:
     """Dense bf16, torchao float8, 2:4 and fp8 + 2:4 on the kernel's source: loss against tokens and seconds."""
-    begun = time.perf_counter()
-    deadline = time.monotonic() + 60 * minutes if minutes else float("inf")
+    elapsed = Stopwatch()
     kept: list[Path] = []
     with typed_errors(context, kept):
         from semisparse_lab.data.tokens import load_tokens
@@ -57,7 +56,7 @@ def llama_linux(
         found = study.chosen_arms(arms, sparse_fraction, refresh_every)
         tokens = load_tokens(data_dir, chosen.train.device)
         if time_only is not None:
-            ready = time.perf_counter() - begun
+            ready = elapsed()
             for arm in sorted(found, key=lambda arm: arm.float8):  # torchao changes how a process compiles
                 kept.append(runs.measure(arm, time_only, chosen, tokens, out, ready, typer.echo))
             return
@@ -65,7 +64,8 @@ def llama_linux(
         if list_runs:
             typer.echo(runs.listed(todo, tokens, chosen))
         else:
-            kept += runs.run_jobs(todo, chosen, tokens, deadline, typer.echo)
+            whole = 60 * minutes if minutes else float("inf")
+            kept += runs.run_jobs(todo, chosen, tokens, lambda: whole - elapsed(), typer.echo)
 
 
 def card(

@@ -1,7 +1,6 @@
 """What commands draw: the table of results, and progress as a bar on a terminal, as lines elsewhere."""
 
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -10,6 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from semisparse.stopwatch import Stopwatch
 from semisparse_lab.experiment import OnProgress
 from semisparse_lab.train import loop
 
@@ -49,7 +49,7 @@ def progress_for(name: str) -> Iterator[OnProgress]:
 
 def _lines(name: str) -> OnProgress:
     """Prints a line at the end of an epoch, LINES_PER_RUN lines at most, and always one at the end."""
-    start, printed = time.monotonic(), 0
+    elapsed, printed = Stopwatch(), 0
 
     def show(progress: loop.Progress) -> None:
         nonlocal printed
@@ -58,7 +58,7 @@ def _lines(name: str) -> OnProgress:
             printed = part
             print(
                 f"{name}: step {progress.step} of {progress.total_steps}, {progress.phase}, "
-                f"validation {100 * progress.record.validation.accuracy:.1f} %, {time.monotonic() - start:.0f} s",
+                f"validation {100 * progress.record.validation.accuracy:.1f} %, {elapsed():.0f} s",
                 flush=True,
             )
 

@@ -6,7 +6,6 @@ and learning rates. They differ in how the linear layers of the blocks compute. 
 
 import gc
 from dataclasses import asdict, dataclass, field, replace
-from time import perf_counter
 from typing import Any, Literal
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from semisparse import SparseSchedule, sparsify
 from semisparse.errors import ConfigError
 from semisparse.recipes import Recipe, RecipeSchedule, fastest, safest
+from semisparse.stopwatch import Stopwatch
 from semisparse_lab.checks import check_counts, check_ranges
 from semisparse_lab.data.tokens import TokenSets
 from semisparse_lab.models.llama import LlamaConfig, build_llama
@@ -264,12 +264,12 @@ def train_arm(
         schedule,
         watch,
     )
-    begun, scores = perf_counter(), dict.fromkeys(("validation", "test"))
+    elapsed, scores = Stopwatch(), dict.fromkeys(("validation", "test"))
     if run.finished:
         model.eval()
         with torch.no_grad(), autocast(device, config.precision):
             scores = {part: task.score(model, part, chosen.final_windows) for part in scores}
-    return Ended(run, scores["validation"], scores["test"], perf_counter() - begun, memory.peak(), parameters)
+    return Ended(run, scores["validation"], scores["test"], elapsed(), memory.peak(), parameters)
 
 
 def linears(model: nn.Module, pattern: str) -> list[str]:

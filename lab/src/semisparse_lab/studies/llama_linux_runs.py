@@ -3,13 +3,13 @@
 import contextlib
 import json
 import math
-import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from semisparse.errors import ConfigError
+from semisparse.stopwatch import Stopwatch
 from semisparse_lab.checks import shown
 from semisparse_lab.data.tokens import TokenSets
 from semisparse_lab.errors import OutputExistsError
@@ -23,6 +23,7 @@ from semisparse_lab.train.results import PeakMemory
 from semisparse_lab.train.timed import TimedRun
 
 Say = Callable[[str], None]
+Left = Callable[[], float]
 _NO_MEMORY = PeakMemory(None, "read at the end of a run")
 
 
@@ -183,42 +184,42 @@ def listed(todo: Sequence[Job], tokens: TokenSets, chosen: Settings) -> str:
 
 
 def run_jobs(
-    todo: Iterable[Job], chosen: Settings, tokens: TokenSets, deadline: float = math.inf, say: Say = print
+    todo: Iterable[Job], chosen: Settings, tokens: TokenSets, left: Left = lambda: math.inf, say: Say = print
 ) -> list[Path]:
     """Train what is not there yet and write a file per run; returns the paths of those that are there at the end.
 
-    While a run trains, PATH.partial has what it has so far. A run that is predicted to end after the deadline is not
-    started, and one that meets it stops; its partial file stays. torchao changes how a process compiles, so that after
-    its arm no other one is started.
+    While a run trains, PATH.partial has what it has so far. A run that is predicted to take longer than is left is not
+    started, and one whose time is up stops; its partial file stays. torchao changes how a process compiles, so that
+    after its arm no other one is started.
 
     Args:
         todo: The runs, in order.
         chosen: Their settings.
         tokens: Their text.
-        deadline: By time.monotonic().
+        left: Seconds that are left.
         say: Told of each run, in a line.
     """
     there, changed = [], False
     for job in todo:
-        left = deadline - time.monotonic()
+        seconds = left()
         if job.path.exists():
             say(f"{job.name}: there already, skipped")
             there.append(job.path)
-        elif left <= 0 or (job.seconds is not None and job.seconds > left):
+        elif seconds <= 0 or (job.seconds is not None and job.seconds > seconds):
             takes = "" if job.seconds is None else f", it takes about {job.seconds:.0f} s"
-            say(f"{job.name}: not started, {max(0.0, left):.0f} s are left{takes}")
+            say(f"{job.name}: not started, {max(0.0, seconds):.0f} s are left{takes}")
         elif changed and not job.arm.float8:
             say(f"{job.name}: not started, torchao has changed how this process compiles; call again")
         else:
             changed = job.arm.float8 and chosen.compiled
-            if _run(job, chosen, tokens, deadline, say):
+            if _run(job, chosen, tokens, left, say):
                 there.append(job.path)
     return there
 
 
-def _run(job: Job, chosen: Settings, tokens: TokenSets, deadline: float, say: Say) -> bool:
+def _run(job: Job, chosen: Settings, tokens: TokenSets, left: Left, say: Say) -> bool:
     """Train one run; whether it has a result."""
-    begun, partial = time.perf_counter(), job.path.with_suffix(".partial")
+    elapsed, partial = Stopwatch(), job.path.with_suffix(".partial")
     job.path.parent.mkdir(parents=True, exist_ok=True)
 
     def document(ended: Ended) -> Document:
@@ -229,7 +230,7 @@ def _run(job: Job, chosen: Settings, tokens: TokenSets, deadline: float, say: Sa
             "recipe": None if job.arm.recipe is None else job.arm.recipe.describe(),
             "tokens_per_step": chosen.train.batch_size * chosen.model.context,
             "multiplications": chosen.model.multiplications(),
-            "wall_seconds": time.perf_counter() - begun,
+            "wall_seconds": elapsed(),
         }  # fmt: skip
         return timed_document(facts, asdict(ended))
 
@@ -243,7 +244,7 @@ def _run(job: Job, chosen: Settings, tokens: TokenSets, deadline: float, say: Sa
             f"{job.name}: step {last.step}, {last.seconds:.1f} s of training, "
             f"validation {last.score.bits_per_byte:.4f} bits per byte"
         )
-        return time.monotonic() < deadline and math.isfinite(last.score.nats_per_token)
+        return left() > 0 and math.isfinite(last.score.nats_per_token)
 
     ended = train_arm(job.arm, job.seed, chosen, tokens, job.steps, watch)
     last = ended.run.scores[-1].score.nats_per_token if ended.run.scores else math.nan

@@ -9,6 +9,7 @@ from torch import nn
 
 from semisparse import MaskMetrics, SparseSchedule
 from semisparse.errors import NoLayerMatchedError
+from semisparse.stopwatch import Stopwatch
 from semisparse_lab.train.results import PeakMemory
 
 WARM_UP_STEPS = 10
@@ -26,7 +27,7 @@ class StepClock:
         self._device = device
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         self._seconds: list[float] = []
-        self._started = 0.0
+        self._elapsed, self._started = Stopwatch(time.perf_counter), 0.0
 
     def start(self) -> None:
         """Begin a step."""
@@ -35,14 +36,14 @@ class StepClock:
             pair[0].record(torch.cuda.current_stream(self._device))
             self._events.append(pair)
         else:
-            self._started = time.perf_counter()
+            self._started = self._elapsed()
 
     def stop(self) -> None:
         """End the step that start began."""
         if self._cuda:
             self._events[-1][1].record(torch.cuda.current_stream(self._device))
         else:
-            self._seconds.append(time.perf_counter() - self._started)
+            self._seconds.append(self._elapsed() - self._started)
 
     def seconds(self) -> list[float]:
         """Seconds of every step so far; waits for a CUDA device."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from semisparse import SparseSchedule
 from semisparse.gemm.engine import engine
+from semisparse.stopwatch import Stopwatch
 from semisparse_lab.tasks.next_token import TextScore
 from semisparse_lab.tasks.task import Batch
 from semisparse_lab.train.config import TrainConfig, autocast, learning_rate, resolve_device
@@ -211,9 +212,9 @@ def _score(
 ) -> None:
     """Score the model as it is, which is timed apart."""
     log.clock.seconds()  # waits for the steps before
-    begun = time.perf_counter()
+    elapsed = Stopwatch(time.perf_counter)
     model.eval()
     with torch.no_grad(), autocast(device, config.precision):
         log.scored.append((len(log.kinds), score()))
     model.train()
-    log.score_seconds += time.perf_counter() - begun
+    log.score_seconds += elapsed()

@@ -34,6 +34,7 @@ import torch
 
 from semisparse import native
 from semisparse.errors import ConfigError, EngineError
+from semisparse.forks import renewed_in_children
 from semisparse.gemm.autotune.algorithm import Choice, Decides, clipped, likely_first, one_line
 from semisparse.gemm.autotune.candidates import Candidates
 from semisparse.gemm.autotune.in_chunks import faster_way
@@ -55,6 +56,7 @@ from semisparse.gemm.engine import Engine, engine
 from semisparse.gemm.operands import Operands
 from semisparse.gemm.problem import Problem
 from semisparse.gemm.weight_gradient import WeightGradient
+from semisparse.stopwatch import Stopwatch
 
 logger = logging.getLogger(__name__)
 
@@ -99,6 +101,7 @@ class Autotuner:
         # One problem is decided at a time: two tuning runs on one GPU would disturb each other's times. The way to a
         # weight gradient is measured with products of its own, which may have to be tuned inside.
         self._deciding = threading.RLock()
+        renewed_in_children(self, "_deciding", threading.RLock)
         self._measured: dict[str, Entry] = {}  # by canonical key; what state() carries
         self._known: dict[tuple[Asked, int], Choice] = {}  # the same by problem and device, for the hot path
         self._provisional: dict[tuple[Asked, int], Choice] = {}  # unmeasured, until tuning is on again
@@ -341,7 +344,7 @@ class Autotuner:
         chunk_algorithm = self._chunk_algorithm(problem, index, operands, dense)
         logger.info("tuning %s on device %d", problem, index)
         self._engine.runtime.wait(index)  # work that the caller has queued must not count
-        begin = self._clock()
+        elapsed = Stopwatch(self._clock)
         try:
             algorithms = likely_first(self._engine.algorithms(problem, index), problem.dtype)
             whole_dense = None if dense is None else partial(dense, problem, operands)
@@ -351,13 +354,13 @@ class Autotuner:
             return Choice(None, None, None, None, "tuned", note=one_line(error))
         choice = None
         try:
-            selection = Selection(candidates, self._clock, self._seconds - (self._clock() - begin))
+            selection = Selection(candidates, self._clock, max(self._seconds - elapsed(), self._seconds / 4))
             choice = selection.run(algorithms, dense is not None)
             if chunk_algorithm is not None:
                 choice = faster_way(choice, candidates, chunk_algorithm, self._chunk, self._clock)
         finally:
             candidates.close(None if choice is None or choice.chunk is not None else choice.sparse_algorithm)
-        logger.info("tuned %s in %.2f s: %s", problem, self._clock() - begin, choice)
+        logger.info("tuned %s in %.2f s: %s", problem, elapsed(), choice)
         return choice
 
 

@@ -11,6 +11,7 @@ import torch
 from semisparse.errors import EngineError
 from semisparse.gemm.autotune.algorithm import Choice, clipped, one_line
 from semisparse.gemm.autotune.selection import FINAL, ROUNDS, SECONDS, repeats
+from semisparse.stopwatch import Stopwatch
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +86,7 @@ def _ratio(
     seconds: float,
 ) -> float:
     """Time in chunks / time of the whole product: median over rounds, measured in turns at the same clock rate."""
-    begin = clock()
+    elapsed = Stopwatch(clock)
     counts = [repeats(candidates.time(algorithm, 1, chunk), *FINAL) for algorithm, chunk in (whole, cut)]
     quotients = []
     for _ in range(ROUNDS):
@@ -94,6 +95,6 @@ def _ratio(
             for (algorithm, chunk), count in zip((whole, cut), counts, strict=True)
         )
         quotients.append(other / one)
-        if clock() - begin > seconds:
+        if elapsed() > seconds:
             break
     return statistics.median(quotients)

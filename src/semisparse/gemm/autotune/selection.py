@@ -11,9 +11,14 @@ import torch
 
 from semisparse.errors import EngineError
 from semisparse.gemm.autotune.algorithm import Choice, Decides, clipped, one_line
+from semisparse.stopwatch import Stopwatch
 
 SECONDS = 0.5
 """Wall time that tuning one problem may take: half for a rough timing of all candidates, a quarter for checking."""
+
+LEAP = 10.0
+"""Seconds between two looks at the clock beyond which it has leapt, or the process stood still: no step takes as long.
+All that is left of the time limit is gone then, so such a choice has a note and is not stored."""
 
 NOT_REACHED = "not reached within the time limit"
 
@@ -61,10 +66,10 @@ class Selection:
         names: Mapping[int | None, str] = _MASKED_DENSE,
         decides: Decides = "algorithm",
     ) -> None:
-        self._candidates, self._clock, self._seconds = candidates, clock, seconds
+        self._candidates, self._seconds = candidates, seconds
         self._names: Mapping[int | None, str] = names
         self._decides: Decides = decides
-        self._begin = clock()
+        self._elapsed = Stopwatch(clock)
         self._rejected: dict[int, str] = {}
         self._note = ""
 
@@ -75,6 +80,9 @@ class Selection:
         medians = self._finals(finalists + [None] * dense)
         dense_us = medians.pop(None, None)
         rejected = tuple(sorted(self._rejected.items()))
+        self._elapsed()
+        if self._elapsed.longest > LEAP and not self._note:
+            self._note = f"the clock went {self._elapsed.longest:.0f} s on during one step of tuning"
         if not medians:
             return Choice(None, None, None, dense_us, "tuned", rejected, self._note, decides=self._decides)
         fastest = min(medians, key=lambda algorithm: medians[algorithm])
@@ -148,7 +156,7 @@ class Selection:
             return None
 
     def _spent(self, share: float) -> bool:
-        return self._clock() - self._begin > share * self._seconds
+        return self._elapsed() > share * self._seconds
 
 
 def repeats(once_us: float, batch_us: float, most: int) -> int:

@@ -11,6 +11,7 @@ from semisparse.gemm.autotune.algorithm import Choice
 from semisparse.gemm.autotune.selection import Selection
 from semisparse.gemm.runtime import CudaRuntime
 from semisparse.gemm.weight_gradient import WeightGradient
+from semisparse.stopwatch import Stopwatch
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +71,7 @@ def faster_of(ways: Ways, clock: Callable[[], float], seconds: float) -> Choice:
     """
     logger.info("timing both ways to %s", ways.gradient)
     ways.warm_up()
-    begin = clock()
+    elapsed = Stopwatch(clock)
     choice = Selection(ways, clock, seconds, NAMES, decides="sampling").run([0], dense=True)
-    logger.info("chose for %s in %.2f s: %s", ways.gradient, clock() - begin, choice)
+    logger.info("chose for %s in %.2f s: %s", ways.gradient, elapsed(), choice)
     return choice
