@@ -71,6 +71,13 @@ def test_where_nothing_gains_every_layer_says_so_and_nothing_is_swapped() -> Non
     assert type(model.blocks[0]["out"]) is nn.Linear
 
 
+def test_a_plan_without_a_measured_layer_gives_no_sums() -> None:
+    clock = iter(range(0, 10000, 100))
+    text = str(made(seconds=0.5, clock=clock.__next__))
+    assert "No linear layer was measured." in text and "ms planned" not in text
+    assert "not measured: the budget of 0.5 s was spent" in text
+
+
 def test_a_known_step_is_predicted_and_the_host_is_weighed() -> None:
     plan = made(step=Times(200.0))
     assert plan.predicted_ms == 200.0 - plan.saving_ms
@@ -188,6 +195,9 @@ def test_a_plan_from_elsewhere_says_so(path: Path, monkeypatch: pytest.MonkeyPat
         {"rows": [{}]},
         {"rows": 3},
         {"remarks": [3]},
+        {"remarks": ["\ud800"]},
+        {"step": {"ms": 1e308, "device_ms": None, "host_ms": None, "held_bytes": 0}},
+        {"step": {"ms": 1.0, "device_ms": None, "host_ms": None, "held_bytes": 2**64}},
     ],
     ids=str,
 )
@@ -221,6 +231,15 @@ def test_without_a_gpu_it_says_what_to_do_instead() -> None:
         semisparse.plan(Model(), tokens=16)
 
 
+@pytest.mark.parametrize("device", ["gpu", "cpu", "cuda:1", 3.5])
+def test_a_device_that_is_none_of_this_machine_is_refused(device: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ConfigError, match="device="):
+        semisparse.plan(Model(), tokens=16, device=device)
+    assert _plan._where(Model(), "cuda:0") == torch.device("cuda:0")
+
+
 def test_wrong_arguments_are_refused_before_anything_runs() -> None:
     model = Model()
     x = torch.ones(16, 32, dtype=torch.bfloat16)
@@ -231,6 +250,9 @@ def test_wrong_arguments_are_refused_before_anything_runs() -> None:
             semisparse.plan(model, x, **wrong)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="tokens is given, and inputs as well"):
         semisparse.plan(model, x, tokens=16)
+    for cache in (None, 0, 1):
+        with pytest.raises(ConfigError, match=f"cache={cache} must be True, False or the path of a folder"):
+            _plan._store(cache)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="step='fast'"):
         _plan._given("fast")  # type: ignore[arg-type]
     with pytest.raises(NoLayerMatchedError):

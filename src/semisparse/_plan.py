@@ -113,7 +113,11 @@ def _in_step(
 
 
 def _store(cache: bool | Path) -> PlanStore | None:
-    return None if cache is False else PlanStore(None if cache is True else Path(cache))
+    if isinstance(cache, bool):
+        return PlanStore() if cache else None
+    if not isinstance(cache, str | Path):
+        raise ConfigError(f"cache={cache!r} must be True, False or the path of a folder")
+    return PlanStore(Path(cache))
 
 
 def uses_of(
@@ -303,9 +307,12 @@ def _where(model: nn.Module, device: torch.device | str | None) -> torch.device:
     if device is None:
         on = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
         device = on.pop() if len(on) == 1 else torch.device("cuda")
-    where = torch.device(device)
-    if where.type != "cuda":
-        raise ConfigError(f"device={str(device)!r} is not a CUDA device")
+    try:
+        where = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise ConfigError(f"device={device!r} is no device") from None
+    if where.type != "cuda" or (where.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"device={str(device)!r} is not a CUDA device of this machine")
     return where if where.index is not None else torch.device("cuda", torch.cuda.current_device())
 
 

@@ -162,6 +162,7 @@ def _record(found: Times | None) -> dict[str, Any] | None:
 def _text(value: object) -> str:
     if not isinstance(value, str):
         raise ValueError(f"{value!r} is no text")
+    value.encode()  # half of a pair of surrogates cannot be printed
     return value
 
 

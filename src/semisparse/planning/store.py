@@ -24,6 +24,8 @@ from semisparse.versions import __version__, driver_version, package_version
 logger = logging.getLogger(__name__)
 
 SCHEMA = 1
+_LONGEST, _MOST_BYTES = 1e12, 2**60
+"""Milliseconds and bytes beyond which a record is taken to be damaged."""
 _PACKAGES = ("triton", "nvidia-cusparselt-cu13", "nvidia-cusparselt-cu12", "nvmath-python")
 
 
@@ -86,10 +88,10 @@ def times(record: Mapping[str, Any]) -> Times:
     made = Times(**record)
     values = (made.ms, made.device_ms, made.host_ms)
     if any(
-        value is not None and not (type(value) in (int, float) and abs(float(value)) < float("inf")) for value in values
+        value is not None and not (type(value) in (int, float) and abs(float(value)) < _LONGEST) for value in values
     ):
         raise ValueError(f"{dict(record)} has a time that is no number")
-    if made.ms is None or type(made.held_bytes) is not int:
+    if made.ms is None or type(made.held_bytes) is not int or abs(made.held_bytes) > _MOST_BYTES:
         raise ValueError(f"{dict(record)} lacks a time, or its bytes are no integer")
     return made
 

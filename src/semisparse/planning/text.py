@@ -68,7 +68,8 @@ def sums(plan: PlanContents) -> list[str]:
     dense = sum(plan.time_of(row.times[DENSE]) for row in measured)
     saved = sum(plan.saving_of(row) for row in plan.rows)
     kind = "alone, as the mode runs them" if plan.host_weight is None else "on the GPU"
-    lines = [f"Linear layers {kind}: {dense:.2f} ms dense, {dense - saved:.2f} ms planned."]
+    found = f"Linear layers {kind}: {dense:.2f} ms dense, {dense - saved:.2f} ms planned."
+    lines = [found if measured else "No linear layer was measured."]
     if plan.step is not None and plan.predicted_ms is not None:
         times = f"{plan.step.ms:.2f} ms dense, {plan.predicted_ms:.2f} ms predicted"
         lines.append(f"Step: {times} ({plan.step.ms / plan.predicted_ms:.2f}x).")
