@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from datetime import timedelta
 from functools import cache, partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,38 @@ def guarding(fault: Callable[[Path], None], rank: int, odd: bool, now: Path) -> 
         guard.update(torch.tensor(1.0))
 
 
+def tuning_together(fault: Callable[[Path], None], rank: int, odd: bool, now: Path) -> None:
+    """Something happens while all products of a model are tuned by all ranks: in the forward that looks for them."""
+
+    class Ends(nn.Identity):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if odd:
+                fault(now)
+            return x
+
+    model = nn.Sequential(Ends(), nn.Linear(16, 16))
+    sparsify(model)
+    tuning.tune(model, torch.ones(8, 16))
+
+
+def gathering(fault: Callable[[Path], None], rank: int, odd: bool, now: Path) -> None:
+    """Something happens while other ranks gather compressed weights."""
+    from torch.distributed.fsdp import fully_shard  # which other faults do not need; on_ranks has imported it
+
+    from semisparse.integrations.fsdp import compress_all_gather
+
+    model = nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16))
+    sparsify(model)
+    for layer in (model[0], model[2], model):
+        fully_shard(layer)
+    compress_all_gather(model)
+    dist.barrier()
+    for number in range(4):
+        if odd and number == 2:
+            fault(now)
+        model(torch.ones(8, 16)).sum().backward()
+
+
 def otherwise(changes: dict[str, Any], rank: int, odd: bool, now: Path) -> None:
     """One rank has other settings."""
     run = Run(rank, odd, **changes)
@@ -158,7 +191,7 @@ def alike(mine: str) -> None:
 DEAD: dict[str, Scenario] = {
     f"{name} {where.__name__}": partial(where, how)
     for name, how in (("killed while", die), ("stalled while", stall))
-    for where in (training, starting, sharing, guarding)
+    for where in (training, starting, sharing, guarding, tuning_together, gathering)
 }
 OTHERWISE: dict[str, Scenario] = {
     "another refresh": partial(otherwise, {"refresh_every": 3}),
@@ -197,6 +230,8 @@ def _warm() -> None:
 def on_ranks(scenario: Scenario, timeout: float, world: int, folder: Path) -> list[tuple[list[str], float] | None]:
     """What each rank ended in and when; None for one that was killed."""
     _warm()
+    if getattr(scenario, "func", None) is gathering:
+        import_module("semisparse.integrations.fsdp")  # takes half a second, and groups of lost ranks wait for three
     folder.mkdir()
     begin = time.monotonic()
     children = [forked(partial(_rank, scenario, timeout, world, rank, folder)) for rank in range(world)]

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from semisparse.errors import EngineError
-from semisparse.gemm.autotune.selection import NOT_REACHED, SECONDS, Selection
+from semisparse.gemm.autotune.selection import LEAP, NOT_REACHED, SECONDS, Selection
 
 
 @dataclass
@@ -179,3 +179,16 @@ def test_a_batch_lasts_long_enough_to_be_measured_and_no_longer(once, screen, fi
     made_up.run()
     assert made_up.timed[:3] == [(0, 1), (0, 1), (0, screen)]
     assert made_up.timed[3:5] == [(0, 1), (0, final)]
+
+
+@pytest.mark.parametrize(("leap", "noted"), [(LEAP - 1, False), (LEAP + 1, True), (-3600.0, False)])
+def test_a_choice_that_a_leap_of_the_clock_cut_short_has_a_note(leap, noted):
+    class Leaping(MadeUp):
+        def time(self, algorithm, repeats):
+            if len(self.timed) == 3:  # while the second candidate is timed
+                self.now += leap
+            return super().time(algorithm, repeats)
+
+    choice = Leaping({0: 150.0, 1: 120.0, 2: 141.0}).run()
+    assert (choice.algorithm, dict(choice.rejected)) == (1, {2: NOT_REACHED} if leap > 0 else {})
+    assert ("the clock went" in choice.note) is noted
