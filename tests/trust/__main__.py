@@ -63,9 +63,9 @@ def budgets(folder: Path) -> dict[str, Budget]:
         "determinism": Budget(
             90, 10, determinism.run, partial(determinism.run, runs=20, shapes=determinism.SHAPES[:1])
         ),
-        "graphs": Budget(140, 8, graphs.run, partial(graphs.run, replays=20, modes=())),
+        "graphs": Budget(120, 8, graphs.run, partial(graphs.run, replays=20, modes=())),
         "leaks": Budget(180, 10, leaks.run, partial(leaks.run, steps=256, shapes=16, layers=64)),
-        "convergence": Budget(150, 8, convergence.run, partial(convergence.run, steps=50, seeds=1)),
+        "convergence": Budget(130, 8, convergence.run, partial(convergence.run, steps=50, seeds=1)),
         "sanitizer": Budget(520, 5, tools, lambda machine, part: sanitizer.guard(machine, part)),
         "soak": Budget(480, 10, soak.run, partial(soak.run, shapes=soak.SHAPES[:1], cycles=50)),
     }

@@ -25,7 +25,7 @@ of the same codes there is no such limit: tensor cores keep fewer bits of sums o
 compared with PyTorch's product alone.
 
 The sample of "mvue" has the variance a_i^2 (1 / p_i - 1) in each entry. For normal numbers all of it is 3.24 dB below
-the signal, and so it is in dW, since x is drawn on its own: 3.1 to 3.5 dB where dy has SAMPLE values and dW ENOUGH.
+the signal, and so it is in dW, since x is drawn on its own: 3.0 to 3.5 dB where dy has SAMPLE values and dW ENOUGH.
 Sampling that is not as good gives less (0 dB where all four are kept alike), and less noise comes with a bias. Rounding
 to e4m3 does not show beside it.
 """

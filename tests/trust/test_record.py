@@ -8,7 +8,7 @@ import pytest
 from tests import reliability
 from tests.trust import __main__ as program
 from tests.trust import report
-from tests.trust.outcome import MOST_FAULTS, NotHere, Record, Row
+from tests.trust.outcome import MOST_FAULTS, MOST_RAISED, NotHere, Part, Record, Row
 
 PROVENANCE = {
     "commit": "0123456789abcdef", "time": "2026-01-02T03:04:05Z", "gpu": "NVIDIA H100 80GB HBM3", "peaks_tflops": {},
@@ -100,6 +100,44 @@ def test_the_program_runs_the_parts_that_are_named(tmp_path: Path, monkeypatch, 
     assert ran[2] == ("soak", 5.0) and "FAIL B1 x: 1" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         program.main([str(tmp_path / "out"), "--parts", "nothing"])
+
+
+def test_a_gpu_without_sparse_products_passes_nothing(tmp_path: Path, monkeypatch) -> None:
+    class Machine:
+        cuda = True
+
+        def __init__(self, device) -> None:
+            pass
+
+        def why_not_sparse(self) -> str:
+            return "cuSPARSELt is missing"
+
+    monkeypatch.setattr(program, "Machine", Machine)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert program.main([str(tmp_path), "--parts", "leaks", "--here"]) == 1
+    (part,) = json.loads((tmp_path / "trust.json").read_text())["parts"]
+    assert part["outcome"] == "raised" and "cuSPARSELt is missing" in part["reason"] and not part["rows"]
+
+
+def test_a_run_that_was_killed_is_not_done() -> None:
+    run = run_of("soak")
+    run["parts"][0]["outcome"] = "running"
+    (part,) = report.merged(None, [run])["parts"]
+    assert (part["outcome"], part["reason"]) == ("raised", "the run was killed")
+
+
+def test_cases_that_raise_end_a_part_where_all_do() -> None:
+    part = Part("numerics", 60.0)
+    for at in range(MOST_RAISED):
+        assert part.left() > 0
+        with part.attempt(f"case {at}"):
+            raise ValueError("gone")
+    with part.attempt("no time for it"):
+        part.check()
+    assert part.left() == 0
+    (row,) = part.all_rows()
+    assert (row.item, row.figure, row.size) == ("B1", MOST_RAISED, f"of {MOST_RAISED}") and not row.passed
+    assert row.faults[0] == "case 0: ValueError: gone"
 
 
 def test_the_parts_are_those_of_the_plan(tmp_path: Path) -> None:
