@@ -230,6 +230,9 @@ def rescale_formula(
 ) -> Tensor:
     """rescale as plain operations of PyTorch, which inductor fuses with what is before and behind them.
 
+    Nothing is converted to the dtype that it has: torch.compile of torch 2.11 would make two outputs of one tensor from
+    that, and give the gradient of the result to the other one.
+
     Args:
         y: As rescale's.
         scale_a: As rescale's.
@@ -238,8 +241,12 @@ def rescale_formula(
         rows: As rescale's.
         dtype: As rescale's.
     """
-    scaled = y[:rows].float() * (scale_a * scale_b)
-    return (scaled if bias is None else scaled + bias.float()).to(dtype)
+    scaled = _as(y[:rows], torch.float32) * (scale_a * scale_b)
+    return _as(scaled if bias is None else scaled + _as(bias, torch.float32), dtype)
+
+
+def _as(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x if x.dtype is dtype else x.to(dtype)
 
 
 def _by_kernel(y: Tensor, rows: int) -> bool:
