@@ -13,7 +13,7 @@ export PYTHONPATH="src:lab/src:.${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 export TORCHINDUCTOR_CACHE_DIR="${TORCHINDUCTOR_CACHE_DIR:-/tmp/inductor}" TRITON_CACHE_DIR="${TRITON_CACHE_DIR:-/tmp/triton}"
 : "${PYTHON:=python3}"
 BENCHMARK="$PYTHON benchmarks/benchmark_semi_structured_training.py"
-GPUS=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')
+: "${GPUS:=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')}"
 
 # step SECONDS NAME COMMAND...: its output goes to OUT/NAME.log; one line says how it ended.
 step() {
@@ -27,7 +27,7 @@ step() {
 
 # streams FUNCTION FUNCTION: at the same time if there are two GPUs, each with one of them and half of the cores.
 streams() {
-    local half=$(($(nproc) / 2))
+    local half=$(($(getconf _NPROCESSORS_ONLN) / 2))
     if [ "$GPUS" -ge 2 ]; then
         CUDA_VISIBLE_DEVICES=0 PIN="taskset -c 0-$((half - 1))" "$1" &
         CUDA_VISIBLE_DEVICES=1 PIN="taskset -c $half-$((2 * half - 1))" "$2" &

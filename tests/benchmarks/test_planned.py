@@ -1,6 +1,7 @@
 """Plans against measured steps, at toy size on the CPU."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,11 +16,18 @@ from tests.benchmarks.test_compare import build, training
 GAINING = {"dense": 1.0, "2:4 + mvue": 0.5}
 
 
+def in_10_ms(step: Callable[[], object]) -> float:
+    """A step's seconds, whatever the machine does: a plan predicts nothing for one that its layers' savings exceed."""
+    step()
+    return 0.01
+
+
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(planned, "forget_compiled", lambda: None)  # settings of the process, which others share
     monkeypatch.setattr(models.Card, "compile", lambda self, model: model)
     monkeypatch.setitem(planned_models.PLANNED, "one", models.Card("one", "details", build, training, None))
+    monkeypatch.setattr(planned, "seconds", in_10_ms)
     monkeypatch.setattr(planned, "_toy_times", lambda problem, calls, mode: {
         name: Times(GAINING[name]) for name in calls if name in GAINING
     })  # fmt: skip

@@ -14,7 +14,7 @@ def bash(script: str, out: Path) -> list[str]:
     """Lines that a script prints after common.sh, whose first argument is out."""
     done = subprocess.run(
         ["bash", "-c", f'source "{RUNS}/common.sh"\n{script}', "script", str(out)],
-        capture_output=True, text=True, timeout=60, env=os.environ | {"PYTHON": sys.executable},
+        capture_output=True, text=True, timeout=60, env=os.environ | {"PYTHON": sys.executable, "GPUS": "0"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
