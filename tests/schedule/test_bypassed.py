@@ -122,6 +122,7 @@ def test_compiled_models_whose_weights_move_before_the_optimizer_steps_raise_no_
 
 
 def test_the_mark_of_a_call_costs_compiled_code_nothing() -> None:
+    torch.compiler.reset()  # of what other tests compiled of the same code: there is a limit
     model = net()
     graphs = []
 
