@@ -169,14 +169,15 @@ def _done(job: jobs.Job, options: argparse.Namespace) -> bool:
         print(f"\n{job.name} failed", flush=True)
         traceback.print_exc()
         return False
+    finally:  # for the next one, after a failure too
+        gc.collect()
+        torch.cuda.empty_cache()
     shown = job.show(result)
     print(f"\n{job.name}", *(table.text() for table in shown), sep="\n\n", flush=True)
     if options.save:
         toy = {"toy": True} if options.toy else {}
         path = store.save(job.name, {"kind": job.kind, **toy, **result}, options.save)
         shown[0].write_csv(path.with_suffix(".csv"))
-    gc.collect()
-    torch.cuda.empty_cache()
     return True
 
 

@@ -139,10 +139,8 @@ def table(results: list[Result]) -> Table:
 def host_loop_ms(count: int = 40) -> list[float]:
     """Milliseconds of one loop in Python each time that it runs: how steady the host is, whatever the GPU does.
 
-    On the host of one H100, which others share, the same loop took 2.4 to 6 ms within minutes.
-
     Args:
-        count: Of runs, each about 10 ms.
+        count: Of runs, each some milliseconds.
     """
     found = []
     for _ in range(count):

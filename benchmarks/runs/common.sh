@@ -10,7 +10,6 @@ OUT=$(realpath -m "$1")
 mkdir -p "$OUT"
 cd "$(dirname "${BASH_SOURCE[0]}")/../.." || exit 1
 export PYTHONPATH="src:lab/src:.${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
-export TORCHINDUCTOR_CACHE_DIR="${TORCHINDUCTOR_CACHE_DIR:-/tmp/inductor}" TRITON_CACHE_DIR="${TRITON_CACHE_DIR:-/tmp/triton}"
 : "${PYTHON:=python3}"
 BENCHMARK="$PYTHON benchmarks/benchmark_semi_structured_training.py"
 : "${GPUS:=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')}"

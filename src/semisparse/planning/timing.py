@@ -4,8 +4,8 @@ A GPU that runs matrix products lowers its clock to stay under its power limit, 
 first. Every call gets blocks in turn; a block warms up, then runs for BLOCK_SECONDS. The time of a call is the median
 over its blocks. Host time is what the calling thread spends until a call is enqueued, with the device idle before.
 
-Whole steps, which the host may bound, get more and longer blocks: on a shared machine the host of one H100 was 10 to
-30 % slower for a second at a time.
+Whole steps, which the host may bound, get more and longer blocks: a host that others use is slower for a second at a
+time (blocks_ms of the eager models in benchmarks/results/plan-*.json).
 """
 
 import gc
