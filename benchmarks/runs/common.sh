@@ -2,8 +2,8 @@
 #
 #     bash benchmarks/runs/NAME.sh OUT
 #
-# Every step has its own time limit and log in OUT, and what failed does not stop what follows. Two GPUs are used side by
-# side where a run has two streams; with one GPU the streams follow each other.
+# Every step has its own time limit and log in OUT, and what failed does not stop what follows. GPUs are used side by side
+# where a run has several streams; with one GPU the streams follow each other.
 
 set -u
 OUT=$(realpath -m "$1")
@@ -24,17 +24,27 @@ step() {
     [ $code = 0 ] || tail -n 5 "$OUT/$name.log"
 }
 
-# streams FUNCTION FUNCTION: at the same time if there are two GPUs, each with one of them and half of the cores.
+# streams FUNCTION...: as many at the same time as there are GPUs, each with one of them and its share of the cores; what
+# is left over follows. With WIDTH=2 each has two GPUs.
 streams() {
-    local half=$(($(getconf _NPROCESSORS_ONLN) / 2))
-    if [ "$GPUS" -ge 2 ]; then
-        CUDA_VISIBLE_DEVICES=0 PIN="taskset -c 0-$((half - 1))" "$1" &
-        CUDA_VISIBLE_DEVICES=1 PIN="taskset -c $half-$((2 * half - 1))" "$2" &
-        wait
-    else
-        "$1"
-        "$2"
+    local width=${WIDTH:-1} functions=("$@") slots all cores slot first at
+    slots=$((GPUS / width < $# ? GPUS / width : $#))
+    if [ "$slots" -lt 2 ]; then
+        for slot in "$@"; do "$slot"; done
+        return
     fi
+    all=$(getconf _NPROCESSORS_ONLN)
+    cores=$((all < slots ? 1 : all / slots))
+    for ((slot = 0; slot < slots; slot++)); do
+        (
+            export CUDA_VISIBLE_DEVICES PIN
+            CUDA_VISIBLE_DEVICES=$(seq -s, $((slot * width)) $((slot * width + width - 1)))
+            first=$((slot * cores % all))
+            PIN="taskset -c $first-$((first + cores - 1))"
+            for ((at = slot; at < ${#functions[@]}; at += slots)); do "${functions[at]}"; done
+        ) &
+    done
+    wait
 }
 
 # queue SECONDS: lines of standard input, "NAME COMMAND...", are run in their order, one at a time on each GPU, until
@@ -54,6 +64,6 @@ queue() {
             step "$LEFT" "${line%% *}" bash -c "${line#* }"
         done
     }
-    streams _work _work
+    streams $(printf '_work %.0s' $(seq $((GPUS > 1 ? GPUS : 1))))
     rm -r "$folder"
 }

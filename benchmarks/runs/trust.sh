@@ -1,9 +1,23 @@
 #!/usr/bin/env bash
-# The trust suite, first half: numerics, algorithms and determinism on one GPU, compute-sanitizer on the other:
-# OUT/a/trust.json and OUT/b/trust.json. About nine minutes on two GPUs; with MORE=--quick a few minutes without a GPU.
+# The trust suite: OUT/STREAM/trust.json of each stream. Nine minutes on four GPUs; on two GPUs name two streams a time,
+# twice nine minutes:
+#
+#     bash benchmarks/runs/trust.sh OUT numerics sanitizer; bash benchmarks/runs/trust.sh OUT others soak
+#
+# With MORE=--quick a few minutes without a GPU. Parts end by themselves, and what is found is written all the time, so
+# that ending a step loses nothing.
 source "$(dirname "$0")/common.sh"
-source benchmarks/runs/trust_parts.sh
+: "${WITHIN:=520}" # seconds for one stream
 
-first() { trust a numerics,algorithms,determinism; }
-second() { trust b sanitizer; }
-streams first second
+# trust STREAM PARTS OPTION...: parts of the suite, each in a process of its own; MORE replaces the options.
+trust() {
+    step $((WITHIN + 30)) "trust-$1" "$PYTHON" -m tests.trust "$OUT/$1" --parts "$2" --within "$WITHIN" ${MORE:-${*:3}}
+}
+numerics() { trust numerics numerics,algorithms,determinism; }
+sanitizer() { trust sanitizer sanitizer; }
+others() { trust others graphs,leaks,convergence; }
+soak() { trust soak soak --seconds 420; }
+
+shift
+[ $# -gt 0 ] || set -- numerics sanitizer others soak
+streams "$@"

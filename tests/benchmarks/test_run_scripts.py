@@ -48,8 +48,21 @@ def test_a_queue_whose_time_is_up_starts_nothing_more(tmp_path: Path) -> None:
     assert not (tmp_path / "b.log").exists()
 
 
-def test_two_gpus_share_a_queue_and_the_cores(tmp_path: Path) -> None:
-    script = 'GPUS=2\nfor one in a b c d; do echo "$one echo \\$CUDA_VISIBLE_DEVICES; sleep 1"; done | queue 50'
-    assert len(bash(script, tmp_path)) == 4
-    used = [(tmp_path / f"{one}.log").read_text().strip() for one in "abcd"]
-    assert sorted(used) == ["0", "0", "1", "1"]
+@pytest.mark.parametrize("gpus", [2, 4])
+def test_gpus_share_a_queue_and_the_cores(gpus: int, tmp_path: Path) -> None:
+    names = "abcdefgh"[: 2 * gpus]
+    lines = f'for one in {" ".join(names)}; do echo "$one echo \\$CUDA_VISIBLE_DEVICES; sleep 1"; done | queue 50'
+    assert len(bash(f"GPUS={gpus}\n{lines}", tmp_path)) == len(names)
+    used = [(tmp_path / f"{one}.log").read_text().strip() for one in names]
+    assert sorted(used) == sorted(2 * [str(gpu) for gpu in range(gpus)])
+
+
+@pytest.mark.parametrize(
+    ("gpus", "used"), [(0, ["", "", ""]), (2, ["", "", ""]), (4, ["0,1", "2,3", "0,1"]), (8, ["0,1", "2,3", "4,5"])]
+)
+def test_streams_of_two_gpus_use_pairs_and_what_is_left_over_follows(
+    gpus: int, used: list[str], tmp_path: Path
+) -> None:
+    functions = " ".join(f'{one}() {{ step 9 {one} bash -c "echo \\$CUDA_VISIBLE_DEVICES"; }};' for one in "abc")
+    bash(f"GPUS={gpus}\n{functions}\nunset CUDA_VISIBLE_DEVICES\nWIDTH=2 streams a b c", tmp_path)
+    assert [(tmp_path / f"{one}.log").read_text().strip() for one in "abc"] == used
