@@ -15,7 +15,7 @@ from semisparse.routes import why_not_fp8
 from semisparse.selfcheck.operands import SEED
 from tests.trust.machine import Machine
 
-BF16, FP16 = torch.bfloat16, torch.float16
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 
 @dataclass(frozen=True)
@@ -26,11 +26,13 @@ class Case:
         name: In reports.
         dtype: Of parameters and inputs.
         config: Its settings.
+        unaligned: Whether its sizes are none that its precision can take.
     """
 
     name: str
     dtype: torch.dtype
     config: SparseConfig
+    unaligned: bool = False
 
     @property
     def fp8(self) -> bool:
@@ -47,6 +49,11 @@ class Case:
         """What N and K must be multiples of for sparse products."""
         return 32 if self.fp8 else 16
 
+    @property
+    def computed(self) -> "Case":
+        """What its results are those of: a layer in fp8 that fp8 cannot take computes in its own dtype."""
+        return replace(self, config=replace(self.config, precision=None)) if self.unaligned else self
+
 
 CASES = {
     case.name: case
@@ -62,13 +69,25 @@ CASES = {
     )
 }
 
+FALLING_BACK = {
+    case.name: case
+    for case in (
+        Case("2:4, fp32", FP32, SparseConfig()),
+        Case("fp8 + 2:4, unaligned", BF16, SparseConfig(precision="fp8"), unaligned=True),
+    )
+}
+"""Those that are computed in another way than they would be in 16 bits or at aligned sizes."""
+
 
 def cases(machine: Machine, names: Sequence[str] = tuple(CASES)) -> list[Case]:
     """Those that this machine can run, with sparse products that may not fall back where there are any."""
-    given = [CASES[name] for name in names]
+    given = [(CASES | FALLING_BACK)[name] for name in names]
     if why_not_fp8(torch.empty(32, 32, device=machine.device), BF16):
         given = [case for case in given if not case.fp8]
-    return [replace(case, config=replace(case.config, backend=machine.backend)) for case in given]
+    return [
+        case if case.name in FALLING_BACK else replace(case, config=replace(case.config, backend=machine.backend))
+        for case in given
+    ]
 
 
 def make_layer(
@@ -133,9 +152,12 @@ def step(module: nn.Module, x: Tensor, dy: Tensor) -> list[Tensor]:
 
 @contextmanager
 def whole_sums() -> Iterator[None]:
-    """cuBLAS adds parts of a sum in fp32: rounded to 16 bits in between, whole numbers would be off in PyTorch, too."""
+    """cuBLAS adds parts of a sum in fp32: rounded to 16 bits in between, whole numbers would be off in PyTorch, too.
+
+    And fp32 is multiplied as such, and not in TF32.
+    """
     matmul = torch.backends.cuda.matmul
-    names = ("allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction")
+    names = ("allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction", "allow_tf32")
     before = [getattr(matmul, name) for name in names]
     for name in names:
         setattr(matmul, name, False)

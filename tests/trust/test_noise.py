@@ -57,23 +57,23 @@ def test_one_wrong_group_of_a_large_result_is_below_the_limit() -> None:
     found = noise.Noise(PLAIN)
     weight, x = normal(64, 1024) / 32, normal(64, 1024, seed=1)
     exact = x @ weight.mT
-    found.in_16_bits("dx", exact.bfloat16(), exact, None, "right")
+    found.own_dtype("dx", exact.bfloat16(), exact, None, "right")
     assert all(row.passed for row in found.rows())
     weight[3, 8:12] = weight[3, 8:12].roll(1)
-    found.in_16_bits("dx", (x @ weight.mT).bfloat16(), exact, None, "wrong")
+    found.own_dtype("dx", (x @ weight.mT).bfloat16(), exact, None, "wrong")
     assert [row.faults[0].split(":")[0] for row in found.rows() if not row.passed] == ["wrong", "wrong"]
 
 
 def test_a_result_of_few_values_is_compared_with_correct_rounding_alone() -> None:
     found, exact = noise.Noise(PLAIN), normal(8, 8)
-    found.in_16_bits("y", exact.bfloat16() * 1.01, exact, None, "wrong")
+    found.own_dtype("y", exact.bfloat16() * 1.01, exact, None, "wrong")
     assert [row.what for row in found.rows()] == ["2:4: most dB that a result is below correct rounding"]
     assert not any(row.passed for row in found.rows())
 
 
 def test_a_bias_behind_the_product_has_a_limit_of_its_own() -> None:
     found, exact, bias = noise.Noise(ACTIVATION), normal(64, 64), normal(64, seed=1).bfloat16()
-    found.in_16_bits("y", exact.bfloat16() + bias, exact + bias.double(), bias, "right")
+    found.own_dtype("y", exact.bfloat16() + bias, exact + bias.double(), bias, "right")
     assert all(row.passed for row in found.rows())
     assert "2:4 activation: lowest SQNR in dB of y, rounded before and after the bias" in [
         row.what for row in found.rows()

@@ -49,6 +49,32 @@ def test_numerics_hold_and_a_result_that_is_off_is_named(monkeypatch) -> None:
     assert all(fault.startswith("dx at M=24, K=64, N=32") for row in failed(tried) for fault in row.faults)
 
 
+@pytest.mark.parametrize("name", numerics.FALLING_BACK)
+def test_layers_that_fall_back_are_right_and_say_so(name: str, monkeypatch) -> None:
+    monkeypatch.setattr(numerics, "ALWAYS", ())
+    monkeypatch.setattr(numerics, "IN_TURN", (name,))
+    tried = part()
+    numerics.run(machine(), tried, chosen=[SHAPE, (13, 20, 36)])
+    assert not failed(tried) and all(row.what.startswith(name) for row in tried.rows[1:])
+    monkeypatch.setattr(
+        numerics, "make_layer", lambda *given, **options: torch.nn.Linear(*given[2:5], dtype=given[1].dtype)
+    )
+    tried = part()
+    numerics.run(machine(), tried, chosen=[SHAPE])
+    assert sum("differ in a bit" in row.what for row in failed(tried)) == 1
+    assert any("do not say why" in row.what for row in failed(tried)) == ("fp8" in name)
+
+
+def test_products_in_tf32_are_not_taken_for_fp32(monkeypatch) -> None:
+    monkeypatch.setattr(numerics, "ALWAYS", ())
+    monkeypatch.setattr(numerics, "IN_TURN", ("2:4, fp32",))
+    right = numerics.step
+    monkeypatch.setattr(numerics, "step", lambda *given: [one.half().float() for one in right(*given)])
+    tried = part()
+    numerics.run(machine(), tried, chosen=[(64, 64, 32)])
+    assert any("summed in fp32" in row.what and row.figure < 80 for row in failed(tried))
+
+
 def test_a_case_that_raises_is_named_and_the_others_run(monkeypatch) -> None:
     right = numerics.make_layer
 
