@@ -67,7 +67,7 @@ def budgets(folder: Path) -> dict[str, Budget]:
         "leaks": Budget(180, 10, leaks.run, partial(leaks.run, steps=256, shapes=16, layers=64)),
         "convergence": Budget(130, 8, convergence.run, partial(convergence.run, steps=50, seeds=1)),
         "sanitizer": Budget(520, 5, tools, lambda machine, part: sanitizer.guard(machine, part)),
-        "soak": Budget(480, 10, soak.run, partial(soak.run, shapes=soak.SHAPES[:1], cycles=50)),
+        "soak": Budget(480, 10, soak.run, partial(soak.run, shapes=soak.SHAPES[:1], cycles=50, kills=1)),
     }
 
 

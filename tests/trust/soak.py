@@ -1,11 +1,13 @@
-"""C1: minutes of everything at once: shapes in turn, threads, streams, graphs, layers that come and go."""
+"""C1: minutes of everything at once: shapes in turn, threads, streams, graphs, layers that come and go, and kills."""
 
 import random
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
@@ -15,6 +17,7 @@ from tests.trust.graphs import model
 from tests.trust.leaks import DEVICE_BYTES, HOST_BYTES
 from tests.trust.machine import Machine, differing
 from tests.trust.outcome import Part, Row
+from tests.trust.resumed import KILLS, Trainings
 
 THREADS = 4
 CYCLES = 500
@@ -31,7 +34,10 @@ SHAPES = (
 )  # fmt: skip
 
 
-def run(machine: Machine, part: Part, shapes: tuple[tuple[int, int, int], ...] = SHAPES, cycles: int = CYCLES) -> None:
+def run(
+    machine: Machine, part: Part, shapes: tuple[tuple[int, int, int], ...] = SHAPES, cycles: int = CYCLES,
+    kills: int = KILLS,
+) -> None:  # fmt: skip
     """Run for what is left of the budget once all is set up, at least half of it; a tenth is the warm-up.
 
     Args:
@@ -39,6 +45,7 @@ def run(machine: Machine, part: Part, shapes: tuple[tuple[int, int, int], ...] =
         part: Gets the rows.
         shapes: M, K, N of the layers.
         cycles: Fewest that are asked for.
+        kills: Of each training beside the threads; 0 for none.
     """
     machine.tune_quickly()
     subjects = [Subject(machine, case, shape) for case in cases(machine, tuple(CASES)) for shape in shapes]
@@ -93,7 +100,12 @@ def run(machine: Machine, part: Part, shapes: tuple[tuple[int, int, int], ...] =
             layer = make_layer(machine, case, 64, 96)
             step(layer, *(normal(machine, 32, size, seed=1, dtype=case.dtype) for size in (64, 96)))
 
-    found.raised = together([*(lambda at=at: work(at) for at in range(THREADS)), measure])
+    works: list[Callable[[], object]] = [*(lambda at=at: work(at) for at in range(THREADS)), measure]
+    with tempfile.TemporaryDirectory(prefix="soak-") as folder:
+        if kills:
+            found.killed = killed = Trainings(Path(folder), each=kills)
+            works.append(lambda: killed.run(lambda: seconds - (part.clock() - begin)))
+        found.raised = together(works)
     found.tell()
 
 
@@ -109,6 +121,8 @@ class Found:
         counts: Cycles of each thread.
         memory: Of the device and of the process, after the warm-up and at the end.
         raised: Errors of threads.
+        told: When it was written down.
+        killed: Trainings beside the threads.
     """
 
     part: Part
@@ -119,6 +133,7 @@ class Found:
     memory: list[tuple[int, int]] = field(default_factory=list)
     raised: list[str] = field(default_factory=list)
     told: float = 0.0
+    killed: Trainings | None = None
 
     def tell_now_and_then(self) -> None:
         """Write down what there is, each EACH seconds."""
@@ -138,6 +153,7 @@ class Found:
                 Row("C1", "steps with other bits", size, len(self.faults), faults=self.faults),
                 Row("C1", "growth on the device in bytes", size, growth[0], DEVICE_BYTES),
                 Row("C1", "growth of the process in bytes", size, growth[1], HOST_BYTES),
+                *(self.killed.rows(self.seconds) if self.killed else []),
             ]
         )
 

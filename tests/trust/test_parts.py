@@ -239,11 +239,11 @@ def test_growth_on_the_device_is_found(monkeypatch) -> None:
 def test_a_soak_counts_other_bits_and_growth(monkeypatch) -> None:
     tried = part(0.5)
     monkeypatch.setattr(soak, "CASES", ("2:4, bf16",))
-    soak.run(Growing(0), tried, shapes=(SHAPE,), cycles=1)
+    soak.run(Growing(0), tried, shapes=(SHAPE,), cycles=1, kills=0)
     assert not failed(tried)
     monkeypatch.setattr(determinism.Subject, "wrong", lambda self: torch.tensor(1))
     tried = part(0.5)
-    soak.run(Growing(leaks.DEVICE_BYTES + 1), tried, shapes=(SHAPE,), cycles=1)
+    soak.run(Growing(leaks.DEVICE_BYTES + 1), tried, shapes=(SHAPE,), cycles=1, kills=0)
     assert {"steps with other bits", "growth on the device in bytes"} <= {row.what for row in failed(tried)}
 
 
@@ -254,7 +254,7 @@ def test_a_thread_of_the_soak_that_raises_ends_it(monkeypatch) -> None:
     tried = part(5.0)
     monkeypatch.setattr(soak, "CASES", ("2:4, bf16",))
     monkeypatch.setattr(determinism.Subject, "wrong", raises)
-    soak.run(machine(), tried, shapes=(SHAPE,))
+    soak.run(machine(), tried, shapes=(SHAPE,), kills=0)
     assert "RuntimeError: gone" in failed(tried)[0].faults
 
 
