@@ -70,6 +70,7 @@ class SimulatedLibrary:
 
     def __init__(self, version: int = 800, follows_bias: bool = True, workspace: int = 0) -> None:
         self.version, self.follows_bias, self.workspace = version, follows_bias, workspace
+        self.split = 1, 1  # the factor of split-K and its mode
         self.faults: dict[int, Callable[[Tensor], None]] = {}
         self.refuse: dict[str, int] = {}
         self.live: dict[int, tuple[str, Any]] = {}
@@ -167,8 +168,8 @@ class SimulatedLibrary:
 
     def matmul_alg_get_attribute(self, handle: int, selection: int, attribute: int, data: int, size: int) -> None:
         self._get("handle", handle), self._get("selection", selection)
-        assert (attribute, size) == (1, 4)
-        ctypes.c_int32.from_address(data).value = ALGORITHMS
+        assert size == 4
+        ctypes.c_int32.from_address(data).value = {1: ALGORITHMS, 3: self.split[0], 4: self.split[1]}[attribute]
 
     def matmul_alg_selection_destroy(self, selection: int) -> None:
         self._destroy("selection", selection)

@@ -1,13 +1,17 @@
 """B3: the same bits on four streams and from eight threads, while the allocator hands memory around."""
 
+import ctypes
 import threading
-from collections.abc import Callable
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
+from semisparse.gemm.cusparselt import Handle, Plan
+from semisparse.gemm.problem import Problem
 from tests.trust.cases import Case, cases, fill, make_layer, normal, step
 from tests.trust.machine import Machine, differing
 from tests.trust.outcome import Part, Row
@@ -21,6 +25,15 @@ OF_A_THREAD = 25
 SHAPES = ((200, 256, 512), (512, 512, 256), (1000, 1024, 512))
 NAMES = ("2:4, bf16", "2:4 activation, bf16", "2:4 + mvue, bf16", "fp8 + 2:4 + mvue")
 """With SHAPES the twelve kinds and shapes of the plan."""
+
+
+SPLIT_K, SPLIT_K_MODE = 3, 4
+"""Attributes of cuSPARSELt's cusparseLtMatmulAlgAttribute_t."""
+
+SPLITTING = (5, 6)
+"""Of cusparseLtSplitKMode_t: CUSPARSELT_SPLITK and CUSPARSELT_STREAMK; others split by the factor alone."""
+
+UNKNOWN = -(2**31)
 
 
 class Subject:
@@ -63,7 +76,11 @@ def run(machine: Machine, part: Part, runs: int = RUNS, shapes: tuple[tuple[int,
     with part.attempt("threads"):
         _threads(machine, part, subjects)
     with part.attempt("deterministic mode"), _deterministic():
-        _again(machine, part, [Subject(machine, case, shapes[0]) for case in cases(machine, NAMES)])
+        m, k, n = shapes[0]
+        with split_sums() as found:  # plans are made once: these products must be new
+            given = [Subject(machine, case, (m + 8, k, n)) for case in cases(machine, NAMES)]
+        _split(part, found, len(given) if machine.cuda else 0)
+        _again(machine, part, given)
 
 
 def _streams(machine: Machine, part: Part, subjects: list[Subject], runs: int) -> None:
@@ -146,6 +163,43 @@ def _deterministic() -> Any:
         yield
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+@contextmanager
+def split_sums() -> Iterator[dict[str, list[int]]]:
+    """What the library says of each plan that is made in the block: the factor of split-K, and its mode."""
+    found: dict[str, list[int]] = {}
+    describe, build = Handle._describe, Handle._build
+    selections = threading.local()
+
+    def described(self: Handle, *given: Any) -> tuple[int, int]:
+        descriptor, selections.last = describe(self, *given)
+        return descriptor, selections.last
+
+    def built(self: Handle, problem: Problem, algorithm: int, bias: int) -> Plan:
+        plan, values = build(self, problem, algorithm, bias), []
+        for attribute in (SPLIT_K, SPLIT_K_MODE):
+            value = ctypes.c_int32(UNKNOWN)
+            with suppress(self._lib.cuSPARSELtError):  # refused: it stays unknown
+                where = attribute, ctypes.addressof(value), ctypes.sizeof(value)
+                self._lib.matmul_alg_get_attribute(self.handle, selections.last, *where)
+            values.append(value.value)
+        found[f"{problem}, algorithm {algorithm}"] = values
+        return plan
+
+    with mock.patch.object(Handle, "_describe", described), mock.patch.object(Handle, "_build", built):
+        yield found
+
+
+def _split(part: Part, found: dict[str, list[int]], least: int) -> None:
+    """Sums that are split may depend on the order in which their parts arrive; least: plans that are expected."""
+    part.details["split-K factor and mode"] = found
+    faults = [f"{name}: factor {factor}, mode {mode}" for name, (factor, mode) in found.items()
+              if factor != 1 or mode in SPLITTING]  # fmt: skip
+    size = f"{len(found)} plans"
+    part.add(Row("B3", "plans that the library makes in deterministic mode", size, len(found), least,
+                 "at least"))  # fmt: skip
+    part.add(Row("B3", "of those, plans whose sums are split", size, len(faults), faults=faults))
 
 
 def _again(machine: Machine, part: Part, subjects: list[Subject]) -> None:

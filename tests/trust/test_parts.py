@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from semisparse.gemm.autotune.algorithm import Choice
+from tests.gemm import simulated
 from tests.trust import algorithms, convergence, determinism, graphs, leaks, numerics, soak
 from tests.trust.machine import Machine
 from tests.trust.outcome import Part, Row
@@ -147,6 +148,18 @@ def test_other_bits_on_a_stream_or_in_a_thread_are_counted(monkeypatch) -> None:
     tried = part()
     determinism.run(machine(), tried, runs=1, shapes=(SHAPE,))
     assert [row.figure for row in failed(tried)] == [1, determinism.THREADS, 1]
+
+
+@pytest.mark.parametrize(("split", "wrong"), [((1, 1), 0), ((2, 1), 1), ((1, 6), 1), ((0, 0), 1)])
+def test_plans_whose_sums_are_split_are_counted(split: tuple[int, int], wrong: int) -> None:
+    engine, library, _ = simulated.make_engine()
+    library.split = split
+    tried = part()
+    with determinism.split_sums() as found:
+        simulated.run(engine, simulated.FORWARD, 3)
+    determinism._split(tried, found, 1)
+    assert [row.figure for row in tried.rows] == [1, wrong]
+    assert list(found.values()) == [list(split)] and "algorithm 3" in next(iter(found))
 
 
 def test_the_errors_of_threads_are_kept() -> None:
