@@ -5,21 +5,21 @@ python benchmarks/cards.py
 A page holds marked places, <!-- generated: NAME --> ... <!-- end -->, which are filled with the block of that name.
 """
 
-import statistics
 import sys
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that the file runs as a script from anywhere
 
 from benchmarks import (
+    accuracy_cards,
     bench_cards,
     compare,
     compare_tables,
     decisions,
     fp8_tables,
+    gathering_tables,
     host_tables,
     large_m,
     picture,
@@ -33,18 +33,13 @@ from benchmarks.models import NO_GAIN
 from benchmarks.origin import origin, short_origin
 from benchmarks.store import ROOT, load
 from benchmarks.table import Table
-from semisparse_lab.commands import command_of
-from semisparse_lab.report import cards as experiments
 from semisparse_lab.report import differences
-from semisparse_lab.report.summaries import spread, summaries
 
-RESULTS, CARDS = ROOT / "benchmarks" / "results", ROOT / "benchmarks" / "cards"
-ACCURACY = RESULTS / "accuracy"
-PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("speed", "accuracy", "plan", "cards")))
-MASK_STUDY = ("signed-greedy", "greedy", "sparse-100")
-ON_PAGE = ("vit-fashion-mnist", "vit-fashion-mnist-long", "dino-fashion-mnist", "gpt-stdlib")
-TEXT_ONCE = ("gpt-mvue", "gpt-fp8")
-SPARSE_THEN_DENSE = ("sparse-070", "dinov2-070")
+CARDS = ROOT / "benchmarks" / "cards"
+PAGES = (
+    ROOT / "README.md",
+    *(ROOT / "docs" / f"{name}.md" for name in ("speed", "accuracy", "plan", "cards", "distributed")),
+)
 COMMAND = "python benchmarks/benchmark_semi_structured_training.py"
 
 RATIOS = (
@@ -209,54 +204,9 @@ def no_gain_steps() -> list[Result]:
     return [result for result in load("end-to-end") if result["card"] in NO_GAIN]
 
 
-@cache
-def accuracy() -> dict[str, list[Result]]:
-    """Stored results of the experiments, by experiment; read once."""
-    return experiments.by_experiment(experiments.load_results(ACCURACY))
-
-
-def mask_study(results: list[Result]) -> str:
-    """How masks are chosen: the fully sparse rows that differ in nothing else."""
-    chosen = [result for result in results if result["row"] in MASK_STUDY]
-    return experiments.table(chosen, baseline=MASK_STUDY[0])
-
-
-def accuracy_cards() -> dict[Path, str]:
-    """A card for each experiment; its plot lies beside it."""
-    made = {}
-    for name, results in accuracy().items():
-        studied = {result["row"] for result in results}.issuperset(MASK_STUDY)
-        more = ["The three ways to choose masks, compared with each other:", mask_study(results)] if studied else []
-        made[CARDS / f"{name}.md"] = experiments.card(results, f"{name}.png", more)
-    return made
-
-
-def accuracy_summary() -> str:
-    """Sparse, then dense beside dense, one row per experiment, with what its sparse steps cost."""
-    lines = [
-        "| experiment | metric | dense | sparse, then dense | difference | sparse step / dense step |",
-        "|---|---|--:|--:|--:|--:|",
-    ]
-    factors = []
-    for name in ON_PAGE:
-        results = accuracy()[name]
-        rows = {row.slug: row for row in summaries(results)}
-        dense, sparse = rows["dense"], next(rows[slug] for slug in SPARSE_THEN_DENSE if slug in rows)
-        digits = 2 if results[0]["higher_is_better"] else 4
-        cells = [name, results[0]["metric"]]
-        cells += [f"{statistics.fmean(row.values.values()):.{digits}f}" for row in (dense, sparse)]
-        cells += [spread(sparse.differences, digits, "+")]
-        factors.append(sparse.seconds["sparse"] / dense.seconds["dense"])
-        lines.append(f"| {' | '.join([*cells, f'{factors[-1]:.2f}x'])} |")
-    small = "These models are too small to gain speed from 2:4: " if min(factors) >= 1 else ""
-    verdict = f"{small}a sparse step took {min(factors):.2f}x to {max(factors):.2f}x the dense step."
-    return "\n".join([*lines, "", verdict[0].upper() + verdict[1:]])
-
-
 def blocks() -> dict[str, str]:
     """Name -> text of each generated block of the pages."""
     linear, small, slow = load("linear"), load("small-linear"), no_gain_steps()
-    every = [result for results in accuracy().values() for result in results]
     made = {
         "speed": _speed_block(),
         "compare": _compare_block(),
@@ -265,7 +215,7 @@ def blocks() -> dict[str, str]:
         "left-dense": decisions.left_dense(load("plan")) or _missing("--plan "),
         "gpus": bench_cards.block(),
         "scaling": scaling_tables.block(),
-        "accuracy": f"{accuracy_summary()} Measured on {gpus(every)}.",
+        "gathering": gathering_tables.block(),
         "models": _models_block(),
         "eager-linear": _block(load("eager-linear"), host_tables.eager_linear, "--eager "),
         "host-time": _host_block(),
@@ -281,22 +231,7 @@ def blocks() -> dict[str, str]:
         "profile": _text(load("profile"), fp8_tables.profiles, "--profile "),
         "no-gain-all": _block(small, tables.small_linear, "--no-gain "),
     }
-    for name in (*ON_PAGE, *TEXT_ONCE):
-        results = accuracy().get(name, [])
-        if not results:
-            made[name] = f"Not measured yet: `{command_of(name)}`."
-            continue
-        where, commands = experiments.origin(results), experiments.remake(results)
-        paragraphs = (experiments.table(results), experiments.gain(results), experiments.step_times(results))
-        made[name] = "\n\n".join([*filter(None, paragraphs), f"Measured on {where}. Remake: {commands}."])
-    return made
-
-
-def gpus(results: list[Result]) -> str:
-    """The GPUs of experiments shown on the page."""
-    return " and ".join(
-        f"one {name}" for name in sorted({one["gpu"] for one in results if one["experiment"] in ON_PAGE})
-    )
+    return made | accuracy_cards.blocks()
 
 
 def _speed_block() -> str:
@@ -379,7 +314,7 @@ def outputs() -> dict[Path, str]:
         made[CARDS / "compare.md"] = compare_card()
     made[CARDS / "plans.md"] = _page("Plans as they print", _text(load("plan"), decisions.printed, "--plan "))
     made |= {CARDS / "pack.md": pack_card(), CARDS / "metrics.md": metrics_card()}
-    made |= {**accuracy_cards(), **scaling_tables.cards()}
+    made |= {**accuracy_cards.cards(), **scaling_tables.cards()}
     return made | filled(PAGES, blocks())
 
 
@@ -388,7 +323,7 @@ def main() -> int:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
         print(path.relative_to(ROOT))
-    for name, results in accuracy().items():
+    for name, results in accuracy_cards.accuracy().items():
         (CARDS / f"{name}.png").write_bytes(differences.picture(results))
     picture.write()
     scaling_tables.write(scaling_tables.by_ranks())

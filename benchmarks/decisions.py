@@ -34,9 +34,12 @@ def text(results: Sequence[Result]) -> str:
 
 
 def decided(results: Sequence[Result]) -> Table:
-    """Every model: what the plan swaps, and what that and swapping everything are worth."""
-    rows = tuple((*_figures(result), swapped(result), gpu(result)) for result in _in_order(results))
-    return Table((*_COLUMNS, "swapped", "GPU"), rows)
+    """Every model: what the plan swaps, and what that and swapping everything are worth; the GPU, where they differ."""
+    several = len({gpu(result) for result in results}) > 1
+    rows = tuple(
+        (*_figures(result), swapped(result), *([gpu(result)] if several else [])) for result in _in_order(results)
+    )
+    return Table((*_COLUMNS, "swapped", *(["GPU"] if several else [])), rows)
 
 
 def left_dense(results: Sequence[Result]) -> str:
@@ -44,7 +47,7 @@ def left_dense(results: Sequence[Result]) -> str:
     dense = [result for result in _in_order(results) if _swaps_nothing(result)]
     gaining = [result for result in _in_order(results) if not _swaps_nothing(result)]
     gains = "; ".join(f"{result['label']} ({result['ratio_to_dense'][PLAN]:.2f})" for result in gaining[:3])
-    losses = "; ".join(f"{result['label']} ({_lost(result)})" for result in dense)
+    losses = "; ".join(_losses(dense))
     sentences = []
     if dense:
         everything = " and in ".join(EVERY)
@@ -110,6 +113,19 @@ def _figures(result: Result) -> tuple[str, ...]:
 
 def _swaps_nothing(result: Result) -> bool:
     return all(row["choice"] == DENSE for row in result["plan"]["rows"])
+
+
+def _losses(dense: Sequence[Result]) -> list[str]:
+    """A text per model: its setups in which everything stays dense, each named by what it differs in from the first."""
+    told: dict[str, list[str]] = {}
+    heads: dict[str, list[str]] = {}
+    for result in dense:
+        parts = str(result["label"]).split(", ")
+        parts += [] if parts[-1] in ("eager", "compiled") else ["compiled"]
+        head = heads.setdefault(parts[0], parts)
+        own = parts if head is parts else [*(part for part in parts[:-1] if part not in head), parts[-1]]
+        told.setdefault(parts[0], []).append(f"{', '.join(own)} ({_lost(result)})")
+    return [", ".join(setups) for setups in told.values()]
 
 
 def _lost(result: Result) -> str:

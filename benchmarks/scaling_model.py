@@ -20,8 +20,9 @@ DDP reduces while the backward computes, but for the last of L parts, with a = t
     step = C + max(a / L, a - 2 C / 3 (L - 1) / L).
 
 Up to 8 GPUs share a host and the measured rate; beyond, the rate is at most that between hosts (--between, gigabytes
-per second and GPU), which is an assumption. Latency, congestion, slow GPUs, and the share of an optimizer step that
-falls with n are not in the model.
+per second and GPU), which is an assumption. What the measured step took beyond these formulas at its own number of GPUs
+(latency, ranks that wait for each other) is added at every number. Congestion, slow GPUs, and the share of an optimizer
+step that falls with n are not in the model.
 """
 
 import argparse
@@ -64,7 +65,20 @@ def moved(result: Result, variant: Result) -> tuple[float, float]:
 
 
 def predicted_ms(result: Result, variant: Result, ranks: int, between: float = BETWEEN) -> float:
-    """The step of a variant on ranks GPUs, as the module says.
+    """The step of a variant on ranks GPUs, as the module says: by its formulas, and what was measured beyond them.
+
+    Args:
+        result: Of benchmarks.scaling, on two or more GPUs.
+        variant: One of its variants.
+        ranks: GPUs.
+        between: Gigabytes per second and GPU between hosts.
+    """
+    beyond = variant["median_ms"] - formula_ms(result, variant, result["ranks"], between)
+    return formula_ms(result, variant, ranks, between) + max(0.0, beyond)
+
+
+def formula_ms(result: Result, variant: Result, ranks: int, between: float = BETWEEN) -> float:
+    """The step of a variant on ranks GPUs by the formulas alone.
 
     Args:
         result: Of benchmarks.scaling, on two or more GPUs.
@@ -92,14 +106,14 @@ def predicted_ms(result: Result, variant: Result, ranks: int, between: float = B
 
 
 def table(result: Result, ranks: Sequence[int] = RANKS, between: float = BETWEEN) -> Table:
-    """Tokens per second and GPU in thousands, modelled; first beside the measured step of the same number of GPUs."""
+    """Tokens per second and GPU in thousands, modelled; first how well the formulas alone give the measured step."""
     here = result["ranks"]
-    columns = ("modelled, by GPUs", "layout", f"step on {here} / measured", *map(str, ranks))
+    columns = ("modelled, by GPUs", "layout", f"formulas on {here} / measured", *map(str, ranks))
     rows = []
     for variant in result["variants"]:
         if variant["layout"] == ALONE:
             continue
-        known = predicted_ms(result, variant, here, between) / variant["median_ms"]
+        known = formula_ms(result, variant, here, between) / variant["median_ms"]
         times = [predicted_ms(result, variant, count, between) for count in ranks]
         rates = [f"{result['tokens_per_rank'] / time:.1f}" for time in times]  # tokens per ms are thousands per second
         rows.append((variant["precision"], variant["layout"], f"{known:.2f}", *rates))
@@ -110,8 +124,9 @@ def note(between: float = BETWEEN) -> str:
     """What the table is, below it."""
     return (
         "A model, not a measurement: thousands of tokens per second and GPU from the measured compute, bytes and "
-        f"rates. Beyond {PER_HOST} GPUs it assumes at most {between:g} GB/s per GPU between hosts; latency and "
-        "congestion are left out. `benchmarks/scaling_model.py` has the formulas."
+        "rates; what the measured step took beyond the formulas is added. "
+        f"Beyond {PER_HOST} GPUs it assumes at most {between:g} GB/s per GPU between hosts; congestion is left out. "
+        "`benchmarks/scaling_model.py` has the formulas."
     )
 
 

@@ -19,7 +19,7 @@ THROUGH_HOST = f"With `{SLOW}=1`, GPUs exchange data through the host's memory, 
 COMMAND = "NCCL_NVLS_ENABLE=0 torchrun --nproc-per-node RANKS -m benchmarks.scaling --out benchmarks/results"
 MISSING = f"Not measured yet: `{COMMAND}`."
 PRECISIONS = ("bf16", "2:4", "fp8 + 2:4")
-MARKERS = {"DDP": "s", "FSDP2": "o", "FSDP2, compressed": "^"}
+MARKERS = {scaling_model.ALONE: "*", "DDP": "s", "FSDP2": "o", "FSDP2, compressed": "^"}
 COLUMNS = (
     "precision", "layout", "GPUs", "step ms", "1,000 tokens/s/GPU", "of one GPU", "collectives ms", "exposed", "GB",
     "losses",
@@ -69,10 +69,10 @@ def table(results: Sequence[Result]) -> Table:
 def setup(result: Result) -> str:
     """What was run, in a sentence."""
     model = result["model"]
-    how = "compiled" if result["compiled"] else "eager"
+    how, gpus = "compiled" if result["compiled"] else "eager", "GPU" if result["ranks"] == 1 else "GPUs"
     drift = result.get("again_ms", result["variants"][0]["median_ms"]) / result["variants"][0]["median_ms"] - 1
     return (
-        f"{result['ranks']} GPUs: Llama-style {model['width']}/{model['hidden']}, {model['depth']} layers, "
+        f"{result['ranks']} {gpus}: Llama-style {model['width']}/{model['hidden']}, {model['depth']} layers, "
         f"{result['tokens_per_rank']:,} tokens per GPU, bf16 weights and AdamW states, blocks {how}; the first "
         f"variant, timed again at the end, took {100 * drift:+.1f} %."
     )
@@ -85,7 +85,8 @@ def text(results: Sequence[Result]) -> str:
         parts += [THROUGH_HOST, table(slow).markdown(), " ".join(setup(result) for result in slow)]
     if results[-1]["ranks"] > 1:
         parts += [scaling_model.table(results[-1]).markdown(), scaling_model.note()]
-    return "\n\n".join([*parts, f"{origin(results)} Remake: `{COMMAND}`."])
+    machine = origin(results).replace("One ", f"Up to {results[-1]['ranks']} of one host, each an ", 1)
+    return "\n\n".join([*parts, f"{machine} Remake: `{COMMAND}`."])
 
 
 def block() -> str:
@@ -102,7 +103,7 @@ def cards() -> dict[Path, str]:
 
 
 def points(results: Sequence[Result]) -> list[dict[str, Any]]:
-    """Measured tokens per second and GPU of each variant on several GPUs, with the file; and modelled ones."""
+    """Measured tokens per second and GPU of each variant, with the file, "one GPU" of a lone one; and modelled ones."""
     made = [
         {
             "label": f"{one['precision']}, {one['layout']}",
@@ -112,7 +113,7 @@ def points(results: Sequence[Result]) -> list[dict[str, Any]]:
         }
         for result in results
         for one in result["variants"]
-        if one["layout"] != scaling_model.ALONE
+        if one["layout"] != scaling_model.ALONE or result["ranks"] == 1
     ]
     last = results[-1]
     for one in last["variants"] if last["ranks"] > 1 else []:

@@ -59,11 +59,14 @@ def test_a_profile_that_says_when_kernels_ran_is_drawn_in_their_order(monkeypatc
     )
     assert timeline == [(0.0, 4.0, "dense products"), (5.0, 6.0, "attention"), (6.1, 8.0, "dense products")]
     whole = step.profile()
-    assert not step.in_order(whole)
     ordered = {**whole, "rows": {"dense bf16": {"total_ms": 6.9, "longest": [], "timeline": timeline}}}
     assert step.segments(ordered["rows"]["dense bf16"])[1] == (5.0, 6.0, "attention")
     monkeypatch.setattr(step, "profile", lambda: ordered)
     assert "kernels as they ran" in step.draw() and ">8.0<" in step.draw()
+    summed = {name: {key: row[key] for key in ("total_ms", "longest")} for name, row in whole["rows"].items()}
+    assert step.in_order(whole) and not step.in_order({"rows": summed})
+    monkeypatch.setattr(step, "profile", lambda: {**whole, "rows": summed})
+    assert "kernels added up by kind" in step.draw()
 
 
 def test_the_step_is_drawn_in_full_length() -> None:

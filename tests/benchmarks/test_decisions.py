@@ -37,17 +37,26 @@ RESULTS = [
 def test_every_model_is_shown_with_what_was_swapped_the_one_that_gains_most_first() -> None:
     assert [row[0] for row in decisions.decided(RESULTS).rows] == ["large", "small"]
     assert decisions.decided(RESULTS).rows[0][1:] == (
-        "10.0", "**1.40**", "**1.20**", "", "2 fp8+2:4, 1 2:4 of 4", "H100",
+        "10.0", "**1.40**", "**1.20**", "", "2 fp8+2:4, 1 2:4 of 4",
     )  # fmt: skip
-    assert decisions.decided(RESULTS).rows[1][2:] == ("dense (1.00)", "**0.80**", "", "none of 2", "H100")
+    assert decisions.decided(RESULTS).rows[1][2:] == ("dense (1.00)", "**0.80**", "", "none of 2")
+    other = RESULTS[0] | {"provenance": store.provenance() | {"gpu": "NVIDIA H200"}}
+    assert [row[-1] for row in decisions.decided([*RESULTS, other]).rows] == ["H100", "H100", "H200"]
     assert decisions.reasons(RESULTS).splitlines() == ["- large: 1x it is slower.", "- small: 2x it is slower."]
 
 
 def test_models_that_stay_dense_are_named_with_what_swapping_everything_would_be() -> None:
     text = decisions.left_dense(RESULTS)
-    assert "small (0.80). Plans gained most on large (1.40). Measured on one NVIDIA H100" in text
+    assert "small, compiled (0.80). Plans gained most on large (1.40). Measured on one NVIDIA H100" in text
     assert decisions.left_dense(RESULTS[1:]).startswith("Plans gained most on large (1.40).")
     assert decisions.left_dense([]) == ""
+
+
+def test_setups_of_one_model_are_named_together_by_what_they_differ_in() -> None:
+    labels = ("net, 5x9 tokens, eager", "net, 5x9 tokens", "other, eager", "net, 2x9 tokens, eager")
+    dense = [RESULTS[0] | {"label": label} for label in labels]
+    told = decisions.left_dense(dense)
+    assert "net, 5x9 tokens, eager (0.80), compiled (0.80), 2x9 tokens, eager (0.80); other, eager (0.80)." in told
 
 
 def test_predictions_stand_beside_what_was_measured_and_how_steady_the_host_was() -> None:

@@ -44,7 +44,7 @@ def test_a_plan_is_made_applied_and_judged_beside_dense_and_everything_swapped(
     (tmp_path / "plan.json").write_text(json.dumps(result["plan"]))
     assert str(Plan.load(tmp_path / "plan.json")) == result["printed"]
     (row,) = decisions.decided([result]).rows
-    assert row[0] == "one" and row[-2] == "2 2:4+mvue"
+    assert row[0] == "one" and row[-1] == "2 2:4+mvue"
     assert max(map(len, capsys.readouterr().out.splitlines())) <= table.WIDTH
 
 

@@ -54,9 +54,9 @@ def test_a_step_that_hides_all_communication_takes_its_compute_and_the_two_ends(
     result = scaled.result()
     one = variant(result, "bf16", "FSDP2")
     gather = reduction = WHOLE / LAYERS * 7 / 8 / RATE  # 7 ms, and a layer computes for 10 and for 20
-    assert scaling_model.predicted_ms(result, one, 8) == pytest.approx(COMPUTE["bf16"] + gather + reduction)
+    assert scaling_model.formula_ms(result, one, 8) == pytest.approx(COMPUTE["bf16"] + gather + reduction)
     ddp = variant(result, "bf16", "DDP")
-    assert scaling_model.predicted_ms(result, ddp, 8) == pytest.approx(COMPUTE["bf16"] + 2 * reduction)
+    assert scaling_model.formula_ms(result, ddp, 8) == pytest.approx(COMPUTE["bf16"] + 2 * reduction)
 
 
 def test_slow_links_between_hosts_show_and_compressed_gathers_wait_less() -> None:
@@ -68,18 +68,29 @@ def test_slow_links_between_hosts_show_and_compressed_gathers_wait_less() -> Non
         waits = (LAYERS - 1) * (layer * share - 5 + layer * share + layer - 10)
         expected = compute + layer * share + waits + layer
         one = variant(result, "fp8 + 2:4", layout)
-        assert scaling_model.predicted_ms(result, one, 16, between) == pytest.approx(expected)
+        assert scaling_model.formula_ms(result, one, 16, between) == pytest.approx(expected)
     ddp = variant(result, "fp8 + 2:4", "DDP")
     expected = compute + 2 * LAYERS * layer - 2 * compute / 3 * (LAYERS - 1) / LAYERS
-    assert scaling_model.predicted_ms(result, ddp, 16, between) == pytest.approx(expected)
+    assert scaling_model.formula_ms(result, ddp, 16, between) == pytest.approx(expected)
 
 
 def test_more_gpus_are_never_faster_than_one_and_one_waits_for_nobody() -> None:
     result = scaled.result()
     for one in result["variants"]:
-        times = [scaling_model.predicted_ms(result, one, ranks) for ranks in (1, 2, *scaling_model.RANKS)]
+        times = [scaling_model.formula_ms(result, one, ranks) for ranks in (1, 2, *scaling_model.RANKS)]
         assert times == sorted(times)
         assert times[0] == COMPUTE[one["precision"]]
+
+
+def test_what_was_measured_beyond_the_formulas_stays_at_every_number_of_gpus() -> None:
+    result = scaled.result()
+    one, here = variant(result, "bf16", "FSDP2"), result["ranks"]
+    beyond = one["median_ms"] - scaling_model.formula_ms(result, one, here)
+    assert beyond > 0
+    assert scaling_model.predicted_ms(result, one, here) == one["median_ms"]
+    assert scaling_model.predicted_ms(result, one, 64) == scaling_model.formula_ms(result, one, 64) + beyond
+    one["exposed_ms"] = 0.0  # then the formulas give a longer step than the measured one
+    assert scaling_model.predicted_ms(result, one, 64) == scaling_model.formula_ms(result, one, 64)
 
 
 def test_the_card_says_what_is_measured_what_is_modelled_and_fits_the_page(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,8 +152,9 @@ def test_the_picture_tells_measured_from_modelled(tmp_path: Path) -> None:
     assert described
     drawn = json.loads(described[1].replace("&quot;", '"'))
     assert drawn == scaling_tables.points(results)
-    assert {point["ranks"] for point in drawn if "modelled" not in point} == {2}
-    assert all(point["file"] == "scaling-2.json" for point in drawn if "modelled" not in point)
+    measured = [point for point in drawn if "modelled" not in point]
+    assert {(point["ranks"], point["file"]) for point in measured} == {(1, "scaling-1.json"), (2, "scaling-2.json")}
+    assert all((point["ranks"] == 1) == point["label"].endswith("one GPU") for point in measured)
     assert {point["ranks"] for point in drawn if "modelled" in point} == set(scaling_model.RANKS)
 
 
