@@ -8,7 +8,6 @@ training sparse are marked with [sparse].
 """
 
 import argparse
-import dataclasses
 from typing import Any
 
 import torch
@@ -24,29 +23,27 @@ RECIPE = recipes.safest()  # [sparse]
 def sparse_spec(flavor: str, hook: ScheduleHook) -> Any:
     """The specification of a model with 2:4 feed-forward layers."""
     converter = SemiSparseConverter.Config(sparse=RECIPE.config, select=["feed_forward"])  # [sparse]
-    spec = model_registry(flavor, converters=[converter])
-    return dataclasses.replace(spec, post_optimizer_build_fn=hook)  # [sparse]
+    return hook.attach(model_registry(flavor, converters=[converter]))  # [sparse]
 
 
 def llama3_2to4() -> Any:
-    """For a config registry. After a checkpoint was loaded, call hook.resume_at(trainer.step)."""
+    """For a config registry: --training.steps may say how many steps, and a run goes on from its checkpoints."""
     from torchtitan.models.llama3.config_registry import llama3_debugmodel
 
     config = llama3_debugmodel()
-    hook = ScheduleHook(config.training.steps, RECIPE)  # [sparse]
-    config.model_spec = sparse_spec("debugmodel", hook)
+    config.model_spec = sparse_spec("debugmodel", ScheduleHook(recipe=RECIPE))  # [sparse]
+    config.training.disable_cuda_graphs = True  # [sparse] a recorded graph would not see that a phase ends
     return config
 
 
 def main() -> None:
-    """Do with one feed-forward block what torchtitan's Trainer does with the model, which needs a GPU."""
+    """Do with one feed-forward block what torchtitan's Trainer does with the model on GPUs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
 
-    hook = ScheduleHook(options.steps, RECIPE)
-    spec = sparse_spec("debugmodel", hook)
+    spec = sparse_spec("debugmodel", ScheduleHook(recipe=RECIPE))
     with torch.device("meta"):
         model = spec.model.build()
     model.verify_module_protocol()
@@ -55,8 +52,9 @@ def main() -> None:
     torch.manual_seed(0)
     block = spec.model.layers[0].feed_forward.build().to(options.device)
     block.init_states()
+    hook = ScheduleHook(options.steps, RECIPE)
     optimizers = default_adamw(lr=1e-3).build(model_parts=[block])
-    spec.post_optimizer_build_fn(optimizers, [block], None)
+    hook(optimizers, [block], None)
     for _ in range(options.steps):
         x = torch.randn(64, 256, device=options.device)
         loss = (block(x) - x).square().mean()

@@ -2,7 +2,7 @@
 
 transformers and accelerate shard on GPUs only. Here their record of the kind of processes says that they are GPUs; all
 else is theirs, and runs on the CPU. Each of them saves in the middle of a sparse phase and goes on from there.
-torchtitan's Trainer needs a GPU: what it does is done here, with its converter, its sharding and its optimizers.
+torchtitan's Trainer has tests of its own; here its parts do what it does, beside one process with the same numbers.
 """
 
 import os

@@ -1,8 +1,7 @@
 """2:4 training in torchtitan 0.3: a converter of model configs, and a hook that steps the schedule.
 
-    hook = ScheduleHook(total_steps=1000)
     spec = model_registry("8B", converters=[SemiSparseConverter.Config()])
-    spec = dataclasses.replace(spec, post_optimizer_build_fn=hook)
+    spec = ScheduleHook(recipe=recipe).attach(spec)  # model_spec of your Trainer.Config
 
 torchtitan calls converters before the model is built, and the hook once its optimizers are. It has no gradient scaler,
 so each optimizer step counts.
@@ -10,9 +9,10 @@ so each optimizer step counts.
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from semisparse.config import SparseConfig
@@ -65,8 +65,9 @@ class SparseLinear(SemiSparseLinear, Linear):
 class SemiSparseConverter(ModelConfigConverter):
     """Replaces the Linear.Config nodes of a model by SparseLinear.Config; give its Config to model_registry.
 
-    Nodes of other converters (float8, LoRA) stay as they are. With LoRAConverter in the same list, this one comes
-    first. Layers whose sizes are not multiples of 16 stay dense.
+    Nodes of other converters (float8, LoRA) stay as they are. Those for float8 and MX replace every Linear, also a
+    sparse one, unless their settings name others: put this one after them, and before LoRAConverter. Layers whose sizes
+    are not multiples of 16 stay dense.
 
     Args:
         config: The settings.
@@ -139,26 +140,30 @@ class SemiSparseConverter(ModelConfigConverter):
 
 
 class ScheduleHook:
-    """A post_optimizer_build_fn that starts a recipe and counts the optimizer steps.
+    """Starts a recipe once torchtitan has built its optimizers, and counts their steps.
 
-    torchtitan saves the number of its steps and no other state. After a checkpoint was loaded, call resume_at(step).
+    torchtitan's checkpoints have no place for a schedule. When one is loaded, the hook goes on at the number of steps
+    that the optimizer has counted (Adam's and AdamW's state has it). Where no optimizer counts (only DistMuon), or the
+    optimizer is not loaded (checkpoint.exclude_from_loading), call resume_at(trainer.step) after loading. The resumed
+    run needs the same training.steps.
 
     Args:
-        total_steps: training.steps of the run, which torchtitan does not pass on.
+        total_steps: training.steps of the run; None takes it from there, which needs attach.
         recipe: What trains how; None for recipes.safest(). Its config must be the converter's.
-        before: The post_optimizer_build_fn that the model has already, called first.
+        before: A post_optimizer_build_fn that is called first; attach puts the model's own there.
         pack: As SparseSchedule's.
         seed: As SparseSchedule's.
 
     Raises:
-        ConfigError: total_steps is not a number of steps, or the recipe has more state than a counter; or, when called,
-            the model is trained with tensor parallelism, for which packed products have no rule.
-        ScheduleError: It is called for a second trainer.
+        ConfigError: The recipe has more state than a counter; or, when the trainer is built, total_steps is not
+            training.steps, the model is trained with tensor parallelism, for which packed products have no rule, or
+            from CUDA graphs, which would go on with the products of the first phase.
+        ScheduleError: It is called for a second trainer, or a step is done after a checkpoint without a count.
     """
 
     def __init__(
         self,
-        total_steps: int,
+        total_steps: int | None = None,
         recipe: Recipe | None = None,
         *,
         before: Callable[[Any, list[nn.Module], Any], None] | None = None,
@@ -167,6 +172,7 @@ class ScheduleHook:
     ) -> None:
         self._run = TrainerRun(recipe, None, None, None, pack, seed)
         self._total_steps, self._before = total_steps, before
+        self._attached = self._graphs = self._lost = False
         if not self._run.recipe.counts_only:
             raise ConfigError(
                 f"recipe={self._run.recipe.name} has more state than a counter, which torchtitan's checkpoints do not "
@@ -178,25 +184,104 @@ class ScheduleHook:
         """The schedule; None before torchtitan has built its optimizers."""
         return self._run.schedule
 
+    def attach(self, spec: Any) -> Any:
+        """A copy of a model's spec whose trainer calls this hook, with the settings of its training.
+
+        The command line may change training.steps after spec was made; the hook gets what holds in the end.
+
+        Args:
+            spec: What model_registry returns.
+
+        Raises:
+            NoLayerMatchedError: The model has no semi-sparse layer (left).
+            ScheduleError: spec has a ScheduleHook already.
+        """
+        if next(spec.model.traverse(SparseLinear.Config), None) is None:
+            raise NoLayerMatchedError(
+                f"spec={spec.name} {spec.flavor} has no semi-sparse layer: pass SemiSparseConverter.Config() to "
+                "model_registry, after converters for float8 and the like, which replace every Linear"
+            )
+        if isinstance(spec.post_optimizer_build_fn, ScheduleHook):
+            raise ScheduleError("spec has a ScheduleHook already: attach one to each spec")
+        self._before = self._before or spec.post_optimizer_build_fn
+        self._attached = True
+        return replace(spec, parallelize_fn=self._noting(spec.parallelize_fn), post_optimizer_build_fn=self)
+
+    def _noting(self, parallelize: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+        """Parallelize, but first read the settings of the training, which nothing else of a spec is given."""
+
+        def parallelize_noted(model: nn.Module, *, parallel_dims: Any, training: Any, **settings: Any) -> nn.Module:
+            _refuse_tensor_parallelism(parallel_dims)
+            if self._total_steps not in (None, training.steps):
+                raise ConfigError(
+                    f"total_steps={self._total_steps} of the ScheduleHook is not training.steps={training.steps}: "
+                    "leave total_steps out"
+                )
+            self._total_steps = training.steps
+            # As torchtitan decides it.
+            self._graphs = not training.disable_cuda_graphs and torch.cuda.is_available() and torch.version.hip is None
+            return parallelize(model, parallel_dims=parallel_dims, training=training, **settings)
+
+        return parallelize_noted
+
     def __call__(self, optimizers: Any, model_parts: list[nn.Module], parallel_dims: Any) -> None:
         """Start the recipe; torchtitan calls this."""
         if self._run.schedule is not None:
             raise ScheduleError("this ScheduleHook runs in another trainer already; give each trainer its own")
-        if getattr(parallel_dims, "tp_enabled", False):
-            raise ConfigError(
-                "parallelism.tensor_parallel_degree: 2:4 layers have no rule for it; use data parallelism"
-            )
+        _refuse_tensor_parallelism(parallel_dims)
         if self._before is not None:
             self._before(optimizers, model_parts, parallel_dims)
+        if self._attached and self._total_steps is None:
+            return  # a seed checkpoint is written: nothing was parallelized, and nothing is trained
+        if self._total_steps is None:
+            raise ConfigError("total_steps=None: add the hook by ScheduleHook.attach(spec), or pass training.steps")
         # Ranks of a pipeline hold different layers, so that there is nothing to compare.
         group: Group = False if getattr(parallel_dims, "pp_enabled", False) else None
         schedule = self._run.start(nn.ModuleList(model_parts), [optimizers], self._total_steps, group)
+        if sum(phase.steps > 0 for phase in schedule.phases) > 1:
+            self._refuse_graphs(parallel_dims)
+        for optimizer in optimizers:
+            optimizer.register_load_state_dict_post_hook(lambda _: self._go_on(optimizers))
+        optimizers.register_step_pre_hook(lambda *_: self._refuse_lost())
         optimizers.register_step_post_hook(lambda *_: schedule.step())
 
     def resume_at(self, step: int) -> None:
-        """Continue after this many steps; call it once the trainer has loaded a checkpoint.
+        """Continue after this many steps; for checkpoints from which the hook cannot read it.
 
         Raises:
             ScheduleError: step is not a number of steps, or no run has started.
         """
         self._run.running().resume_at(step)
+        self._lost = False
+
+    def _go_on(self, optimizers: Any) -> None:
+        """After one of the optimizers was loaded; the last one settles it, as all of them are loaded then."""
+        states = [state for optimizer in optimizers for state in optimizer.state.values()]
+        counts = [int(state["step"]) for state in states if "step" in state]
+        if counts:
+            self.resume_at(max(counts))  # a weight without gradients counts fewer
+        self._lost = not counts
+
+    def _refuse_lost(self) -> None:
+        if self._lost:
+            raise ScheduleError(
+                "a checkpoint was loaded whose optimizers do not count their steps: call "
+                "ScheduleHook.resume_at(trainer.step) after loading, as in Trainer.load_state_dict"
+            )
+
+    def _refuse_graphs(self, parallel_dims: Any) -> None:
+        if self._graphs:
+            raise ConfigError(
+                "training.disable_cuda_graphs=False: a recorded graph would go on with the products of the first "
+                "phase when the next one begins: set --training.disable_cuda_graphs"
+            )
+        if parallel_dims is not None and not self._attached and torch.cuda.is_available():
+            raise ConfigError(
+                "post_optimizer_build_fn: the hook cannot see training.disable_cuda_graphs from there, and a recorded "
+                "graph would go on with the products of the first phase: add it by ScheduleHook.attach(spec)"
+            )
+
+
+def _refuse_tensor_parallelism(parallel_dims: Any) -> None:
+    if getattr(parallel_dims, "tp_enabled", False):
+        raise ConfigError("parallelism.tensor_parallel_degree: 2:4 layers have no rule for it; use data parallelism")
