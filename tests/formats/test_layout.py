@@ -6,8 +6,10 @@ import torch
 from semisparse.formats.layout import (
     FP8,
     LARGEST_BLOCK,
+    READ_TOGETHER,
     SM90_8BIT,
     SM90_16BIT,
+    compressed_bytes,
     packed_bytes,
     round_up,
     sm90_layout,
@@ -36,7 +38,7 @@ def test_decode_inverts_encode_for_the_bytes_of_8_bit_values(shape):
     buffer = SM90_8BIT.encode(packed)
     again = SM90_8BIT.decode(buffer, *shape, torch.uint8)
     assert torch.equal(again.values, packed.values) and torch.equal(again.nibbles, packed.nibbles)
-    assert buffer.numel() == SM90_8BIT.buffer_bytes(*shape, 1) == packed_bytes(*shape, 1)
+    assert buffer.numel() == SM90_8BIT.buffer_bytes(*shape, 1) == compressed_bytes(*shape, 1)
 
 
 @pytest.mark.parametrize(
@@ -47,7 +49,22 @@ def test_decode_inverts_encode_for_the_bytes_of_8_bit_values(shape):
 )  # fmt: skip
 def test_8_bit_buffers_are_as_long_as_the_library_asks(rows, columns, size):
     """Measured on one H200 with cuSPARSELt 0.8.0."""
-    assert packed_bytes(rows, columns, 1) == size
+    assert compressed_bytes(rows, columns, 1) == size
+
+
+@pytest.mark.parametrize(("rows", "columns", "itemsize"), [
+    (32, 32, 2), (16, 16, 2), (96, 4304, 2), (48, 80, 2), (32, 32, 1), (96, 352, 1), (64, 192, 1), (4096, 11008, 2),
+])  # fmt: skip
+def test_the_last_row_of_blocks_can_be_read_four_blocks_at_once(rows: int, columns: int, itemsize: int) -> None:
+    layout = SM90_8BIT if itemsize == 1 else SM90_16BIT
+    down, across = layout.blocks(rows, columns)
+    block = layout.block_rows * layout.block_groups // 2
+    values = rows * columns * itemsize // 2
+    reads = values + (down - 1) * across * block + -(-across // READ_TOGETHER) * READ_TOGETHER * block
+    size = packed_bytes(rows, columns, itemsize)
+    assert size >= max(reads, compressed_bytes(rows, columns, itemsize))
+    if across % READ_TOGETHER == 0:
+        assert size == compressed_bytes(rows, columns, itemsize)
 
 
 def test_facts_follow_the_bytes_of_a_value():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from semisparse.formats.layout import FP8, SM90_8BIT, packed_bytes
+from semisparse.formats.layout import FP8, SM90_8BIT, compressed_bytes
 from semisparse.formats.packed import packed_format
 from semisparse.gemm import dense
 from semisparse.gemm import problem as problems
@@ -60,7 +60,7 @@ def test_the_compressor_writes_the_layout_that_is_found_in_a_buffer_of_the_promi
     kept = (torch.rand(shape, generator=generator).view(-1, 4).argsort(1) < 2).view(shape)
     pruned = torch.where(kept, codes, 0).to(torch.uint8)
     packed = engine.compress(pruned.cuda().view(FP8)).cpu()
-    assert packed.numel() == packed_bytes(*shape, 1) == engine.packed_bytes(*shape, FP8, 0)
+    assert packed.numel() == compressed_bytes(*shape, 1) == engine.packed_bytes(*shape, FP8, 0)
     found = packed_format(0, FP8, engine)
     assert found.layout is not None
     assert torch.equal(packed, found.layout.encode(packing.pack(pruned, kept)))

@@ -12,7 +12,7 @@ for the group of four g of a row, and a nibble is first kept index | second kept
 import pytest
 import torch
 
-from semisparse.formats.layout import SM90_8BIT, SM90_16BIT, MetadataLayout, packed_bytes
+from semisparse.formats.layout import SM90_8BIT, SM90_16BIT, MetadataLayout, compressed_bytes
 from semisparse.kernels import prune_pack, prune_pack8, unpack
 from semisparse.reference import packing
 
@@ -182,5 +182,5 @@ def test_what_fills_up_a_block_is_what_the_compressor_stores_for_a_group_of_zero
 
 
 def test_the_compressor_asks_for_this_many_bytes():
-    assert packed_bytes(48, 80) == 3840 + 1024
-    assert packed_bytes(128, 64) == 128 * 64 + 1024
+    assert compressed_bytes(48, 80) == 3840 + 1024
+    assert compressed_bytes(128, 64) == 128 * 64 + 1024

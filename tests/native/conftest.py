@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from semisparse import ops
-from semisparse.formats.layout import SM90_8BIT, SM90_16BIT, packed_bytes
+from semisparse.formats.layout import SM90_8BIT, SM90_16BIT, compressed_bytes
 from semisparse.formats.packed import PackedFormat
 from semisparse.gemm import dispatch
 from semisparse.gemm.autotune.algorithm import Choice
@@ -65,7 +65,7 @@ def _without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 def bench(settings: dict[str, Any], choice: Choice, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
     """Nothing is prepared at first. Python's products run on the engine, and hand their plans over."""
     hot = installed()
-    for name, function in (("pack", sm90_pack), ("unpack", sm90_unpack), ("packed_size", packed_bytes)):
+    for name, function in (("pack", sm90_pack), ("unpack", sm90_unpack), ("packed_size", compressed_bytes)):
         monkeypatch.setattr(simulated, name, function)
     engine, library, _ = make_engine(SimulatedLibrary(**settings))
     tuner = SimpleNamespace(known=lambda problem, index: choice)

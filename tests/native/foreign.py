@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from semisparse import ops
-from semisparse.formats.layout import FP8, SM90_8BIT, SM90_16BIT, packed_bytes
+from semisparse.formats.layout import FP8, SM90_8BIT, SM90_16BIT, compressed_bytes
 from semisparse.native.structures import DTYPE_CODES, Functions, LaunchKind
 from semisparse.reference import fp8, packing
 from tests.gemm import simulated
@@ -55,7 +55,7 @@ def write(address: int, tensor: Tensor) -> None:
 def sm90_pack(dense: Tensor) -> Tensor:
     """As the simulated library's pack, in the format of the CPU's ops."""
     written = SM90_16BIT.encode(packing.pack(dense, dense != 0))
-    return torch.nn.functional.pad(written, (0, packed_bytes(*dense.shape) - written.numel()))
+    return torch.nn.functional.pad(written, (0, compressed_bytes(*dense.shape) - written.numel()))
 
 
 def sm90_unpack(packed: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
@@ -234,7 +234,7 @@ class Foreign:
             ctypes.memset(workspace, 0xFF, self.library.workspace)
         matmul = self.library._get("matmul", content["matmul"])
         (rows, reduction, *_, kind, _), of_b, of_d = (self.library._get("matrix", m) for m in matmul["matrices"])
-        dtype, size = DTYPES[kind], packed_bytes(rows, reduction, DTYPES[kind].itemsize)
+        dtype, size = DTYPES[kind], compressed_bytes(rows, reduction, DTYPES[kind].itemsize)
         left = sm90_unpack(read(a, (size,), torch.uint8), rows, reduction, dtype)
         shape_b, shape_d = (m[:2] if m[4] == 2 else m[1::-1] for m in (of_b, of_d))
         right = read(b, shape_b, dtype)

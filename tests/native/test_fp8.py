@@ -198,7 +198,7 @@ WRONG: list[tuple[str, int, Callable[[Any], Any], type[Exception]]] = [
     ("pack_fp8", 0, lambda w: w[:48], errors.ShapeError),
     ("pack_fp8", 1, lambda _: "soft", errors.ConfigError),
     ("pack_fp8", 2, lambda _: torch.zeros(2, 2, dtype=torch.int16), errors.ShapeError),
-    ("fp8_product", 1, lambda packed: packed[:-64], errors.ShapeError),
+    ("fp8_product", 1, lambda packed: packed[:-2048], errors.ShapeError),
     ("fp8_product", 3, lambda _: "fast", errors.ConfigError),
     ("fp8_product", 4, lambda _: torch.float16, errors.TensorError),
     ("fp8_dense_product", 0, lambda a8: a8.float(), errors.TensorError),

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from semisparse import ops
-from semisparse.formats.layout import SM90_16BIT, packed_bytes
+from semisparse.formats.layout import SM90_16BIT, compressed_bytes
 from semisparse.formats.packed import PackedFormat
 from semisparse.gemm.autotune.algorithm import Choice
 from semisparse.kernels.compiled import CompiledLaunch
@@ -172,7 +172,7 @@ def test_a_product_is_handed_over_with_its_plan(bench: Bench, recorder: Recorder
     assert (facts.handle, facts.plan) == (bench.engine._local.handles[-1].handle, plan.address)
     assert (facts.descriptor, facts.bias) == (plan.descriptor, addressof(plan.bias) if bias else None)
     assert (facts.uses, facts.last_use) == (addressof(plan.uses), addressof(plan.last_use))
-    assert (facts.packed_bytes, facts.workspace) == (packed_bytes(N, 48), 64)
+    assert (facts.packed_bytes, facts.workspace) == (compressed_bytes(N, 48), 64)
     assert (facts.b_rows, facts.b_columns, facts.d_rows, facts.d_columns) == (16, 48, 16, N)
     assert facts.bias_follows == 0
 

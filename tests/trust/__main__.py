@@ -1,6 +1,6 @@
 """The trust suite: kernels and layers on a GPU over many shapes, algorithms, streams, threads, graphs and minutes.
 
-    python -m tests.trust OUT                              all parts, about half an hour
+    python -m tests.trust OUT                              all parts, about 45 minutes
     python -m tests.trust OUT --quick                      cut sizes, about a minute
     python -m tests.trust OUT --parts soak --seconds 480   one part, with another budget
     python -m tests.trust OUT --within 540                 parts for which no time is left are said to be missing
@@ -58,7 +58,8 @@ def budgets(folder: Path) -> dict[str, Budget]:
     """
     tools = partial(sanitizer.run, folder=folder)
     return {
-        "numerics": Budget(200, 20, numerics.run, partial(numerics.run, every=10)),
+        "numerics": _half(0),
+        "numerics-2": _half(1),
         "algorithms": Budget(120, 12, algorithms.run, partial(algorithms.run, every=10, repeats=5)),
         "determinism": Budget(
             90, 10, determinism.run, partial(determinism.run, runs=20, shapes=determinism.SHAPES[:1])
@@ -69,6 +70,12 @@ def budgets(folder: Path) -> dict[str, Budget]:
         "sanitizer": Budget(520, 5, tools, lambda machine, part: sanitizer.guard(machine, part)),
         "soak": Budget(480, 10, soak.run, partial(soak.run, shapes=soak.SHAPES[:1], cycles=50, kills=1)),
     }
+
+
+def _half(first: int) -> Budget:
+    """Half of the shapes of numerics."""
+    whole, cut = (partial(numerics.run, every=every, first=first) for every in (numerics.HALVES, 20))
+    return Budget(480, 20, whole, cut)
 
 
 def main(arguments: list[str] | None = None) -> int:

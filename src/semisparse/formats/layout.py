@@ -4,8 +4,8 @@ A packed matrix (R x C) is one uint8 buffer: the kept values, R x C/2 row by row
 (pattern.metadata_nibble). The place of a nibble is undocumented and differs between GPU generations. On sm90 it was
 measured to be a bit permutation: within blocks of a power of two of rows and groups, each bit of a nibble's address is
 one bit of the row or of the group. Blocks are stored row by row, and both axes are padded to whole blocks. At some
-sizes the compressor asks for a little more than that (packed_bytes); it leaves those last bytes unwritten, and nothing
-reads them.
+sizes the compressor asks for a little more than that (compressed_bytes); it leaves those last bytes unwritten. Products
+read beyond them at some sizes (packed_bytes); what they read there meets zeros.
 
 This module holds the facts of the format that kernels and engine share. Each is written down here only.
 """
@@ -38,6 +38,11 @@ GROUP_BIT = 32
 
 ZERO_NIBBLE = 0b1110
 """What NVIDIA's compressor stores for a group of four zeros, and for padding (measured on one H200)."""
+
+READ_TOGETHER = 4
+"""Metadata blocks of one row of blocks that a product may read at once: so many cover a tile of 128 columns of 16-bit
+values and of 256 of 8-bit ones. memcheck on one H100 (cuSPARSELt 0.8.0) saw a product of a 32 x 32 matrix of bf16,
+which has one block, read two."""
 
 LARGEST_BLOCK = (64, 16)
 """Rows and groups of the largest metadata block that the pack kernel writes: what its smallest program covers."""
@@ -144,8 +149,29 @@ def sm90_layout(dtype: torch.dtype) -> MetadataLayout:
 def packed_bytes(rows: int, columns: int, itemsize: int = 2) -> int:
     """Bytes of the buffer of a packed rows x columns matrix; SymInts are accepted.
 
-    This is what the compressor asks for: room for whole metadata blocks, whichever way the blocks are turned (measured
-    on one H200 at 16 sizes for 16-bit types and at 12 for 8-bit types, whose blocks are square).
+    What the compressor asks for (compressed_bytes), and behind it room for the blocks of metadata that are missing to a
+    multiple of READ_TOGETHER in the last row of blocks: products read them, beyond what the compressor asks for.
+
+    Args:
+        rows: Of the matrix.
+        columns: Of the matrix.
+        itemsize: Bytes of a value, 1 or 2.
+    """
+    height, width = _BLOCKS[itemsize]
+    behind = round_up(columns, READ_TOGETHER * width) - round_up(columns, width)
+    return compressed_bytes(rows, columns, itemsize) + behind * height // (2 * GROUP)
+
+
+def lengthened(buffer: Tensor, rows: int, columns: int, itemsize: int = 2) -> Tensor:
+    """The buffer of a packed rows x columns matrix with zeros behind it, up to packed_bytes."""
+    return torch.nn.functional.pad(buffer, (0, packed_bytes(rows, columns, itemsize) - buffer.numel()))
+
+
+def compressed_bytes(rows: int, columns: int, itemsize: int = 2) -> int:
+    """Bytes that the compressor asks for, for a rows x columns matrix; SymInts are accepted.
+
+    Room for whole metadata blocks, whichever way the blocks are turned (measured on one H200 at 16 sizes for 16-bit
+    types and at 12 for 8-bit types, whose blocks are square).
 
     Args:
         rows: Of the matrix.

@@ -24,6 +24,7 @@ from torch import Tensor
 from semisparse import native
 from semisparse.errors import EngineError, ShapeError, TensorError
 from semisparse.forks import renewed_in_children
+from semisparse.formats import layout
 from semisparse.formats.layout import ALIGNMENT, FP8, PACKED_DTYPES, sparse_multiple
 from semisparse.gemm import cusparselt
 from semisparse.gemm.cusparselt import Availability, Handle, Plan
@@ -228,7 +229,9 @@ class Engine:
                     handle.check(matrix, dense.data_ptr(), invalid.data_ptr(), stream)
                     if invalid.item():
                         raise ShapeError(f"dense {(rows, columns)} keeps more than 2 of 4 in a group: prune it first")
-                packed = torch.zeros(packed_bytes, dtype=torch.uint8, device=device)
+                # Products read behind what the compressor asks for: the memory goes on there.
+                whole = max(packed_bytes, layout.packed_bytes(rows, columns, dense.itemsize))
+                packed = torch.zeros(whole, dtype=torch.uint8, device=device)[:packed_bytes]
                 scratch = torch.empty(scratch_bytes, dtype=torch.uint8, device=device)
                 handle.compress(matrix, dense.data_ptr(), packed.data_ptr(), scratch.data_ptr(), stream)
         return packed

@@ -10,7 +10,7 @@ from torch import Tensor
 from semisparse import calls, masks
 from semisparse.config import Backend
 from semisparse.errors import ShapeError
-from semisparse.formats.layout import FP8, SM90_8BIT, SPARSE_MULTIPLE_8BIT, packed_bytes
+from semisparse.formats.layout import FP8, SM90_8BIT, SPARSE_MULTIPLE_8BIT, lengthened, packed_bytes
 from semisparse.formats.packed import packed_format
 from semisparse.gemm import problem
 from semisparse.gemm.engine import engine
@@ -71,8 +71,10 @@ def _cuda_pack_fp8(weight: Tensor, mask: str, codes: Tensor | None) -> tuple[Ten
     return *_pack_in_steps(rounded, written, found, (True, found.both_ways)), scale
 
 
-def _encoded(codes: Tensor, kept: Tensor) -> Tensor:
-    return SM90_8BIT.encode(reference_packing.pack(codes, kept, torch.uint8))
+def encoded_fp8(codes: Tensor, kept: Tensor) -> Tensor:
+    """The buffer, as long as an op's, of a matrix of e4m3 bytes (R x C) of which kept (bool) tells what stays."""
+    rows, columns = codes.shape
+    return lengthened(SM90_8BIT.encode(reference_packing.pack(codes, kept, torch.uint8)), rows, columns, 1)
 
 
 @register(
@@ -101,8 +103,8 @@ def pack_fp8(weight: Tensor, mask: str, codes: Tensor | None) -> tuple[Tensor, T
     kept = found.choose(weight) if codes is None else reference_masks.from_codes(codes)
     multiplier = reference.multiplier_for(reference.largest_magnitude(weight))
     rounded = reference.quantise(weight, multiplier).view(torch.uint8)
-    packed = _encoded(rounded, kept)
-    packed_t = _encoded(rounded.mT, kept.mT) if found.both_ways else packed.new_empty(0)
+    packed = encoded_fp8(rounded, kept)
+    packed_t = encoded_fp8(rounded.mT, kept.mT) if found.both_ways else packed.new_empty(0)
     return packed, packed_t, 1 / multiplier
 
 

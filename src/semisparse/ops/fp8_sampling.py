@@ -9,20 +9,19 @@ from torch import Tensor
 
 from semisparse.config import Backend
 from semisparse.errors import ShapeError, TensorError
-from semisparse.formats.layout import FP8, SM90_8BIT, SPARSE_MULTIPLE_8BIT, packed_bytes, round_up
+from semisparse.formats.layout import FP8, SPARSE_MULTIPLE_8BIT, packed_bytes, round_up
 from semisparse.formats.packed import packed_format
 from semisparse.gemm import problem
 from semisparse.gemm.engine import engine
 from semisparse.native.structures import LaunchKind, ProductKind
 from semisparse.ops import prepare
 from semisparse.ops.fp8 import fp8_dense_product, largest_of, quantise
-from semisparse.ops.fp8_packed import unpack_fp8
+from semisparse.ops.fp8_packed import encoded_fp8, unpack_fp8
 from semisparse.ops.packing import pack_pruned
 from semisparse.ops.products import multiply, padded
 from semisparse.ops.register import register
 from semisparse.ops.sampling import _checked as checked_seed
 from semisparse.reference import mvue_fp8 as reference
-from semisparse.reference import packing as reference_packing
 
 _Sampled = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -132,7 +131,7 @@ def sample_fp8(grad_output: Tensor, seed: Tensor | None, rows: bool, bias_dtype:
     """
     _check_gradient(grad_output)
     drawn, dy8, bias, scale, scale_sample = _in_steps(grad_output, checked_seed(seed, grad_output), rows, bias_dtype)
-    packed = SM90_8BIT.encode(reference_packing.pack(drawn.codes.mT, drawn.kept.mT, torch.uint8))
+    packed = encoded_fp8(drawn.codes.mT, drawn.kept.mT)
     return dy8, packed, bias, scale, scale_sample
 
 

@@ -16,6 +16,7 @@ from semisparse.formats.layout import (
     PACKED_DTYPES,
     SM90_16BIT,
     SPARSE_MULTIPLE,
+    lengthened,
     packed_bytes,
     round_up,
     sm90_layout,
@@ -45,7 +46,7 @@ def _check_packable(matrix: Tensor, dtype: torch.dtype) -> None:
 def encoded(matrix: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
     """The buffer (in sm90's format, as long as an op's) of a matrix (R x C) of which mask (bool) tells what is kept."""
     written = SM90_16BIT.encode(reference_packing.pack(matrix, mask, dtype))
-    return torch.nn.functional.pad(written, (0, packed_bytes(*matrix.shape) - written.numel()))
+    return lengthened(written, *matrix.shape)
 
 
 def _fake_pack(
@@ -299,5 +300,5 @@ def pack_pruned(pruned: Tensor, written: PackedFormat) -> Tensor:
         held = pruned.view(torch.uint8) if pruned.dtype is FP8 else pruned
         kept = held & 0x7F != 0 if pruned.dtype is FP8 else held != 0  # -0 is a zero
         packed = (written.layout or sm90_layout(pruned.dtype)).encode(reference_packing.pack(held, kept))
-    size = packed_bytes(pruned.shape[0], pruned.shape[1], pruned.itemsize)
-    return torch.nn.functional.pad(packed, (0, size - packed.numel()))
+    rows, columns = pruned.shape
+    return lengthened(packed, rows, columns, pruned.itemsize)
