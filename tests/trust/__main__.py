@@ -75,7 +75,7 @@ def budgets(folder: Path) -> dict[str, Budget]:
 def _half(first: int) -> Budget:
     """Half of the shapes of numerics."""
     whole, cut = (partial(numerics.run, every=every, first=first) for every in (numerics.HALVES, 20))
-    return Budget(480, 20, whole, cut)
+    return Budget(480, 10, whole, cut)
 
 
 def main(arguments: list[str] | None = None) -> int:

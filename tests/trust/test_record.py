@@ -144,6 +144,7 @@ def test_the_parts_are_those_of_the_plan(tmp_path: Path) -> None:
     parts = program.budgets(tmp_path)
     assert list(parts) == [
         "numerics",
+        "numerics-2",
         "algorithms",
         "determinism",
         "graphs",
