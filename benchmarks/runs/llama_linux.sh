@@ -1,35 +1,34 @@
 #!/usr/bin/env bash
 # Time to loss on the source of Linux: results in OUT, which may hold earlier ones; those are not run again.
 #
-#     TOKENS=linux-tokens bash benchmarks/runs/llama_linux.sh OUT times    seconds per step of each arm; five minutes
-#     TOKENS=linux-tokens bash benchmarks/runs/llama_linux.sh OUT rates    dense bf16 at three learning rates; six minutes
-#     LR=4e-4 SEEDS="0 1 2" ... llama_linux.sh OUT runs                    the runs in the order of their importance
+#     TOKENS=linux-tokens bash benchmarks/runs/llama_linux.sh OUT rates    dense bf16 at RATES; two minutes each
+#     LR=2e-4 SEEDS="0 1 2" ... llama_linux.sh OUT runs                    the runs in the order of their importance
 #
+# The runs begin with the seconds per step of each arm, all on one GPU (five minutes), which those of equal seconds need.
 # TOKENS is the folder that `semisparse-lab data linux` or `data unpack` made. STEPS and MORE (options) are passed on.
 source "$(dirname "$0")/common.sh"
 : "${TOKENS:?set TOKENS to the folder of the text}" "${SECONDS_LIMIT:=590}" "${STEPS:=3000}" "${SEEDS:=0 1 2}"
 RUN="$PYTHON -m semisparse_lab experiment llama-linux --data-dir $TOKENS ${MORE:-} --minutes \$(awk \"BEGIN{print \$LEFT / 60}\")"
 
 case ${2:-} in
-times)
-    for arm in bf16 fp8-24 float8 bf16-24 fp8-24-mvue; do
-        echo "times-$arm $RUN --out $OUT --time-only 60 --arms $arm"
-    done
-    ;;
 rates)
-    for rate in 4e-4 2e-4 8e-4; do echo "rate-$rate $RUN --out $OUT/rate-$rate --arms bf16 --steps 600 --lr $rate"; done
+    for rate in ${RATES:-4e-4 2e-4 8e-4}; do echo "rate-$rate $RUN --out $OUT/rate-$rate --arms bf16 --steps 600 --lr $rate"; done
     ;;
 runs)
+    for arm in bf16 fp8-24 float8 bf16-24 fp8-24-mvue; do
+        times="${times:-} [ -e $OUT/llama-linux.$arm.times.json ] || $RUN --out $OUT --time-only 60 --arms $arm;"
+    done
+    echo "times $times"
     for seed in $SEEDS; do
-        for one in bf16:tokens fp8-24:tokens float8:tokens fp8-24:seconds float8:seconds bf16-24:tokens \
-            fp8-24-mvue:tokens fp8-24-mvue:seconds; do
+        for one in bf16:tokens fp8-24:tokens float8:tokens bf16-24:tokens fp8-24-mvue:tokens fp8-24:seconds \
+            float8:seconds fp8-24-mvue:seconds; do
             echo "run-${one/:/-}-$seed $RUN --out $OUT --arms ${one%:*} --budget ${one#*:} --seeds $seed --steps $STEPS" \
                 "--lr ${LR:?set LR to the best of rates}"
         done
     done
     ;;
 *)
-    echo "the second argument is times, rates or runs" >&2
+    echo "the second argument is rates or runs" >&2
     exit 2
     ;;
 esac | queue "$SECONDS_LIMIT"
