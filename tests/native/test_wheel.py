@@ -1,6 +1,7 @@
 """The build hook: a wheel with the library and a platform tag, or a pure one with the reason; the sdist."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -28,13 +29,18 @@ def tree(tmp_path: Path) -> Path:
     shutil.copy(ROOT / "csrc" / "build.py", root / "csrc")
     (root / "csrc" / "launch.cpp").write_text("int semisparse_launch() { return 1; }\n")
     (root / "csrc" / "tests" / "fake.cpp").touch()
-    for name in (".gitignore", "CHANGELOG.md", "LICENSE", "README.md", "hatch_build.py", "pyproject.toml"):
+    hooks = ("hatch_build.py", "hatch_metadata.py")
+    for name in (".gitignore", "CHANGELOG.md", "LICENSE", "README.md", *hooks, "pyproject.toml"):
         shutil.copy(ROOT / name, root)
     return root
 
 
 def run(tree: Path, *command: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    kept = {name: value for name, value in os.environ.items() if name not in ("CXX", "SEMISPARSE_BUILD_NATIVE")}
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("CXX", "SEMISPARSE_BUILD_NATIVE", "SEMISPARSE_URL")
+    }
     return subprocess.run(
         [sys.executable, *command], cwd=tree, env=kept | variables, text=True, timeout=120, check=False,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -78,6 +84,7 @@ def test_without_the_library_the_wheel_is_pure_says_why_and_works(
     (tree / "src" / LAUNCH).write_text("of an earlier build")
     found, said = wheel(tree, **variables)
     assert found.name.endswith("-py3-none-any.whl")
+    assert "SEMISPARSE_URL is not set: links of the page stay relative" in said
     assert f"left out, wheel py3-none-any; launches will go through Python: {reason}" in said
     with zipfile.ZipFile(found) as archive:
         assert LAUNCH not in archive.namelist()
@@ -108,12 +115,27 @@ def test_a_value_that_means_nothing_is_an_error(tree: Path) -> None:
     assert "SEMISPARSE_BUILD_NATIVE is 'yes'; use 1 (required), 0 (left out)" in done.stdout
 
 
+def test_a_release_has_addresses_and_links_that_hold_on_an_index(tree: Path) -> None:
+    address = "https://example.org/someone/semisparse"
+    found, said = wheel(tree, SEMISPARSE_BUILD_NATIVE="0", SEMISPARSE_URL=f"{address}/")
+    with zipfile.ZipFile(found) as archive:
+        (about,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        text = archive.read(about).decode()
+    tag = f"v{found.name.split('-')[1]}"
+    assert f"Project-URL: Changelog, {address}/blob/{tag}/CHANGELOG.md" in text and "stay relative" not in said
+    assert f"]({address}/raw/{tag}/docs/img/speed.svg)" in text and f"]({address}/blob/{tag}/docs/tutorial.md)" in text
+    links = re.findall(r"\]\(([^)\s]+)\)", text)
+    assert len(links) > 20 and all(link.startswith(("https://", "#")) for link in links)
+    done = run(tree, "-m", "hatchling", "build", "-t", "wheel", SEMISPARSE_URL="example")
+    assert done.returncode and "SEMISPARSE_URL='example' is no address of a repository" in done.stdout
+
+
 @pytest.mark.parametrize(("value", "asked"), [("", []), ("0", []), ("1", ["torch>=2.11"])])
 def test_torch_is_a_requirement_of_the_build_only_where_the_library_is_required(
     tree: Path, value: str, asked: list[str]
 ) -> None:
     code = "import hatchling.build; print(hatchling.build.get_requires_for_build_wheel())"
-    assert run(tree, "-c", code, SEMISPARSE_BUILD_NATIVE=value).stdout == f"{asked}\n"
+    assert run(tree, "-c", code, SEMISPARSE_BUILD_NATIVE=value).stdout.splitlines()[-1] == str(asked)
 
 
 def test_the_sdist_holds_what_builds_the_library_and_not_the_library(tree: Path) -> None:
@@ -123,7 +145,13 @@ def test_the_sdist_holds_what_builds_the_library_and_not_the_library(tree: Path)
     (found,) = (tree / "dist").glob("*.tar.gz")
     with tarfile.open(found) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    assert {"csrc/build.py", "csrc/launch.cpp", "hatch_build.py", "src/semisparse/native/__init__.py"} < names
+    assert {
+        "csrc/build.py",
+        "csrc/launch.cpp",
+        "hatch_build.py",
+        "hatch_metadata.py",
+        "src/semisparse/native/__init__.py",
+    } < names
     assert "csrc/tests/fake.cpp" not in names
     assert f"src/{LAUNCH}" not in names
 
