@@ -215,6 +215,7 @@ def blocks() -> dict[str, str]:
         "left-dense": decisions.left_dense(load("plan")) or _missing("--plan "),
         "gpus": bench_cards.block(),
         "scaling": scaling_tables.block(),
+        "scaling-short": scaling_tables.short(),
         "gathering": gathering_tables.block(),
         "models": _models_block(),
         "eager-linear": _block(load("eager-linear"), host_tables.eager_linear, "--eager "),

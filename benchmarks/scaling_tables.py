@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import scaling_model
-from benchmarks.origin import origin
+from benchmarks.origin import gpu, origin
 from benchmarks.store import ROOT, load
 from benchmarks.table import Table
 from semisparse_lab.report import style
@@ -87,6 +87,26 @@ def text(results: Sequence[Result]) -> str:
         parts += [scaling_model.table(results[-1]).markdown(), scaling_model.note()]
     machine = origin(results).replace("One ", f"Up to {results[-1]['ranks']} of one host, each an ", 1)
     return "\n\n".join([*parts, f"{machine} Remake: `{COMMAND}`."])
+
+
+def short() -> str:
+    """For README: what each precision is worth on most GPUs, in a sentence."""
+    results = by_ranks()
+    if not results or results[-1]["ranks"] < 2:
+        return MISSING
+    last = results[-1]
+    gains = []
+    for layout in (scaling_model.DDP, "FSDP2"):
+        dense = found(last, PRECISIONS[0], layout)
+        others = ((name, found(last, name, layout)) for name in PRECISIONS[1:])
+        worth = ", ".join(
+            f"{name} **{dense['median_ms'] / one['median_ms']:.2f}**" for name, one in others if dense and one
+        )
+        gains.append(f"{layout}: {worth}")
+    model = f"Llama-style {last['model']['width']}/{last['model']['hidden']}, {last['model']['depth']} layers"
+    return (
+        f"On {last['ranks']} {gpu(last)} of one host ({model}; time of dense bf16 / time of each): {'; '.join(gains)}."
+    )
 
 
 def block() -> str:

@@ -158,6 +158,16 @@ def test_the_picture_tells_measured_from_modelled(tmp_path: Path) -> None:
     assert {point["ranks"] for point in drawn if "modelled" in point} == set(scaling_model.RANKS)
 
 
+def test_the_readme_says_what_each_precision_is_worth_on_most_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    results = [scaled.result(2), scaled.result(4)]
+    variant(results[1], "2:4", "DDP")["median_ms"] = 220.0
+    monkeypatch.setattr(scaling_tables, "load", lambda kind: results)
+    text = scaling_tables.short()
+    assert text.startswith("On 4 ") and "DDP: 2:4 **1.50**, fp8 + 2:4 **1.83**; FSDP2: 2:4 **1.22**, " in text
+    monkeypatch.setattr(scaling_tables, "load", lambda kind: [scaled.result(1)])
+    assert scaling_tables.short() == scaling_tables.MISSING
+
+
 def test_without_results_there_is_no_card_and_the_page_names_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scaling_tables, "load", lambda kind: [])
     assert scaling_tables.cards() == {}
