@@ -26,7 +26,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 import semisparse
 from benchmarks import store
-from benchmarks.ranks import CONTEXT, MODEL, TOY, Bytes, join, milliseconds, setting, step_of
+from benchmarks.ranks import CONTEXT, MODEL, TOY, Bytes, join, leave, milliseconds, setting, step_of
 from benchmarks.timing import device, peak_memory
 from semisparse import SparseConfig
 from semisparse.integrations.fsdp import compress_all_gather
@@ -143,7 +143,7 @@ def main() -> None:
                     )
                 payload = {"kind": "gathering", "toy": given.toy, **setting()}
                 store.save(given.name, payload | {"tables": tables}, given.out)
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

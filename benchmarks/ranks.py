@@ -42,6 +42,12 @@ def join() -> None:
     dist.init_process_group("nccl" if device() == "cuda" else "gloo")
 
 
+def leave() -> None:
+    """Leave the other processes, all at the same time: gloo may abort where one goes while others write results."""
+    dist.barrier()
+    dist.destroy_process_group()
+
+
 def setting() -> dict[str, Any]:
     """What a result of several ranks says of them."""
     nccl = {name: value for name, value in os.environ.items() if name.startswith("NCCL_")}

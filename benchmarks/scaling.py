@@ -32,7 +32,7 @@ from torch.nn.parallel import DistributedDataParallel
 import semisparse
 from benchmarks import store
 from benchmarks.exposed import profiled
-from benchmarks.ranks import CONTEXT, MODEL, TOY, Bytes, join, milliseconds, setting, step_of
+from benchmarks.ranks import CONTEXT, MODEL, TOY, Bytes, join, leave, milliseconds, setting, step_of
 from benchmarks.timing import device
 from semisparse import SparseConfig
 from semisparse.integrations.fsdp import compress_all_gather
@@ -224,7 +224,7 @@ def main() -> None:
     given = options()
     join()
     run(given)
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":
