@@ -32,16 +32,14 @@ def table(result: Result) -> Table:
     """Each variant of each number of tokens."""
     rows = []
     for one in result["tables"]:
+        how = f"{one['tokens_per_rank']:,}, {'compiled' if one['compiled'] else 'eager'}"
         dense = sent(next(iter(one["facts"].values())), "allgather")
         for name, facts in one["facts"].items():
-            step, gather, gathered = one["step"][name], one["gather"][name], sent(facts, "allgather")
-            counted = f"{gathered:,.0f}", f"{gathered / dense:.2f}", f"{sent(facts, 'reduce_scatter'):,.0f}"
-            rows.append((
-                f"{one['tokens_per_rank']:,}, {'compiled' if one['compiled'] else 'eager'}", name,
-                f"{step['median_ms']:.1f}", f"{step['ratio']:.2f}",
-                f"{gather['median_ms']:.1f}", f"{gather['ratio']:.2f}",
-                *(("", "", "") if one["compiled"] else counted),
-            ))  # fmt: skip
+            times = (one[kind][name] for kind in ("step", "gather"))
+            timed = (text for time in times for text in (f"{time['median_ms']:.1f}", f"{time['ratio']:.2f}"))
+            gathered, reduced = sent(facts, "allgather"), sent(facts, "reduce_scatter")
+            counted = (f"{gathered:,.0f}", f"{gathered / dense:.2f}", f"{reduced:,.0f}") if dense else ("", "", "")
+            rows.append((how, name, *timed, *counted))
     return Table(COLUMNS, tuple(rows))
 
 
