@@ -239,7 +239,10 @@ def _plain(
     pruned = weight if mask is None else reference.prune(weight, mask)
     tokens = reference.prune_tokens(x) if mask is None else x
     leaves = [one.to(dtype, copy=True).requires_grad_() for one in (tokens, pruned, bias) if one is not None]
-    y = F.linear(*leaves)
+    if case.config.activation is not None and bias is not None:  # which follows the rounded product, as in the layer
+        y = F.linear(*leaves[:2]) + leaves[2]
+    else:
+        y = F.linear(*leaves)
     grads = list(torch.autograd.grad(y, leaves, dy.to(dtype)))
     if drawn is not None:
         grads[1] = reference.grad_weight(drawn.to(dtype), leaves[0].detach())
