@@ -9,6 +9,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 from semisparse.gemm.cusparselt import Handle, Plan
 from semisparse.gemm.problem import Problem
@@ -33,7 +34,16 @@ SPLIT_K, SPLIT_K_MODE = 3, 4
 SPLITTING = (5, 6)
 """Of cusparseLtSplitKMode_t: CUSPARSELT_SPLITK and CUSPARSELT_STREAMK; others split by the factor alone."""
 
+LEFT_OPEN = -1
+"""A factor that was not set, as cuSPARSELt 0.8.0 gives it on an H100: then its kernels decide, and their names tell."""
+
+SPLIT_NAMES, WHOLE = ("segment_k_on", "splitk", "split_k", "streamk", "stream_k"), "segment_k_off"
+"""What the names of the library's kernels say where sums are split, and where they are not."""
+
 UNKNOWN = -(2**31)
+
+BEYOND = 32
+"""More tokens, so that products are new: they are padded to multiples of 8, 16 or 32, by operand and precision."""
 
 
 class Subject:
@@ -76,10 +86,17 @@ def run(machine: Machine, part: Part, runs: int = RUNS, shapes: tuple[tuple[int,
     with part.attempt("threads"):
         _threads(machine, part, subjects)
     with part.attempt("deterministic mode"), _deterministic():
-        m, k, n = shapes[0]
+        (m, k, n), given, made = shapes[0], [], {}
         with split_sums() as found:  # plans are made once: these products must be new
-            given = [Subject(machine, case, (m + 8, k, n)) for case in cases(machine, NAMES)]
-        _split(part, found, len(given) if machine.cuda else 0)
+            for case in cases(machine, NAMES):
+                before = len(found)
+                given.append(Subject(machine, case, (m + BEYOND, k, n)))
+                made[case.name] = len(found) - before
+        _split(part, found, made, len(given) if machine.cuda else 0)
+        with kernels_run(machine) as names:
+            for subject in given:
+                subject.wrong()
+        _named(part, names, 1 if machine.cuda else 0)
         _again(machine, part, given)
 
 
@@ -191,15 +208,54 @@ def split_sums() -> Iterator[dict[str, list[int]]]:
         yield found
 
 
-def _split(part: Part, found: dict[str, list[int]], least: int) -> None:
-    """Sums that are split may depend on the order in which their parts arrive; least: plans that are expected."""
+def _split(part: Part, found: dict[str, list[int]], made: dict[str, int], least: int) -> None:
+    """Sums that are split may depend on the order in which their parts arrive.
+
+    Args:
+        part: Gets the rows.
+        found: As split_sums gives it.
+        made: Plans of each kind of layer.
+        least: Kinds that must make plans.
+    """
     part.details["split-K factor and mode"] = found
+    none = [name for name, count in made.items() if not count]
+    size = f"{len(found)} plans of {len(made)} kinds"
+    part.add(Row("B3", "kinds of layers that make plans in deterministic mode", size, len(made) - len(none), least,
+                 "at least", none))  # fmt: skip
     faults = [f"{name}: factor {factor}, mode {mode}" for name, (factor, mode) in found.items()
-              if factor != 1 or mode in SPLITTING]  # fmt: skip
-    size = f"{len(found)} plans"
-    part.add(Row("B3", "plans that the library makes in deterministic mode", size, len(found), least,
-                 "at least"))  # fmt: skip
-    part.add(Row("B3", "of those, plans whose sums are split", size, len(faults), faults=faults))
+              if factor not in (1, LEFT_OPEN) or mode in SPLITTING]  # fmt: skip
+    part.add(Row("B3", "of those plans, set to split their sums", f"{len(found)} plans", len(faults), faults=faults))
+    open_ = sum(factor == LEFT_OPEN for factor, _ in found.values())
+    part.add(Row("B3", "of those plans, left to the library", f"{len(found)} plans", open_, None, "reported"))
+
+
+@contextmanager
+def kernels_run(machine: Machine) -> Iterator[set[str]]:
+    """Names of the library's kernels that run inside the block, filled when it ends; none on the CPU."""
+    names: set[str] = set()
+    if not machine.cuda:
+        yield names
+        return
+    with profile(activities=[ProfilerActivity.CUDA]) as recorded:
+        yield names
+        machine.wait()
+    names.update(event.name for event in recorded.events() if "cusparselt" in event.name.lower())
+
+
+def _named(part: Part, names: set[str], least: int) -> None:
+    """Where a plan leaves its sums to the library, the names of its kernels say whether they are split.
+
+    Args:
+        part: Gets the rows.
+        names: Of the library's kernels.
+        least: Kernels that must have run.
+    """
+    part.details["kernels of the library"] = sorted(names)
+    whole = sum(WHOLE in name.lower() for name in names)
+    size = f"{len(names)} kernels, {whole} of them say {WHOLE}"
+    part.add(Row("B3", "kernels of the library that run in deterministic mode", size, len(names), least, "at least"))
+    faults = sorted(name for name in names if any(one in name.lower() for one in SPLIT_NAMES))
+    part.add(Row("B3", "of those kernels, split their sums by name", size, len(faults), faults=faults))
 
 
 def _again(machine: Machine, part: Part, subjects: list[Subject]) -> None:

@@ -42,11 +42,15 @@ class Guards:
         return self.buffer(tensor.shape, tensor.dtype, tensor.device).copy_(tensor)
 
     def torn(self) -> int:
-        """Buffers whose zones were written to."""
-        broken = [
-            (memory[:ZONE] != NAN).any() | (memory[ZONE + count :] != NAN).any() for memory, count in self._memory
-        ]
-        return int(torch.stack(broken).sum()) if broken else 0
+        """Buffers whose zones were written to.
+
+        They are counted for each device alone: a step on a GPU allocates on the CPU, too, and no operator takes both.
+        """
+        broken: dict[torch.device, list[Tensor]] = {}
+        for memory, count in self._memory:
+            torn = (memory[:ZONE] != NAN).any() | (memory[ZONE + count :] != NAN).any()
+            broken.setdefault(memory.device, []).append(torn)
+        return sum(int(torch.stack(ones).sum()) for ones in broken.values())
 
 
 @contextmanager
@@ -55,15 +59,16 @@ def guarded() -> Iterator[Guards]:
     guards, empty, new_empty = Guards(), torch.empty, torch.Tensor.new_empty
 
     def patched_empty(*shape: Any, **options: Any) -> Tensor:
-        if options.keys() - _PLAIN:
+        device = torch.device(options.get("device") or torch.get_default_device())
+        if options.keys() - _PLAIN or device.type == "meta":  # which has no bytes
             return empty(*shape, **options)
-        dtype = options.get("dtype") or torch.get_default_dtype()
-        return guards.buffer(_shape(shape), dtype, options.get("device") or "cpu")
+        return guards.buffer(_shape(shape), options.get("dtype") or torch.get_default_dtype(), device)
 
     def patched_new_empty(self: Tensor, *shape: Any, **options: Any) -> Tensor:
-        if options.keys() - _PLAIN:
+        device = torch.device(options.get("device") or self.device)
+        if options.keys() - _PLAIN or device.type == "meta":
             return new_empty(self, *shape, **options)
-        return guards.buffer(_shape(shape), options.get("dtype") or self.dtype, options.get("device") or self.device)
+        return guards.buffer(_shape(shape), options.get("dtype") or self.dtype, device)
 
     with (
         mock.patch.object(torch, "empty", patched_empty),

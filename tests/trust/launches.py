@@ -1,18 +1,21 @@
 """A program for compute-sanitizer: each Triton kernel, or each kind of layer, once on small shapes.
 
     python -m tests.trust.launches FILE kernels
-    python -m tests.trust.launches FILE layers
+    python -m tests.trust.launches FILE layers [FIRST]
+    python -m tests.trust.launches FILE "layers by Python" [FIRST]
 
-FILE gets what was launched, as JSON; it is there only if the program came to its end. Outputs are not initialised, so
-that what no kernel writes can be found when it is read.
+FILE gets what was launched, as JSON, anew before each case: where one of them ends the program, it says which, and the
+next program goes on behind it (FIRST). Outputs are not initialised, so that what no kernel writes can be found when it
+is read.
 """
 
 import ast
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -20,7 +23,11 @@ import torch
 from torch import Tensor, nn
 
 from semisparse import native
+from semisparse.files import write_atomically
 from semisparse.formats.layout import FP8, SM90_8BIT, SM90_16BIT, packed_bytes
+from semisparse.gemm.engine import Engine
+from semisparse.gemm.operands import Operands
+from semisparse.gemm.problem import Problem
 from semisparse.kernels import (
     amax,
     amax_many,
@@ -40,7 +47,8 @@ from semisparse.kernels import (
 from semisparse.kernels.launcher import Launcher
 from semisparse.kernels.pack_table import Matrix
 from semisparse.nn.packed_weights import PackedWeights
-from tests.trust.cases import CASES, cases, fill, make_layer, normal, step
+from tests.trust.cases import CASES, Case, cases, fill, make_layer, normal, step
+from tests.trust.guards import NAN
 from tests.trust.machine import Machine
 
 # Rows and columns. One tile of the format, odd multiples of it, and some of more than one program each way.
@@ -49,9 +57,10 @@ EIGHT = ((32, 32), (96, 160), (160, 96))
 LAYERS = ((1, 32, 32), (13, 96, 160), (64, 64, 128), (100, 160, 96), (200, 128, 64))
 """Tokens, in_features, out_features."""
 
+BY_PYTHON = "layers by Python"
+"""The mode in which Python starts what C++ would."""
+
 BF16 = torch.bfloat16
-
-
 KERNELS = Path(prune_pack.__file__).parent
 
 
@@ -189,43 +198,101 @@ class Kernels:
         return torch.tensor(3, device=self.device)
 
 
-def layers(machine: Machine, shapes: tuple[tuple[int, int, int], ...] = LAYERS) -> int:
-    """Two steps of each kind of layer: the second one is started by C++ where the native library is used.
+@contextmanager
+def filled() -> Iterator[list[Tensor]]:
+    """Python starts every product in the block, and the result is NaN before.
+
+    initcheck does not see what cuSPARSELt's kernels for sm90 store, presumably as they store in bulk, by TMA: on an
+    H100 it reported each read of such a result, by add_bias, rescale and the engine's own trial, and nothing else. Here
+    a kernel that it does see writes the results first. That hides nothing of our kernels, which write no result before
+    the product does; and what a product itself leaves out stays NaN, and is counted. Operands, packed matrices,
+    workspaces and all outputs of kernels stay uninitialised. C++ cannot be interrupted so, and starts nothing.
+
+    Yields:
+        For each product how many entries of its result it left as they were, on the device.
+    """
+    left: list[Tensor] = []
+    original = Engine.matmul
+
+    def matmul(self: Engine, problem: Problem, algorithm: int, operands: Operands) -> None:
+        operands.out.view(torch.uint8).fill_(NAN)
+        original(self, problem, algorithm, operands)
+        left.append(operands.out.float().isnan().sum())
+
+    native.watch(1)
+    try:
+        with mock.patch.object(Engine, "matmul", matmul):
+            yield left
+    finally:
+        native.watch(-1)
+
+
+def layer(machine: Machine, case: Case, shape: tuple[int, int, int]) -> None:
+    """Two steps of a layer: the second one is started by C++ where the native library is used.
 
     Args:
         machine: Where.
-        shapes: Tokens, in_features and out_features.
-
-    Returns:
-        How many steps.
+        case: What.
+        shape: Tokens, in_features and out_features.
     """
-    count = 0
-    for case in cases(machine, tuple(CASES)):
-        for m, k, n in shapes:
-            layer = make_layer(machine, case, k, n)
-            fill(machine, layer, integers=False)
-            x, dy = (normal(machine, m, size, seed=at, dtype=case.dtype) for at, size in ((5, k), (6, n)))
-            for _ in range(2):
-                step(layer, x, dy)
-                count += 1
-            if case.config.weight is not None:
-                PackedWeights(nn.Sequential(layer)).pack()
-    machine.wait()
-    return count
+    m, k, n = shape
+    made = make_layer(machine, case, k, n)
+    fill(machine, made, integers=False)
+    x, dy = (normal(machine, m, size, seed=at, dtype=case.dtype) for at, size in ((5, k), (6, n)))
+    for _ in range(2):
+        step(made, x, dy)
+    if case.config.weight is not None:
+        PackedWeights(nn.Sequential(made)).pack()
+
+
+def works(machine: Machine, mode: str) -> list[tuple[str, Callable[[], None]]]:
+    """What a mode does, case by case, with the names of the cases."""
+    if mode == "kernels":
+        return [("kernels", Kernels(machine).run)]
+    return [
+        (f"{case.name} at {shape}", partial(layer, machine, case, shape))
+        for case in cases(machine, tuple(CASES))
+        for shape in LAYERS
+    ]
+
+
+def run(machine: Machine, file: Path, mode: str, first: int = 0) -> None:
+    """Do what a mode does.
+
+    Args:
+        machine: Where.
+        file: Gets, as JSON, what was launched, which case is reached, and of how many.
+        mode: Of this program.
+        first: Case to begin with.
+    """
+    todo = works(machine, mode)
+    before = native.started() + native.started_dense()
+
+    def tell(reached: int, counts: Counter[str], left: list[Tensor] | None) -> None:
+        found = {
+            "mode": mode,
+            "launches": dict(counts),
+            "native": native.started() + native.started_dense() - before,
+            "products": None if left is None else len(left),
+            "unwritten": int(torch.stack(left).sum()) if left else 0,
+            "reached": reached,
+            "of": len(todo),
+            "case": todo[reached][0] if todo[reached:] else "",
+        }
+        write_atomically(file, json.dumps(found).encode())
+
+    with counted() as counts, filled() if mode == BY_PYTHON else nullcontext() as left:
+        for at, (_, work) in enumerate(todo[first:], first):
+            tell(at, counts, left)
+            work()
+            machine.wait()  # so that an error is that of its case
+        tell(len(todo), counts, left)
 
 
 def main() -> int:
-    file, mode = Path(sys.argv[1]), sys.argv[2]
     machine = Machine(torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu"))
     machine.tune_quickly()
-    with counted() as counts:
-        if mode == "kernels":
-            Kernels(machine).run()
-            machine.wait()
-        else:
-            layers(machine)
-    started = native.started() + native.started_dense()
-    file.write_text(json.dumps({"mode": mode, "launches": dict(counts), "native": started}), encoding="utf-8")
+    run(machine, Path(sys.argv[1]), sys.argv[2], *map(int, sys.argv[3:]))
     return 0
 
 

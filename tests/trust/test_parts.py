@@ -1,5 +1,8 @@
 """Each part of the trust suite on the CPU: right code passes, and a planted fault is counted and named."""
 
+from contextlib import nullcontext
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -150,16 +153,51 @@ def test_other_bits_on_a_stream_or_in_a_thread_are_counted(monkeypatch) -> None:
     assert [row.figure for row in failed(tried)] == [1, determinism.THREADS, 1]
 
 
-@pytest.mark.parametrize(("split", "wrong"), [((1, 1), 0), ((2, 1), 1), ((1, 6), 1), ((0, 0), 1)])
-def test_plans_whose_sums_are_split_are_counted(split: tuple[int, int], wrong: int) -> None:
+@pytest.mark.parametrize(
+    ("split", "wrong", "left_open"),
+    [((1, 1), 0, 0), ((2, 1), 1, 0), ((1, 6), 1, 0), ((0, 0), 1, 0), ((-1, 1), 0, 1), ((-1, 5), 1, 1)],
+)
+def test_plans_whose_sums_are_split_are_counted(split: tuple[int, int], wrong: int, left_open: int) -> None:
     engine, library, _ = simulated.make_engine()
     library.split = split
     tried = part()
     with determinism.split_sums() as found:
         simulated.run(engine, simulated.FORWARD, 3)
-    determinism._split(tried, found, 1)
-    assert [row.figure for row in tried.rows] == [1, wrong]
+    determinism._split(tried, found, {"one": 1, "other": 0}, 2)
+    assert [row.figure for row in tried.rows] == [1, wrong, left_open]
+    assert not tried.rows[0].passed and tried.rows[0].faults == ["other"] and tried.rows[1].passed == (not wrong)
     assert list(found.values()) == [list(split)] and "algorithm 3" in next(iter(found))
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [("sm90_segment_k_off_cusparselt", 0), ("sm90_segment_k_on_cusparselt", 1), ("splitKreduce_cusparselt", 1)],
+)
+def test_kernels_that_split_sums_by_name_are_counted(name: str, wrong: int) -> None:
+    tried = part()
+    determinism._named(tried, {name, "sm90_cusparselt"}, 2)
+    assert [row.figure for row in tried.rows] == [2, wrong] and [row.passed for row in tried.rows] == [True, not wrong]
+    determinism._named(tried, set(), 1)
+    assert not tried.rows[2].passed
+
+
+def test_kernels_of_the_library_are_told_by_their_names(monkeypatch) -> None:
+    events = [SimpleNamespace(name=name) for name in ("sm90_segment_k_off_kernel_5x_cusparselt", "add_bias", "nvjet")]
+    recorded = SimpleNamespace(events=lambda: events)
+    monkeypatch.setattr(determinism, "profile", lambda activities: nullcontext(recorded))
+    here = machine()
+    monkeypatch.setattr(here, "wait", lambda: None)
+    here.cuda = True
+    with determinism.kernels_run(here) as names:
+        assert not names
+    assert names == {events[0].name}
+
+
+def test_products_in_deterministic_mode_are_new() -> None:
+    tokens = [shape[0] for shape in determinism.SHAPES]
+    for multiple in (8, 16, 32):
+        padded = {-(-one // multiple) for one in tokens}
+        assert -(-(tokens[0] + determinism.BEYOND) // multiple) not in padded
 
 
 def test_the_errors_of_threads_are_kept() -> None:

@@ -250,7 +250,8 @@ class Handle:
     def _describe(self, problem: Problem, bias: int, owned: ExitStack) -> tuple[int, int]:
         """Matmul descriptor and algorithm selection. bias: host address of the bias pointer, 0 for none.
 
-        Split-K stays at the library's default of 1, none: split sums would depend on the order of arrival.
+        Split-K stays unset, which cuSPARSELt 0.8.0 gives as -1 on an H100: the algorithm decides. Split sums could
+        depend on the order of arrival; the trust suite compares bits, and reads the names of the kernels that ran.
         """
         if refusal := problem.refusal():
             raise EngineError(f"the sparse engine cannot take {problem}: {refusal}; use the masked-dense product")
