@@ -9,6 +9,7 @@ import torch.multiprocessing
 
 from semisparse import tuning
 from semisparse.errors import ConfigError
+from semisparse.gemm.autotune import tiles
 from semisparse.gemm.autotune.autotuner import Autotuner
 from tests.distributed import tuning as ranks
 from tests.distributed.test_ddp_fsdp import loopback
@@ -19,6 +20,7 @@ from tests.gemm.tuning import Timed, call
 @pytest.fixture
 def tuned(monkeypatch: pytest.MonkeyPatch) -> Autotuner:
     """The process's autotuner, with one problem tuned on the simulated library."""
+    monkeypatch.setattr(tiles, "TILE", dict.fromkeys(tiles.TILE, 1))  # so that small products are tuned
     made = Autotuner(make_engine()[0], None, make_candidates=Timed)
     call(made)
     monkeypatch.setattr(tuning, "autotuner", lambda: made)

@@ -193,7 +193,7 @@ class _Probe:
             ran = "masked dense" if algorithm is None else f"cuSPARSELt algorithm {algorithm}"
             if algorithm is not None and choice is not None and choice.chunk and can_be_cut(problem, choice.chunk):
                 ran += f" {choice.way}"
-        why = f" ({choice.source})" if choice is not None else ""
+        why = f" ({choice.origin})" if choice is not None else ""
         self._products[self._now].append(ran + why)
 
     def row(self, name: str, gradient: bool) -> CheckRow:

@@ -121,6 +121,14 @@ class EngineError(SemiSparseError, RuntimeError):
     """
 
 
+class ContextLostError(SemiSparseError, RuntimeError):
+    """An algorithm ended in an error of the GPU while it was tried, after which the process cannot use the GPU.
+
+    The message names the algorithm and the product. Start the process again with SEMISPARSE_TUNE=0, which tries no
+    algorithm, or take backend="dense" for the layers of that size, and report the message.
+    """
+
+
 class MissingPackageError(SemiSparseError, ImportError):
     """An integration cannot import the package that it is for; the message has the line for pip.
 

@@ -51,6 +51,7 @@ ERRORS = {
     "BenchError",
     "CheckpointError",
     "ConfigError",
+    "ContextLostError",
     "EngineError",
     "ExportError",
     "LayerRefusedError",

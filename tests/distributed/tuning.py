@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from semisparse import _tune, tuning
 from semisparse.gemm import problem as problems
+from semisparse.gemm.autotune import tiles
 from semisparse.gemm.autotune.autotuner import Autotuner
 from semisparse.planning import wanted
 from semisparse.planning.wanted import Wanted
@@ -36,6 +37,7 @@ MEASURED = [{"both": 3, "first": 1}, {"both": 5, "second": 7}]
 def worker(rank: int, folder: str) -> None:
     """Share within a group of this rank alone, then among all, then tune; write what came of it."""
     torch.set_num_threads(1)
+    tiles.TILE.update(dict.fromkeys(tiles.TILE, 1))  # so that small products are tuned, in this process
     os.environ["XDG_CACHE_HOME"] = f"{folder}/cache{rank}"
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD, timeout=timedelta(seconds=60)

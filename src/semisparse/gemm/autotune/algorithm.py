@@ -84,6 +84,13 @@ class Choice:
         gain = f", {self.whole_us / self.sparse_us:.2f}x faster than whole" if self.whole_us and self.sparse_us else ""
         return f"in chunks of {self.chunk} tokens{gain}"
 
+    @property
+    def origin(self) -> str:
+        """The source; for the default of a product that is not tuned why it is not."""
+        return (
+            self.note if self.source == "default" and self.sparse_algorithm is not None and self.note else self.source
+        )
+
     def __str__(self) -> str:
         if self.decides == "sampling":
             what = "dense fp8 instead of sampled" if self.algorithm is None else "sampled"
@@ -93,7 +100,7 @@ class Choice:
             what = "masked dense" if self.sparse_algorithm is not None else "masked dense (no sparse algorithm works)"
         sparse = "sampled" if self.decides == "sampling" else "sparse"
         times = [f"{us:.1f} us {name}" for name, us in ((sparse, self.sparse_us), ("dense", self.dense_us)) if us]
-        return f"{what} ({', '.join([*times, self.source])})"
+        return f"{what} ({', '.join([*times, self.origin])})"
 
 
 def from_record(record: dict[str, Any], source: Source) -> Choice:

@@ -14,6 +14,9 @@ half to twice as many, is used for now, else algorithm 0, unchecked. While a CUD
 stored or such a shipped choice raises EngineError. Where the engine cannot be used at all, the choice is masked dense,
 with the reason in its note.
 
+A product that is shorter than one tile of the library's kernels is never tuned (tiles.py): algorithm 0 runs, and what
+is stored or shipped for it is ignored.
+
 A problem of more tokens than a chunk is also timed in chunks of them (in_chunks.py), with the algorithm of a problem of
 chunk tokens, which is tuned for that if it has no choice yet.
 
@@ -22,11 +25,11 @@ taken from a table, and not measured while a graph is captured. Where nothing is
 """
 
 import logging
-import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache, partial
 from typing import Any
 
@@ -39,6 +42,8 @@ from semisparse.gemm.autotune.algorithm import Choice, Decides, clipped, likely_
 from semisparse.gemm.autotune.candidates import Candidates
 from semisparse.gemm.autotune.in_chunks import faster_way
 from semisparse.gemm.autotune.selection import SECONDS, Selection
+from semisparse.gemm.autotune.setting import VARIABLE as VARIABLE
+from semisparse.gemm.autotune.setting import setting
 from semisparse.gemm.autotune.store import (
     Entry,
     Key,
@@ -50,6 +55,7 @@ from semisparse.gemm.autotune.store import (
     shipped,
     to_document,
 )
+from semisparse.gemm.autotune.tiles import not_tuned
 from semisparse.gemm.autotune.ways import SAMPLED, Way, Ways, faster_of
 from semisparse.gemm.chunks import CHUNK, can_be_cut, pieces, sized
 from semisparse.gemm.engine import Engine, engine
@@ -60,7 +66,6 @@ from semisparse.stopwatch import Stopwatch
 
 logger = logging.getLogger(__name__)
 
-VARIABLE = "SEMISPARSE_TUNE"
 DEFAULT = Choice(0, 0, None, None, "default")
 
 _REMEMBERED = 8192  # problems whose choice is found without forming its key; past it all are looked up again
@@ -126,6 +131,7 @@ class Autotuner:
 
         Raises:
             EngineError: While a CUDA graph is captured, where there is no choice yet: run a warm-up step first.
+            ContextLostError: A candidate ended the CUDA context.
             ConfigError: SEMISPARSE_TUNE is not 0, 1 or all.
         """
         return self._choice(problem, index, lambda: self._tune(problem, index, operands, dense))
@@ -190,7 +196,7 @@ class Autotuner:
         Raises:
             ConfigError: SEMISPARSE_TUNE is not 0, 1 or all.
         """
-        return _setting() == "0" or torch.are_deterministic_algorithms_enabled() or self._pauses > 0
+        return setting() == "0" or torch.are_deterministic_algorithms_enabled() or self._pauses > 0
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -265,13 +271,15 @@ class Autotuner:
         return _remember(self._known, asked, index, choice)
 
     def _found(self, problem: Asked, index: int, key: Key) -> Choice | None:
-        """What is stored or, with the same bucket of tokens, shipped."""
+        """What is stored or, with the same bucket of tokens, shipped; the default where nothing may be tried."""
         name = canonical(key)
+        if reason := not_tuned(problem):
+            return _remember(self._known, problem, index, self._short(problem, index, key, reason))
         choice = self._stored(name, key, problem, index)
         if choice is not None:
             self._measured[name] = key, choice
             return _remember(self._known, problem, index, choice)
-        choice = None if _setting() == "all" else find_shipped(self._shipped(), key)
+        choice = None if setting() == "all" else find_shipped(self._shipped(), key)
         if choice is None or not self._offered(choice, problem, index):
             return None
         logger.info("not tuned: %s by %s", problem, choice)
@@ -332,6 +340,15 @@ class Autotuner:
             return _without_engine(one_line(error))
         return DEFAULT if DEFAULT.sparse_algorithm in offered else _without_engine("the library offers no algorithm")
 
+    def _short(self, problem: Asked, index: int, key: Key, reason: str) -> Choice:
+        """The default for a product that is not tuned; what is stored or shipped for it is ignored, and that said."""
+        _, measured = self._measured.pop(canonical(key), (None, None))
+        stored = None if self._store is None else self._store.load(key)
+        for given in (measured, stored, find_shipped(self._shipped(), key)):
+            if given is not None:
+                logger.warning("ignored a choice (source %r) for %s: %s", given.source, problem, reason)
+        return replace(default := self._default(problem, index), note=default.note or reason)
+
     def _chunk_algorithm(self, problem: Problem, index: int, operands: Operands, dense: Dense | None) -> int | None:
         """The algorithm for pieces of a problem: that of its first piece. None where it is not to be cut."""
         if not can_be_cut(problem, self._chunk):
@@ -352,14 +369,15 @@ class Autotuner:
         except EngineError as error:
             logger.warning("%s cannot be tuned: %s", problem, error)
             return Choice(None, None, None, None, "tuned", note=one_line(error))
-        choice = None
+        keep = None
         try:
             selection = Selection(candidates, self._clock, max(self._seconds - elapsed(), self._seconds / 4))
             choice = selection.run(algorithms, dense is not None)
             if chunk_algorithm is not None:
                 choice = faster_way(choice, candidates, chunk_algorithm, self._chunk, self._clock)
+            keep = None if choice.chunk is not None else choice.sparse_algorithm
         finally:
-            candidates.close(None if choice is None or choice.chunk is not None else choice.sparse_algorithm)
+            candidates.close(keep)
         logger.info("tuned %s in %.2f s: %s", problem, elapsed(), choice)
         return choice
 
@@ -374,16 +392,6 @@ def _remember(table: dict[tuple[Asked, int], Choice], problem: Asked, index: int
 def _without_engine(reason: str, asked: Asked | None = None) -> Choice:
     decides: Decides = "sampling" if isinstance(asked, WeightGradient) else "algorithm"
     return Choice(None, None, None, None, "default", note=clipped(reason), decides=decides)
-
-
-def _setting() -> str:
-    value = os.environ.get(VARIABLE, "1")
-    if value not in ("0", "1", "all"):
-        raise ConfigError(
-            f"{VARIABLE}={value!r} is not 0 (never tune), 1 (tune a problem at its first call, unless its choice ships "
-            "with the package) or all (also then)"
-        )
-    return value
 
 
 @cache

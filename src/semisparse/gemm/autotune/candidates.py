@@ -9,14 +9,17 @@ columns and the same reduction; the dense result is compared on rows spread over
 from a generator of its own. Waits for the current stream only; the memory goes back to PyTorch's allocator.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from semisparse.errors import ContextLostError, EngineError
 from semisparse.formats.layout import FP8, SPARSE_MULTIPLE, round_up, sparse_multiple
+from semisparse.gemm.autotune.algorithm import one_line
 from semisparse.gemm.chunks import can_be_cut, pieces, sized
 from semisparse.gemm.engine import Engine
 from semisparse.gemm.operands import Operands
@@ -64,6 +67,7 @@ class Candidates:
     ) -> None:
         self._engine, self._problem, self._operands, self._dense = engine, problem, operands, dense
         self._index = operands.out.get_device()
+        self._lost = False
         self._sample_parts: set[Problem] = set()
         self._sample = _roomy_sample(engine, problem, operands.out, memory)
 
@@ -75,6 +79,10 @@ class Candidates:
             chunk: Tokens per piece; None for the whole product. The sample is then cut, too (_sample_chunk). A piece of
                 chunk tokens is also checked when its own problem is tuned.
         """
+        with self._watched(algorithm):
+            return self._fault(algorithm, chunk)
+
+    def _fault(self, algorithm: int, chunk: int | None) -> str | None:
         sample = self._sample
         sample_chunk = None if chunk is None else self._sample_chunk(chunk)
         for repeat in range(_REPEATS):
@@ -112,10 +120,31 @@ class Candidates:
                 self._run(self._problem, algorithm, self._operands, chunk)
 
         assert call is not None, "selection asks for dense only where there is one"
-        return self._engine.runtime.time(self._index, call, repeats)
+        with self._watched(algorithm):
+            return self._engine.runtime.time(self._index, call, repeats)
+
+    @contextmanager
+    def _watched(self, algorithm: int | None) -> Iterator[None]:
+        """Name the candidate that ends the CUDA context: after it nothing can be tried, nor anything else be run."""
+        try:
+            try:
+                yield
+            except EngineError:
+                self._engine.runtime.wait(self._index)  # the library's refusal may be the first sign of a lost context
+                raise
+        except torch.AcceleratorError as error:
+            self._lost = True
+            who = "the masked-dense product" if algorithm is None else f"algorithm {algorithm} of cuSPARSELt"
+            raise ContextLostError(
+                f"{who} ended in an error of the GPU while it was tried for {self._problem} ({one_line(error)}), and "
+                "this process cannot use the GPU any more: start it again with SEMISPARSE_TUNE=0, which tries no "
+                "algorithm, or with backend='dense'"
+            ) from error
 
     def close(self, keep: int | None) -> None:
-        """Free the plans of the algorithms that were not chosen."""
+        """Free the plans of the algorithms that were not chosen; where the context is lost, they are lost with it."""
+        if self._lost:
+            return
         self._engine.release(self._problem, self._index, keep)
         if self._sample.problem != self._problem:
             self._engine.release(self._sample.problem, self._index)
