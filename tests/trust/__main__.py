@@ -60,7 +60,7 @@ def budgets(folder: Path) -> dict[str, Budget]:
     return {
         "numerics": _half(0),
         "numerics-2": _half(1),
-        "algorithms": Budget(120, 12, algorithms.run, partial(algorithms.run, every=10, repeats=5)),
+        "algorithms": Budget(400, 18, algorithms.run, partial(algorithms.run, every=10, repeats=5)),
         "determinism": Budget(
             90, 10, determinism.run, partial(determinism.run, runs=20, shapes=determinism.SHAPES[:1])
         ),

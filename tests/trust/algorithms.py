@@ -1,25 +1,45 @@
-"""B2: every algorithm of the library over many shapes, again and again; what is wrong once is listed."""
+"""B2: every algorithm of the library over many shapes, again and again; what is wrong once is listed.
 
-from collections.abc import Callable, Sequence
+They are tried in a process of their own (tried.py). One that ends the CUDA context is named, and the next process goes
+on behind it.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from semisparse.errors import EngineError
 from semisparse.formats.layout import FP8
 from semisparse.gemm import problem as problems
-from semisparse.gemm.autotune.candidates import Candidates
-from semisparse.gemm.autotune.store import Entry, shipped
-from semisparse.gemm.operands import Operands
+from semisparse.gemm.autotune.store import shipped
+from semisparse.gemm.autotune.tiles import not_tuned
 from semisparse.gemm.problem import Problem
-from tests.gemm.products import product
+from tests.trust import apart
 from tests.trust.machine import Machine
 from tests.trust.outcome import NotHere, Part, Row
+from tests.trust.tried import Event, Task, walk
 
 REPEATS = 20
 WANTED = 40
 """Shapes that the plan asks for."""
+
+MOST_PROCESSES = 24
+"""Each takes about 8 s to start."""
+
+MOST_OF_ONE = 3
+"""Algorithms of one problem that may end the context before the next problem's turn."""
+
+SILENCE = 60.0
+"""Seconds without a word after which a process is ended."""
+
+COMMAND = (sys.executable, "-m", "tests.trust.tried")
 
 KINDS = (
     problems.forward, problems.grad_input, problems.activation_forward, problems.activation_weight,
@@ -52,8 +72,33 @@ def kind_of(problem: Problem) -> tuple[object, ...]:
     return problem.dtype, problem.out_dtype, problem.b_order, problem.d_order
 
 
+def tasks_of(machine: Machine, every: int) -> list[Task]:
+    """All that is tried, the same in each process: what ships, what the autotuner would try, and what it would not.
+
+    Args:
+        machine: Where.
+        every: One shape in as many.
+    """
+    identity = {**machine.engine.runtime.identity(machine.index), "cusparselt": version_of(machine)}
+    here = [
+        Task(_problem(key), None, choice.sparse_algorithm)
+        for key, choice in shipped()
+        if "way" not in key
+        and choice.sparse_algorithm is not None
+        and all(identity.get(name) == key[name] for name in ("gpu", "cusparselt") if name in key)
+    ]
+    has_fp8 = not machine.cuda or torch.cuda.get_device_capability(machine.device) >= (8, 9)
+    found = [
+        Task(problem, at)
+        for at, shape in list(enumerate(SHAPES))[::every]
+        for problem in of_shape(at, shape)
+        if problem.dtype is not FP8 or has_fp8
+    ]
+    return here + sorted(found, key=lambda task: bool(not_tuned(task.problem)))
+
+
 def run(machine: Machine, part: Part, every: int = 1, repeats: int = REPEATS) -> None:
-    """Compare until the budget is spent: the shapes in three quarters of it, then what ships.
+    """Try all until the budget is spent.
 
     Args:
         machine: Where.
@@ -63,23 +108,55 @@ def run(machine: Machine, part: Part, every: int = 1, repeats: int = REPEATS) ->
 
     Raises:
         NotHere: There are no sparse products.
+        RuntimeError: A process ended before it had begun.
     """
     verdict = machine.engine.available(machine.device)
     if not verdict.ok:
         raise NotHere(verdict.reason)
-    found, in_time, todo = Found(), part.share(0.75), list(enumerate(SHAPES))[::every]
-    part.details["listed"] = found.listed
-    for at, shape in todo:
-        if not in_time():
-            break
-        for problem in of_shape(at, shape):
-            if in_time() and (problem.dtype is not FP8 or _has_fp8(machine)):
-                with part.attempt(str(problem)):
-                    _look(machine, problem, repeats, found, in_time)
-        found.shapes += in_time()
-        part.renew(found.rows(len(todo)))
-    part.renew(found.rows(len(todo)))
-    _shipped(machine, part, repeats, {(kind, number) for kind, number in _kinds(found.listed)}, list(shipped()))
+    found = Found(machine, part, tasks_of(machine, every), repeats)
+    part.details |= {"listed": found.listed, "lost": found.lost}
+    with tempfile.TemporaryDirectory() as folder:
+        go_on = partial(_process, Path(folder) / "events", every) if machine.cuda else _here
+        begin: tuple[int, int] | None = (0, 0)
+        while begin is not None and part.left() > 0:
+            if found.processes == MOST_PROCESSES:
+                found.left_over = len(found.tasks) - begin[0]
+                break
+            found.processes += 1
+            found.last = {}
+            code = go_on(found, begin)
+            begin = found.ended(code)
+            part.renew(found.rows())
+    part.renew(found.rows())
+
+
+def _here(found: "Found", begin: tuple[int, int]) -> int | str:
+    """In this process: of the CPU, whose library is simulated."""
+    return walk(found.machine, found.tasks, begin, found.repeats, lambda: found.part.left() > 0, found.take)
+
+
+def _process(file: Path, every: int, found: "Found", begin: tuple[int, int]) -> int | str:
+    """In a process of its own; its exit code, or why it was ended."""
+    file.write_bytes(b"")
+    options = [file, every, found.repeats, max(found.part.left() - 5.0, 1.0), *begin]
+    child = subprocess.Popen([*COMMAND, *map(str, options)], start_new_session=True)
+    heard, silent = time.monotonic(), False
+    try:
+        with file.open(encoding="utf-8") as lines:
+            rest, over = "", False
+            while not over and not silent:
+                over = child.poll() is not None
+                *whole, rest = (rest + lines.read()).split("\n")
+                for line in whole:
+                    found.take(json.loads(line))
+                if whole:
+                    heard = time.monotonic()
+                    found.part.renew(found.rows())
+                silent = time.monotonic() - heard > SILENCE
+                time.sleep(0.0 if over else 0.2)
+    finally:
+        apart.end(child)
+    return f"no word for {SILENCE:.0f} s" if silent else int(child.returncode)
 
 
 @dataclass
@@ -87,107 +164,159 @@ class Found:
     """What is known of the algorithms.
 
     Attributes:
-        shapes: That were looked at.
+        machine: Where they run.
+        part: Whose cases the tasks are.
+        tasks: All.
+        repeats: Of each algorithm.
+        done: Numbers of the tasks that are done.
         products: That ran.
-        kinds: How many problems.
         listed: Algorithms that were wrong once or more.
         missed: Those of them that the autotuner's checks let pass.
         refused: Products that the library refuses.
+        lost: Algorithms that ended the context, with the error.
+        cut: Products of which MOST_OF_ONE did.
+        wrong_shipped: Choices that ship and were wrong, refused, or ended the context.
+        processes: That were started.
+        left_over: Tasks that no process was left for.
+        last: What the process said last.
+        place: How many algorithms of its task it had tried before the one that it tries, and that one.
+        begun: Numbers of the tasks that a process began.
     """
 
-    shapes: int = 0
+    machine: Machine
+    part: Part
+    tasks: list[Task]
+    repeats: int
+    done: set[int] = field(default_factory=set)
     products: int = 0
-    kinds: int = 0
     listed: list[dict[str, Any]] = field(default_factory=list)
     missed: list[str] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
+    lost: list[dict[str, Any]] = field(default_factory=list)
+    cut: list[str] = field(default_factory=list)
+    wrong_shipped: list[str] = field(default_factory=list)
+    processes: int = 0
+    left_over: int = 0
+    last: Event = field(default_factory=dict)
+    place: tuple[int, int | None] | None = None
+    begun: set[int] = field(default_factory=set)
 
-    def rows(self, of: int) -> list[Row]:
-        """As lines of the table; of: shapes there are."""
-        size = f"{self.products} products of {self.kinds} problems"
+    def take(self, event: Event) -> None:
+        """One event of the process."""
+        self.last, what = event, event["what"]
+        if what == "end":
+            return
+        at, algorithm = event["task"], event.get("algorithm")
+        task = self.tasks[at]
+        name = f"{algorithm} of {task.problem}"
+        if what == "begin":
+            self.place = None
+            self.part.cases += at not in self.begun
+            self.begun.add(at)
+        elif what == "try":
+            self.place = event["place"], algorithm
+        elif what == "ran":
+            self.products += self.repeats if event["wrong"] is not None else 0
+            if task.only is not None:
+                self.wrong_shipped += [name] if event["wrong"] != 0 else []
+            elif event["wrong"]:
+                self.listed.append(self._entry(task.problem, int(event["algorithm"]), event["wrong"]))
+        elif what == "missed":
+            self.missed.append(name)
+        elif what == "refused":
+            self.refused.append(f"{task.problem}: {event['error']}")
+            self.done.add(at)
+        elif what == "raised":
+            self.part.raised.append(f"{task.problem}: {event['error']}")
+        elif what == "done":
+            self.done.add(at)
+        if what in ("refused", "raised", "done"):
+            self.place = None  # nothing of it is tried any more
+
+    def ended(self, code: int | str) -> tuple[int, int] | None:
+        """Where the next process goes on; None where there is nothing more to try.
+
+        Args:
+            code: How the process ended.
+
+        Raises:
+            RuntimeError: It had not begun.
+        """
+        if self.last.get("what") == "end":
+            return None
+        if not self.last:
+            raise RuntimeError(f"a process that tries algorithms ended before it had begun: {code}")
+        at = self.last["task"]
+        task, (place, algorithm) = self.tasks[at], self.place or (0, None)
+        error = self.last.get("error") or (code if isinstance(code, str) else f"exit code {code}")
+        tuned = not not_tuned(task.problem)
+        self.lost.append(
+            {"algorithm": algorithm, "problem": str(task.problem), "error": error, "tuned": tuned, "task": at}
+        )
+        if task.only is not None:
+            self.wrong_shipped.append(f"{task.only} of {task.problem}: {error}")
+        if self.place is not None and task.only is None:
+            if sum(one["task"] == at for one in self.lost) < MOST_OF_ONE:
+                return at, place + 1
+            self.cut.append(str(task.problem))
+        self.done.add(at)
+        return (at + 1, 0) if at + 1 < len(self.tasks) else None
+
+    def rows(self) -> list[Row]:
+        """As lines of the table."""
+        of_shapes = {task.shape for task in self.tasks} - {None}
+        whole = of_shapes - {task.shape for at, task in enumerate(self.tasks) if at not in self.done}
+        size = f"{self.products} products of {len(self.done)} problems"
         names = [f"{one['algorithm']} of {one['problem']}" for one in self.listed]
-        wrong, refused = "algorithms that were wrong once or more, and are listed", "products that the library refuses"
+        lost = [f"{one['algorithm']} of {one['problem']}: {one['error']}" for one in self.lost]
+        tried = [name for name, one in zip(lost, self.lost, strict=True) if one["tuned"]]
+        both = zip(lost + names, self.lost + self.listed, strict=True)
+        defaults = [name for name, one in both if not one["tuned"] and not one["algorithm"]]
+        cut = f"products that were left when {MOST_OF_ONE} of their algorithms had ended the context"
+        left = f"behind {self.processes} processes of at most {MOST_PROCESSES}"
+
+        def row(what: str, faults: list[str], limit: int | None = 0, size: str = size) -> Row:
+            return Row("B2", what, size, len(faults), limit, "reported" if limit is None else "at most", faults)
+
         return [
-            Row("B2", "shapes, with all algorithms", f"of {of}", self.shapes, min(WANTED, of), "at least"),
-            Row("B2", wrong, size, len(self.listed), None, "reported", names),
-            Row(
-                "B2",
-                "listed algorithms that the autotuner's checks let pass",
-                size,
-                len(self.missed),
-                0,
-                faults=self.missed,
-            ),
-            Row("B2", refused, f"of {self.shapes} shapes", len(self.refused), 0, faults=self.refused),
-        ]
+            Row("B2", "shapes, with all algorithms", f"of {len(of_shapes)}", len(whole), min(WANTED, len(of_shapes)),
+                "at least"),
+            row("algorithms that were wrong once or more, and are listed", names, None),
+            row("listed algorithms that the autotuner's checks let pass", self.missed),
+            row("products that the library refuses", self.refused, size=f"of {len(whole)} shapes"),
+            row("algorithms that end the context", lost, None),
+            row("algorithms that end the context and that the autotuner would try", tried),
+            row("defaults of products that are not tuned that are wrong or end the context", defaults),
+            row(cut, self.cut, None),
+            Row("B2", "products that were not reached because the processes were used up", left, self.left_over),
+            *self._of_shipped(),
+        ]  # fmt: skip
+
+    def _of_shipped(self) -> list[Row]:
+        here = [(at, task) for at, task in enumerate(self.tasks) if task.only is not None]
+        known = {(kind_of(_problem(one["key"])), one["algorithm"]) for one in self.listed}
+        named = [f"{task.only} for {task.problem}" for _, task in here if (kind_of(task.problem), task.only) in known]
+        ran, wrong = sum(at in self.done for at, _ in here), self.wrong_shipped
+        return [
+            Row("B2", "shipped choices that name a listed algorithm", f"{len(here)} choices", len(named), faults=named),
+            Row("B2", "shipped choices that were run", f"of {len(here)}", ran, len(here), "at least"),
+            Row("B2", "shipped choices whose own product was wrong", f"{ran} choices, {self.repeats} runs each",
+                len(wrong), faults=wrong),
+        ]  # fmt: skip
+
+    def _entry(self, problem: Problem, algorithm: int, times: int) -> dict[str, Any]:
+        machine = self.machine
+        key = {**machine.engine.runtime.identity(machine.index), "cusparselt": version_of(machine), **problem.key()}
+        tuned = not not_tuned(problem)
+        return {
+            "algorithm": algorithm, "wrong": times, "runs": self.repeats, "problem": str(problem), "tuned": tuned,
+            "key": key,
+        }  # fmt: skip
 
 
-def _look(machine: Machine, problem: Problem, repeats: int, found: Found, in_time: Callable[[], bool]) -> None:
-    """Run all algorithms of a problem, or as many as there is time for."""
-    try:
-        wrong, count = _wrong(machine, problem, repeats, in_time)
-    except EngineError as error:
-        found.refused.append(f"{problem}: {error}")
-        return
-    found.products, found.kinds = found.products + count, found.kinds + 1
-    found.listed += [_entry(machine, problem, number, times, repeats) for number, times in wrong.items()]
-    found.missed += [f"{number} of {problem}" for number in _not_refused(machine, problem, list(wrong))]
-
-
-def _wrong(machine: Machine, problem: Problem, repeats: int, in_time: Callable[[], bool]) -> tuple[dict[int, int], int]:
-    """Algorithm -> how many of its runs were wrong, for those with any; and how many products ran."""
-    a, b, out, bias = machine.operands(problem)
-    right = product(problem, a, b, bias, torch.float32).to(problem.out_dtype)
-    operands = Operands(machine.engine.compress(a), b, out, bias)
-    counts: dict[int, torch.Tensor] = {}
-    for algorithm in machine.engine.algorithms(problem, machine.index):
-        if not in_time():
-            break
-        counts[algorithm] = _runs(machine, problem, algorithm, operands, right, repeats)
-    machine.engine.release(problem, machine.index)
-    known = {number: count for number, count in counts.items() if count is not None}
-    found = torch.stack(list(known.values())).tolist() if known else []
-    return {number: count for number, count in zip(known, found, strict=True) if count}, repeats * len(known)
-
-
-def _runs(
-    machine: Machine, problem: Problem, algorithm: int, operands: Operands, right: torch.Tensor, repeats: int
-) -> Any:
-    """Wrong runs as a number on the device; None where the library refuses the algorithm, which is no result at all."""
-    count = torch.zeros((), dtype=torch.int64, device=right.device)
-    try:
-        for _ in range(repeats):
-            operands.out.fill_(float("nan"))
-            machine.engine.matmul(problem, algorithm, operands)
-            count += (operands.out != right).any()
-    except EngineError:
-        return None
-    return count
-
-
-def _not_refused(machine: Machine, problem: Problem, wrong: Sequence[int]) -> list[int]:
-    """Those of some wrong algorithms that the autotuner would not find out."""
-    if not wrong:
-        return []
-    a, b, out, bias = machine.operands(problem, seed=1)
-    candidates = Candidates(machine.engine, problem, Operands(machine.engine.compress(a), b, out, bias))
-    found = [number for number in wrong if candidates.fault(number) is None]
-    candidates.close(None)
-    return found
-
-
-def _has_fp8(machine: Machine) -> bool:
-    return not machine.cuda or torch.cuda.get_device_capability(machine.device) >= (8, 9)
-
-
-def _entry(machine: Machine, problem: Problem, algorithm: int, times: int, repeats: int) -> dict[str, Any]:
-    version = machine.engine.available(machine.device).version
-    key = {**machine.engine.runtime.identity(machine.index), "cusparselt": version, **problem.key()}
-    return {"algorithm": algorithm, "wrong": times, "runs": repeats, "problem": str(problem), "key": key}
-
-
-def _kinds(listed: Sequence[dict[str, Any]]) -> list[tuple[tuple[object, ...], int]]:
-    return [(kind_of(_problem(one["key"])), one["algorithm"]) for one in listed]
+def version_of(machine: Machine) -> int | None:
+    """The library's version."""
+    return machine.engine.available(machine.device).version
 
 
 def _problem(key: dict[str, Any]) -> Problem:
@@ -197,40 +326,3 @@ def _problem(key: dict[str, Any]) -> Problem:
         key["rows"], key["reduction"], key["columns"], dtype, key["b_order"], key["d_order"], key["bias"],
         key["token_axis"], getattr(torch, key.get("out_dtype", key["dtype"])),
     )  # fmt: skip
-
-
-def _shipped(
-    machine: Machine, part: Part, repeats: int, listed: set[tuple[tuple[object, ...], int]], entries: Sequence[Entry]
-) -> None:
-    """The products that ship with an algorithm for this GPU: each is run, and none may name a listed one."""
-    version = machine.engine.available(machine.device).version
-    identity = {**machine.engine.runtime.identity(machine.index), "cusparselt": version}
-    here = [
-        (_problem(key), choice.sparse_algorithm)
-        for key, choice in entries
-        if "way" not in key
-        and choice.sparse_algorithm is not None
-        and all(identity.get(name) == key[name] for name in ("gpu", "cusparselt") if name in key)
-    ]
-    named = [f"{number} for {problem}" for problem, number in here if (kind_of(problem), number) in listed]
-    part.add(
-        Row("B2", "shipped choices that name a listed algorithm", f"{len(here)} choices", len(named), faults=named)
-    )
-    wrong, ran, own = (
-        [],
-        0,
-        part.add(Row("B2", "shipped choices that were run", f"of {len(here)}", 0, len(here), "at least")),
-    )
-    for problem, number in here:
-        if part.left() <= 0:
-            break
-        with part.attempt(f"{number} for {problem}"):
-            a, b, out, bias = machine.operands(problem)
-            right = product(problem, a, b, bias, torch.float32).to(problem.out_dtype)
-            count = _runs(machine, problem, number, Operands(machine.engine.compress(a), b, out, bias), right, repeats)
-            machine.engine.release(problem, machine.index)
-            wrong += [f"{number} for {problem}"] if count is None or int(count) else []
-            ran += 1
-        own.figure = ran
-    size = f"{ran} choices, {repeats} runs each"
-    part.add(Row("B2", "shipped choices whose own product was wrong", size, len(wrong), faults=wrong))
