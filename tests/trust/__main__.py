@@ -1,6 +1,6 @@
 """The trust suite: kernels and layers on a GPU over many shapes, algorithms, streams, threads, graphs and minutes.
 
-    python -m tests.trust OUT                              all parts, about 45 minutes
+    python -m tests.trust OUT                              all parts, about 50 minutes
     python -m tests.trust OUT --quick                      cut sizes, about a minute
     python -m tests.trust OUT --parts soak --seconds 480   one part, with another budget
     python -m tests.trust OUT --within 540                 parts for which no time is left are said to be missing
