@@ -23,7 +23,7 @@ EXCEPTIONS = {
 }
 # The lab's own levels: a file imports only its own level and lower ones.
 LEVELS = (
-    {"", "errors", "checks", "strict_json", "output", "provenance", "commands"},
+    {"", "errors", "checks", "strict_json", "output", "interrupts", "provenance", "commands"},
     {"models", "data"},
     {"tasks", "train"},
     {"experiment", "checkpoint"},

@@ -9,6 +9,7 @@ from torch import Tensor
 from semisparse import check, ops
 from semisparse.errors import ShapeError, TensorError
 from semisparse.formats.layout import FP8
+from semisparse.gemm.autotune import tiles
 from semisparse.gemm.autotune.ways import SAMPLED
 from semisparse.gemm.weight_gradient import WeightGradient
 from semisparse.ops import fp8_sampled_grad
@@ -85,6 +86,7 @@ def test_cuda_takes_the_way_that_was_chosen(simulated_fp8, tokens: int, way: str
 def test_check_says_which_way_was_taken(simulated_fp8, monkeypatch) -> None:
     layer = fp8_layer(grad_output="mvue")
     monkeypatch.setattr(ops, "fp8_sampled_grad_weight", fp8_sampled_grad._cuda_fp8_sampled_grad_weight)
+    monkeypatch.setitem(tiles.TILE, FP8, 1)  # 16 tokens are tuned
     x = fp8_inputs(16)[0]
     asked = WeightGradient(16, LAYER_N, x.shape[1], BF16, BF16, bias=True)
     for algorithm, said in (

@@ -11,6 +11,7 @@ from semisparse.files import write_atomically
 from semisparse_lab.checks import shown
 from semisparse_lab.errors import OutputExistsError
 from semisparse_lab.experiment import Experiment, ProgressFor, Row, check_products
+from semisparse_lab.interrupts import interrupted_later
 from semisparse_lab.report.curves import curves
 from semisparse_lab.report.run_document import Document, identity, run_document, write_document
 from semisparse_lab.strict_json import read
@@ -70,10 +71,11 @@ def run_experiment(
             continue
         document = _train(experiment, row, seed, name, progress_for)
         try:
-            write_document(path, document)
+            with interrupted_later():
+                write_document(path, document)
+                keep(path)
         except OSError as error:
             raise _unwritable(folder, error) from error
-        keep(path)
         value = document["value"]
         say(f"{name}: " + ("diverged" if value is None else f"{experiment.metric} {value:.4f}"))
     return [path for _, _, path in jobs]
@@ -103,10 +105,13 @@ def run_rows(
         documents.append(_train(experiment, row, seed, row.title, progress_for))
         finished = len(documents) == len(experiment.rows)
         try:
-            write_document(folder / RESULTS_FILE, {"finished": finished, "runs": documents})
-            keep(folder / RESULTS_FILE)
-            write_atomically(folder / PLOT_FILE, curves(documents, log_loss=True))
-            keep(folder / PLOT_FILE)
+            with interrupted_later():
+                write_document(folder / RESULTS_FILE, {"finished": finished, "runs": documents})
+                keep(folder / RESULTS_FILE)
+            picture = curves(documents, log_loss=True)
+            with interrupted_later():
+                write_atomically(folder / PLOT_FILE, picture)
+                keep(folder / PLOT_FILE)
         except OSError as error:
             if finished:
                 raise _unwritable(folder, error) from error

@@ -20,6 +20,7 @@ from semisparse_lab.experiment import (
     train_row,
     train_settings,
 )
+from semisparse_lab.interrupts import interrupted_later
 from semisparse_lab.models.vit import VisionTransformer, ViTConfig, build_model
 from semisparse_lab.pipeline import PLOT_FILE, RESULTS_FILE
 from semisparse_lab.tasks.classification import Augmentation, ImageClassification
@@ -134,8 +135,9 @@ def experiment(
         model = build_model(settings.model, seed, config.device)
         trained = train_row(row, model, task, config, on_progress=on_progress)
         path = out / f"{row.slug}{checkpoint.SUFFIX}"
-        checksum = checkpoint.save(path, model, _description(row, trained, data.name, config))
-        keep(path)
+        with interrupted_later():
+            checksum = checkpoint.save(path, model, _description(row, trained, data.name, config))
+            keep(path)
         more = {"checkpoint": path.name, "weights": trained.weights, "sha256": checksum}
         return Outcome(100 * trained.result.test.accuracy, trained.result, more)
 
