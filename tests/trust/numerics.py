@@ -32,7 +32,7 @@ IN_TURN = (
 WANTED = 300
 """Shapes that the plan asks for."""
 HALVES = 2
-"""Parts that share the shapes, each with a process, and where there are several with a GPU, of its own."""
+"""Parts that share the shapes, each in a process of its own, and with a GPU of its own where there are several."""
 
 # Around powers of two, where padding and tiles begin and end; 4104 is no multiple of a large tile.
 TOKENS = (1, 2, 7, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65, 100, 127, 129, 200, 255, 257, 513, 1000, 2048, 4104, 8192)
@@ -48,8 +48,8 @@ UNALIGNED = tuple(
 # ViT-B, ViT-L, Llama with 2048 features, Llama 7B, Llama 3 8B.
 FFN = ((768, 3072), (1024, 4096), (2048, 8192), (4096, 11008), (4096, 14336))
 
-LARGEST_SAMPLE = 2**16
-"""Entries of dy up to which the specification draws the sample; it does so on the CPU, in up to a quarter second."""
+LARGEST_SAMPLE = 2**18
+"""Entries of dy up to which the specification draws the sample; it does so on the CPU, in up to a second."""
 
 
 def shapes() -> list[Shape]:
