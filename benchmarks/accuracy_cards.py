@@ -5,14 +5,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from benchmarks.store import RESULTS, ROOT
+from benchmarks.store import CARDS, RESULTS
 from semisparse_lab.commands import command_of
 from semisparse_lab.report import cards as experiments
 from semisparse_lab.report.summaries import spread, summaries
 
 Result = dict[str, Any]
 
-CARDS, ACCURACY = ROOT / "benchmarks" / "cards", RESULTS / "accuracy"
+ACCURACY = RESULTS / "accuracy"
 MASK_STUDY = ("signed-greedy", "greedy", "sparse-100")
 ON_PAGE = ("vit-fashion-mnist", "vit-fashion-mnist-long", "dino-fashion-mnist", "gpt-stdlib")
 TEXT_ONCE = ("gpt-mvue", "gpt-fp8")

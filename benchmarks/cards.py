@@ -31,11 +31,10 @@ from benchmarks.launches import launch_note
 from benchmarks.models import CARDS as MODELS
 from benchmarks.models import NO_GAIN
 from benchmarks.origin import origin, short_origin
-from benchmarks.store import ROOT, load
+from benchmarks.store import CARDS, ROOT, load
 from benchmarks.table import Table
 from semisparse_lab.report import differences
 
-CARDS = ROOT / "benchmarks" / "cards"
 PAGES = (
     ROOT / "README.md",
     *(ROOT / "docs" / f"{name}.md" for name in ("speed", "accuracy", "plan", "cards", "distributed")),

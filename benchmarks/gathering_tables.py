@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.origin import origin
+from benchmarks.ranks import MODEL
 from benchmarks.scaling_tables import SLOW, THROUGH_HOST
 from benchmarks.store import load
 from benchmarks.table import Table
@@ -45,7 +46,8 @@ def table(result: Result) -> Table:
 
 def model_of(results: Sequence[Result]) -> str:
     """What was trained."""
-    return f"A Llama-style model of 4 layers of 4096/11008 on {results[0]['ranks']} GPUs of one host."
+    sizes = f"{MODEL.depth} layers of {MODEL.width}/{MODEL.hidden}"
+    return f"A Llama-style model of {sizes} on {results[0]['ranks']} GPUs of one host."
 
 
 def block() -> str:
@@ -57,5 +59,5 @@ def block() -> str:
     parts = [model_of(results), *(table(one).markdown() for one in direct)]
     if slow:
         parts += [THROUGH_HOST, *(table(one).markdown() for one in slow)]
-    machine = origin(results).replace("One ", f"{results[0]['ranks']} of one host, each an ", 1)
-    return "\n\n".join([*parts, NOTE, f"{machine} Remake: `{COMMAND}`."])
+    measured = origin(results, f"{results[0]['ranks']} of one host, each an")
+    return "\n\n".join([*parts, NOTE, f"{measured} Remake: `{COMMAND}`."])

@@ -6,14 +6,19 @@ from typing import Any
 Result = dict[str, Any]
 
 
-def origin(results: Sequence[Result]) -> str:
-    """Machine, versions and peaks, then each commit with the time of its first result."""
+def origin(results: Sequence[Result], machines: str = "One") -> str:
+    """Machine, versions and peaks, then each commit with the time of its first result.
+
+    Args:
+        results: Of which.
+        machines: What stands before the GPU's name.
+    """
     runs: dict[str, dict[str, str]] = {}
     for source in (result["provenance"] for result in results):
         facts = source["environment"]["facts"]
         named = ", ".join(f"{name} {facts[name]}" for name in ("torch", "triton", "cuSPARSELt", "nvmath-python"))
         peaks = " / ".join(f"{value:g} TFLOP/s {name}" for name, value in source["peaks_tflops"].items())
-        machine = f"One {source['gpu']}, {named}" + (f"; peaks by data sheet: {peaks}" if peaks else "")
+        machine = f"{machines} {source['gpu']}, {named}" + (f"; peaks by data sheet: {peaks}" if peaks else "")
         runs.setdefault(machine, {}).setdefault(f"commit {source['commit'][:10]}", source["time"])
     return " ".join(
         f"{machine}; {'; '.join(f'{commit}, {time}' for commit, time in times.items())}."

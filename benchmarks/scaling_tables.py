@@ -7,7 +7,7 @@ from typing import Any
 
 from benchmarks import scaling_model
 from benchmarks.origin import gpu, origin
-from benchmarks.store import ROOT, load
+from benchmarks.store import CARDS, ROOT, load
 from benchmarks.table import Table
 from semisparse_lab.report import style
 
@@ -85,8 +85,8 @@ def text(results: Sequence[Result]) -> str:
         parts += [THROUGH_HOST, table(slow).markdown(), " ".join(setup(result) for result in slow)]
     if results[-1]["ranks"] > 1:
         parts += [scaling_model.table(results[-1]).markdown(), scaling_model.note()]
-    machine = origin(results).replace("One ", f"Up to {results[-1]['ranks']} of one host, each an ", 1)
-    return "\n\n".join([*parts, f"{machine} Remake: `{COMMAND}`."])
+    measured = origin(results, f"Up to {results[-1]['ranks']} of one host, each an")
+    return "\n\n".join([*parts, f"{measured} Remake: `{COMMAND}`."])
 
 
 def short() -> str:
@@ -119,7 +119,7 @@ def cards() -> dict[Path, str]:
     """The card, if there are results."""
     results = by_ranks()
     head = "# Training on several GPUs: DDP, FSDP2 and compressed all-gathers"
-    return {ROOT / "benchmarks" / "cards" / "scaling.md": f"{head}\n\n{text(results)}\n"} if results else {}
+    return {CARDS / "scaling.md": f"{head}\n\n{text(results)}\n"} if results else {}
 
 
 def points(results: Sequence[Result]) -> list[dict[str, Any]]:

@@ -14,6 +14,7 @@ from semisparse_lab.provenance import commit
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+CARDS = ROOT / "benchmarks" / "cards"
 
 # NVIDIA's data sheet figures for the H200 and the H100 SXM (bf16 and fp16); always printed together, because comparing
 # a dense run with the sparse peak is the most common way to get this wrong.

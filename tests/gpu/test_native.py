@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 
 from semisparse import errors, native, ops, sparsify
+from semisparse.formats.layout import MetadataLayout
 from semisparse.formats.packed import packed_format
 from semisparse.gemm.engine import engine
 from semisparse.ops import packing, prepare, products, sampling
 from semisparse.testing import assert_bit_equal, small_integers
+from tests.buffers import assert_same_buffer
 from tests.support import config_of
 
 pytestmark = [
@@ -79,13 +81,10 @@ def natively(asked: list[str], name: str, *given: Any) -> Any:
     return result
 
 
-def assert_same_buffer(ours: Tensor, expected: Tensor, rows: int, columns: int, dtype: torch.dtype) -> None:
-    """All bytes that anything reads."""
+def layout_of(dtype: torch.dtype) -> MetadataLayout:
     layout = packed_format(0, dtype, engine()).layout
     assert layout is not None
-    assert ours.shape == expected.shape
-    size = layout.buffer_bytes(rows, columns)
-    assert_bit_equal(ours[:size], expected[:size])
+    return layout
 
 
 def held(mask: str, weight: Tensor) -> tuple[str, Tensor | None, Tensor | None]:
@@ -103,10 +102,10 @@ def test_pack_and_unpack(asked: list[str], mask: str, stored: torch.dtype, dtype
         given = matrix, dtype, *held(mask, weight)
         packed, packed_t = natively(asked, "pack", *given)
         expected, expected_t = packing._cuda_pack(*given)
-        assert_same_buffer(packed, expected, N, K, dtype)
+        assert_same_buffer(packed, expected, layout_of(dtype), N, K)
         if expected_t.numel():
-            assert_same_buffer(packed_t, expected_t, K, N, dtype)
-            assert_same_buffer(natively(asked, "pack_transpose", *given), expected_t, K, N, dtype)
+            assert_same_buffer(packed_t, expected_t, layout_of(dtype), K, N)
+            assert_same_buffer(natively(asked, "pack_transpose", *given), expected_t, layout_of(dtype), K, N)
         else:
             assert packed_t.numel() == 0
         unpacked = natively(asked, "unpack", packed, N, K, dtype)
@@ -119,8 +118,8 @@ def test_pack_tokens(asked: list[str], tokens: int, dtype: torch.dtype) -> None:
     x, rows = torch.randn(tokens, K, device="cuda", dtype=dtype), -(-tokens // 16) * 16
     packed, packed_t = natively(asked, "pack_tokens", x, dtype)
     expected, expected_t = packing._cuda_pack_tokens(x, dtype)
-    assert_same_buffer(packed, expected, rows, K, dtype)
-    assert_same_buffer(packed_t, expected_t, K, rows, dtype)
+    assert_same_buffer(packed, expected, layout_of(dtype), rows, K)
+    assert_same_buffer(packed_t, expected_t, layout_of(dtype), K, rows)
 
 
 def arguments(name: str, tokens: int, bias: bool, dtype: torch.dtype, backend: str = BACKEND) -> tuple[Any, ...]:
@@ -152,7 +151,7 @@ def test_products(asked: list[str], name: str, bias: bool, tokens: int, dtype: t
     given = arguments(name, tokens, bias, dtype, backend)
     found, expected = natively(asked, name, *given), PYTHON[name](*given)
     if name == "pack_linear":
-        assert_same_buffer(found[1], expected[1], K, N, dtype)
+        assert_same_buffer(found[1], expected[1], layout_of(dtype), K, N)
         found, expected = found[0], expected[0]
     if name == "sampled_grad_weight":
         assert_bit_equal(found[1], expected[1])

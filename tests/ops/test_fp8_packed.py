@@ -14,6 +14,7 @@ from semisparse.reference import fp8, packing
 from semisparse.reference import linear as reference
 from semisparse.reference.masks import to_codes
 from semisparse.testing import assert_bit_equal, small_integers
+from tests.buffers import assert_same_buffer
 
 SHAPES = [(32, 32), (96, 352), (192, 160), (64, 128)]
 MASKS = [name for name, mask in masks.MASKS.items() if not mask.needs_scale]
@@ -57,7 +58,7 @@ def test_cuda_computes_the_same_by_the_kernels_and_without_them(
         assert_bit_equal(found[2], expected[2])
         if packer == "kernel" and masks.get(mask).chosen_while_packing:
             for ours, wanted, shape in zip(found[:2], expected[:2], ((96, 64), (64, 96)), strict=True):
-                assert_same_buffer(ours, wanted, shape)
+                assert_same_buffer(ours, wanted, SM90_8BIT, *shape, 1)
             continue
         # Packed in steps, a zero that the mask keeps counts as dropped, which gives other nibbles for the same matrix.
         for ours, wanted, shape in zip(found[:2], expected[:2], ((96, 64), (64, 96)), strict=True):
@@ -69,15 +70,8 @@ def test_cuda_computes_the_same_by_the_kernels_and_without_them(
     if mask == "transposable":  # of fp32 numbers, none of which is zero
         found, expected = fp8_packed._cuda_pack_fp8(weight, mask, codes), ops.pack_fp8(weight, mask, codes)
         for ours, wanted, shape in zip(found[:2], expected[:2], ((96, 64), (64, 96)), strict=True):
-            assert_same_buffer(ours, wanted, shape)
+            assert_same_buffer(ours, wanted, SM90_8BIT, *shape, 1)
         assert_bit_equal(found[2], expected[2])
-
-
-def assert_same_buffer(ours: torch.Tensor, wanted: torch.Tensor, shape: tuple[int, int]) -> None:
-    """But for what lies behind the last block of metadata, which a kernel does not write."""
-    written = SM90_8BIT.buffer_bytes(*shape, 1) if wanted.numel() else 0
-    assert ours.shape == wanted.shape
-    assert_bit_equal(ours[:written], wanted[:written])
 
 
 def test_strides_do_not_matter_and_codes_replace_the_choice() -> None:
