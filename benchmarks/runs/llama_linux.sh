@@ -5,14 +5,19 @@
 #     LR=2e-4 SEEDS="0 1 2" ... llama_linux.sh OUT runs                    the runs in the order of their importance
 #
 # The runs begin with the seconds per step of each arm, all on one GPU (five minutes), which those of equal seconds need.
-# TOKENS is the folder that `semisparse-lab data linux` or `data unpack` made. STEPS and MORE (options) are passed on.
+# TOKENS is the folder that `semisparse-lab data linux` or `data unpack` made. STEPS, RATE_STEPS and MORE (options) are
+# passed on; RUNS names the runs of each seed, ARM:BUDGET.
 source "$(dirname "$0")/common.sh"
 : "${TOKENS:?set TOKENS to the folder of the text}" "${SECONDS_LIMIT:=590}" "${STEPS:=3000}" "${SEEDS:=0 1 2}"
+: "${RUNS:=bf16:tokens fp8-24:tokens float8:tokens bf16-24:tokens fp8-24-mvue:tokens \
+fp8-24:seconds float8:seconds fp8-24-mvue:seconds}"
 RUN="$PYTHON -m semisparse_lab experiment llama-linux --data-dir $TOKENS ${MORE:-} --minutes \$(awk \"BEGIN{print \$LEFT / 60}\")"
 
 case ${2:-} in
 rates)
-    for rate in ${RATES:-4e-4 2e-4 8e-4}; do echo "rate-$rate $RUN --out $OUT/rate-$rate --arms bf16 --steps 600 --lr $rate"; done
+    for rate in ${RATES:-4e-4 2e-4 8e-4}; do
+        echo "rate-$rate $RUN --out $OUT/rate-$rate --arms bf16 --steps ${RATE_STEPS:-600} --lr $rate"
+    done
     ;;
 runs)
     for arm in bf16 fp8-24 float8 bf16-24 fp8-24-mvue; do
@@ -20,8 +25,7 @@ runs)
     done
     echo "times $times"
     for seed in $SEEDS; do
-        for one in bf16:tokens fp8-24:tokens float8:tokens bf16-24:tokens fp8-24-mvue:tokens fp8-24:seconds \
-            float8:seconds fp8-24-mvue:seconds; do
+        for one in $RUNS; do
             echo "run-${one/:/-}-$seed $RUN --out $OUT --arms ${one%:*} --budget ${one#*:} --seeds $seed --steps $STEPS" \
                 "--lr ${LR:?set LR to the best of rates}"
         done
