@@ -24,6 +24,7 @@ from benchmarks import (
     large_m,
     picture,
     scaling_tables,
+    schedule_cards,
     tables,
 )
 from benchmarks.blocks import filled
@@ -37,7 +38,7 @@ from semisparse_lab.report import differences
 
 PAGES = (
     ROOT / "README.md",
-    *(ROOT / "docs" / f"{name}.md" for name in ("speed", "accuracy", "plan", "cards", "distributed")),
+    *(ROOT / "docs" / f"{name}.md" for name in ("speed", "accuracy", "recipes", "plan", "cards", "distributed")),
 )
 COMMAND = "python benchmarks/benchmark_semi_structured_training.py"
 
@@ -216,6 +217,7 @@ def blocks() -> dict[str, str]:
         "scaling": scaling_tables.block(),
         "scaling-short": scaling_tables.short(),
         "gathering": gathering_tables.block(),
+        "schedules": schedule_cards.block(),
         "models": _models_block(),
         "eager-linear": _block(load("eager-linear"), host_tables.eager_linear, "--eager "),
         "host-time": _host_block(),
@@ -314,7 +316,7 @@ def outputs() -> dict[Path, str]:
         made[CARDS / "compare.md"] = compare_card()
     made[CARDS / "plans.md"] = _page("Plans as they print", _text(load("plan"), decisions.printed, "--plan "))
     made |= {CARDS / "pack.md": pack_card(), CARDS / "metrics.md": metrics_card()}
-    made |= {**accuracy_cards.cards(), **scaling_tables.cards()}
+    made |= {**accuracy_cards.cards(), **scaling_tables.cards(), **schedule_cards.cards()}
     return made | filled(PAGES, blocks())
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import accuracy_cards, blocks, cards, jobs, picture, store, table
+from benchmarks import accuracy_cards, blocks, cards, jobs, picture, schedule_cards, store, table
+from lab.tests.report.test_time_to_loss import made, write
 
 OUTPUTS = cards.outputs()
 
@@ -21,7 +22,7 @@ def test_generated_text_is_up_to_date(path: Path) -> None:
 def test_tables_fit_the_page(path: Path) -> None:
     generated = re.findall(r"<!-- generated: .*?<!-- end -->", OUTPUTS[path], re.DOTALL) or [OUTPUTS[path]]
     lines = [line for text in generated for line in text.splitlines() if line.startswith("|") and "tests/" not in line]
-    assert max(map(len, lines)) <= table.WIDTH + 2  # and the bars at both ends
+    assert max(map(len, lines), default=0) <= table.WIDTH + 2  # and the bars at both ends
 
 
 def test_the_picture_is_up_to_date() -> None:
@@ -45,6 +46,7 @@ def test_every_card_has_its_result() -> None:
     stems |= {"compare"} if store.load("compare-linear") or store.load("compare-model") else set()
     stems |= {"plans"} if store.load("plan") else set()
     stems |= {"scaling"} if store.load("scaling") else set()
+    stems |= {path.stem for path in schedule_cards.cards()}
     stems |= {"host-time"} if store.load("host") or store.load("host-parts") else set()
     assert {path.stem for path in cards.CARDS.glob("*.md")} <= stems
 
@@ -75,6 +77,18 @@ def test_a_place_without_result_names_the_command(monkeypatch: pytest.MonkeyPatc
     made = cards.blocks()
     for place, option in (("eager-linear", "--eager"), ("host-time", "--host"), ("pack-together", "--pack")):
         assert made[place] == f"Not measured yet: `{cards.COMMAND} {option} --save`."
+
+
+def test_a_study_of_schedules_fills_its_card_and_its_place_and_fits_the_page(tmp_path: Path) -> None:
+    assert schedule_cards.block(tmp_path / "none") == schedule_cards.MISSING and not schedule_cards.cards(tmp_path)
+    settings = {"sparse_fraction": 0.7, "train": {"hold_fraction": 0.67}}
+    write(tmp_path, made("bf16", 0, settings=settings), made("fp8-24", 0, settings=settings))
+    assert schedule_cards.block(tmp_path) == schedule_cards.MISSING
+    write(tmp_path / "study-share-0.85", made("fp8-24", 0, settings={**settings, "sparse_fraction": 0.85}))
+    schedule_cards.study.cache_clear()
+    for text in (schedule_cards.block(tmp_path), schedule_cards.cards(tmp_path)[schedule_cards.CARD]):
+        assert "| share-0.85 | `sparse_fraction` 0.7 → 0.85 |" in text and "one seed (0)" in text
+        assert max(len(line) for line in text.splitlines() if line.startswith("|")) <= table.WIDTH + 2
 
 
 def test_every_experiment_has_its_plot() -> None:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from semisparse_lab.studies import llama_linux
+
 RUNS = Path(__file__).resolve().parents[2] / "benchmarks" / "runs"
 
 
@@ -66,3 +68,49 @@ def test_streams_of_two_gpus_use_pairs_and_what_is_left_over_follows(
     functions = " ".join(f'{one}() {{ step 9 {one} bash -c "echo \\$CUDA_VISIBLE_DEVICES"; }};' for one in "abc")
     bash(f"GPUS={gpus}\n{functions}\nunset CUDA_VISIBLE_DEVICES\nWIDTH=2 streams a b c", tmp_path)
     assert [(tmp_path / f"{one}.log").read_text().strip() for one in "abc"] == used
+
+
+def study(out: Path, **variables: str) -> tuple[list[str], dict[str, dict[str, str]]]:
+    """The runs of a study that the script would start, in order, and the options of each."""
+    given = {"PYTHON": "echo", "GPUS": "0", "TOKENS": "text", "LR": "2e-4", **variables}
+    done = subprocess.run(
+        ["bash", RUNS / "llama_linux.sh", out, "study"],
+        capture_output=True, text=True, timeout=60, env=os.environ | given, check=True,
+    )  # fmt: skip
+    names = [line.split()[2].removesuffix(":") for line in done.stdout.splitlines()]
+    options = {}
+    for name in names:
+        words = (out / f"{name}.log").read_text().split()
+        places = [place for place, word in enumerate(words) if word.startswith("--")]
+        options[name] = {words[place].removeprefix("--"): words[place + 1] for place in places}
+    return names, options
+
+
+def test_each_run_of_a_study_changes_one_setting_and_folders_hold_one_set_of_settings(tmp_path: Path) -> None:
+    names, options = study(tmp_path, STEPS="200")
+    assert names[0] == "study-share-0.5-fp8-24" and len(set(names)) == len(names) >= 12
+    assert names.index("study-hold-0-bf16") < names.index("study-hold-0-fp8-24")  # the reference comes first
+    folders: dict[str, set[str]] = {}
+    base = {slug: arm.recipe for slug, arm in ((arm.slug, arm) for arm in llama_linux.arms())}
+    for name in names:
+        given = {word.replace("-", "_"): value for word, value in options[name].items()}
+        shared = {word: given.pop(word) for word in ("data_dir", "minutes", "out", "arms", "seeds", "steps", "lr")}
+        assert (shared["steps"], shared["lr"], shared["seeds"], shared["arms"] in base) == ("200", "2e-4", "0", True)
+        ((setting, value),) = given.items()
+        typed = value if setting == "layers" else float(value) if "." in value else int(value)
+        chosen = llama_linux.settings("cpu", small=True, **{setting: typed})
+        assert chosen != llama_linux.settings("cpu", small=True)
+        folders.setdefault(shared["out"], set()).add(f"{setting}={value}")
+        assert f"study-{Path(shared['out']).name.removeprefix('study-')}-{shared['arms']}" == name
+    assert all(len(settings) == 1 for settings in folders.values())
+    assert len(set.union(*folders.values())) == len(folders)
+
+
+def test_a_study_skips_what_is_there_and_starts_nothing_that_has_no_time(tmp_path: Path) -> None:
+    (tmp_path / "study-share-0.5").mkdir()
+    (tmp_path / "study-share-0.5" / "llama-linux.fp8-24.tokens.seed3.json").touch()
+    left = {"STUDY": "share-0.5:fp8-24 hold-0:bf16", "SEED": "3"}
+    names, options = study(tmp_path, **left)
+    assert names == ["study-hold-0-bf16"] and options["study-hold-0-bf16"]["seeds"] == "3"
+    assert study(tmp_path, **left, NEEDS="9999")[1] == {"study-hold-0-bf16": {}}
+    assert "too few" in (tmp_path / "study-hold-0-bf16.log").read_text()

@@ -2,9 +2,12 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
+from torch._dynamo.utils import counters
 
 from lab.tests.cli.shell import semisparse_lab
 from lab.tests.toy_kernel import write_toy_tokens
@@ -122,6 +125,32 @@ def test_the_command_trains_and_makes_a_card(folder: Path, tmp_path: Path) -> No
     assert semisparse_lab("card", tmp_path).code == 0
     assert "| dense bf16 | 0, 1 | 10 |" in (tmp_path / "llama-linux.md").read_text()
     assert semisparse_lab("card", folder).code == 2
+
+
+def test_the_card_of_schedules_is_made_where_a_study_lies_beside_the_runs(folder: Path, tmp_path: Path) -> None:
+    options = ("--data-dir", folder, "--small", "--device", "cpu", "--steps", 10, "--arms", "bf16-24")
+    sparse = ("--sparse-fraction", 1.0, "--out", tmp_path / "study-share-1.0")
+    for more in (("--out", tmp_path), sparse):
+        assert semisparse_lab("experiment", "llama-linux", *options, *more).code == 0
+    (written,) = (tmp_path / "study-share-1.0").glob("*.json")
+    run = json.loads(written.read_text())
+    assert [(phase["kind"], phase["end"]) for phase in run["phases"]] == [("sparse", 10)] and run["test"] is not None
+    assert semisparse_lab("card", tmp_path).code == 0
+    text = (tmp_path / "llama-linux-schedules.md").read_text()
+    assert f"| share-1.0 | `sparse_fraction` 0.7 → 1 | 10 | {run['validation']['bits_per_byte']:.4f} |" in text
+
+
+@pytest.mark.parametrize("changes", [{"dense_start": 0.2}, {"refresh_every": 2}, {"sparse_fraction": 1.0}], ids=str)
+@pytest.mark.parametrize("slug", ["fp8-24", "bf16-24"])
+def test_a_schedule_compiles_each_kind_of_phase_once(
+    slug: str, changes: dict[str, float], tokens: TokenSets, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    chosen = replace(SETTINGS, compiled=True, **changes)
+    (arm,) = chosen_arms(slug, chosen.sparse_fraction, chosen.refresh_every)
+    counters.clear()
+    kinds = {phase.kind for phase in train_arm(arm, 0, chosen, tokens, 10).run.phases}
+    assert counters["stats"]["unique_graphs"] == len(kinds) and not counters["graph_break"]
 
 
 @pytest.mark.parametrize("text", ["", "x", "1,1", "-1"])

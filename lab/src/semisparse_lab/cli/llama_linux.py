@@ -73,8 +73,12 @@ def card(
     results: Annotated[Path, typer.Argument(help="Folder with results of llama-linux.")],
     out: Annotated[Path | None, typer.Option(help="Folder for card and plot (default: the results').")] = None,
 ) -> None:
-    """Make the card of time to loss from the results that are there."""
+    """Make the card of time to loss from the results that are there, and that of schedules if study-* folders are."""
     with typed_errors(context):
+        from semisparse_lab.report.schedule_study import write_study
         from semisparse_lab.report.time_to_loss_card import write_card
 
-        typer.echo(write_card(results, results if out is None else out))
+        place = results if out is None else out
+        typer.echo(write_card(results, place))
+        if (schedules := write_study(results, place)) is not None:
+            typer.echo(schedules)
