@@ -26,12 +26,13 @@ from benchmarks import (
     scaling_tables,
     schedule_cards,
     tables,
+    time_to_loss_cards,
 )
 from benchmarks.blocks import filled
 from benchmarks.launches import launch_note
 from benchmarks.models import CARDS as MODELS
 from benchmarks.models import NO_GAIN
-from benchmarks.origin import origin, short_origin
+from benchmarks.origin import gpu, origin, short_origin
 from benchmarks.store import CARDS, ROOT, load
 from benchmarks.table import Table
 from semisparse_lab.report import differences
@@ -240,7 +241,9 @@ def _speed_block() -> str:
     """Models beside torchao's float8, for README."""
     if not (compared := load("compare-model")):
         return _missing("--compare ")
-    return f"{compare_tables.short(compared).markdown()}\n\n{short_origin(compared)}"
+    table = compare_tables.short(compared)
+    shown = {row[-1] for row in table.rows}
+    return f"{table.markdown()}\n\n{short_origin([result for result in compared if gpu(result) in shown])}"
 
 
 def _no_gain_block(results: list[Result]) -> str:
@@ -327,6 +330,7 @@ def main() -> int:
         print(path.relative_to(ROOT))
     for name, results in accuracy_cards.accuracy().items():
         (CARDS / f"{name}.png").write_bytes(differences.picture(results))
+    time_to_loss_cards.write(time_to_loss_cards.results())
     picture.write()
     scaling_tables.write(scaling_tables.by_ranks())
     print(picture.TARGET.relative_to(ROOT))

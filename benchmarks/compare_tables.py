@@ -9,6 +9,7 @@ from benchmarks.float8 import INSTALL
 from benchmarks.origin import gpu
 from benchmarks.sampling import COPY, DENSE_PRODUCT, SAMPLE, SAMPLE_BIAS, SPARSE_PRODUCT, WHOLE
 from benchmarks.table import Table
+from semisparse import recipes
 
 Result = dict[str, Any]
 
@@ -99,22 +100,71 @@ def parts(results: Sequence[Result]) -> Table:
 
 
 def short(results: Sequence[Result]) -> Table:
-    """How many times faster than dense each row is, a line per model and GPU, for the first screen.
+    """How many times faster than dense each row is, a line per model, for the first screen.
 
     Each figure is from the newest run that has it, beside dense in the same run; the time of dense is the newest run's.
+    Of several GPUs those are shown on which most rows were measured.
     """
     runs: dict[tuple[str, str], list[Result]] = {}
     for result in results:
         runs.setdefault((_what(result), _gpu(result)), []).append(result)
     rows = []
     for (what, card), found in runs.items():
-        found.sort(key=lambda result: str(result.get("provenance", {}).get("time", "")))
+        found.sort(key=_time)
         ratios = {title: ratio for result in found for title, ratio in result["ratio_to_dense"].items()}
         dense = f"{found[-1]['times_ms'][DENSE]['median_ms']:.1f}"
         shown = (ratios.get(ROWS[name].title) for name in SHORT_ROWS)
         rows.append((what, dense, *("" if one is None else f"**{one:.2f}**" for one in shown), card))
+    most: dict[str, int] = {}
+    for what, *cells in rows:
+        most[what] = max(most.get(what, 0), sum(map(bool, cells)))
+    rows = [row for row in rows if sum(map(bool, row[1:])) == most[row[0]]]
     columns = ("training step", "dense ms", *(ROWS[name].title for name in SHORT_ROWS), "GPU")
     return tables.without_empty(Table(columns, tuple(rows)))
+
+
+def beside_float8(results: Sequence[Result]) -> Table:
+    """How many times faster than torchao's float8 fp8 is, a line per model or layer and GPU, smallest gain first.
+
+    Each figure is from the newest run that has both sides. A whole run is sparse for the share of its steps that
+    recipes.fastest takes, then dense in fp8.
+
+    Args:
+        results: Of models and of layers; those without float8 or without fp8 + 2:4 are left out.
+    """
+    peer, sparse, sampled, dense = (ROWS[name].title for name in ("float8", "fp8-2:4", "fp8-mvue", "fp8"))
+    runs: dict[tuple[str, str], list[Result]] = {}
+    for result in sorted(filter(has_both, results), key=_time):
+        runs.setdefault((_what(result), _gpu(result)), []).append(result)
+    rows = []
+    for (what, card), found in runs.items():
+        times = {title: f"{found[-1]['times_ms'][title]['median_ms']:.1f}" for title in (DENSE, peer, sparse)}
+        gains = {name: _newest(found, peer, name) for name in (sparse, sampled, dense)}
+        whole = _newest(found, peer, sparse, dense)
+        cells = ("" if gain is None else f"**{gain:.2f}**" for gain in (*gains.values(), whole))
+        rows.append((gains[sparse] or 0.0, (what, *times.values(), *cells, card)))
+    titles = (sparse, sampled, dense, "whole run")
+    columns = ("step or layer", "dense ms", "float8 ms", f"{sparse} ms", *titles, "GPU")
+    return tables.without_empty(Table(columns, tuple(cells for _, cells in sorted(rows))))
+
+
+def has_both(result: Result) -> bool:
+    """Whether a result has float8 and fp8 + 2:4 beside each other."""
+    return {ROWS[name].title for name in ("float8", "fp8-2:4")} <= result["times_ms"].keys()
+
+
+def _newest(results: Sequence[Result], peer: str, sparse: str, dense: str | None = None) -> float | None:
+    """The peer's time over that of a row, or of a run that ends with the steps of another row; from the last result."""
+    share = 1.0 if dense is None else recipes.fastest().sparse_fraction
+    for result in reversed(results):
+        times = {title: each["median_ms"] for title, each in result["times_ms"].items()}
+        if {peer, sparse, dense or sparse} <= times.keys():
+            return float(times[peer] / (share * times[sparse] + (1 - share) * times[dense or sparse]))
+    return None
+
+
+def _time(result: Result) -> str:
+    return str(result.get("provenance", {}).get("time", ""))
 
 
 def _what(result: Result) -> str:

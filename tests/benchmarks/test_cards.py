@@ -7,8 +7,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import accuracy_cards, blocks, cards, jobs, picture, schedule_cards, store, table
-from lab.tests.report.test_time_to_loss import made, write
+from benchmarks import (
+    accuracy_cards,
+    blocks,
+    cards,
+    jobs,
+    picture,
+    schedule_cards,
+    store,
+    table,
+    time_to_loss_cards,
+)
+from lab.tests.made_timed import made, write
 
 OUTPUTS = cards.outputs()
 
@@ -47,6 +57,7 @@ def test_every_card_has_its_result() -> None:
     stems |= {"plans"} if store.load("plan") else set()
     stems |= {"scaling"} if store.load("scaling") else set()
     stems |= {path.stem for path in schedule_cards.cards()}
+    stems |= {time_to_loss_cards.NAME} if time_to_loss_cards.results() else set()
     stems |= {"host-time"} if store.load("host") or store.load("host-parts") else set()
     assert {path.stem for path in cards.CARDS.glob("*.md")} <= stems
 
@@ -92,7 +103,8 @@ def test_a_study_of_schedules_fills_its_card_and_its_place_and_fits_the_page(tmp
 
 
 def test_every_experiment_has_its_plot() -> None:
-    assert {path.stem for path in cards.CARDS.glob("*.png")} == accuracy_cards.accuracy().keys()
+    timed = {time_to_loss_cards.NAME} if time_to_loss_cards.results() else set()
+    assert {path.stem for path in cards.CARDS.glob("*.png")} == accuracy_cards.accuracy().keys() | timed
 
 
 @pytest.mark.parametrize("name", accuracy_cards.ON_PAGE)

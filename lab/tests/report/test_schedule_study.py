@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from lab.tests.report.test_time_to_loss import made, write
+from lab.tests.made_timed import made, write
 from semisparse_lab.errors import DataError
 from semisparse_lab.report.schedule_study import explanation, load_study, tables, write_study
 from semisparse_lab.report.timed_document import load_timed

@@ -1,13 +1,14 @@
 """Time to loss from made-up runs whose curves are known."""
 
-import json
 from pathlib import Path
 
 import pytest
 from scipy.stats import t
 
+from lab.tests.made_timed import LOST, made, write
 from semisparse_lab.errors import DataError
 from semisparse_lab.report.time_to_loss import (
+    STEP,
     at_end,
     at_equal_seconds,
     below,
@@ -19,41 +20,13 @@ from semisparse_lab.report.time_to_loss import (
 from semisparse_lab.report.time_to_loss_card import write_card
 from semisparse_lab.report.timed_document import load_timed
 
-ORDER = ("bf16", "float8", "fp8-24")
-PACE = {"bf16": 2.0, "float8": 1.5, "fp8-24": 1.0}
-"""Seconds per step."""
-STEPS = 10
-
-
-def made(arm: str, seed: int, budget: str = "tokens", steps: int = STEPS, **changes: object) -> dict:
-    """A run that falls by 0.1 bits per byte and step from 3, a hundredth less for each seed."""
-    bits = [3 - 0.1 * step - 0.01 * seed * (1 + ORDER.index(arm)) for step in range(1, steps + 1)]
-    score = {"nats_per_token": 2 * bits[-1], "bits_per_byte": bits[-1], "bytes": 1}
-    return {
-        "kind": "time-to-loss", "experiment": "toy", "title": "Toy", "arm": arm, "arm_title": f"arm {arm}",
-        "order": ORDER.index(arm), "seed": seed, "budget": budget, "steps": steps, "settings": {"lr": 1},
-        "tokens_per_step": 100, "multiplications": {"block_linears": 3, "head": 1}, "curve": [[1, 1.0, 2.0]],
-        "scores": [[step, step * PACE[arm], 2 * bits[step - 1], bits[step - 1]] for step in range(1, steps + 1)],
-        "phases": [], "seconds": steps * PACE[arm], "finished": True, "peak_memory": {"bytes": 2**30, "kind": "made"},
-        "environment": {"torch": "1", "triton": "2", "cuSPARSELt": "3"}, "gpu": "none", "commit": None,
-        "start_seconds": [1.0], "score_seconds": 2.0, "final_seconds": 3.0, "wall_seconds": 4.0, "torchao": None,
-        "validation": score, "test": score, "tokens_per_second": 100 / PACE[arm], **changes,
-    }  # fmt: skip
-
-
-def write(folder: Path, *runs: dict) -> Path:
-    folder.mkdir(exist_ok=True)
-    for run in runs:
-        name = f"toy.{run['arm']}.{run['budget']}.seed{run['seed']}.json"
-        (folder / name).write_text(json.dumps(run))
-    return folder
-
 
 def test_values_between_scores_lie_on_a_line() -> None:
     run = made("bf16", 0)
     assert bits_at(run, 4.0) == pytest.approx(2.8) and bits_at(run, 5.0) == pytest.approx(2.75)
     assert seconds_to(run, 2.75) == pytest.approx(5.0) and seconds_to(run, 2.9) == pytest.approx(2.0)
     assert seconds_to(run, 1.0) is None
+    assert bits_at(run, 2.5, STEP) == pytest.approx(2.75)
 
 
 def test_arms_are_compared_at_their_ends_and_where_the_shorter_run_ends() -> None:
@@ -77,22 +50,24 @@ def test_p_is_that_of_a_paired_test_in_one_direction() -> None:
 
 
 def test_a_card_tells_of_any_set_of_runs(tmp_path: Path) -> None:
-    lost = {"test": None, "validation": None, "scores": [[1, 1.0, None, None]], "tokens_per_second": None}
     folder = write(
         tmp_path / "results",
-        *(made(arm, seed) for arm in ORDER for seed in (0, 1)),
-        made("fp8-24", 2, **lost),
+        *(made(arm, seed) for arm in ("bf16", "float8", "fp8-24") for seed in (0, 1)),
+        made("fp8-24", 2, **LOST),
         made("fp8-24", 0, "seconds", 20),
     )
     text = write_card(folder, tmp_path).read_text()
-    assert "| arm fp8-24 | 0, 1, 2 diverged | 10 |" in text
+    assert "| fp8 + 2:4 | 0, 1, 2 diverged | 10 |" in text
     assert text.index("## Runs of equal tokens") < text.index("## Runs of equal seconds")
     # Seed 0 reads 2.0 against 2.5, seed 1 1.97 against 2.49.
-    assert "| arm fp8-24 against arm bf16 | -0.50 ± 0.71 % | 0.250 | -20.44 ± 0.62 % |" in text
+    against_dense = text[text.index("| to dense bf16 |") : text.index("| to torchao float8 |")]
+    assert "| fp8 + 2:4 | 0, 1 | -0.50 ± 0.71 % | 0.250 | -20.44 ± 0.62 % |" in against_dense
     # bf16's run of equal tokens is also that of equal seconds: it ends at 2.0, when the longer run is at 1.0.
-    assert "| arm fp8-24 against arm bf16 | -50.00 % |  | -50.00 % |  | 2.00x sooner |" in text
-    assert "against arm fp8-24" not in text  # it is none of the references, which come first in the study
-    assert "75.0% of the model's multiplications" in text
+    assert "| fp8 + 2:4 | 0 | -50.00 % |  | -50.00 % |  | 2.00x |" in text
+    assert "| to fp8 + 2:4 |" not in text  # it is none of the references, which come first in the study
+    assert "75.0% of its multiplications" in text and "learning rate of 0.0002" in text
+    assert "| fp8 + 2:4 | 1000.0 | 1000.0 | 10.0 ± 0.0 |" in text and "| dense bf16 |  | 2000.0 |" in text
+    assert "--seeds 0,1,2 --budget tokens`" in text
     assert (tmp_path / "toy.png").read_bytes().startswith(b"\x89PNG")
 
 

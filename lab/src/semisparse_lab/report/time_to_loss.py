@@ -11,7 +11,7 @@ import numpy as np
 
 from semisparse_lab.report.timed_document import Document
 
-SECONDS, NATS, BITS = 1, 2, 3
+STEP, SECONDS, NATS, BITS = range(4)
 """Places in a score of a document: [step, seconds, nats per token, bits per byte]."""
 
 
@@ -32,6 +32,16 @@ class ArmRuns:
     order: int
     runs: dict[int, Document]
     diverged: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        """The title without its phases, for narrow tables."""
+        return self.title.split(" for ", 1)[0]
+
+    @property
+    def seeds(self) -> str:
+        """All seeds, and which of them diverged."""
+        return ", ".join([*map(str, self.runs), *(f"{seed} diverged" for seed in self.diverged)])
 
     def values(self, read: Callable[[Document], float]) -> list[float]:
         """What read says of each run."""
@@ -120,15 +130,16 @@ def at_equal_seconds(arm: ArmRuns, reference: ArmRuns) -> Compared:
     return Compared(seeds, values, others, seconds, below(values, others))
 
 
-def bits_at(run: Document, seconds: float) -> float:
-    """Validation bits per byte of a run after so many seconds of training, on a line between its scores.
+def bits_at(run: Document, where: float, across: int = SECONDS) -> float:
+    """Validation bits per byte of a run after so many seconds of training, or steps, on a line between its scores.
 
     Args:
         run: With scores on the way.
-        seconds: Between its first and its last score; outside them the nearer one is taken.
+        where: Between its first and its last score; outside them the nearer one is taken.
+        across: SECONDS or STEP.
     """
-    times, bits = ([point[place] for point in run["scores"]] for place in (SECONDS, BITS))
-    return float(np.interp(seconds, times, bits))
+    places, bits = ([point[place] for point in run["scores"]] for place in (across, BITS))
+    return float(np.interp(where, places, bits))
 
 
 def seconds_to(run: Document, bits: float) -> float | None:

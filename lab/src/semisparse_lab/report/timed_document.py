@@ -85,15 +85,23 @@ def load_timed(folder: Path) -> list[Document]:
             raise DataError(f"{path} cannot be read as a result: {error}") from error
         if not isinstance(content, dict) or content.get("kind") != KIND:
             continue
-        _check(path, content)
+        check(path, content)
         if found and found[0]["settings"] != content["settings"]:
             raise DataError(f"{path} has other settings than its neighbours; keep them in different folders")
         found.append(content)
     return found
 
 
-def _check(path: Path, content: Document) -> None:
-    """Raise DataError unless content has what the card reads."""
+def check(path: Path, content: Document) -> None:
+    """Check that content has what the cards read.
+
+    Args:
+        path: For the message.
+        content: Of the file.
+
+    Raises:
+        DataError: It lacks something.
+    """
     wanted: dict[str, Any] = {
         "experiment": str, "title": str, "arm": str, "arm_title": str, "order": int, "seed": int, "budget": str,
         "steps": int, "settings": dict, "tokens_per_step": int, "multiplications": dict, "curve": list, "scores": list,

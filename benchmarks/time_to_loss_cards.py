@@ -1,0 +1,99 @@
+"""Card, picture and places of time to loss, from benchmarks/results/llama-linux. Without results they say so."""
+
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+from benchmarks import compare_tables
+from benchmarks.origin import short_origin
+from benchmarks.store import CARDS, RESULTS, load
+from semisparse_lab.report import time_to_loss_card
+from semisparse_lab.report.cards import origin
+from semisparse_lab.report.rates import load_rates, rates
+from semisparse_lab.report.time_to_loss_curves import curves
+from semisparse_lab.report.time_to_loss_tables import summary
+from semisparse_lab.report.timed_document import Document, load_timed
+
+NAME = "llama-linux"
+FOLDER = RESULTS / NAME
+COMMAND = f"`semisparse-lab experiment {NAME}`"
+MISSING = f"Not measured yet: {COMMAND}."
+HEADING = "## Loss at equal tokens and at equal seconds"
+ALT = "Validation bits per byte of each arm against tokens and against seconds, and the differences to dense bf16"
+NOTE = (
+    "Differences to dense bf16, or to torchao float8 where it says so, seed by seed; lower is better; p is of a "
+    "one-sided paired t-test. *tokens / s*: over dense's. *sooner*: how many times sooner a run is at the loss with "
+    "which dense bf16 ends."
+)
+
+
+@cache
+def results() -> list[Document]:
+    """The stored runs of the study; read once."""
+    return load_timed(FOLDER)
+
+
+@cache
+def tried() -> list[Document]:
+    """The stored runs at other learning rates, in folders called rates; read once."""
+    return load_rates(sorted(FOLDER.glob("rates*")))
+
+
+def cards(found: Sequence[Document]) -> dict[Path, str]:
+    """The card, if there are runs; its picture lies beside it."""
+    return {CARDS / f"{NAME}.md": time_to_loss_card.card(found, f"{NAME}.png")} if found else {}
+
+
+def write(found: Sequence[Document]) -> None:
+    """Draw the picture, if there are runs."""
+    if found:
+        (CARDS / f"{NAME}.png").write_bytes(curves(found))
+
+
+def front(found: Sequence[Document], small: str, fallback: str) -> str:
+    """A section of README: time to loss, then a sentence on the small models; the fallback while there are no runs.
+
+    Args:
+        found: The runs.
+        small: What the small models show, in a sentence.
+        fallback: The section without them.
+    """
+    if not found:
+        return fallback
+    first = found[0]["settings"]
+    model = first["model"]
+    intro = (
+        f"A Llama-style decoder of width {model['width']:,} and hidden width {model['hidden']:,} "
+        "on the source of Linux, trained in several ways, with the same batches and settings. The 2:4 rows are sparse "
+        f"for {first['sparse_fraction']:.0%} of the steps, then dense. "
+        "[How, and each run](docs/accuracy.md#time-to-loss)."
+    )
+    picture = f"![{ALT}](benchmarks/cards/{NAME}.png)"
+    note = f"{NOTE} Measured on {gpus(found)}."
+    return "\n\n".join([HEADING, intro, picture, f"{summary(found)} {note}", small])
+
+
+def gpus(found: Sequence[Document]) -> str:
+    """The GPUs of these runs."""
+    names = sorted({run["gpu"] for run in found})
+    return " and ".join("no GPU" if name == "none" else f"one {name}" for name in names)
+
+
+def blocks(found: Sequence[Document], other_rates: Sequence[Document]) -> dict[str, str]:
+    """Name -> text of each generated block of docs/accuracy.md.
+
+    Args:
+        found: The runs.
+        other_rates: Those at other learning rates.
+    """
+    picture = f"../benchmarks/cards/{NAME}.png"
+    compared = [*load("compare-model"), *load("compare-linear")]
+    faster = compare_tables.beside_float8(compared)
+    shown = [one for one in compared if compare_tables.has_both(one)]
+    return {
+        NAME: time_to_loss_card.text(found, picture, "###") if found else MISSING,
+        f"{NAME}-rates": (
+            f"{rates(other_rates, found)}\n\nMeasured on {origin(other_rates)}." if other_rates else MISSING
+        ),
+        "beside-float8": f"{faster.markdown()}\n\n{short_origin(shown)}" if faster.rows else MISSING,
+    }
