@@ -74,8 +74,14 @@ def test_a_card_tells_of_any_set_of_runs(tmp_path: Path) -> None:
 def test_damaged_or_mixed_results_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no finished run"):
         write_card(tmp_path, tmp_path)
-    for number, changes in enumerate(({"seconds": "x"}, {"scores": [[1, 2]]}, {"test": {}}, {"title": None})):
+    damages: tuple[dict, ...] = (
+        {"seconds": "x"}, {"scores": [[1, 2]]}, {"test": {}}, {"title": None}, {"phases": [{"kind": "dense"}]},
+        {"phases": [{"kind": "dense", "seconds_per_step": "1"}]},
+    )  # fmt: skip
+    for number, changes in enumerate(damages):
         with pytest.raises(DataError, match="is not a result"):
             load_timed(write(tmp_path / str(number), made("bf16", 0, **changes)))
+    with pytest.raises(DataError, match="are not those of this study"):
+        write_card(write(tmp_path / "unknown", made("bf16", 0, settings={"lr": 1})), tmp_path)
     with pytest.raises(DataError, match="other settings"):
         load_timed(write(tmp_path / "mixed", made("bf16", 0), made("bf16", 1, settings={})))

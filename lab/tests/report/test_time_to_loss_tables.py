@@ -137,6 +137,9 @@ def test_rates_name_text_and_steps_and_the_best_is_bold(tmp_path: Path) -> None:
     assert "the best rate is the lowest of those tried over 10 steps" in text
     middle = [tried(1e-4, 0.3), tried(2e-4, 0.0), tried(4e-4, 0.1)]
     assert "best rate" not in rates(middle) and "of the runs" not in rates(middle)
+    (folder / "3.json").write_text(json.dumps(made("bf16", 0, settings={"text": "0"})))
+    with pytest.raises(DataError, match="no learning rate or no text"):
+        load_rates([folder])
     (folder / "3.json").write_text("{")
     with pytest.raises(DataError, match="cannot be read as a result"):
         load_rates([folder])

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from semisparse_lab.checks import is_number
 from semisparse_lab.errors import DataError
 from semisparse_lab.report.timed_document import KIND, Document, check
 from semisparse_lab.strict_json import read
@@ -28,6 +29,11 @@ def load_rates(folders: Sequence[Path]) -> list[Document]:
             raise DataError(f"{path} cannot be read as a result: {error}") from error
         if isinstance(content, dict) and content.get("kind") == KIND:
             check(path, content)
+            train, text = content["settings"].get("train"), content["settings"].get("text")
+            if not (isinstance(train, dict) and is_number(train.get("lr")) and isinstance(text, str)):
+                raise DataError(
+                    f"{path} is not a result: its settings have no learning rate or no text; train it again"
+                )
             found.append(content)
     return found
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from semisparse.errors import ConfigError
 from semisparse.files import write_atomically
+from semisparse_lab.checks import shown
 from semisparse_lab.errors import DataError
 from semisparse_lab.report.bars import bars, steps_needed
 from semisparse_lab.report.cards import origin
@@ -86,7 +87,20 @@ def setup(results: Sequence[Document]) -> str:
 
     Args:
         results: The runs.
+
+    Raises:
+        DataError: Their settings are not those of the study.
     """
+    settings = results[0]["settings"]
+    try:
+        return _setup(results)
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(
+            f"settings={shown(settings)} are not those of this study ({error!r}); train it again"
+        ) from error
+
+
+def _setup(results: Sequence[Document]) -> str:
     first = results[0]
     settings, share = first["settings"], first["multiplications"]
     model, train = settings["model"], settings["train"]

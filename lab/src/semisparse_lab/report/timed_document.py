@@ -115,6 +115,10 @@ def check(path: Path, content: Document) -> None:
         for point in content[name]:
             if not isinstance(point, list) or len(point) != length or not all(v is None or is_number(v) for v in point):
                 raise DataError(f"{path} is not a result: {name!r} has the point {shown(point)}; train it again")
+    for phase in content["phases"]:
+        timed = isinstance(phase, dict) and {"kind", "seconds_per_step"} <= phase.keys()
+        if not timed or not (phase["seconds_per_step"] is None or is_number(phase["seconds_per_step"])):
+            raise DataError(f"{path} is not a result: 'phases' has {shown(phase)}; train it again")
     for part in ("validation", "test"):
         score = content.get(part)
         if score is not None and not (isinstance(score, dict) and is_number(score.get("bits_per_byte"))):
