@@ -49,7 +49,8 @@ def test_comparisons_of_other_seeds_are_named_and_those_that_lack_are_empty() ->
     text = summary(PARTIAL)
     assert lines(text, "| 2:4 |") == ["| 2:4 | +0.00 % |  |  | 1.25x | 1.25x |"]
     assert "Seeds 0, 1: fp8 + 2:4 (equal tokens)." in text
-    assert "Seeds 0: torchao float8 (equal tokens), torchao float8 (equal seconds), fp8 + 2:4 (equal seconds), " in text
+    assert "Seed 0: torchao float8 (equal tokens), torchao float8 (equal seconds), fp8 + 2:4 (equal seconds), " in text
+    assert "fp8 + 2:4 (equal seconds, to float8)" in text and summary(complete((0,))).endswith("\n\nSeed 0.")
     assert summary([run for run in PARTIAL if run["arm"] != "bf16"]) == ""
 
 
@@ -63,6 +64,9 @@ def test_runs_that_diverged_are_said_and_miss_the_bars() -> None:
     assert lines(summary(alone), "| fp8 + 2:4 |") == ["| fp8 + 2:4 |  |  |  |  |  |"]
     assert "| 0 diverged | **missed** |" in bars(alone)
     assert "| fp8 + 2:4 | 0 diverged |" in card(alone, "x.png")
+    longer = [made("fp8-24", seed, "seconds", 20) for seed in (0, 1)]
+    fewer = bars([made("bf16", 0), made("bf16", 1), made("float8", 1, "seconds", 13), *longer])
+    assert [line.split(" | ")[3] for line in lines(fewer, "| fp8 + 2:4 | seconds")] == ["0, 1", "1"]
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,8 @@ def _judged(arm: ArmRuns | None, reference: ArmRuns | None, equal_tokens: bool) 
     empty = Compared((), (), (), (), None)
     compared = empty if reference is None else (at_end if equal_tokens else at_equal_seconds)(arm, reference)
     p = "" if equal_tokens or compared.p is None else f" ({p_of(compared)})"
-    return f"{share(compared)}{p}", arm.seeds, verdict(compared, bool(arm.diverged), equal_tokens)
+    seeds = ", ".join([*map(str, compared.seeds), *(f"{seed} diverged" for seed in arm.diverged)])
+    return f"{share(compared)}{p}", seeds, verdict(compared, bool(arm.diverged), equal_tokens)
 
 
 def verdict(compared: Compared, diverged: bool, equal_tokens: bool) -> str:

@@ -32,7 +32,7 @@ def curves(results: Sequence[Document]) -> bytes:
     slugs = list(dict.fromkeys(run["arm"] for run in sorted(results, key=lambda run: run["order"])))
     with style.figure(_HEIGHT) as figure:
         columns = zip(*figure.subplots(2, 2, sharex="col"), strict=True)
-        handles: dict[str, Any] = {}
+        handles: dict[int, tuple[Any, str]] = {}
         for (above, below), (budget, across, label) in zip(columns, _PLACES, strict=True):
             shown = budget if budget in groups else next(iter(groups))
             arms = [arm for arm in groups[shown] if arm.runs]
@@ -40,7 +40,7 @@ def curves(results: Sequence[Document]) -> bytes:
             for arm in arms:
                 look = style.line_style(slugs.index(arm.slug))
                 lines.append(_curve(arm, across))
-                handles[arm.name] = lines[-1].draw(above, look, marker=".", markersize=4)
+                handles[arm.order] = lines[-1].draw(above, look, marker=".", markersize=4), arm.name
                 if arms[0].order == 0 and arm is not arms[0]:
                     apart.append(_difference(arm, arms[0], across))
                     apart[-1].draw(below, look)
@@ -49,7 +49,9 @@ def curves(results: Sequence[Document]) -> bytes:
             below.axhline(0, **style.line_style(0))
             _scale(above, lines)
             _scale(below, apart, 0.0)
-        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=5, fontsize="small")
+        if handles:
+            shown_lines, names = zip(*(handles[order] for order in sorted(handles)), strict=True)
+            figure.legend(shown_lines, names, loc="outside lower center", ncols=5, fontsize="small")
         style.title(figure, results[0]["title"])
         return style.png(figure)
 

@@ -163,7 +163,7 @@ def summary(results: Sequence[Document]) -> str:
         pairs = {
             "equal tokens": _compared(at_end, tokens, arm, dense),
             "equal seconds": _compared(at_equal_seconds, equal, arm, dense),
-            "beside float8": _compared(at_equal_seconds, equal, arm, float8),
+            "equal seconds, to float8": _compared(at_equal_seconds, equal, arm, float8),
         }
         cells = [arm.name]
         for what, compared in pairs.items():
@@ -201,10 +201,10 @@ def _soonest(both: Sequence[tuple[ArmRuns, ArmRuns]]) -> str:
 
 def _seeds(found: dict[tuple[int, ...], list[str]]) -> list[str]:
     """Which seeds the comparisons are of; one by one where they differ."""
-    named = {seeds: ", ".join(map(str, seeds)) for seeds in found}
+    named = {seeds: f"Seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}" for seeds in found}
     if len(found) == 1:
-        return [f"Seeds {next(iter(named.values()))}."]
-    return [f"Seeds {named[seeds]}: {', '.join(what)}." for seeds, what in found.items()]
+        return [f"{next(iter(named.values()))}."]
+    return [f"{named[seeds]}: {', '.join(what)}." for seeds, what in found.items()]
 
 
 def _diverged(groups: dict[str, list[ArmRuns]]) -> list[str]:
