@@ -72,14 +72,10 @@ ThreeTensors start_pack_fp8(Current& current, const Tensor& weight, std::string_
   if (codes && !fit<Device>(*codes, weight.size(0), weight.size(1), device)) return std::nullopt;
   const Optional largest = start_largest<Device>(current, weight);
   if (!largest) return std::nullopt;
-  const auto& bytes = launch->facts.bytes;
-  Optional packed = allocate<Device>({bytes[0]}, ScalarType::Byte, device);
-  Optional packed_t = allocate<Device>({bytes[1]}, ScalarType::Byte, device);
+  Optional packed = allocate_packed<Device>(launch->facts, 0, device, current.stream);
+  Optional packed_t = allocate_packed<Device>(launch->facts, 1, device, current.stream);
   Optional scale = allocate<Device>({}, ScalarType::Float, device);
-  if (!packed || !packed_t || !scale || !aligned(packed->data_ptr()) || !aligned(packed_t->data_ptr()) ||
-      !aligned(scale->data_ptr())) {
-    return std::nullopt;
-  }
+  if (!packed || !packed_t || !scale || !aligned(scale->data_ptr())) return std::nullopt;
   const std::array<void*, 6> addresses{weight.data_ptr(), codes ? codes->data_ptr() : nullptr, largest->data_ptr(),
                                        scale->data_ptr(), packed->data_ptr(), packed_t->data_ptr()};
   if (!launch->start(Device::prepared().functions, addresses, current.stream)) return std::nullopt;

@@ -41,7 +41,7 @@ std::optional<Fp8Sample> start_sample_fp8(Current& current, const Tensor& grad_o
   if (!largest) return std::nullopt;
   const Sizes of_rows = rows ? Sizes{rounded_up(tokens, kTokens), out_features} : Sizes{0};
   Optional dy8 = allocate<Device>(of_rows, ScalarType::Float8_e4m3fn, device);
-  Optional packed = allocate<Device>({bytes[0]}, ScalarType::Byte, device);
+  Optional packed = allocate_packed<Device>(launch->facts, 0, device, current.stream);
   Optional sums = allocate<Device>({bias_dtype ? sum_rows : 0, out_features}, ScalarType::Float, device);
   Optional bias = allocate<Device>({bias_dtype ? out_features : 0}, bias_dtype.value_or(type), device);
   Optional scale = allocate<Device>({}, ScalarType::Float, device);

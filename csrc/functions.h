@@ -18,6 +18,8 @@ struct Functions {
   int (*launch_kernel)(void* function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x,
                        unsigned block_y, unsigned block_z, unsigned shared_bytes, void* stream, void** parameters,
                        void** extra);
+  // cuMemsetD8Async
+  int (*fill)(uint64_t address, unsigned char value, size_t bytes, void* stream);
   // aoti_torch_get_current_cuda_stream, aoti_torch_create_cuda_guard, aoti_torch_delete_cuda_guard
   int (*current_stream)(int32_t device, void** stream);
   int (*open_guard)(int32_t device, void** guard);

@@ -5,7 +5,7 @@
 
 // Raised whenever a structure, a signature below or the list of ops (register.h) changes, so that Python never uses a
 // library of another version.
-#define SEMISPARSE_INTERFACE 8
+#define SEMISPARSE_INTERFACE 9
 
 #define SEMISPARSE_EXPORT extern "C" __attribute__((visibility("default")))
 

@@ -116,10 +116,9 @@ TwoBuffers start_pack(Current& current, LaunchKind kind, const Tensor& matrix, S
   if (codes && !fit<Device>(*codes, rows, columns, device)) return std::nullopt;
   if (scale && !(usable<Device>(*scale, ScalarType::Float, device) && scale->dim() == 0)) return std::nullopt;
   if (!current.enter(device)) return std::nullopt;
-  const auto& bytes = launch->facts.bytes;
-  Optional packed = allocate<Device>({bytes[0]}, ScalarType::Byte, device);
-  Optional packed_t = allocate<Device>({bytes[1]}, ScalarType::Byte, device);
-  if (!packed || !packed_t || !aligned(packed->data_ptr()) || !aligned(packed_t->data_ptr())) return std::nullopt;
+  Optional packed = allocate_packed<Device>(launch->facts, 0, device, current.stream);
+  Optional packed_t = allocate_packed<Device>(launch->facts, 1, device, current.stream);
+  if (!packed || !packed_t) return std::nullopt;
   const std::array<void*, 5> addresses{matrix.data_ptr(), codes ? codes->data_ptr() : nullptr,
                                        scale ? scale->data_ptr() : nullptr, packed->data_ptr(),
                                        packed_t->data_ptr()};

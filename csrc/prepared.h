@@ -15,6 +15,9 @@ namespace semisparse {
 // Device addresses handed to cuSPARSELt must be multiples of this, and kernels are compiled for such addresses.
 constexpr uintptr_t kAlignment = 16;
 
+// formats/layout.py's PADDING.
+constexpr unsigned char kPadding = 0xEE;
+
 // As native/structures.py lays it out: a product D = A B (+ bias), and what a call must match. Without a plan it is
 // masked dense, and what belongs to a plan is zero.
 struct ProductFacts {
@@ -79,6 +82,7 @@ struct LaunchFacts {
   uint32_t shared_bytes;
   int32_t parameter_count;
   int64_t bytes[2];       // of the buffers that the launch writes
+  int64_t behind[2];      // of these, at the end, which the kernel does not write and which are padded
   int32_t source[kMost];  // per parameter: which address of the call it is, or -1 for value
   int64_t value[kMost];
 };

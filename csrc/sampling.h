@@ -27,13 +27,10 @@ TwoBuffers start_sample(Current& current, const Tensor& grad_output, const Optio
     if (summing == nullptr) return std::nullopt;
   }
   if (!current.enter(device)) return std::nullopt;
-  Optional packed = allocate<Device>({bytes[0]}, ScalarType::Byte, device);
+  Optional packed = allocate_packed<Device>(launch->facts, 0, device, current.stream);
   Optional sums = allocate<Device>({with_bias ? sum_rows : 0, out_features}, ScalarType::Float, device);
   Optional bias = allocate<Device>({with_bias ? out_features : 0}, type, device);
-  if (!packed || !sums || !bias || !aligned(packed->data_ptr()) || !aligned(sums->data_ptr()) ||
-      !aligned(bias->data_ptr())) {
-    return std::nullopt;
-  }
+  if (!packed || !sums || !bias || !aligned(sums->data_ptr()) || !aligned(bias->data_ptr())) return std::nullopt;
   const std::array<void*, 4> addresses{grad_output.data_ptr(), seed ? seed->data_ptr() : nullptr, packed->data_ptr(),
                                        sums->data_ptr()};
   if (!launch->start(prepared.functions, addresses, current.stream)) return std::nullopt;

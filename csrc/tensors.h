@@ -72,6 +72,18 @@ Optional allocate(const Sizes& sizes, ScalarType dtype, int32_t device) {
   return Tensor(made);
 }
 
+// A buffer that a launch packs a matrix into, its end padded; none where that fails. The launch's device was entered.
+template <class Device>
+Optional allocate_packed(const LaunchFacts& facts, int which, int32_t device, void* stream) {
+  const int64_t bytes = facts.bytes[which], behind = facts.behind[which];
+  Optional packed = allocate<Device>({bytes}, ScalarType::Byte, device);
+  if (!packed || !aligned(packed->data_ptr())) return std::nullopt;
+  if (behind == 0) return packed;
+  const uint64_t end = reinterpret_cast<uint64_t>(packed->data_ptr()) + static_cast<uint64_t>(bytes);
+  const bool filled = Device::prepared().functions.fill(end - behind, kPadding, behind, stream) == 0;
+  return filled ? std::move(packed) : std::nullopt;
+}
+
 // The last size, 0 where there is none.
 inline int64_t features(const Tensor& x) { return x.dim() == 0 ? 0 : x.size(x.dim() - 1); }
 

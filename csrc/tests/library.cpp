@@ -35,6 +35,7 @@ SEMISPARSE_EXPORT int64_t semisparse_offset(const char* structure, const char* f
   SEMISPARSE_FIELD(Functions, matmul);
   SEMISPARSE_FIELD(Functions, set_attribute);
   SEMISPARSE_FIELD(Functions, launch_kernel);
+  SEMISPARSE_FIELD(Functions, fill);
   SEMISPARSE_FIELD(Functions, current_stream);
   SEMISPARSE_FIELD(Functions, open_guard);
   SEMISPARSE_FIELD(Functions, close_guard);
@@ -66,6 +67,7 @@ SEMISPARSE_EXPORT int64_t semisparse_offset(const char* structure, const char* f
   SEMISPARSE_FIELD(LaunchFacts, shared_bytes);
   SEMISPARSE_FIELD(LaunchFacts, parameter_count);
   SEMISPARSE_FIELD(LaunchFacts, bytes);
+  SEMISPARSE_FIELD(LaunchFacts, behind);
   SEMISPARSE_FIELD(LaunchFacts, source);
   SEMISPARSE_FIELD(LaunchFacts, value);
   return -1;

@@ -10,6 +10,7 @@ from semisparse.formats.layout import (
     SM90_8BIT,
     SM90_16BIT,
     compressed_bytes,
+    lengthened,
     packed_bytes,
     round_up,
     sm90_layout,
@@ -65,6 +66,25 @@ def test_the_last_row_of_blocks_can_be_read_four_blocks_at_once(rows: int, colum
     assert size >= max(reads, compressed_bytes(rows, columns, itemsize))
     if across % READ_TOGETHER == 0:
         assert size == compressed_bytes(rows, columns, itemsize)
+
+
+@pytest.mark.parametrize(("rows", "columns", "itemsize"), [(32, 32, 2), (48, 80, 2), (32, 32, 1), (96, 352, 1)])
+def test_buffers_end_in_padding_from_the_last_metadata_block_on(rows: int, columns: int, itemsize: int) -> None:
+    layout = SM90_8BIT if itemsize == 1 else SM90_16BIT
+    written = torch.zeros(layout.buffer_bytes(rows, columns, itemsize), dtype=torch.uint8)
+    buffer = lengthened(written, rows, columns, itemsize)
+    behind = packed_bytes(rows, columns, itemsize) - len(written)
+    assert behind > 0
+    assert buffer.tolist() == [0] * len(written) + [0xEE] * behind
+    blank = torch.zeros_like(buffer)
+    assert layout.pad_behind(blank, rows, columns, itemsize) == behind
+    assert torch.equal(blank, buffer)
+
+
+def test_there_is_nothing_to_pad_behind_whole_tiles_and_in_no_buffer() -> None:
+    whole = torch.zeros(packed_bytes(128, 256), dtype=torch.uint8)
+    assert SM90_16BIT.pad_behind(whole, 128, 256) == SM90_16BIT.pad_behind(whole[:0], 32, 48) == 0
+    assert not whole.any()
 
 
 def test_facts_follow_the_bytes_of_a_value():

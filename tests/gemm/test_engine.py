@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from semisparse.errors import EngineError, ShapeError, TensorError
+from semisparse.formats.layout import PADDING
 from semisparse.gemm import problem as problems
 from semisparse.gemm.operands import Operands
 from tests.gemm import simulated
@@ -246,10 +247,10 @@ def test_compress_checks_the_pattern_unless_told_not_to():
 
 
 @pytest.mark.usefixtures("poison")
-def test_bytes_that_the_compressor_leaves_out_are_zero():
+def test_bytes_that_the_compressor_leaves_out_are_padding():
     engine, library, _ = make_engine()
     library.sp_mma_compress2 = lambda *arguments: None
-    assert bool((engine.compress(two_of_four(16, 16, BF16)) == 0).all())
+    assert bool((engine.compress(two_of_four(16, 16, BF16)) == PADDING).all())
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ SIGNATURES = {
     "matmul": (*[_pointer] * 9, ctypes.POINTER(_pointer), _int32),
     "set_attribute": (_pointer, _pointer, ctypes.c_int, _pointer, ctypes.c_size_t),
     "launch_kernel": (_pointer, *[_unsigned] * 7, _pointer, ctypes.POINTER(_pointer), _pointer),
+    "fill": (ctypes.c_uint64, ctypes.c_ubyte, ctypes.c_size_t, _pointer),
     "current_stream": (_int32, ctypes.POINTER(_pointer)),
     "open_guard": (_int32, ctypes.POINTER(_pointer)),
     "close_guard": (_pointer,),
@@ -90,15 +91,16 @@ class Kernel:
                 ops.pack_tokens(matrix, self.written) if tokens
                 else ops.pack(matrix, self.written, self.mask, codes, scale)
             )  # fmt: skip
-            for place, buffer in zip((3, 4), made, strict=True):
+            padded = -(-rows // 16) * 16
+            for place, buffer, sizes in zip((3, 4), made, ((padded, columns), (columns, padded)), strict=True):
                 if place in given:
-                    write(given[place], buffer)
+                    write(given[place], buffer[: SM90_16BIT.buffer_bytes(*sizes)])
         elif self.kind is LaunchKind.SAMPLE:
             memory = read(given[0], ((rows - 1) * stride + columns,), self.read)
             gradient = memory.as_strided((rows, columns), (stride, 1))
             seed = read(given[1], (), torch.int64) if 1 in given else None
             packed, sums = ops.pack_sample(gradient, seed, True)
-            write(given[2], packed)
+            write(given[2], packed[: SM90_16BIT.buffer_bytes(columns, -(-rows // 16) * 16)])
             if 3 in given:
                 write(given[3], torch.stack([sums.float() - 2, torch.ones(columns), torch.ones(columns)]))
         elif self.kind is LaunchKind.SUM_ROWS:
@@ -134,6 +136,9 @@ class Kernel:
         assert read(given[2], (3,), torch.int32).max() == fp8.largest_magnitude(weight).view(torch.int32)
         codes = read(given[1], (weight.shape[0] // 4, weight.shape[1] // 4), torch.int16) if 1 in given else None
         packed, packed_t, scale = ops.pack_fp8(weight, self.mask, codes)
+        rows, columns = weight.shape
+        packed = packed[: SM90_8BIT.buffer_bytes(rows, columns, 1)]
+        packed_t = packed_t[: SM90_8BIT.buffer_bytes(columns, rows, 1)]
         for place, result in ((3, scale), (4, packed), (5, packed_t)):
             if place in given:
                 write(given[place], result)
@@ -143,6 +148,7 @@ class Kernel:
         assert read(given[2], (3,), torch.int32).max() == fp8.largest_magnitude(gradient).view(torch.int32)
         seed = read(given[1], (), torch.int64) if 1 in given else None
         dy8, packed, sums, *scales = ops.sample_fp8(gradient, seed, True, torch.float32)
+        packed = packed[: SM90_8BIT.buffer_bytes(gradient.shape[1], dy8.shape[0], 1)]
         ones = torch.ones_like(sums)
         for place, result in ((3, dy8), (4, packed), (5, torch.stack([sums - 2, ones, ones])), *enumerate(scales, 6)):
             if place in given:
@@ -255,6 +261,11 @@ class Foreign:
         kernel.run([ctypes.c_int64.from_address(parameters[n]).value for n in range(count)])
         self.streams.append(stream)
         self.launched.append(kernel.kind)
+
+    def fill(self, address, value, size, stream):
+        assert size > 0 and list(self.open.values()) == [-1]
+        ctypes.memset(address, value, size)
+        self.streams.append(stream)
 
     def current_stream(self, device, stream):
         assert list(self.open.values()) == [device]

@@ -172,8 +172,10 @@ class Hot:
         if packs:
             padded = -(-rows // 16) * 16
             facts.bytes[:] = packed_bytes(padded, columns) * (3 in buffers), packed_bytes(columns, padded) * both
+            leave_the_end(facts, 2, (padded, columns), (columns, padded))
         elif kind is LaunchKind.SAMPLE:
             facts.bytes[:] = packed_bytes(columns, -(-rows // 16) * 16), SUM_ROWS * columns * 4 if given[1] else 0
+            leave_the_end(facts, 2, (columns, -(-rows // 16) * 16))
         elif kind is LaunchKind.UNPACK:
             layout = SM90_8BIT if written is FP8 else SM90_16BIT
             facts.bytes[0] = layout.buffer_bytes(rows, columns, written.itemsize)
@@ -189,6 +191,10 @@ class Hot:
                     SUM_ROWS * columns * 4 * given[1],
                 ),
             }[kind]
+            if kind is LaunchKind.PACK_FP8:
+                leave_the_end(facts, 1, (rows, columns), (columns, rows))
+            elif kind is LaunchKind.SAMPLE_FP8:
+                leave_the_end(facts, 1, (columns, -(-rows // 32) * 32))
         for number, source in enumerate(pointers):
             facts.source[number] = source
         for number, value in enumerate((*sizes, 0, 0), len(pointers)):
@@ -198,6 +204,13 @@ class Hot:
         codes = tuple(0 if dtype is None else DTYPE_CODES[dtype] for dtype in dtypes)
         self.interface.add_launch(kind, -1, codes, mask, sizes, given, facts)
         return facts
+
+
+def leave_the_end(facts: LaunchFacts, itemsize: int, *shapes: tuple[int, int]) -> None:
+    """Note what the kernel does not write of the buffers of matrices of these shapes."""
+    layout = SM90_8BIT if itemsize == 1 else SM90_16BIT
+    for place, shape in enumerate(shapes):
+        facts.behind[place] = max(0, facts.bytes[place] - layout.buffer_bytes(*shape, itemsize))
 
 
 @cache

@@ -9,7 +9,7 @@ import torch
 
 from semisparse import ops
 from semisparse.errors import ConfigError, EngineError, ShapeError, TensorError
-from semisparse.formats.layout import FP8, sm90_layout
+from semisparse.formats.layout import FP8, PADDING, sm90_layout
 from semisparse.formats.packed import PackedMatrix
 from semisparse.ops import packing_many
 from semisparse.testing import assert_bit_equal
@@ -57,8 +57,9 @@ def by_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packing_many, "_PLANS", OrderedDict())
 
 
-def zeros_for(matrix: torch.Tensor, mask: str = "row") -> PackedMatrix:
-    return PackedMatrix(*(torch.zeros_like(buffer) for buffer in ops.pack(matrix, BF16, mask)))
+def buffers_for(matrix: torch.Tensor, mask: str = "row") -> PackedMatrix:
+    """Of padding, which kernels leave at their ends."""
+    return PackedMatrix(*(torch.full_like(buffer, PADDING) for buffer in ops.pack(matrix, BF16, mask)))
 
 
 def assert_packed(matrix: torch.Tensor, into: PackedMatrix, mask: str = "row") -> None:
@@ -71,7 +72,7 @@ def test_matrices_with_codes_and_without_and_those_the_kernel_cannot_take(by_ker
     matrices = [torch.randn(size).bfloat16() for size in (*SIZES, (48, 80))]
     matrices[1] = matrices[1].mT.contiguous().mT
     codes = [None, None, ops.tile_codes(torch.randn(32, 16), "transposable"), None]
-    buffers = [zeros_for(matrix, "transposable") for matrix in matrices]
+    buffers = [buffers_for(matrix, "transposable") for matrix in matrices]
     assert ops.pack_many(matrices, buffers, BF16, "transposable", codes) is None
     for matrix, into, held in zip(matrices, buffers, codes, strict=True):
         expected = ops.pack(matrix, BF16, "transposable", held)
@@ -84,7 +85,7 @@ def test_matrices_with_codes_and_without_and_those_the_kernel_cannot_take(by_ker
 
 def test_a_plan_is_used_again_for_new_values_and_by_what_is_returned(by_kernel: None) -> None:
     matrices = [torch.randn(size).bfloat16() for size in SIZES]
-    buffers = [zeros_for(matrix) for matrix in matrices]
+    buffers = [buffers_for(matrix) for matrix in matrices]
     again = ops.pack_many(matrices, buffers, BF16, "row")
     version = buffers[0].matrix._version
     for pack in (lambda: ops.pack_many(matrices, buffers, BF16, "row"), again):
@@ -101,14 +102,14 @@ def test_a_plan_is_used_again_for_new_values_and_by_what_is_returned(by_kernel: 
 def test_views_with_one_address_and_shape_are_told_apart(by_kernel: None) -> None:
     wide = torch.randn(16, 64).bfloat16()
     for view in (wide[:, :32], wide[:, ::2], wide[:, :32]):
-        into = zeros_for(view)
+        into = buffers_for(view)
         ops.pack_many([view], [into], BF16, "row")
         assert_packed(view, into)
 
 
 def test_a_buffer_that_became_too_short_is_refused(by_kernel: None) -> None:
     matrix = torch.randn(64, 32).bfloat16()
-    into = zeros_for(matrix)
+    into = buffers_for(matrix)
     ops.pack_many([matrix], [into], BF16, "row")
     with pytest.raises(ShapeError, match="packed has 16 bytes"):
         ops.pack_many([matrix], [PackedMatrix(into.matrix[:16], into.transposed)], BF16, "row")
@@ -116,7 +117,7 @@ def test_a_buffer_that_became_too_short_is_refused(by_kernel: None) -> None:
 
 def test_a_buffer_that_is_not_aligned_is_filled_and_nothing_around_it(by_kernel: None) -> None:
     matrix = torch.randn(64, 32).bfloat16()
-    into = zeros_for(matrix)
+    into = buffers_for(matrix)
     room = torch.zeros(into.matrix.numel() + 16, dtype=torch.uint8)
     shifted = PackedMatrix(room[8:-8], into.transposed)
     ops.pack_many([matrix], [shifted], BF16, "row")
@@ -129,13 +130,13 @@ def test_plans_are_bounded(by_kernel: None, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(packing_many, "_MOST", 2)
     matrices = [torch.randn(16, 16).bfloat16() for _ in range(3)]
     for matrix in matrices:
-        ops.pack_many([matrix], [zeros_for(matrix)], BF16, "row")
+        ops.pack_many([matrix], [buffers_for(matrix)], BF16, "row")
     assert len(packing_many._PLANS) == 2
 
 
 def test_a_table_is_not_built_while_a_graph_is_captured(by_kernel: None, monkeypatch: pytest.MonkeyPatch) -> None:
     matrix = torch.randn(64, 32).bfloat16()
-    into = zeros_for(matrix)
+    into = buffers_for(matrix)
     with monkeypatch.context() as patch:
         patch.setattr(packing_many, "_capturing", lambda matrices: True)
         with pytest.raises(EngineError, match="pack them once before the capture"):
@@ -149,7 +150,7 @@ def test_a_table_that_a_graph_reads_lives_as_long_as_a_buffer_that_it_writes(
     by_kernel: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     matrices = [torch.randn(64, 32).bfloat16() for _ in range(2)]
-    buffers = [zeros_for(matrix) for matrix in matrices]
+    buffers = [buffers_for(matrix) for matrix in matrices]
     ops.pack_many(matrices, buffers, BF16, "row")
     table = weakref.ref(next(iter(packing_many._PLANS.values())).batches[0])
     monkeypatch.setattr(packing_many, "_capturing", lambda matrices: True)
@@ -166,7 +167,7 @@ def test_a_table_that_a_graph_reads_lives_as_long_as_a_buffer_that_it_writes(
 
 def test_what_does_not_belong_together_is_refused() -> None:
     first, second = torch.randn(16, 16), torch.randn(16, 16)
-    buffers = [zeros_for(first), zeros_for(second)]
+    buffers = [buffers_for(first), buffers_for(second)]
     with pytest.raises(TensorError, match=r"torch\.float16 on cpu and torch\.float32"):
         ops.pack_many([first, second.half()], buffers, BF16, "row")
     with pytest.raises(ShapeError, match="buffers has 1 entries for 2 matrices"):
@@ -181,7 +182,7 @@ def test_what_does_not_belong_together_is_refused() -> None:
 
 
 def empty_fp8(matrix: torch.Tensor, mask: str) -> PackedMatrix:
-    return PackedMatrix(*(torch.zeros_like(buffer) for buffer in ops.pack_fp8(matrix, mask, None)))
+    return PackedMatrix(*(torch.full_like(buffer, PADDING) for buffer in ops.pack_fp8(matrix, mask, None)))
 
 
 def assert_packed_fp8(
@@ -235,7 +236,7 @@ def test_in_e4m3_a_plan_is_used_again_and_another_scale_gets_its_own(by_kernel: 
 
 def test_scales_are_refused_where_they_do_not_belong() -> None:
     matrix = torch.randn(32, 32)
-    eight, sixteen = empty_fp8(matrix, "row"), zeros_for(matrix)
+    eight, sixteen = empty_fp8(matrix, "row"), buffers_for(matrix)
     with pytest.raises(TensorError, match=r"buffers\.scale is missing"):
         ops.pack_many([matrix], [sixteen], FP8, "row")
     with pytest.raises(TensorError, match=r"buffers\.scale is given"):

@@ -5,7 +5,8 @@ A packed matrix (R x C) is one uint8 buffer: the kept values, R x C/2 row by row
 measured to be a bit permutation: within blocks of a power of two of rows and groups, each bit of a nibble's address is
 one bit of the row or of the group. Blocks are stored row by row, and both axes are padded to whole blocks. At some
 sizes the compressor asks for a little more than that (compressed_bytes); it leaves those last bytes unwritten. Products
-read beyond them at some sizes (packed_bytes); what they read there meets zeros.
+read beyond them at some sizes (packed_bytes). What they read there meets zeros, but a tensor core's behaviour is
+undefined for nibbles that do not name two entries in order, so buffers end in padding (PADDING).
 
 This module holds the facts of the format that kernels and engine share. Each is written down here only.
 """
@@ -38,6 +39,9 @@ GROUP_BIT = 32
 
 ZERO_NIBBLE = 0b1110
 """What NVIDIA's compressor stores for a group of four zeros, and for padding (measured on one H200)."""
+
+PADDING = ZERO_NIBBLE | ZERO_NIBBLE << 4
+"""The byte of which all that follows the last metadata block consists."""
 
 READ_TOGETHER = 4
 """Metadata blocks of one row of blocks that a product may read at once: so many cover a tile of 128 columns of 16-bit
@@ -82,6 +86,20 @@ class MetadataLayout(NamedTuple):
     def buffer_bytes(self, rows: int, columns: int, itemsize: int = 2) -> int:
         """Bytes of a packed rows x columns matrix: values of itemsize bytes, then whole metadata blocks."""
         return rows * columns * itemsize // (GROUP // KEPT) + self.metadata_bytes(rows, columns)
+
+    def pad_behind(self, buffer: Tensor, rows: int, columns: int, itemsize: int = 2) -> int:
+        """Write PADDING to what follows the last metadata block in the buffer of a matrix, and return those bytes.
+
+        Args:
+            buffer: uint8, at least buffer_bytes long, or empty: no matrix.
+            rows: Rows of the matrix.
+            columns: Columns of the matrix.
+            itemsize: Bytes of a value, 1 or 2.
+        """
+        behind = _bytes_behind(self, buffer.numel(), rows, columns, itemsize)
+        if behind:
+            buffer[-behind:].fill_(PADDING)
+        return behind
 
     def nibble_address(self, rows: Tensor, groups: Tensor, columns: int) -> Tensor:
         """Addresses of nibbles.
@@ -163,8 +181,9 @@ def packed_bytes(rows: int, columns: int, itemsize: int = 2) -> int:
 
 
 def lengthened(buffer: Tensor, rows: int, columns: int, itemsize: int = 2) -> Tensor:
-    """The buffer of a packed rows x columns matrix with zeros behind it, up to packed_bytes."""
-    return torch.nn.functional.pad(buffer, (0, packed_bytes(rows, columns, itemsize) - buffer.numel()))
+    """The buffer of a packed rows x columns matrix with PADDING behind it, up to packed_bytes."""
+    behind = packed_bytes(rows, columns, itemsize) - buffer.numel()
+    return torch.nn.functional.pad(buffer, (0, behind), value=PADDING)
 
 
 def compressed_bytes(rows: int, columns: int, itemsize: int = 2) -> int:
@@ -190,6 +209,11 @@ def compressed_bytes(rows: int, columns: int, itemsize: int = 2) -> int:
 def round_up(size: int, multiple: int) -> int:
     """size rounded up to a multiple; SymInts are accepted."""
     return -(-size // multiple) * multiple
+
+
+@lru_cache(4096)
+def _bytes_behind(layout: MetadataLayout, size: int, rows: int, columns: int, itemsize: int) -> int:
+    return max(0, size - layout.buffer_bytes(rows, columns, itemsize))
 
 
 @lru_cache(maxsize=8)

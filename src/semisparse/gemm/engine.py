@@ -212,7 +212,7 @@ class Engine:
             check: Verify that first, which waits for the device; unchecked, another matrix gives garbage.
 
         Returns:
-            A new uint8 buffer; bytes that the compressor does not write are zero.
+            A new uint8 buffer; bytes that the compressor does not write are padding.
 
         Raises:
             ShapeError: The sizes do not fit, or the check failed.
@@ -231,7 +231,7 @@ class Engine:
                         raise ShapeError(f"dense {(rows, columns)} keeps more than 2 of 4 in a group: prune it first")
                 # Products read behind what the compressor asks for: the memory goes on there.
                 whole = max(packed_bytes, layout.packed_bytes(rows, columns, dense.itemsize))
-                packed = torch.zeros(whole, dtype=torch.uint8, device=device)[:packed_bytes]
+                packed = torch.full((whole,), layout.PADDING, dtype=torch.uint8, device=device)[:packed_bytes]
                 scratch = torch.empty(scratch_bytes, dtype=torch.uint8, device=device)
                 handle.compress(matrix, dense.data_ptr(), packed.data_ptr(), scratch.data_ptr(), stream)
         return packed

@@ -29,6 +29,7 @@ def functions(matmul: int, set_attribute: int) -> Functions:
         matmul=matmul,
         set_attribute=set_attribute,
         launch_kernel=_address(driver.cuLaunchKernel),
+        fill=_address(driver.cuMemsetD8Async),
         current_stream=_address(cuda.aoti_torch_get_current_cuda_stream),
         open_guard=_address(cuda.aoti_torch_create_cuda_guard),
         close_guard=_address(cuda.aoti_torch_delete_cuda_guard),

@@ -5,7 +5,7 @@ from enum import IntEnum
 
 import torch
 
-INTERFACE = 8
+INTERFACE = 9
 """csrc/interface.h's number: a library of another one is never used."""
 
 MOST_PARAMETERS = 32
@@ -55,6 +55,7 @@ class Functions(ctypes.Structure):
             "matmul",
             "set_attribute",
             "launch_kernel",
+            "fill",
             "current_stream",
             "open_guard",
             "close_guard",
@@ -99,6 +100,7 @@ class LaunchFacts(ctypes.Structure):
         ("shared_bytes", ctypes.c_uint32),
         ("parameter_count", ctypes.c_int32),
         ("bytes", ctypes.c_int64 * 2),
+        ("behind", ctypes.c_int64 * 2),
         ("source", ctypes.c_int32 * MOST_PARAMETERS),
         ("value", ctypes.c_int64 * MOST_PARAMETERS),
     ]

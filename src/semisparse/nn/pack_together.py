@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from semisparse import calls, masks, ops
-from semisparse.formats.layout import FP8, packed_bytes
+from semisparse.formats.layout import FP8, packed_bytes, sm90_layout
 from semisparse.formats.packed import PackedMatrix
 from semisparse.nn.packed_weight import PackedWeight, PackingLayer
 from semisparse.nn.whole_weights import capturing
@@ -87,7 +87,7 @@ def _pack_group(group: list[Member], buffers: list[PackedMatrix], waited_for: bo
 
 
 def new_buffers(weight: Tensor, dtype: torch.dtype, both_ways: bool) -> PackedMatrix:
-    """Buffers for a packed weight; their content is undefined.
+    """Buffers for a packed weight. Their content is undefined but for the padding at the end, which kernels leave.
 
     Args:
         weight: N x K.
@@ -95,6 +95,9 @@ def new_buffers(weight: Tensor, dtype: torch.dtype, both_ways: bool) -> PackedMa
         both_ways: Whether the transpose is packed, too; its buffer is empty otherwise.
     """
     buffers = [torch.empty(size, dtype=torch.uint8, device=weight.device) for size in _sizes(weight, dtype, both_ways)]
+    rows, columns = weight.shape
+    for buffer, sizes in zip(buffers, ((rows, columns), (columns, rows)), strict=True):
+        sm90_layout(dtype).pad_behind(buffer, *sizes, dtype.itemsize)
     if dtype is FP8:
         buffers.append(torch.empty((), dtype=torch.float32, device=weight.device))
     for buffer in buffers:

@@ -52,6 +52,11 @@ def _cuda_pack_fp8(weight: Tensor, mask: str, codes: Tensor | None) -> tuple[Ten
         read = amax.readable(weight)
         largest = largest_of(read, copied=read is not weight)
         packed, packed_t, scale = _fake_pack_fp8(read, mask, codes)
+        rows, columns = weight.shape
+        behind = (
+            written.layout.pad_behind(packed, rows, columns, 1),
+            written.layout.pad_behind(packed_t, columns, rows, 1),
+        )
         into = packed, packed_t if found.both_ways else None
         launcher = prune_pack8.launch(read, largest, *into, layout=written.layout, mask=mask, codes=codes, scale=scale)
         if read is weight:
@@ -64,6 +69,7 @@ def _cuda_pack_fp8(weight: Tensor, mask: str, codes: Tensor | None) -> tuple[Ten
                 mask=mask,
                 given=(codes is not None, False),
                 sizes_in_bytes=(packed.numel(), packed_t.numel()),
+                behind=behind,
             )
         return packed, packed_t, scale
     _, _, scale = quantise(weight, False, False)

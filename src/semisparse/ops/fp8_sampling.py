@@ -62,6 +62,8 @@ def _cuda_sample_fp8(grad_output: Tensor, seed: Tensor | None, rows: bool, bias_
     from semisparse.kernels import sample_pack8 as kernel
 
     dy8, packed, bias, scale, scale_sample = _fake_sample_fp8(grad_output, seed, rows, bias_dtype)
+    tokens, out_features = grad_output.shape
+    behind = written.layout.pad_behind(packed, out_features, round_up(tokens, SPARSE_MULTIPLE_8BIT), 1)
     gradient = amax.readable(grad_output)
     largest = largest_of(gradient, copied=gradient is not grad_output)
     shape = kernel.sum_rows(gradient.shape[0]), gradient.shape[1]
@@ -77,6 +79,7 @@ def _cuda_sample_fp8(grad_output: Tensor, seed: Tensor | None, rows: bool, bias_
             sizes=(*gradient.shape, gradient.stride(0)),
             given=(seed is not None, sums is not None),
             sizes_in_bytes=(packed.numel(), 0 if sums is None else sums.nbytes),
+            behind=(behind, 0),
         )
     if sums is not None:
         adder = summing.launch_sum(sums, bias)

@@ -255,6 +255,7 @@ def _pack_rows(
 
     packed = matrix.new_empty(_packed_bytes(rows, columns) if wanted[0] else 0, dtype=torch.uint8)
     packed_t = matrix.new_empty(_packed_bytes(columns, rows) if wanted[1] else 0, dtype=torch.uint8)
+    behind = written.layout.pad_behind(packed, rows, columns), written.layout.pad_behind(packed_t, columns, rows)
     into = packed if wanted[0] else None, packed_t if wanted[1] else None
     launcher = kernel.launch(
         matrix,
@@ -276,6 +277,7 @@ def _pack_rows(
             mask="" if kind is LaunchKind.PACK_TOKENS else mask.name,
             given=(codes is not None, scale is not None),
             sizes_in_bytes=(packed.numel(), packed_t.numel()),
+            behind=behind,
         )
     return packed, packed_t
 

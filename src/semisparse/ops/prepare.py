@@ -67,6 +67,7 @@ def launch(
     mask: str = "",
     given: tuple[bool, bool] = (False, False),
     sizes_in_bytes: tuple[int, int] = (0, 0),
+    behind: tuple[int, int] = (0, 0),
 ) -> None:
     """Hand over a kernel that was just launched.
 
@@ -79,6 +80,7 @@ def launch(
         mask: As the op's call names it.
         given: As Interface.add_launch's.
         sizes_in_bytes: Of the buffers that the native op allocates; for unpack, of the buffer that it reads.
+        behind: Bytes at the end of each of these buffers that the kernel does not write, and the op pads.
     """
     library, index = _connected(), next(pointer for pointer in pointers if pointer is not None).get_device()
     if library is None or index < 0:
@@ -88,7 +90,7 @@ def launch(
         logger.debug("%s goes through Python: %s", kind.name, found)
         return
     facts = LaunchFacts(function=found.function, threads=found.threads, shared_bytes=found.shared_bytes)
-    facts.grid[:], facts.bytes[:] = found.grid, sizes_in_bytes
+    facts.grid[:], facts.bytes[:], facts.behind[:] = found.grid, sizes_in_bytes, behind
     facts.parameter_count = len(found.parameters)
     for number, (source, value) in enumerate(found.parameters):
         facts.source[number], facts.value[number] = source, value

@@ -92,6 +92,7 @@ def _cuda_pack_sample(grad_output: Tensor, seed: Tensor | None, with_bias: bool)
     from semisparse.kernels import sample_pack as kernel
 
     packed = grad_output.new_empty(packed_bytes(out_features, rows), dtype=torch.uint8)
+    behind = written.layout.pad_behind(packed, out_features, rows)
     shape = kernel.sum_rows(rows), out_features
     sums = grad_output.new_empty(shape, dtype=torch.float32) if with_bias else None
     sampler = kernel.launch(grad_output, seed, packed, sums, layout=written.layout, rows_padded=rows)
@@ -106,6 +107,7 @@ def _cuda_pack_sample(grad_output: Tensor, seed: Tensor | None, with_bias: bool)
             sizes=(tokens, out_features, grad_output.stride(0)),
             given=(seed is not None, with_bias),
             sizes_in_bytes=(packed.numel(), 0 if sums is None else sums.nbytes),
+            behind=(behind, 0),
         )
     if sums is not None:
         prepare.launch(
