@@ -20,6 +20,7 @@ SETTINGS = {
     "model": {"vocabulary": 64, "context": 16, "width": 32, "hidden": 48, "depth": 1, "heads": 2},
     "train": {"lr": 2e-4, "warmup_fraction": 0.03, "hold_fraction": 0.67},
     "steps": STEPS, "sparse_fraction": 0.7, "refresh_every": 1, "dense_start": 0.0, "text": "0123456789abcdef",
+    "score_windows": 8, "final_windows": 32,
 }  # fmt: skip
 
 

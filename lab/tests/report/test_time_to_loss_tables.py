@@ -54,6 +54,16 @@ def test_comparisons_of_other_seeds_are_named_and_those_that_lack_are_empty() ->
     assert summary([run for run in PARTIAL if run["arm"] != "bf16"]) == ""
 
 
+def test_ends_on_other_text_than_the_tables_stand_beside_them() -> None:
+    dense = made("bf16", 0)
+    better = {"nats_per_token": 4.0, "bits_per_byte": 1.8, "bytes": 1}
+    other = made("fp8-24", 0, test=better, scores=[[10, 10.0, 4.4, 2.2]])
+    text = card([dense, other], "plot.png")
+    assert "on the windows of the scores on the way alone, to dense bf16: fp8 + 2:4 -10.00 % and +10.00 %." in text
+    assert "are of the first 8 windows of the validation set; those at the end of its first 32" in text
+    assert "scores on the way alone" not in card([dense], "plot.png")
+
+
 def test_runs_that_diverged_are_said_and_miss_the_bars() -> None:
     text = summary(DIVERGED)
     assert "Diverged: fp8 + 2:4, seed 2 (equal tokens); fp8 + 2:4 + mvue, seed 3 (equal tokens); " in text

@@ -20,8 +20,9 @@ def safest(*, sparse_fraction: float = 0.7, backend: Backend = "auto") -> Recipe
     beyond your dtype. The settings are dinov2's.
 
     Measured: speed of layers and training steps in benchmarks/cards/compare.md, rows '2:4'; accuracy against dense
-    training in docs/accuracy.md, rows '70% sparse, then dense' and 'dinov2', over several seeds of small models. Most
-    end about where dense does; one setting of the ViT ends lower than was aimed for, the narrowest model loses most.
+    training in docs/accuracy.md, row '2:4' of 'Time to loss', and rows '70% sparse, then dense' and 'dinov2' of small
+    models. Most end about where dense does; one setting of the ViT ends lower than was aimed for, the narrowest model
+    loses most.
 
     Args:
         sparse_fraction: As in Recipe.
@@ -40,10 +41,10 @@ def fastest(
     bias before rounding, but more noise. Layers that fp8 cannot take (see SparseConfig) compute as without it; the
     report of sparsify says which.
 
-    Measured: speed in benchmarks/cards/compare.md, rows 'fp8 + 2:4' (grad_output=None) and 'fp8 + 2:4 + mvue'. Accuracy
-    in docs/accuracy.md, each part alone on one small language model: fp8 against torchao's float8, and in 16 bits the
-    sample against a dense weight gradient. fp8 and the sample together were not trained for accuracy; take
-    grad_output=None to stay with what was.
+    Measured: speed in benchmarks/cards/compare.md, rows 'fp8 + 2:4' (grad_output=None) and 'fp8 + 2:4 + mvue'. Loss at
+    equal tokens and at equal seconds, beside dense bf16 and torchao's float8, on a language model wide enough to gain
+    speed: docs/accuracy.md, 'Time to loss', with the seeds of each; grad_output=None has most of them. There, too, each
+    part alone on a small language model.
 
     Args:
         sparse_fraction: As in Recipe.

@@ -101,17 +101,31 @@ def by_budget(results: Sequence[Document]) -> dict[str, list[ArmRuns]]:
     }
 
 
-def at_end(arm: ArmRuns, reference: ArmRuns) -> Compared:
-    """The ends of both arms' runs, on all of the validation set.
+def final(run: Document) -> float:
+    """Validation bits per byte at the end of a run."""
+    return float(run["validation"]["bits_per_byte"])
+
+
+def final_test(run: Document) -> float:
+    """Test bits per byte at the end of a run."""
+    return float(run["test"]["bits_per_byte"])
+
+
+def last_on_the_way(run: Document) -> float:
+    """The last of the scores on the way of a run, which are of fewer windows."""
+    return float(run["scores"][-1][BITS])
+
+
+def at_end(arm: ArmRuns, reference: ArmRuns, read: Callable[[Document], float] = final) -> Compared:
+    """The ends of both arms' runs.
 
     Args:
         arm: Which is compared.
         reference: With what.
+        read: The score of a run.
     """
     seeds = tuple(seed for seed in arm.runs if seed in reference.runs)
-    values, others = (
-        tuple(float(each.runs[seed]["validation"]["bits_per_byte"]) for seed in seeds) for each in (arm, reference)
-    )
+    values, others = (tuple(read(each.runs[seed]) for seed in seeds) for each in (arm, reference))
     return Compared(seeds, values, others, (), below(values, others))
 
 

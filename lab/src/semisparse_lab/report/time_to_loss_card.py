@@ -13,7 +13,7 @@ from semisparse_lab.report.bars import bars, steps_needed
 from semisparse_lab.report.cards import origin
 from semisparse_lab.report.time_to_loss import by_budget
 from semisparse_lab.report.time_to_loss_curves import curves
-from semisparse_lab.report.time_to_loss_tables import COMPARED, REFERENCES, against, losses, seconds
+from semisparse_lab.report.time_to_loss_tables import COMPARED, REFERENCES, against, elsewhere, losses, seconds
 from semisparse_lab.report.timed_document import Document, load_timed
 
 HEADINGS = {"tokens": "Runs of equal tokens", "seconds": "Runs of equal seconds"}
@@ -77,7 +77,7 @@ def text(results: Sequence[Document], plot: str, level: str) -> str:
     for budget, arms in by_budget(results).items():
         lines += [f"{level} {HEADINGS.get(budget, budget)}", losses(arms)]
         lines += [against(arms, reference, budget) for reference in arms if reference.order < REFERENCES]
-        lines += [OTHER_SECONDS if budget == "tokens" else "", seconds(arms)]
+        lines += [elsewhere(arms, arms[0]), OTHER_SECONDS if budget == "tokens" else "", seconds(arms)]
     measured = f"Measured on {origin(results)}, torchao {results[0].get('torchao') or 'not installed'}."
     return "\n\n".join(filter(None, [*lines, NOTE, f"{measured} Remake: {remake(results)}."]))
 
@@ -114,7 +114,10 @@ def _setup(results: Sequence[Document]) -> str:
         f"dense bf16. AdamW at a peak learning rate of {train['lr']:g}, held for {train['hold_fraction']:.0%} of the "
         f"steps after a warm-up of {train['warmup_fraction']:.0%}, then half a cosine. The 2:4 arms are sparse for "
         f"{settings['sparse_fraction']:.0%} of their steps{_before(settings)}, then dense in the same precision; masks "
-        f"are chosen anew {_each(settings['refresh_every'])}. Text {settings['text'][:8]} (SHA-256)."
+        f"are chosen anew {_each(settings['refresh_every'])}. Text {settings['text'][:8]} (SHA-256). Scores on the "
+        f"way, which the picture shows, are of the first {settings['score_windows']:,} windows of the validation set; "
+        f"those at the end of its first {settings['final_windows']:,}, and of the test set's. The first windows are of "
+        "neighbouring files, so that differences there are not those of the whole."
     )
 
 

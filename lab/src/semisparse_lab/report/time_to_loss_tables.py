@@ -10,6 +10,8 @@ from semisparse_lab.report.time_to_loss import (
     at_end,
     at_equal_seconds,
     by_budget,
+    final_test,
+    last_on_the_way,
     times_faster,
 )
 from semisparse_lab.report.timed_document import Document
@@ -109,6 +111,26 @@ def against(arms: Sequence[ArmRuns], reference: ArmRuns, budget: str) -> str:
         ]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) if len(lines) > 2 else ""
+
+
+def elsewhere(arms: Sequence[ArmRuns], reference: ArmRuns) -> str:
+    """The ends of runs on other text than the tables', beside a reference, in a sentence; nothing for one arm.
+
+    Args:
+        arms: Of one budget.
+        reference: One of them, with runs.
+    """
+    told = []
+    for arm in arms:
+        pairs = [at_end(arm, reference, read) for read in (final_test, last_on_the_way)]
+        if arm is not reference and pairs[0].seeds:
+            told.append(f"{arm.name} {share(pairs[0])} and {share(pairs[1])}")
+    return (
+        f"The ends of these runs on the test set, and on the windows of the scores on the way alone, to "
+        f"{reference.name}: {'; '.join(told)}."
+        if told
+        else ""
+    )
 
 
 def share(compared: Compared) -> str:
