@@ -80,17 +80,18 @@ class Tally:
         self.noise = Noise(self.case.computed)
 
 
-def run(machine: Machine, part: Part, every: int = 1, chosen: Sequence[Shape] | None = None) -> None:
+def run(machine: Machine, part: Part, every: int = 1, first: int = 0, chosen: Sequence[Shape] | None = None) -> None:
     """Compare until the budget is spent.
 
     Args:
         machine: Where.
         part: Gets the rows.
         every: One shape in as many.
+        first: The number of the first one.
         chosen: Instead of all shapes.
     """
     tallies = {case.name: Tally(case) for case in cases(machine, (*CASES, *FALLING_BACK))}
-    todo, done = (list(chosen) if chosen is not None else shapes())[::every], 0
+    todo, done = (list(chosen) if chosen is not None else shapes())[first::every], 0
     # Every shape would be tuned; algorithms are compared in algorithms.py.
     with mock.patch.dict(os.environ, {VARIABLE: "0"}), whole_sums():
         for at, shape in enumerate(todo):

@@ -1,6 +1,8 @@
 """Each part of the trust suite on the CPU: right code passes, and a planted fault is counted and named."""
 
 from contextlib import nullcontext
+from inspect import signature
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 from semisparse.gemm.autotune.algorithm import Choice
 from tests.gemm import simulated
 from tests.trust import algorithms, convergence, determinism, graphs, leaks, numerics, soak
+from tests.trust.__main__ import budgets
 from tests.trust.machine import Machine
 from tests.trust.outcome import Part, Row
 
@@ -34,6 +37,24 @@ def test_there_are_as_many_shapes_as_the_plan_asks_for() -> None:
     assert len(set(algorithms.SHAPES)) == len(algorithms.SHAPES) >= algorithms.WANTED
     for problem in algorithms.of_shape(0, algorithms.SHAPES[0]):
         assert problem.refusal() is None
+
+
+@pytest.mark.parametrize("name", budgets(Path()))
+def test_a_part_takes_what_it_is_given(name: str) -> None:
+    """Only a run of the whole suite would see it otherwise."""
+    budget = budgets(Path())[name]
+    for work in (budget.whole, budget.cut):
+        signature(work).bind(machine(), part())
+
+
+def test_the_halves_of_numerics_are_all_shapes_once(monkeypatch) -> None:
+    seen: list[numerics.Shape] = []
+    monkeypatch.setattr(numerics, "_check", lambda machine, case, shape, at, tally: seen.append(shape))
+    monkeypatch.setattr(numerics, "IN_TURN", ("2:4, bf16",))
+    monkeypatch.setattr(numerics, "ALWAYS", ())
+    for name in ("numerics", "numerics-2"):
+        budgets(Path())[name].whole(machine(), part())
+    assert sorted(seen) == sorted(numerics.shapes())
 
 
 def test_numerics_hold_and_a_result_that_is_off_is_named(monkeypatch) -> None:
