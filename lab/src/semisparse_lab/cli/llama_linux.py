@@ -29,7 +29,7 @@ def llama_linux(
         Budget.TOKENS
     ),
     steps: Annotated[int | None, typer.Option(min=2, help="Steps of bf16, and of all with equal tokens.")] = None,
-    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 4e-4,
+    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 1.4e-4,
     hold: Annotated[float, typer.Option(help="Share of the steps that it stays there, before half a cosine.")] = 0.67,
     sparse_fraction: Annotated[float, typer.Option(help="Share of the steps that is 2:4.")] = 0.7,
     dense_start: Annotated[float, typer.Option(help="Share of the steps that is dense before these.")] = 0.0,

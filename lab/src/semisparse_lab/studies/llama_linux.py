@@ -124,7 +124,7 @@ class Settings:
 
     model: LlamaConfig = field(default_factory=LlamaConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
-    steps: int = 3000
+    steps: int = 2500
     sparse_fraction: float = 0.7
     refresh_every: int = 1
     dense_start: float = 0.0
@@ -157,7 +157,7 @@ def settings(
     *,
     small: bool = False,
     steps: int | None = None,
-    lr: float = 4e-4,
+    lr: float = 1.4e-4,
     hold: float = 0.67,
     layers: str = "blocks",
     **changes: Any,
