@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from semisparse.formats.layout import PADDING, packed_bytes
 from semisparse.gemm import problem as problems
 from semisparse.gemm.engine import Engine
 from semisparse.gemm.operands import Operands
@@ -57,6 +58,11 @@ def unpack(packed: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tenso
 def bits(tensor: Tensor) -> Tensor:
     """tensor, or its bytes for an 8-bit dtype, for which PyTorch has few functions."""
     return tensor.view(torch.uint8) if tensor.itemsize == 1 else tensor
+
+
+def read_behind(address: int, begin: int, end: int) -> None:
+    """Read what products of the real library read behind a packed matrix at an address: it must be padding."""
+    assert bool((tensor_at(address, (end,), torch.uint8)[begin:] == PADDING).all())
 
 
 class SimulatedLibrary:
@@ -227,6 +233,7 @@ class SimulatedLibrary:
         rows, reduction, *_, kind, _ = self._get("matrix", matmul["matrices"][0])
         packed = tensor_at(a, (packed_size(rows, reduction, DTYPES[kind].itemsize),), torch.uint8)
         left = unpack(packed, rows, reduction, DTYPES[kind]).float()
+        read_behind(a, packed.numel(), packed_bytes(rows, reduction, DTYPES[kind].itemsize))
         sums = left @ self._dense(matmul["matrices"][1], b).float()
         bias = matmul["bias"] if self.follows_bias else content["bias"]
         if bias:

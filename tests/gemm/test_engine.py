@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from semisparse.errors import EngineError, ShapeError, TensorError
-from semisparse.formats.layout import PADDING
+from semisparse.formats.layout import PADDING, lengthened, packed_bytes
 from semisparse.gemm import problem as problems
 from semisparse.gemm.operands import Operands
 from tests.gemm import simulated
@@ -140,7 +140,7 @@ def test_bytes_behind_a_packed_matrix_are_allowed_and_change_nothing():
     engine, _, _ = make_engine()
     problem = PRODUCTS["forward with bias"]
     a, b, out, bias = operands(problem)
-    packed = engine.compress(a)
+    packed = lengthened(engine.compress(a), problem.rows, problem.reduction)
     engine.matmul(problem, 0, Operands(torch.cat([packed, torch.full_like(packed[:64], 255)]), b, out, bias))
     assert torch.equal(out, exact(problem, a, b, bias))
 
@@ -247,10 +247,13 @@ def test_compress_checks_the_pattern_unless_told_not_to():
 
 
 @pytest.mark.usefixtures("poison")
-def test_bytes_that_the_compressor_leaves_out_are_padding():
+def test_bytes_that_the_compressor_leaves_out_are_padding_and_memory_goes_on_with_it():
     engine, library, _ = make_engine()
     library.sp_mma_compress2 = lambda *arguments: None
-    assert bool((engine.compress(two_of_four(16, 16, BF16)) == PADDING).all())
+    packed = engine.compress(two_of_four(16, 16, BF16))
+    whole = torch.empty(0, dtype=torch.uint8).set_(packed.untyped_storage())
+    assert whole.numel() == packed_bytes(16, 16) > packed.numel()
+    assert bool((whole == PADDING).all())
 
 
 @pytest.mark.parametrize(

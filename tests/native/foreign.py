@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from semisparse import ops
-from semisparse.formats.layout import FP8, SM90_8BIT, SM90_16BIT, compressed_bytes
+from semisparse.formats.layout import FP8, SM90_8BIT, SM90_16BIT, compressed_bytes, packed_bytes, sm90_layout
 from semisparse.native.structures import DTYPE_CODES, Functions, LaunchKind
 from semisparse.reference import fp8, packing
 from tests.gemm import simulated
@@ -242,6 +242,8 @@ class Foreign:
         (rows, reduction, *_, kind, _), of_b, of_d = (self.library._get("matrix", m) for m in matmul["matrices"])
         dtype, size = DTYPES[kind], compressed_bytes(rows, reduction, DTYPES[kind].itemsize)
         left = sm90_unpack(read(a, (size,), torch.uint8), rows, reduction, dtype)
+        matrix = rows, reduction, dtype.itemsize
+        simulated.read_behind(a, sm90_layout(dtype).buffer_bytes(*matrix), packed_bytes(*matrix))
         shape_b, shape_d = (m[:2] if m[4] == 2 else m[1::-1] for m in (of_b, of_d))
         right = read(b, shape_b, dtype)
         sums = left.float() @ (right if of_b[4] == 2 else right.mT).float()

@@ -294,6 +294,7 @@ def handed(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> list[LaunchKind]:
         found.append(kind)
         facts = bench.hot.launch(kind, what["dtypes"], what["sizes"], mask, given)
         assert kind is LaunchKind.LARGEST or tuple(facts.bytes) == what.get("sizes_in_bytes", (0, 0))
+        assert tuple(facts.behind) == what.get("behind", (0, 0))
         if kind in POINTERS_OF_FP8:
             there = [place for place, pointer in enumerate(pointers) if pointer is not None]
             left_out = kind is LaunchKind.SAMPLE_FP8 and what["dtypes"][1] is None

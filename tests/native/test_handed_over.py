@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from semisparse import ops
-from semisparse.formats.layout import SM90_16BIT, compressed_bytes
+from semisparse.formats.layout import PADDING, SM90_16BIT, compressed_bytes, packed_bytes
 from semisparse.formats.packed import PackedFormat
 from semisparse.gemm.autotune.algorithm import Choice
 from semisparse.kernels.compiled import CompiledLaunch
 from semisparse.native.structures import DTYPE_CODES, MOST_PARAMETERS, LaunchKind
-from semisparse.ops import packing, prepare, products
+from semisparse.ops import packing, prepare, products, sampling
 from semisparse.testing import assert_bit_equal
 from tests.native.conftest import Bench
 from tests.native.test_packing import BF16, MASKS, SINGLE, arguments
@@ -31,14 +31,15 @@ def handed(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> list[tuple[LaunchKi
 
     def launch(kind: LaunchKind, _: object, pointers: tuple[Tensor | None, ...], **what: Any) -> None:
         found.append((kind, what | {"pointers": [pointer is not None for pointer in pointers]}))
-        given = (pointers[1] is not None, pointers[2] is not None) if len(pointers) > 2 else (False, False)
+        given = what.get("given", (False, False))
         facts = bench.hot.launch(kind, what["dtypes"], what["sizes"], what.get("mask", ""), given)
         if kind is not LaunchKind.ADD_BIAS:
             assert tuple(facts.bytes) == what["sizes_in_bytes"]
+            assert tuple(facts.behind) == what.get("behind", (0, 0))
 
     monkeypatch.setattr(prepare, "launch", launch)
     by_kernel = PackedFormat("kernel", SM90_16BIT, "simulated")
-    for module in (packing, products):
+    for module in (packing, products, sampling):
         monkeypatch.setattr(module, "packed_format", lambda *_: by_kernel)
     for name in ("pack", "pack_transpose", "pack_tokens", "unpack"):
         bench.hot.python[name] = getattr(packing, f"_cuda_{name}")
@@ -66,6 +67,17 @@ def test_pack_transpose_finds_what_pythons_handed_over(bench: Bench, handed: lis
     assert bench.hot.natively(run).numel() == before.numel()
     ((kind, what),) = handed
     assert kind is LaunchKind.PACK_TRANSPOSE and what["pointers"] == [True, mask == "codes", False, False, True]
+    assert what["given"] == (mask == "codes", False)
+
+
+@needs_interpreter
+def test_a_sample_is_handed_over_with_what_cpp_pads_of_its_buffer(handed: list[Any]) -> None:
+    packed, _ = sampling._cuda_pack_sample(torch.randn(13, 48).bfloat16(), None, False)
+    ((kind, what),) = handed
+    assert kind is LaunchKind.SAMPLE
+    behind = packed_bytes(48, 16) - SM90_16BIT.buffer_bytes(48, 16)
+    assert behind > 0 and what["behind"] == (behind, 0)
+    assert packed[-behind:].tolist() == [PADDING] * behind
 
 
 @needs_interpreter
@@ -133,7 +145,7 @@ def recorder(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> Recorder:
 def launched(found: CompiledLaunch | str, **change: Any) -> None:
     pointers = tuple(None if n in (1, 4) else SimpleNamespace(get_device=lambda: 1) for n in range(5))
     what = {"dtypes": (SINGLE, BF16), "sizes": (32, 48, 64), "mask": "row", "given": (False, True)}
-    what |= {"sizes_in_bytes": (5, 6)} | change
+    what |= {"sizes_in_bytes": (5, 6), "behind": (3, 4)} | change
     prepare.launch(LaunchKind.PACK, SimpleNamespace(compiled=lambda *_: found), pointers, **what)  # type: ignore[arg-type]
 
 
@@ -147,7 +159,7 @@ def test_a_launch_is_handed_over_with_all_that_cpp_needs_and_its_kernel_is_kept(
     assert (kind, device, mask, sizes, given) == (LaunchKind.PACK, 1, "row", (32, 48, 64), (False, True))
     assert dtypes == (DTYPE_CODES[SINGLE], DTYPE_CODES[BF16])
     assert (facts.function, tuple(facts.grid), facts.threads, facts.shared_bytes) == (1 << 45, (7, 8, 9), 128, 4096)
-    assert (tuple(facts.bytes), facts.parameter_count) == ((5, 6), len(PARAMETERS))
+    assert (tuple(facts.bytes), tuple(facts.behind), facts.parameter_count) == ((5, 6), (3, 4), len(PARAMETERS))
     found = tuple(zip(facts.source[: facts.parameter_count], facts.value, strict=False))
     assert found == PARAMETERS
     assert list(prepare._KEPT.values()) == [kernel]

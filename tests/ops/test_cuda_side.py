@@ -12,7 +12,7 @@ from semisparse.formats.packed import PackedFormat
 from semisparse.kernels import prune_pack, tile_codes
 from semisparse.ops import packing as ops_packing
 from semisparse.ops.masks import _cuda_prune, _cuda_tile_codes
-from semisparse.ops.packing import _cuda_pack, _cuda_pack_transpose
+from semisparse.ops.packing import _cuda_pack, _cuda_pack_tokens, _cuda_pack_transpose
 from semisparse.reference import packing
 from semisparse.testing import assert_bit_equal
 from tests.support import MaskArguments
@@ -131,3 +131,13 @@ def test_the_transpose_alone_is_packed_by_what_packs_both(launches, compressed, 
     for mask in ("row", "soft"):
         with pytest.raises(ConfigError, match="2:4 along the columns only"):
             _cuda_pack_transpose(matrix, dtype, *arguments_for(mask))
+
+
+def test_no_tokens_take_as_many_bytes_as_on_the_cpu_all_of_them_padding(compressed):
+    x = torch.randn(0, 48).bfloat16()
+    found, expected = _cuda_pack_tokens(x, torch.bfloat16), ops.pack_tokens(x, torch.bfloat16)
+    assert [buffer.numel() for buffer in found] == [512, 0]
+    for ours, wanted in zip(found, expected, strict=True):
+        assert_bit_equal(ours, wanted)
+    for ours, wanted in zip(found, torch.ops.semisparse.pack_tokens(x.to("meta"), torch.bfloat16), strict=True):
+        assert ours.shape == wanted.shape

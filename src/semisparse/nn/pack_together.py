@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from semisparse import calls, masks, ops
-from semisparse.formats.layout import FP8, packed_bytes, sm90_layout
+from semisparse.formats.layout import FP8, PADDING, packed_bytes
 from semisparse.formats.packed import PackedMatrix
 from semisparse.nn.packed_weight import PackedWeight, PackingLayer
 from semisparse.nn.whole_weights import capturing
@@ -87,17 +87,19 @@ def _pack_group(group: list[Member], buffers: list[PackedMatrix], waited_for: bo
 
 
 def new_buffers(weight: Tensor, dtype: torch.dtype, both_ways: bool) -> PackedMatrix:
-    """Buffers for a packed weight. Their content is undefined but for the padding at the end, which kernels leave.
+    """Buffers for a packed weight, full of padding, which kernels leave behind the last metadata block.
 
     Args:
         weight: N x K.
         dtype: Of the packed values; FP8 has a scale, too.
         both_ways: Whether the transpose is packed, too; its buffer is empty otherwise.
     """
-    buffers = [torch.empty(size, dtype=torch.uint8, device=weight.device) for size in _sizes(weight, dtype, both_ways)]
-    rows, columns = weight.shape
-    for buffer, sizes in zip(buffers, ((rows, columns), (columns, rows)), strict=True):
-        sm90_layout(dtype).pad_behind(buffer, *sizes, dtype.itemsize)
+    # All of it, because where the last block ends depends on the layout, which belongs to the device.
+    buffers = [
+        torch.empty(size, dtype=torch.uint8, device=weight.device).fill_(PADDING)
+        for size in _sizes(weight, dtype, both_ways)
+    ]
+    buffers[0]._packs = weight.shape  # type: ignore[attr-defined]
     if dtype is FP8:
         buffers.append(torch.empty((), dtype=torch.float32, device=weight.device))
     for buffer in buffers:
@@ -108,9 +110,14 @@ def new_buffers(weight: Tensor, dtype: torch.dtype, both_ways: bool) -> PackedMa
 
 
 def fit(buffers: PackedMatrix, weight: Tensor, dtype: torch.dtype, both_ways: bool) -> bool:
-    """Whether buffers have the sizes and the device that new_buffers would give."""
+    """Whether buffers are such as new_buffers would give.
+
+    They must be made for this shape: where its last metadata block ends earlier than that of another one with as many
+    bytes, some metadata of that one would be left.
+    """
     return (
         buffers.matrix.device == weight.device
+        and getattr(buffers.matrix, "_packs", None) == weight.shape
         and (buffers.matrix.numel(), buffers.transposed.numel()) == _sizes(weight, dtype, both_ways)
         and (buffers.scale is not None) is (dtype is FP8)
     )

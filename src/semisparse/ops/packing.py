@@ -14,6 +14,7 @@ from semisparse.errors import ConfigError, ShapeError, TensorError
 from semisparse.formats.layout import (
     FP8,
     PACKED_DTYPES,
+    PADDING,
     SM90_16BIT,
     SPARSE_MULTIPLE,
     lengthened,
@@ -246,8 +247,9 @@ def _pack_rows(
     """pack on CUDA, with rows of zeros added up to rows. What kind does not want is empty."""
     written, columns = packed_format(matrix.get_device(), dtype, engine()), matrix.shape[1]
     wanted = kind is not LaunchKind.PACK_TRANSPOSE, mask.both_ways
-    if rows == 0:
-        return matrix.new_empty(0, dtype=torch.uint8), matrix.new_empty(0, dtype=torch.uint8)
+    if rows == 0:  # the buffers may have room all the same
+        packed, packed_t = _fake_buffers(matrix, rows, columns, mask.both_ways)
+        return packed.fill_(PADDING), packed_t.fill_(PADDING)
     if written.packer != "kernel" or written.layout is None or not mask.chosen_while_packing:
         padded = torch.nn.functional.pad(matrix, (0, 0, 0, rows - matrix.shape[0]))
         return _pack_in_steps(_cuda_prune(padded, dtype, mask.name, codes, scale), written, mask, wanted)

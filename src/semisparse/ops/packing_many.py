@@ -64,8 +64,9 @@ def pack_many(
 
     Args:
         matrices: Each as pack takes it; of one stored dtype and on one device.
-        buffers: One for each matrix, with the sizes that pack or pack_fp8 returns. The transpose is left out where its
-            buffer is empty. The scale is one fp32 element for e4m3, else None.
+        buffers: One for each matrix, with the sizes that pack or pack_fp8 returns, and full of formats.layout.PADDING
+            before they are packed for the first time: launches leave what follows the last metadata block. The
+            transpose is left out where its buffer is empty. The scale is one fp32 element for e4m3, else None.
         dtype: As pack's, or float8_e4m3fn for what pack_fp8 gives.
         mask: As pack's.
         codes: As pack's, one or None for each matrix; None where no matrix has any.
