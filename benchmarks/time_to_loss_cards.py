@@ -1,5 +1,6 @@
 """Card, picture and places of time to loss, from benchmarks/results/llama-linux. Without results they say so."""
 
+import statistics
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -11,7 +12,7 @@ from semisparse_lab.report import time_to_loss_card
 from semisparse_lab.report.cards import origin
 from semisparse_lab.report.rates import load_rates, rates
 from semisparse_lab.report.time_to_loss_curves import curves
-from semisparse_lab.report.time_to_loss_tables import summary
+from semisparse_lab.report.time_to_loss_tables import diverged, summary
 from semisparse_lab.report.timed_document import Document, load_timed
 
 NAME = "llama-linux"
@@ -21,9 +22,9 @@ MISSING = f"Not measured yet: {COMMAND}."
 HEADING = "## Loss at equal tokens and at equal seconds"
 ALT = "Validation bits per byte of each arm against tokens and against seconds, and the differences to dense bf16"
 NOTE = (
-    "Differences to dense bf16, or to torchao float8 where it says so, seed by seed; lower is better; p is of a "
-    "one-sided paired t-test. *tokens / s*: over dense's. *sooner*: how many times sooner a run is at the loss with "
-    "which dense bf16 ends."
+    "Change from the validation loss of dense bf16, in one column from that of torchao float8: mean ± sample standard "
+    "deviation over the seeds; negative is better; p is of a one-sided paired t-test. *tokens / s*: over dense's. "
+    "*sooner*: how many times sooner a run is at the loss with which dense bf16 ends. Empty: not measured."
 )
 
 
@@ -61,16 +62,19 @@ def front(found: Sequence[Document], small: str, fallback: str) -> str:
     if not found:
         return fallback
     first = found[0]["settings"]
-    model = first["model"]
+    model, dense = first["model"], [run for run in found if not run["order"] and run["finished"]]
+    lasted = f" ({statistics.fmean(run['seconds'] for run in dense):,.0f} s)" if dense else ""
+    share = f"{first['sparse_fraction']:.0%}"
     intro = (
-        f"A Llama-style decoder of width {model['width']:,} and hidden width {model['hidden']:,} "
-        "on the source of Linux, trained in several ways, with the same batches and settings. The 2:4 rows are sparse "
-        f"for {first['sparse_fraction']:.0%} of the steps, then dense. "
-        "[How, and each run](docs/accuracy.md#time-to-loss)."
+        f"A Llama-style decoder of width {model['width']:,}, hidden width {model['hidden']:,} and depth "
+        f"{model['depth']}, trained on the source of Linux with the same batches and settings in each row. Dense bf16 "
+        f"takes {first['steps']:,} steps of {found[0]['tokens_per_step']:,} tokens{lasted}; the others train on as "
+        f"many tokens, and in other runs for as many seconds. The 2:4 rows are sparse for {share} of "
+        "their steps, then dense. [How, and each run](docs/accuracy.md#time-to-loss)."
     )
     picture = f"![{ALT}](benchmarks/cards/{NAME}.png)"
-    note = f"{NOTE} Measured on {gpus(found)}."
-    return "\n\n".join([HEADING, intro, picture, f"{summary(found)} {note}", small])
+    note = " ".join(filter(None, [diverged(found), NOTE, f"Measured on {gpus(found)}."]))
+    return "\n\n".join(filter(None, [HEADING, intro, picture, summary(found), note, small]))
 
 
 def gpus(found: Sequence[Document]) -> str:

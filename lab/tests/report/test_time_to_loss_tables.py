@@ -12,7 +12,7 @@ from semisparse_lab.report.bars import bars, steps_needed
 from semisparse_lab.report.rates import load_rates, rates
 from semisparse_lab.report.time_to_loss_card import card
 from semisparse_lab.report.time_to_loss_curves import curves
-from semisparse_lab.report.time_to_loss_tables import summary
+from semisparse_lab.report.time_to_loss_tables import diverged, summary
 
 WIDTH = 122  # of a table's line, as the tests of the generated pages have it
 PARTIAL = [
@@ -38,20 +38,27 @@ def test_a_line_per_arm_says_all_in_short() -> None:
     names = ["torchao float8", "fp8 + 2:4", "2:4", "fp8 + 2:4 + mvue"]
     assert [line.split(" | ")[0].removeprefix("| ") for line in text.splitlines()[2:6]] == names
     # With seed 0, float8 is at 2.0, dense's last loss after 20 s, in 10 steps of 1.5 s; with others a little sooner.
-    assert lines(text, "| torchao float8 |")[0].endswith("|  | 1.33x | 1.35x |")
+    assert lines(text, "| torchao float8 |")[0].startswith("| torchao float8 | 3 | ")
+    assert lines(text, "| torchao float8 |")[0].endswith("| - | 1.33x | 1.35x |")
     equal = 100 * (1.0 / 2.0 - 1), 100 * (0.97 / 1.99 - 1), 100 * (0.94 / 1.98 - 1)
     (row,) = lines(text, "| fp8 + 2:4 |")
     assert f"| {sum(equal) / 3:.2f} ± " in row and "% (< 0.001) |" in row and "| 2.00x |" in row
-    assert text.endswith("\n\nSeeds 0, 1, 2.")
+    assert diverged(complete()) == ""
 
 
-def test_comparisons_of_other_seeds_are_named_and_those_that_lack_are_empty() -> None:
+def test_comparisons_of_other_seeds_are_counted_and_those_that_lack_are_empty() -> None:
     text = summary(PARTIAL)
-    assert lines(text, "| 2:4 |") == ["| 2:4 | +0.00 % |  |  | 1.25x | 1.25x |"]
-    assert "Seeds 0, 1: fp8 + 2:4 (equal tokens)." in text
-    assert "Seed 0: torchao float8 (equal tokens), torchao float8 (equal seconds), fp8 + 2:4 (equal seconds), " in text
-    assert "fp8 + 2:4 (equal seconds, to float8)" in text and summary(complete((0,))).endswith("\n\nSeed 0.")
+    assert lines(text, "| 2:4 |") == ["| 2:4 | 1 | +0.00 % |  |  | 1.25x | 1.25x |"]
+    assert lines(text, "| fp8 + 2:4 |")[0].startswith("| fp8 + 2:4 | 2 / 1 / 1 | ")
+    assert lines(text, "| torchao float8 |")[0].startswith("| torchao float8 | 1 | ")
     assert summary([run for run in PARTIAL if run["arm"] != "bf16"]) == ""
+
+
+def test_an_arm_that_had_no_equal_seconds_is_not_said_never_to_be_there() -> None:
+    short = [made("bf16", 0), made("fp8-24", 0, scores=[[10, 10.0, 4.4, 2.2]])]
+    assert lines(summary(short), "| fp8 + 2:4 |")[0].endswith("x |  |")
+    later = [*short, made("fp8-24", 0, "seconds", 20, scores=[[20, 20.0, 4.4, 2.2]])]
+    assert lines(summary(later), "| fp8 + 2:4 |")[0].endswith("x | never |")
 
 
 def test_ends_on_other_text_than_the_tables_stand_beside_them() -> None:
@@ -65,13 +72,13 @@ def test_ends_on_other_text_than_the_tables_stand_beside_them() -> None:
 
 
 def test_runs_that_diverged_are_said_and_miss_the_bars() -> None:
-    text = summary(DIVERGED)
-    assert "Diverged: fp8 + 2:4, seed 2 (equal tokens); fp8 + 2:4 + mvue, seed 3 (equal tokens); " in text
+    text = diverged(DIVERGED)
+    assert text.startswith("Diverged: fp8 + 2:4, seed 2 (equal tokens); fp8 + 2:4 + mvue, seed 3 (equal tokens); ")
     found = [line.split(" | ") for line in lines(bars(DIVERGED), "| fp8 + 2:4 |")]
     assert [row[3] for row in found] == ["0, 1, 2 diverged", "0, 1", "0, 1"]
     assert [row[4].rstrip(" |") for row in found] == ["**missed**", "**met**", "**met**"]
     alone = [made("bf16", 0), made("float8", 0, **LOST), made("fp8-24", 0, **LOST)]
-    assert lines(summary(alone), "| fp8 + 2:4 |") == ["| fp8 + 2:4 |  |  |  |  |  |"]
+    assert lines(summary(alone), "| fp8 + 2:4 |") == ["| fp8 + 2:4 |  |  |  |  |  |  |"]
     assert "| 0 diverged | **missed** |" in bars(alone)
     assert "| fp8 + 2:4 | 0 diverged |" in card(alone, "x.png")
     longer = [made("fp8-24", seed, "seconds", 20) for seed in (0, 1)]

@@ -164,7 +164,7 @@ def _some(arm: ArmRuns, reference: ArmRuns) -> str:
 
 
 def summary(results: Sequence[Document]) -> str:
-    """The arms beside the references in a few lines, as a Markdown table; what it is of stands below it.
+    """The arms beside the references in a few lines, as a Markdown table.
 
     Args:
         results: The runs.
@@ -176,26 +176,21 @@ def summary(results: Sequence[Document]) -> str:
     if dense is None:
         return ""
     lines = [
-        "| validation bits per byte | equal tokens | equal seconds (p) | equal seconds, to float8 (p) | tokens / s | "
+        "| bits per byte | seeds | equal tokens | equal seconds (p) | equal seconds, to float8 (p) | tokens / s | "
         "sooner |",
-        "|---|--:|--:|--:|--:|--:|",
+        "|---|---|--:|--:|--:|--:|--:|",
     ]
-    seeds: dict[tuple[int, ...], list[str]] = {}
     for arm in (arm for arm in known if arm is not dense):
-        pairs = {
-            "equal tokens": _compared(at_end, tokens, arm, dense),
-            "equal seconds": _compared(at_equal_seconds, equal, arm, dense),
-            "equal seconds, to float8": _compared(at_equal_seconds, equal, arm, float8),
-        }
-        cells = [arm.name]
-        for what, compared in pairs.items():
-            if compared.seeds:
-                seeds.setdefault(compared.seeds, []).append(f"{arm.name} ({what})")
-            p = p_of(compared) if what != "equal tokens" else ""
-            cells.append(share(compared) + (f" ({p})" if p else ""))
+        ended = _compared(at_end, tokens, arm, dense)
+        to_dense, to_float8 = (_compared(at_equal_seconds, equal, arm, other) for other in (dense, float8))
+        tested = [share(each) + (f" ({p_of(each)})" if each.p is not None else "") for each in (to_dense, to_float8)]
+        if arm is float8:
+            tested[1] = "-"
         both = [(group[arm.slug], group[dense.slug]) for group in (equal, tokens) if arm.slug in group]
-        lines.append(f"| {' | '.join([*cells, _pace(*both[0]), _soonest(both)])} |")
-    return "\n".join([*lines, "", " ".join([*_seeds(seeds), *_diverged(groups)])])
+        soonest = _soonest(both, tried=arm.slug in equal)
+        cells = [arm.name, _seeds(ended, to_dense, to_float8), share(ended), *tested, _pace(*both[0]), soonest]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def _compared(
@@ -213,28 +208,35 @@ def _pace(arm: ArmRuns, dense: ArmRuns) -> str:
     return f"{statistics.fmean(speeds[0]) / statistics.fmean(speeds[1]):.2f}x" if all(speeds) else ""
 
 
-def _soonest(both: Sequence[tuple[ArmRuns, ArmRuns]]) -> str:
-    """How many times sooner the arm is at dense's last loss, in its runs that are there for most seeds, then first."""
+def _soonest(both: Sequence[tuple[ArmRuns, ArmRuns]], tried: bool) -> str:
+    """How many times sooner the arm is at dense's last loss, in its runs that are there for most seeds, then first.
+
+    Args:
+        both: The arm's and dense's runs, of each budget.
+        tried: Whether the arm had dense's seconds: its runs of equal tokens end too early to say "never".
+    """
     best = max(both, key=lambda pair: (len(times_faster(*pair)), sum(times_faster(*pair))))
     if not (sooner := times_faster(*best)):
-        return "never" if best[0].runs and best[1].runs else ""
+        return "never" if tried and best[0].runs and best[1].runs else ""
     return f"{statistics.fmean(sooner):.2f}x{_some(*best)}"
 
 
-def _seeds(found: dict[tuple[int, ...], list[str]]) -> list[str]:
-    """Which seeds the comparisons are of; one by one where they differ."""
-    named = {seeds: f"Seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}" for seeds in found}
-    if len(found) == 1:
-        return [f"{next(iter(named.values()))}."]
-    return [f"{named[seeds]}: {', '.join(what)}." for seeds, what in found.items()]
+def _seeds(*compared: Compared) -> str:
+    """The number of seeds of the comparisons; one by one where they differ."""
+    counts = [len(each.seeds) for each in compared if each.seeds]
+    return " / ".join(map(str, counts if len(set(counts)) > 1 else counts[:1]))
 
 
-def _diverged(groups: dict[str, list[ArmRuns]]) -> list[str]:
-    """A sentence on runs that diverged, if any did."""
+def diverged(results: Sequence[Document]) -> str:
+    """A sentence on runs that diverged; nothing if none did.
+
+    Args:
+        results: The runs.
+    """
     lost = {
         f"{arm.name}, seed {', '.join(map(str, arm.diverged))}" + (f" (equal {budget})" if arm.order else ""): None
-        for budget, arms in groups.items()
+        for budget, arms in by_budget(results).items()
         for arm in arms
         if arm.diverged
     }
-    return [f"Diverged: {'; '.join(lost)}."] if lost else []
+    return f"Diverged: {'; '.join(lost)}." if lost else ""
