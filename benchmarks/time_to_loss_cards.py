@@ -24,7 +24,8 @@ ALT = "Validation bits per byte of each arm against tokens and against seconds, 
 NOTE = (
     "Change from the validation loss of dense bf16, in one column from that of torchao float8: mean ± sample standard "
     "deviation over the seeds; negative is better; p is of a one-sided paired t-test. *tokens / s*: over dense's. "
-    "*sooner*: how many times sooner a run is at the loss with which dense bf16 ends. Empty: not measured."
+    "*sooner*: how many times sooner a run is at the loss with which dense bf16 ends. *mvue*: weight gradients are "
+    "sampled to 2:4, too. Empty: not measured."
 )
 
 
@@ -73,7 +74,11 @@ def front(found: Sequence[Document], small: str, fallback: str) -> str:
         "their steps, then dense. [How, and each run](docs/accuracy.md#time-to-loss)."
     )
     picture = f"![{ALT}](benchmarks/cards/{NAME}.png)"
-    note = " ".join(filter(None, [diverged(found), NOTE, f"Measured on {gpus(found)}."]))
+    windows = (
+        f"*Equal tokens* is read at the end, on {first['final_windows']:,} windows of the validation set; *equal "
+        f"seconds* and the picture are read on the way, on the first {first['score_windows']:,}."
+    )
+    note = " ".join(filter(None, [diverged(found), NOTE, windows, f"Measured on {gpus(found)}."]))
     return "\n\n".join(filter(None, [HEADING, intro, picture, summary(found), note, small]))
 
 

@@ -22,8 +22,8 @@ NOTE = (
     f"Mean ± sample standard deviation over the seeds. {COMPARED} Seconds are of pure training: batch, forward, "
     "backward, clipping, optimizer and schedule; compiling and scoring are left out and stand in columns of their own. "
     "At equal seconds, both arms are read where the shorter of the two runs ends, on a straight line between the "
-    "neighbouring scores on the way. Bits per byte are exact: the cross-entropies of the tokens over the bytes for "
-    "which they stand."
+    "neighbouring scores on the way, which are of fewer windows than those at the end. Bits per byte are exact: the "
+    "cross-entropies of the tokens over the bytes for which they stand."
 )
 OTHER_SECONDS = (
     "Runs of equal tokens end at different seconds: the slower arm is then read before its learning rate has fallen, "
