@@ -120,6 +120,4 @@ def blocks() -> dict[str, str]:
 
 def gpus(results: list[Result]) -> str:
     """The GPUs of experiments shown on the page."""
-    return " and ".join(
-        f"one {name}" for name in sorted({one["gpu"] for one in results if one["experiment"] in ON_PAGE})
-    )
+    return time_to_loss_cards.gpus([one for one in results if one["experiment"] in ON_PAGE])

@@ -9,7 +9,7 @@ from benchmarks import compare_tables
 from benchmarks.origin import short_origin
 from benchmarks.store import CARDS, RESULTS, load
 from semisparse_lab.report import time_to_loss_card
-from semisparse_lab.report.cards import origin
+from semisparse_lab.report.cards import machine, origin
 from semisparse_lab.report.rates import load_rates, rates
 from semisparse_lab.report.time_to_loss_curves import curves
 from semisparse_lab.report.time_to_loss_tables import diverged, summary
@@ -84,8 +84,7 @@ def front(found: Sequence[Document], small: str, fallback: str) -> str:
 
 def gpus(found: Sequence[Document]) -> str:
     """The GPUs of these runs."""
-    names = sorted({run["gpu"] for run in found})
-    return " and ".join("no GPU" if name == "none" else f"one {name}" for name in names)
+    return " and ".join(map(machine, sorted({run["gpu"] for run in found})))
 
 
 def blocks(found: Sequence[Document], other_rates: Sequence[Document]) -> dict[str, str]:

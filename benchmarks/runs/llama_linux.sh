@@ -38,8 +38,7 @@ study) # a folder for each schedule, because files of one folder share their set
         [[ " ${STUDY:-$name:$arm} " == *" $name:$arm "* ]] || continue
         [ -e "$OUT/study-$name/llama-linux.$arm.tokens.seed$SEED.json" ] && continue
         echo "study-$name-$arm [ \$LEFT -ge $NEEDS ] || { echo \$LEFT s are left, too few; exit 0; };" \
-            "$RUN --out $OUT/study-$name --arms $arm --seeds $SEED --steps $STEPS" \
-            "--lr $LR $options"
+            "$RUN --out $OUT/study-$name --arms $arm --seeds $SEED --steps $STEPS --lr $LR $options"
     done <<END
 share-0.5   fp8-24  --sparse-fraction 0.5
 share-0.85  fp8-24  --sparse-fraction 0.85

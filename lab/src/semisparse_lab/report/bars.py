@@ -4,7 +4,8 @@ import math
 import statistics
 from collections.abc import Sequence
 
-from semisparse_lab.report.time_to_loss import ArmRuns, Compared, at_end, at_equal_seconds, by_budget
+from semisparse_lab.report.markdown import markdown
+from semisparse_lab.report.time_to_loss import ArmRuns, Compared, at_end, at_equal_seconds, by_budget, final
 from semisparse_lab.report.time_to_loss_tables import REFERENCES, p_of, share
 from semisparse_lab.report.timed_document import Document
 
@@ -23,9 +24,8 @@ def bars(results: Sequence[Document]) -> str:
     Args:
         results: The runs.
     """
-    groups = {budget: {arm.order: arm for arm in arms} for budget, arms in by_budget(results).items()}
-    tokens, seconds = groups.get("tokens", {}), groups.get("seconds", {})
-    lines = ["| arm | bar, at equal | figure (p) | seeds | |", "|---|---|--:|---|---|"]
+    tokens, seconds = _by_order(results)
+    head, rows = ("| arm | bar, at equal | figure (p) | seeds | |", "|---|---|--:|---|---|"), []
     for order in sorted({*tokens, *seconds} - set(range(REFERENCES))):
         for place, (what, group) in enumerate(
             (
@@ -36,8 +36,15 @@ def bars(results: Sequence[Document]) -> str:
         ):
             name = (tokens.get(order) or seconds[order]).name
             cells = _judged(group.get(order), group.get(1 if place == 2 else 0), equal_tokens=not place)
-            lines.append(f"| {' | '.join([name, what, *cells])} |")
-    return "\n".join(lines) if len(lines) > 2 else ""
+            rows.append([name, what, *cells])
+    return markdown(head, rows) if rows else ""
+
+
+def _by_order(results: Sequence[Document]) -> tuple[dict[int, ArmRuns], dict[int, ArmRuns]]:
+    """The arms of runs of equal tokens and of equal seconds, by their order."""
+    groups = by_budget(results)
+    tokens, seconds = ({arm.order: arm for arm in groups.get(budget, [])} for budget in ("tokens", "seconds"))
+    return tokens, seconds
 
 
 def _judged(arm: ArmRuns | None, reference: ArmRuns | None, equal_tokens: bool) -> tuple[str, str, str]:
@@ -80,15 +87,14 @@ def steps_needed(results: Sequence[Document]) -> str:
     Args:
         results: The runs.
     """
-    groups = {budget: {arm.order: arm for arm in arms} for budget, arms in by_budget(results).items()}
-    tokens, seconds = groups.get("tokens", {}), groups.get("seconds", {})
+    tokens, seconds = _by_order(results)
     said = []
     for order in sorted(seconds.keys() & tokens.keys() - set(range(REFERENCES))):
         if 1 not in seconds:
             break
         ends = [tokens[order].runs, seconds[order].runs, seconds[1].runs]
         if shared := sorted(ends[0].keys() & ends[1].keys() & ends[2].keys()):
-            bits = [statistics.fmean(runs[seed]["validation"]["bits_per_byte"] for seed in shared) for runs in ends]
+            bits = [statistics.fmean(final(runs[seed]) for seed in shared) for runs in ends]
             steps = [ends[place][shared[0]]["steps"] for place in range(3)]
             if (needed := _needed(bits, steps)) is not None:
                 said.append(f"{seconds[order].name} had {steps[1] / steps[2]:.2f} times the steps of "

@@ -11,6 +11,7 @@ from semisparse_lab.checks import is_number
 from semisparse_lab.commands import command_of
 from semisparse_lab.errors import DataError
 from semisparse_lab.report.differences import picture
+from semisparse_lab.report.markdown import markdown
 from semisparse_lab.report.result_files import Result, load_results
 from semisparse_lab.report.summaries import RowSummary, first_row, spread, summaries
 
@@ -36,17 +37,15 @@ def table(results: Sequence[Result], baseline: str | None = None) -> str:
     rows, baseline = summaries(results, baseline), baseline or first_row(results)
     base = next((row.title for row in rows if row.slug == baseline), "the first row")
     against = base if len(base) < 20 else "the first row"  # a whole title would make the heading too wide
-    lines = [
-        f"| configuration | seeds | {results[0]['metric']} | difference to {against} |",
-        "|---|---|--:|--:|",
-    ]
+    head = f"| configuration | seeds | {results[0]['metric']} | difference to {against} |", "|---|---|--:|--:|"
+    made = []
     for row in rows:
         seeds = ", ".join([*map(str, row.values), *(f"{seed} diverged" for seed in row.diverged)])
         cells = [row.title, seeds, spread(list(row.values.values()), digits), spread(row.differences, digits, "+")]
         if row.shares and not results[0]["higher_is_better"]:
             cells[-1] += f" ({statistics.fmean(row.shares):+.2%})"
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        made.append(cells)
+    return markdown(head, made)
 
 
 def _digits(results: Sequence[Result]) -> int:
@@ -63,15 +62,16 @@ def step_times(results: Sequence[Result]) -> str:
     """What each row multiplied sparse and how long its steps took, as a Markdown table."""
     rows = summaries(results)
     dense = _dense_seconds(results, rows)
-    lines = [
+    head = (
         "| configuration | sparse products per run | ms per sparse step | / dense step | ms per step, dense phase |",
         "|---|--:|--:|--:|--:|",
-    ]
+    )
+    made = []
     for row in rows:
         times = [f"{1000 * row.seconds[kind]:.2f}" if kind in row.seconds else "" for kind in ("sparse", "dense")]
         share = f"{row.seconds['sparse'] / dense:.2f}x" if dense and "sparse" in row.seconds else ""
-        lines.append(f"| {row.title} | {row.sparse_products:,} | {times[0]} | {share} | {times[1]} |")
-    return "\n".join(lines)
+        made.append([row.title, f"{row.sparse_products:,}", times[0], share, times[1]])
+    return markdown(head, made)
 
 
 def gain(results: Sequence[Result]) -> str:
@@ -118,16 +118,14 @@ def further_figures(results: Sequence[Result]) -> str:
 
 def kept_magnitudes(results: Sequence[Result]) -> str:
     """What the masks keep of the weights' magnitude early and late, as a Markdown table; empty where not recorded."""
-    lines = [
-        "| configuration | magnitude that the masks keep after the first epoch | after the last |",
-        "|---|---|---|",
-    ]
+    head = "| configuration | magnitude that the masks keep after the first epoch | after the last |", "|---|---|---|"
+    made = []
     for row in summaries(results):
         runs = [result["run"]["epochs"] for result in results if result["row"] == row.slug]
         kept = [[run[place].get("kept_magnitude") for run in runs] for place in (0, -1)]
         if None not in (*kept[0], *kept[1]):
-            lines.append(f"| {' | '.join([row.title, *(spread(values, 4) for values in kept)])} |")
-    return "\n".join(lines) if len(lines) > 2 else ""
+            made.append([row.title, *(spread(values, 4) for values in kept)])
+    return markdown(head, made) if made else ""
 
 
 def origin(results: Sequence[Result]) -> str:
@@ -135,10 +133,15 @@ def origin(results: Sequence[Result]) -> str:
     machines: dict[str, set[str]] = {}
     for result in results:
         facts = result["environment"]
-        where = "no GPU" if result["gpu"] == "none" else f"one {result['gpu']}"
+        where = machine(result["gpu"])
         named = ", ".join(f"{name} {facts[name]}" for name in ("torch", "triton", "cuSPARSELt"))
         machines.setdefault(f"{where}, {named}", set()).add(_short(result["commit"]))
     return "; ".join(f"{machine}, commit {', '.join(sorted(commits))}" for machine, commits in machines.items())
+
+
+def machine(gpu: str) -> str:
+    """What a result was measured on, from the name of its GPU."""
+    return "no GPU" if gpu == "none" else f"one {gpu}"
 
 
 def _short(commit: str | None) -> str:

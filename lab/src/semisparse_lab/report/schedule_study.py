@@ -14,8 +14,10 @@ from semisparse.files import write_atomically
 from semisparse_lab.checks import shown
 from semisparse_lab.errors import DataError
 from semisparse_lab.report.cards import origin
+from semisparse_lab.report.markdown import markdown
 from semisparse_lab.report.summaries import spread
-from semisparse_lab.report.time_to_loss import ArmRuns, at_end, by_budget
+from semisparse_lab.report.time_to_loss import ArmRuns, at_end, by_budget, final, final_test
+from semisparse_lab.report.time_to_loss_tables import share, steps_of
 from semisparse_lab.report.timed_document import Document, load_timed
 
 PREFIX = "study-"
@@ -125,44 +127,40 @@ def _course(run: Document) -> float:
 def _table(base: ArmRuns | None, pairs: Sequence[tuple[Variation, ArmRuns]], dense: dict[float, ArmRuns]) -> str:
     """The variations of one arm."""
     first, seeds = pairs[0][1], {seed for _, arm in pairs for seed in (*arm.runs, *arm.diverged)}
-    lines = [
-        f"{(base or first).title} (arm `{first.slug}`):",
-        "",
+    head = (
         "| variation | changed | steps | validation | test | to main | to dense | seconds | dense's / its |",
         "|---|---|--:|--:|--:|--:|--:|--:|--:|",
-    ]
+    )
+    rows = [_cells(variation.name, variation.changed, arm, base, dense) for variation, arm in pairs]
     if base is not None:
         same = replace(base, runs={seed: run for seed, run in base.runs.items() if seed in seeds}, diverged=())
-        lines.append(_row("main", "", same, None, dense))
-    lines += [_row(variation.name, variation.changed, arm, base, dense) for variation, arm in pairs]
-    return "\n".join(lines)
+        rows.insert(0, _cells("main", "", same, None, dense))
+    return f"{(base or first).title} (arm `{first.slug}`):\n\n{markdown(head, rows)}"
 
 
-def _row(name: str, changed: str, arm: ArmRuns, base: ArmRuns | None, dense: dict[float, ArmRuns]) -> str:
-    """One variation."""
+def _cells(name: str, changed: str, arm: ArmRuns, base: ArmRuns | None, dense: dict[float, ArmRuns]) -> list[str]:
+    """The row of one variation."""
     runs = list(arm.runs.values())
     if not runs:
         said = "diverged" if arm.diverged else "not there"
-        return f"| {name} | {changed} |  | {said} |" + "  |" * 5
+        return [name, changed, "", said, *[""] * 5]
     reference = None if arm.order == 0 else dense.get(_course(runs[0]))
-    cells = [
+    return [
         name,
         changed,
-        ", ".join(sorted({f"{run['steps']:,}" for run in runs})),
-        spread([run["validation"]["bits_per_byte"] for run in runs], 4),
-        spread([run["test"]["bits_per_byte"] for run in runs], 4),
+        steps_of(arm),
+        spread(arm.values(final), 4),
+        spread(arm.values(final_test), 4),
         _difference(arm, base),
         _difference(arm, reference),
         spread([run["seconds"] for run in runs], 1),
         _faster(arm, reference),
     ]
-    return f"| {' | '.join(cells)} |"
 
 
 def _difference(arm: ArmRuns, reference: ArmRuns | None) -> str:
     """Of the validation bits per byte, in percent; empty without a common seed."""
-    shares = [] if reference is None else at_end(arm, reference).shares
-    return f"{spread([100 * share for share in shares], 2, '+')} %" if shares else ""
+    return "" if reference is None else share(at_end(arm, reference))
 
 
 def _faster(arm: ArmRuns, reference: ArmRuns | None) -> str:
@@ -176,11 +174,11 @@ def _faster(arm: ArmRuns, reference: ArmRuns | None) -> str:
 
 def _spread_of(base: ArmRuns, dense: dict[float, ArmRuns]) -> str:
     """What the differences of single seeds are to be compared with, as a sentence."""
-    bits = base.values(lambda run: run["validation"]["bits_per_byte"])
+    bits = base.values(final)
     if len(bits) < 2:
         return "The main arm has no second seed, so that nothing tells how much seeds differ."
-    seeds, share = ", ".join(map(str, base.runs)), statistics.stdev(bits) / statistics.fmean(bits)
-    said = f"The main arm over its seeds {seeds}: validation {spread(bits, 4)}, a spread of {100 * share:.2f} %"
+    seeds, apart = ", ".join(map(str, base.runs)), statistics.stdev(bits) / statistics.fmean(bits)
+    said = f"The main arm over its seeds {seeds}: validation {spread(bits, 4)}, a spread of {100 * apart:.2f} %"
     against = "" if base.order == 0 else _difference(base, dense.get(_course(next(iter(base.runs.values())))))
     return f"{said}; {against} to dense." if against else f"{said}."
 

@@ -3,6 +3,7 @@
 import statistics
 from collections.abc import Callable, Sequence
 
+from semisparse_lab.report.markdown import markdown
 from semisparse_lab.report.summaries import spread
 from semisparse_lab.report.time_to_loss import (
     ArmRuns,
@@ -10,6 +11,7 @@ from semisparse_lab.report.time_to_loss import (
     at_end,
     at_equal_seconds,
     by_budget,
+    final,
     final_test,
     last_on_the_way,
     times_faster,
@@ -30,27 +32,19 @@ def losses(arms: Sequence[ArmRuns]) -> str:
     Args:
         arms: Of one budget.
     """
-    lines = [
+    head = (
         "| arm | seeds | steps | validation, nats per token | validation, bits per byte | test, bits per byte |",
         "|---|---|--:|--:|--:|--:|",
-    ]
-    for arm in arms:
-        runs = arm.runs.values()
-        cells = [
-            arm.name,
-            arm.seeds,
-            ", ".join(sorted({f"{run['steps']:,}" for run in runs})),
-            *(
-                spread([run[part][unit] for run in runs], 4)
-                for part, unit in (
-                    ("validation", "nats_per_token"),
-                    ("validation", "bits_per_byte"),
-                    ("test", "bits_per_byte"),
-                )
-            ),
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+    )
+    reads = (lambda run: run["validation"]["nats_per_token"]), final, final_test
+    return markdown(
+        head, ([arm.name, arm.seeds, steps_of(arm), *(spread(arm.values(read), 4) for read in reads)] for arm in arms)
+    )
+
+
+def steps_of(arm: ArmRuns) -> str:
+    """The steps of an arm's runs, each number once."""
+    return ", ".join(sorted({f"{run['steps']:,}" for run in arm.runs.values()}))
 
 
 def seconds(arms: Sequence[ArmRuns]) -> str:
@@ -59,16 +53,17 @@ def seconds(arms: Sequence[ArmRuns]) -> str:
     Args:
         arms: Of one budget.
     """
-    lines = [
+    head = (
         "| arm | ms per sparse step | dense step | training, s | compiling, s | scoring, s | tokens / s | peak GiB |",
         "|---|--:|--:|--:|--:|--:|--:|--:|",
-    ]
+    )
+    rows = []
     for arm in arms:
         runs = list(arm.runs.values())
         if not runs:
             continue
         memory = [run["peak_memory"]["bytes"] for run in runs if run["peak_memory"].get("bytes")]
-        cells = [
+        rows.append([
             arm.name,
             *(_step_ms(runs, kind) for kind in ("sparse", "dense")),
             spread([run["seconds"] for run in runs], 1),
@@ -76,9 +71,8 @@ def seconds(arms: Sequence[ArmRuns]) -> str:
             f"{statistics.fmean(run['score_seconds'] + run['final_seconds'] for run in runs):.0f}",
             f"{statistics.fmean(run['tokens_per_second'] for run in runs):,.0f}",
             f"{max(memory) / 2**30:.1f}" if memory else "",
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        ])  # fmt: skip
+    return markdown(head, rows)
 
 
 def _step_ms(runs: Sequence[Document], kind: str) -> str:
@@ -97,20 +91,20 @@ def against(arms: Sequence[ArmRuns], reference: ArmRuns, budget: str) -> str:
         budget: What their runs have in equal parts.
     """
     end = "at the end, equal tokens" if budget == "tokens" else "at the end"
-    lines = [
+    head = (
         f"| to {reference.name} | seeds | {end} | p | at equal seconds | p | sooner at its last loss |",
         "|---|---|--:|--:|--:|--:|--:|",
-    ]
+    )
+    rows = []
     for arm in arms:
         if arm is reference or not (ended := at_end(arm, reference)).seeds:
             continue
         equal = at_equal_seconds(arm, reference)
-        cells = [
+        rows.append([
             arm.name, ", ".join(map(str, ended.seeds)), share(ended), p_of(ended), share(equal), p_of(equal),
             reached(arm, reference),
-        ]  # fmt: skip
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) if len(lines) > 2 else ""
+        ])  # fmt: skip
+    return markdown(head, rows) if rows else ""
 
 
 def elsewhere(arms: Sequence[ArmRuns], reference: ArmRuns) -> str:
@@ -175,11 +169,12 @@ def summary(results: Sequence[Document]) -> str:
     dense, float8 = (next((arm for arm in known if arm.order == place), None) for place in range(REFERENCES))
     if dense is None:
         return ""
-    lines = [
+    head = (
         "| bits per byte | seeds | equal tokens | equal seconds (p) | equal seconds, to float8 (p) | tokens / s | "
         "sooner |",
         "|---|---|--:|--:|--:|--:|--:|",
-    ]
+    )
+    rows = []
     for arm in (arm for arm in known if arm is not dense):
         ended = _compared(at_end, tokens, arm, dense)
         to_dense, to_float8 = (_compared(at_equal_seconds, equal, arm, other) for other in (dense, float8))
@@ -188,9 +183,8 @@ def summary(results: Sequence[Document]) -> str:
             tested[1] = "-"
         both = [(group[arm.slug], group[dense.slug]) for group in (equal, tokens) if arm.slug in group]
         soonest = _soonest(both, tried=arm.slug in equal)
-        cells = [arm.name, _seeds(ended, to_dense, to_float8), share(ended), *tested, _pace(*both[0]), soonest]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        rows.append([arm.name, _seeds(ended, to_dense, to_float8), share(ended), *tested, _pace(*both[0]), soonest])
+    return markdown(head, rows)
 
 
 def _compared(

@@ -79,29 +79,35 @@ def load_timed(folder: Path) -> list[Document]:
     """
     found: list[Document] = []
     for path in sorted(folder.glob("*.seed*.json")):
-        try:
-            content = read(path)
-        except (OSError, ValueError) as error:
-            raise DataError(f"{path} cannot be read as a result: {error}") from error
-        if not isinstance(content, dict) or content.get("kind") != KIND:
+        if (content := read_timed(path)) is None:
             continue
-        check(path, content)
         if found and found[0]["settings"] != content["settings"]:
             raise DataError(f"{path} has other settings than its neighbours; keep them in different folders")
         found.append(content)
     return found
 
 
-def check(path: Path, content: Document) -> None:
-    """Check that content has what the cards read.
+def read_timed(path: Path) -> Document | None:
+    """The finished run in a file; None if it is a document of another kind.
 
     Args:
-        path: For the message.
-        content: Of the file.
+        path: Of the file.
 
     Raises:
-        DataError: It lacks something.
+        DataError: It is damaged.
     """
+    try:
+        content = read(path)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read as a result: {error}") from error
+    if not isinstance(content, dict) or content.get("kind") != KIND:
+        return None
+    _check(path, content)
+    return content
+
+
+def _check(path: Path, content: Document) -> None:
+    """Raise DataError unless content has what the cards read."""
     wanted: dict[str, Any] = {
         "experiment": str, "title": str, "arm": str, "arm_title": str, "order": int, "seed": int, "budget": str,
         "steps": int, "settings": dict, "tokens_per_step": int, "multiplications": dict, "curve": list, "scores": list,
