@@ -13,9 +13,6 @@ import torch
 from torch import Tensor
 
 from semisparse import errors, native, ops, sparsify
-from semisparse.formats.layout import MetadataLayout
-from semisparse.formats.packed import packed_format
-from semisparse.gemm.engine import engine
 from semisparse.ops import packing, prepare, products, sampling
 from semisparse.testing import assert_bit_equal, small_integers
 from tests.support import config_of
@@ -78,12 +75,6 @@ def natively(asked: list[str], name: str, *given: Any) -> Any:
     assert native.started() - sparse == (multiplies and not by_torch)
     assert native.started_dense() - dense == (multiplies and by_torch)
     return result
-
-
-def layout_of(dtype: torch.dtype) -> MetadataLayout:
-    layout = packed_format(0, dtype, engine()).layout
-    assert layout is not None
-    return layout
 
 
 def held(mask: str, weight: Tensor) -> tuple[str, Tensor | None, Tensor | None]:
