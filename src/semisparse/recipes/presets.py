@@ -17,7 +17,8 @@ def safest(*, sparse_fraction: float = 0.7, backend: Backend = "auto") -> Recipe
     """Begin with this one: your 16-bit dtype, exact masks at every forward, sparse for 70 % of the steps, then dense.
 
     The two products with the weight are sparse; the weight gradient is dense, so nothing is sampled and nothing rounded
-    beyond your dtype. The settings are dinov2's.
+    beyond your dtype. The settings are dinov2's. Hold the learning rate until the dense part: docs/recipes.md, 'Which
+    schedule', has what that and other shares of sparse steps change.
 
     Measured: speed of layers and training steps in benchmarks/cards/compare.md, rows '2:4'; accuracy against dense
     training in docs/accuracy.md, row '2:4' of 'Time to loss', and rows '70% sparse, then dense' and 'dinov2' of small
@@ -43,8 +44,7 @@ def fastest(
 
     Measured: speed in benchmarks/cards/compare.md, rows 'fp8 + 2:4' (grad_output=None) and 'fp8 + 2:4 + mvue'. Loss at
     equal tokens and at equal seconds, beside dense bf16 and torchao's float8, on a language model wide enough to gain
-    speed: docs/accuracy.md, 'Time to loss', with the seeds of each; grad_output=None has most of them. There, too, each
-    part alone on a small language model.
+    speed: docs/accuracy.md, 'Time to loss'. There, too, each part alone on a small language model.
 
     Args:
         sparse_fraction: As in Recipe.
