@@ -31,6 +31,10 @@ ALGORITHMS = 36
 """Ids from here on are never tried. For fp16 the library offers 52. On one H200 (cuSPARSELt 0.8.0) those from 36 on end
 in an illegal instruction, after which the process cannot use the GPU, so they cannot be checked by trying."""
 
+_FEWER: dict[tuple[torch.dtype, Order, Order], int] = {(torch.float16, "row", "column"): 34}
+"""The same for some products, by dtype, b_order and d_order. On one H100 (cuSPARSELt 0.8.0) 34 and 35 ended so at each
+such shape that the trust suite tried (docs/reliability.md). A weight's gradient from a pruned activation is one."""
+
 _NEEDED = ("matmul_alg_selection_destroy", "sp_mma_compressed_size2", "sp_mma_prune_check2", "matmul_get_workspace")
 _INSTALL = "pip install 'nvmath-python>=1.0'"
 
@@ -196,7 +200,7 @@ class Handle:
     def algorithms(self, problem: Problem) -> range:
         """Algorithm ids that may be run."""
         with self._explained(f"no algorithms for {problem}"), ExitStack() as owned:
-            return self._offered(self._describe(problem, 0, owned)[1])
+            return self._offered(problem, self._describe(problem, 0, owned)[1])
 
     @contextmanager
     def matrix(self, rows: int, columns: int, dtype: torch.dtype) -> Iterator[tuple[int, int, int]]:
@@ -225,7 +229,7 @@ class Handle:
             plan.descriptor, selection = self._describe(problem, ctypes.addressof(plan.bias) if bias else 0, owned)
             # Checked here, where every algorithm passes before its first use: the library accepts ids that end in an
             # illegal instruction, and a choice may come from a file, a table or another rank.
-            offered = self._offered(selection)
+            offered = self._offered(problem, selection)
             if algorithm not in offered:
                 raise EngineError(
                     f"algorithm={algorithm!r} is not offered for {problem}; the ids are 0 to {len(offered) - 1}: "
@@ -241,11 +245,12 @@ class Handle:
             plan.owned = owned.pop_all()
         return plan
 
-    def _offered(self, selection: int) -> range:
+    def _offered(self, problem: Problem, selection: int) -> range:
         limit = ctypes.c_int32()
         attribute = (_CONFIG_MAX_ID, ctypes.addressof(limit), ctypes.sizeof(limit))
         self._lib.matmul_alg_get_attribute(self.handle, selection, *attribute)
-        return range(min(limit.value, ALGORITHMS))
+        most = _FEWER.get((problem.dtype, problem.b_order, problem.d_order), ALGORITHMS)
+        return range(min(limit.value, most))
 
     def _describe(self, problem: Problem, bias: int, owned: ExitStack) -> tuple[int, int]:
         """Matmul descriptor and algorithm selection. bias: host address of the bias pointer, 0 for none.

@@ -138,7 +138,7 @@ def test_a_stored_algorithm_that_the_library_does_not_offer_is_ignored_and_logge
     key = tuner.key(FORWARD, -1)
     tuner._store.save(key, Choice(30, 30, 1.0, 2.0, "tuned"))
     assert call(tuner).algorithm == 4
-    assert "'disk'): algorithm 30 is not among the 6 that may run for 32x48" in caplog.text
+    assert "'disk'): algorithm 30 is not among the 6 that the library offers for 32x48" in caplog.text
     assert call(make_tuner()[0]).algorithm == 4
 
 

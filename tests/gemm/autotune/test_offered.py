@@ -1,13 +1,17 @@
 """No algorithm is used that the engine does not offer, wherever its id comes from.
 
-For fp16 the real library offers 52, and those from 36 on end in an illegal instruction: here it offers 52 as well.
+For fp16 the real library offers 52, and those from 36 on, for one kind of product from 34 on, end in an illegal
+instruction: here it offers 52 as well.
 """
 
 import pytest
+import torch
 
 from semisparse.errors import EngineError
+from semisparse.gemm import problem as problems
 from semisparse.gemm.autotune.algorithm import Choice
 from semisparse.gemm.autotune.autotuner import DEFAULT
+from semisparse.gemm.autotune.store import shipped
 from semisparse.gemm.cusparselt import ALGORITHMS
 from semisparse.gemm.dispatch import multiply
 from semisparse.gemm.operands import Operands
@@ -16,6 +20,7 @@ from tests.gemm.simulated import make_engine, operands, run, unpack
 from tests.gemm.tuning import FORWARD, call, shipped_entry
 
 NOT_OFFERED = [36, 51, 52, 900]
+FP16 = problems.activation_weight(128, 96, 160, torch.float16)
 
 
 @pytest.fixture(autouse=True)
@@ -42,6 +47,69 @@ def test_the_engine_itself_runs_no_other_algorithm(algorithm):
     assert library.products == [35]
     engine.close()
     assert library.live == {}
+
+
+@pytest.mark.parametrize("algorithm", [34, 35])
+def test_for_fp16_from_row_into_column_order_ids_from_34_on_are_not_offered(algorithm):
+    engine, library, _ = make_engine()
+    assert (FP16.b_order, FP16.d_order) == ("row", "column")
+    assert engine.algorithms(FP16, -1) == range(34)
+    with pytest.raises(EngineError, match=f"algorithm={algorithm} is not offered for .*ids are 0 to 33: take one"):
+        run(engine, FP16, algorithm)
+    assert library.products == []
+
+
+def test_other_kinds_of_products_keep_all_36():
+    engine, _, _ = make_engine()
+    kinds = [
+        problems.forward(64, 96, 128, torch.float16),
+        problems.grad_input(64, 96, 128, torch.float16),
+        problems.activation_forward(64, 96, 128, torch.float16),
+        problems.sampled_weight(64, 96, 128, torch.float16),
+        problems.activation_weight(64, 96, 128, torch.bfloat16),
+    ]
+    for kind in kinds:
+        assert engine.algorithms(kind, -1) == range(36)
+
+
+@pytest.fixture
+def last_are_fastest(timed, monkeypatch):
+    monkeypatch.setattr(
+        timed, "time", lambda self, algorithm, *_, **__: 90.0 if algorithm is None else 10.0 + abs(algorithm - 35)
+    )
+
+
+@pytest.mark.usefixtures("last_are_fastest")
+@pytest.mark.parametrize(("dtype", "fastest"), [(torch.float16, 33), (torch.bfloat16, 35)], ids=str)
+def test_they_are_not_tried_either(make_tuner, dtype, fastest):
+    tuner, library, _ = make_tuner()
+    choice = call(tuner, problems.activation_weight(128, 96, 160, dtype))
+    assert choice.sparse_algorithm == fastest
+    tried = {*library.products, *dict(choice.rejected)}
+    assert not tried & {34, 35} if dtype is torch.float16 else 35 in tried
+
+
+@pytest.mark.usefixtures("last_are_fastest")
+@pytest.mark.parametrize("source", ["disk", "shared", "shipped"])
+def test_a_choice_of_such_an_algorithm_is_ignored_and_that_is_said(make_tuner, caplog, source):
+    rows = [({"gpu": "Simulated", **FP16.bucket.key()}, chosen(35))] if source == "shipped" else []
+    tuner, library, _ = make_tuner(shipped=rows)
+    if source == "disk":
+        tuner._store.save(tuner.key(FP16, -1), chosen(35))
+    if source == "shared":
+        entry = {"key": tuner.key(FP16, -1), "choice": chosen(35).to_record()}
+        assert tuner.load_state({"schema": 1, "choices": [entry]}) == 1
+    choice = call(tuner, FP16)
+    assert choice.source == "tuned" and choice.sparse_algorithm not in (34, 35)
+    assert 35 not in library.products
+    assert "algorithm 35 is not among the 34 that the library offers for" in caplog.text
+
+
+def test_nothing_that_ships_names_an_algorithm_that_is_not_offered():
+    for key, choice in shipped():
+        if "b_order" in key and choice.sparse_algorithm is not None:
+            kind = key["dtype"], key["b_order"], key["d_order"]
+            assert choice.sparse_algorithm < (34 if kind == ("float16", "row", "column") else 36)
 
 
 def loaded(make_tuner, algorithm):

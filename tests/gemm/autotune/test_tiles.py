@@ -1,4 +1,4 @@
-"""What may end the context is not tried: short products, two algorithms for one kind; a crash while tuning is typed."""
+"""Products that are shorter than a kernel's tile are not tuned, and a crash while tuning is a typed error."""
 
 import json
 import logging
@@ -12,8 +12,7 @@ from semisparse.gemm import problem as problems
 from semisparse.gemm.autotune.algorithm import Choice
 from semisparse.gemm.autotune.autotuner import Autotuner
 from semisparse.gemm.autotune.store import Store, shipped, to_document
-from semisparse.gemm.autotune.tiles import NOT_TRIED, TILE, may_run, not_tuned
-from tests.gemm import simulated
+from semisparse.gemm.autotune.tiles import TILE, not_tuned
 from tests.gemm.simulated import SimulatedLibrary
 from tests.gemm.tuning import call
 
@@ -83,68 +82,6 @@ def test_a_capture_runs_the_default_for_a_short_product(make_tuner):
     assert call(tuner, SHORT).note == WHY
     with pytest.raises(EngineError, match="no algorithm has been chosen yet"):
         call(tuner, LONG)
-
-
-FP16 = problems.activation_weight(128, 96, 160, torch.float16)
-
-
-@pytest.fixture
-def last_are_fastest(timed, monkeypatch):
-    """All 36 algorithms are offered, and 35 is the fastest."""
-    monkeypatch.setattr(simulated, "ALGORITHMS", 36)
-    monkeypatch.setattr(
-        timed, "time", lambda self, algorithm, *_, **__: 90.0 if algorithm is None else 10.0 + abs(algorithm - 35)
-    )
-
-
-@pytest.mark.usefixtures("last_are_fastest")
-@pytest.mark.parametrize(("dtype", "chosen"), [(torch.float16, 33), (torch.bfloat16, 35)], ids=str)
-def test_two_algorithms_are_not_tried_for_fp16_from_row_into_column_order(make_tuner, dtype, chosen):
-    tuner, library, _ = make_tuner()
-    problem = problems.activation_weight(128, 96, 160, dtype)
-    assert (problem.b_order, problem.d_order) == ("row", "column")
-    choice = call(tuner, problem)
-    assert choice.sparse_algorithm == chosen
-    tried = {*library.products, *dict(choice.rejected)}
-    assert not tried & {34, 35} if dtype is torch.float16 else 35 in tried
-
-
-def test_other_kinds_of_products_keep_all_algorithms():
-    kinds = [
-        problems.forward(64, 96, 128, torch.float16),
-        problems.grad_input(64, 96, 128, torch.float16),
-        problems.activation_forward(64, 96, 128, torch.float16),
-        problems.sampled_weight(64, 96, 128, torch.float16),
-        problems.activation_weight(64, 96, 128, torch.bfloat16),
-    ]
-    for kind in kinds:
-        assert may_run(range(36), kind) == list(range(36))
-    assert may_run([35, 3, 34, 0], FP16) == [3, 0]
-    assert all(0 not in lost for lost in NOT_TRIED.values())  # the default, which runs where nothing is tuned
-
-
-@pytest.mark.parametrize("source", ["disk", "shared", "shipped"])
-@pytest.mark.usefixtures("last_are_fastest")
-def test_a_choice_of_such_an_algorithm_is_ignored_and_that_is_said(make_tuner, caplog, source):
-    lost = Choice(35, 35, 1.0, 2.0, "tuned")
-    rows = [({"gpu": "Simulated", **FP16.bucket.key()}, lost)] if source == "shipped" else []
-    tuner, library, _ = make_tuner(shipped=rows)
-    entry = tuner.key(FP16, -1), lost
-    if source == "disk":
-        tuner._store.save(*entry)
-    if source == "shared":
-        tuner.load_state(json.loads(json.dumps(to_document([entry]))))
-    choice = call(tuner, FP16)
-    assert choice.source == "tuned" and choice.sparse_algorithm not in (34, 35)
-    assert 35 not in library.products
-    assert "algorithm 35 is not among the 34 that may run for" in caplog.text
-
-
-def test_nothing_that_ships_names_such_an_algorithm():
-    for key, choice in shipped():
-        if "b_order" in key and choice.sparse_algorithm is not None:
-            lost = NOT_TRIED.get((getattr(torch, key["dtype"]), key["b_order"], key["d_order"]), frozenset())
-            assert choice.sparse_algorithm not in lost
 
 
 def crash(*given: object) -> None:

@@ -55,7 +55,7 @@ from semisparse.gemm.autotune.store import (
     shipped,
     to_document,
 )
-from semisparse.gemm.autotune.tiles import may_run, not_tuned
+from semisparse.gemm.autotune.tiles import not_tuned
 from semisparse.gemm.autotune.ways import SAMPLED, Way, Ways, faster_of
 from semisparse.gemm.chunks import CHUNK, can_be_cut, pieces, sized
 from semisparse.gemm.engine import Engine, engine
@@ -295,7 +295,7 @@ class Autotuner:
         return choice if choice is not None and self._offered(choice, problem, index) else None
 
     def _offered(self, choice: Choice, problem: Asked, index: int) -> bool:
-        """Whether what a choice names may run here; logs where it may not."""
+        """Whether the library offers what a choice names; logs where it does not."""
         decides: Decides = "sampling" if isinstance(problem, WeightGradient) else "algorithm"
         if choice.decides != decides:
             logger.warning("ignored a choice (source %r): it decides %r for %s", choice.source, choice.decides, problem)
@@ -307,13 +307,13 @@ class Autotuner:
         if choice.chunk is not None and can_be_cut(problem, choice.chunk):
             problem = sized(problem, choice.chunk)
         try:
-            offered, reason = may_run(self._engine.algorithms(problem, index), problem), ""
+            offered, reason = self._engine.algorithms(problem, index), ""
         except EngineError as error:
-            offered, reason = [], f": {one_line(error)}"
+            offered, reason = range(0), f": {one_line(error)}"
         if choice.sparse_algorithm in offered:
             return True
         logger.warning(
-            "ignored a choice (source %r): algorithm %d is not among the %d that may run for %s%s",
+            "ignored a choice (source %r): algorithm %d is not among the %d that the library offers for %s%s",
             choice.source, choice.sparse_algorithm, len(offered), problem, reason,
         )  # fmt: skip
         return False
@@ -335,7 +335,7 @@ class Autotuner:
         if isinstance(problem, WeightGradient):
             return SAMPLED
         try:
-            offered = may_run(self._engine.algorithms(problem, index), problem)
+            offered = self._engine.algorithms(problem, index)
         except EngineError as error:
             return _without_engine(one_line(error))
         return DEFAULT if DEFAULT.sparse_algorithm in offered else _without_engine("the library offers no algorithm")
@@ -363,7 +363,7 @@ class Autotuner:
         self._engine.runtime.wait(index)  # work that the caller has queued must not count
         elapsed = Stopwatch(self._clock)
         try:
-            algorithms = likely_first(may_run(self._engine.algorithms(problem, index), problem), problem.dtype)
+            algorithms = likely_first(self._engine.algorithms(problem, index), problem.dtype)
             whole_dense = None if dense is None else partial(dense, problem, operands)
             candidates = self._make_candidates(self._engine, problem, operands, whole_dense)
         except EngineError as error:
