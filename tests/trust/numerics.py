@@ -62,13 +62,48 @@ def shapes() -> list[Shape]:
 
 
 @dataclass
+class Errors:
+    """Errors of results, in units of PyTorch's.
+
+    Attributes:
+        unit: What they are compared with, in the name of the row.
+        largest: Of them; infinite for NaN.
+        checks: How many were compared.
+        faults: Results that are further off than they may be.
+    """
+
+    unit: str
+    largest: float = 0.0
+    checks: int = 0
+    faults: list[str] = field(default_factory=list)
+
+    def add(
+        self, ours: Sequence[Tensor], torchs: Sequence[Tensor | None], exacts: Sequence[Tensor | None], where: str
+    ) -> None:
+        """Compare the results of one step: ours, PyTorch's, and in fp64, with None for what is not compared."""
+        for name, mine, same, exact in zip(NAMES, ours, torchs, exacts, strict=False):
+            if same is None or exact is None:
+                continue
+            error, unit = largest(mine.double() - exact), own_error(same, exact)
+            ratio = error / unit if unit else error
+            self.checks += 1
+            self.largest = max(self.largest, ratio) if ratio == ratio else float("inf")
+            if not ratio <= ERROR_RATIO:
+                self.faults.append(f"{name} at {where}: {ratio:.3g}")
+
+    def rows(self, kind: str) -> list[Row]:
+        """As a line of the table, where something was compared; kind: the name of the kind of layer."""
+        what, size = f"{kind}: largest error, in units of {self.unit}", f"{self.checks} results"
+        return [Row("B1", what, size, self.largest, ERROR_RATIO, faults=self.faults)] if self.checks else []
+
+
+@dataclass
 class Tally:
     """What was found of one kind of layer."""
 
     case: Case
-    ratio: float = 0.0
-    checks: int = 0
-    faults: list[str] = field(default_factory=list)
+    errors: Errors = field(default_factory=lambda: Errors("PyTorch's"))
+    fast_errors: Errors = field(default_factory=lambda: Errors("PyTorch's with fast accumulation"))
     inexact: int = 0
     integers: int = 0
     inexact_faults: list[str] = field(default_factory=list)
@@ -111,9 +146,7 @@ def _tell(part: Part, done: int, of: int, tallies: Sequence[Tally]) -> None:
     rows = [Row("B1", "shapes", f"of {of}", done, min(WANTED // HALVES, of), "at least")]
     for tally in tallies:
         name = tally.case.name
-        if tally.checks:
-            what = f"{name}: largest error, in units of PyTorch's"
-            rows.append(Row("B1", what, f"{tally.checks} results", tally.ratio, ERROR_RATIO, faults=tally.faults))
+        rows += [*tally.errors.rows(name), *tally.fast_errors.rows(name)]
         rows += tally.noise.rows()
         if tally.integers:
             what, size = f"{name}: results of whole numbers that differ in a bit", f"{tally.integers} results"
@@ -144,15 +177,9 @@ def _check(machine: Machine, case: Case, shape: Shape, at: int, tally: Tally) ->
     ours = step(layer, x, dy)
     same, exacts = (list(one) for one in _yardstick(machine, case, layer, x, dy))
     _noise(tally.noise, layer, x, dy, where, ours, exacts, sparse=aligned)
-    for name, mine, torchs, exact in zip(NAMES, ours, same, exacts, strict=False):
-        if exact is None:
-            continue
-        error, allowed = largest(mine.double() - exact), ERROR_RATIO * own_error(torchs, exact)
-        ratio = ERROR_RATIO * error / allowed if allowed else error
-        tally.checks += 1
-        tally.ratio = max(tally.ratio, ratio) if ratio == ratio else float("inf")
-        if not ratio <= ERROR_RATIO:
-            tally.faults.append(f"{name} at {where}: {ratio:.3g}")
+    tally.errors.add(ours, same, exacts, where)
+    if case.fp8:
+        tally.fast_errors.add(ours, _fast_fp8(case, layer, x, dy), exacts, where)
     if case.sampled:
         return  # what is kept of a sample is scaled, so that it is no whole number
     fill(machine, layer, integers=True)
@@ -252,6 +279,33 @@ def _plain(
 
 def _mask(case: Case, weight: Tensor) -> Tensor:
     return masks.row(weight) if case.config.weight == "row" else masks.transposable(weight)
+
+
+def _fast_fp8(case: Case, layer: nn.Linear, x: Tensor, dy: Tensor) -> list[Tensor | None]:
+    """PyTorch's products of the same codes with use_fast_accum=True: partial sums stay in the tensor cores.
+
+    So do cuSPARSELt's. torchao's recipes take such products in the forward pass: users of fp8 know their error.
+    """
+    weight, bias = layer.weight.detach(), layer.bias
+    tokens, gradient = reference.quantised(x), reference.quantised(dy)
+    pruned = reference.quantised(weight, _mask(case, weight))
+    y = fast_product(tokens.values, pruned.values) * (tokens.scale * pruned.scale)
+    y = y if bias is None else y + bias.detach().float()
+    dx = fast_product(gradient.values, pruned.values.mT) * (gradient.scale * pruned.scale)
+    if case.sampled:
+        return [y.to(x.dtype), dx.to(x.dtype), None]
+    dw = fast_product(gradient.values.mT, tokens.values.mT) * (gradient.scale * tokens.scale)
+    return [y.to(x.dtype), dx.to(x.dtype), dw.to(weight.dtype)]
+
+
+def fast_product(left: Tensor, right: Tensor) -> Tensor:
+    """left right^T of numbers that e4m3 has, in fp32; padded to sizes that PyTorch takes."""
+    rows, columns = left.shape[0], right.shape[0]
+    padded = [F.pad(one, (0, -one.shape[1] % 16, 0, -one.shape[0] % 16)) for one in (left, right)]
+    first, second = (one.to(torch.float8_e4m3fn).contiguous() for one in padded)
+    one = torch.ones((), device=left.device)
+    wide = torch._scaled_mm(first, second.mT, one, one, out_dtype=torch.float32, use_fast_accum=True)
+    return wide[:rows, :columns]
 
 
 def _fp8_exact(case: Case, layer: nn.Linear, x: Tensor, dy: Tensor) -> list[Tensor | None]:

@@ -74,6 +74,22 @@ def test_numerics_hold_and_a_result_that_is_off_is_named(monkeypatch) -> None:
     assert all(fault.startswith("dx at M=24, K=64, N=32") for row in failed(tried) for fault in row.faults)
 
 
+def test_products_with_fast_accumulation_are_those_of_the_codes(monkeypatch) -> None:
+    left, right = (torch.randint(-4, 5, size).double() for size in ((13, 40), (7, 40)))
+    assert torch.equal(numerics.fast_product(left, right), (left @ right.mT).float())
+    monkeypatch.setattr(numerics, "IN_TURN", ("fp8 + 2:4 + mvue",))
+    tried = part()
+    numerics.run(machine(), tried, chosen=[SHAPE, (13, 96, 64)])
+    assert not failed(tried)
+    # y, dx and dW of two shapes, and no dW of a sample; db is no product of codes.
+    sizes = {row.what: row.size for row in tried.rows if "fast accumulation" in row.what}
+    assert list(sizes.values()) == ["6 results", "4 results"]
+    monkeypatch.setattr(numerics, "fast_product", lambda left, right: (left @ right.mT).float() * float("nan"))
+    tried = part()
+    numerics.run(machine(), tried, chosen=[SHAPE])
+    assert {row.what.split(", in units of ")[1] for row in failed(tried)} == {"PyTorch's with fast accumulation"}
+
+
 @pytest.mark.parametrize("name", numerics.FALLING_BACK)
 def test_layers_that_fall_back_are_right_and_say_so(name: str, monkeypatch) -> None:
     monkeypatch.setattr(numerics, "ALWAYS", ())
