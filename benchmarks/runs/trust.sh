@@ -13,8 +13,13 @@ trust() {
     step $((WITHIN + 30)) "trust-$1" "$PYTHON" -m tests.trust "$OUT/$1" --parts "$2" --within "$WITHIN" ${MORE:-${*:3}}
 }
 numerics() { trust numerics numerics; }
-rest() { trust rest numerics-2; }
-algorithms() { trust algorithms algorithms,determinism; }
+rest() { trust rest numerics-2,determinism; }
+# Side by side on one GPU, because the host is their limit.
+algorithms() {
+    local quarter
+    for quarter in algorithms algorithms-2 algorithms-3 algorithms-4; do trust $quarter $quarter & done
+    wait
+}
 sanitizer() { trust sanitizer sanitizer; }
 others() { trust others graphs,leaks,convergence; }
 soak() { trust soak soak --seconds 420; }

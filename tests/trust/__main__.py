@@ -63,7 +63,7 @@ def budgets(folder: Path) -> dict[str, Budget]:
     return {
         "numerics": _half(0),
         "numerics-2": _half(1),
-        "algorithms": Budget(400, 18, algorithms.run, partial(algorithms.run, every=10, repeats=5)),
+        **{"-".join(["algorithms", *([str(at + 1)] if at else [])]): _quarter(at) for at in range(algorithms.QUARTERS)},
         "determinism": Budget(
             90, 10, determinism.run, partial(determinism.run, runs=20, shapes=determinism.SHAPES[:1])
         ),
@@ -80,6 +80,12 @@ def _half(first: int) -> Budget:
     small = [shape for shape in numerics.shapes() if prod(shape) <= SMALL]  # a CPU takes minutes for one that is not
     cut = partial(numerics.run, every=20, first=first, chosen=small)
     return Budget(480, 10, partial(numerics.run, every=numerics.HALVES, first=first), cut)
+
+
+def _quarter(first: int) -> Budget:
+    """A quarter of the shapes and shipped choices of algorithms."""
+    cut = partial(algorithms.run, every=len(algorithms.SHAPES), first=first, repeats=5)
+    return Budget(400, 4, partial(algorithms.run, every=algorithms.QUARTERS, first=first), cut)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -30,6 +30,9 @@ REPEATS = 20
 WANTED = 40
 """Shapes that the plan asks for."""
 
+QUARTERS = 4
+"""Parts that share the shapes and the shipped choices. The host is the limit, so that they can share one GPU, too."""
+
 MOST_PROCESSES = 24
 """Each takes about 8 s to start."""
 
@@ -72,38 +75,44 @@ def kind_of(problem: Problem) -> tuple[object, ...]:
     return problem.dtype, problem.out_dtype, problem.b_order, problem.d_order
 
 
-def tasks_of(machine: Machine, every: int) -> list[Task]:
-    """All that is tried, the same in each process: what ships, what the autotuner would try, and what it would not.
-
-    Args:
-        machine: Where.
-        every: One shape in as many.
-    """
+def choices(machine: Machine) -> list[Task]:
+    """The choices that ship for this machine."""
     identity = {**machine.engine.runtime.identity(machine.index), "cusparselt": version_of(machine)}
-    here = [
+    return [
         Task(_problem(key), None, choice.sparse_algorithm)
         for key, choice in shipped()
         if "way" not in key
         and choice.sparse_algorithm is not None
         and all(identity.get(name) == key[name] for name in ("gpu", "cusparselt") if name in key)
     ]
+
+
+def tasks_of(machine: Machine, every: int, first: int) -> list[Task]:
+    """All that is tried, the same in each process: what ships, what the autotuner would try, and what it would not.
+
+    Args:
+        machine: Where.
+        every: One shape and one choice in as many.
+        first: The number of the first one.
+    """
     has_fp8 = not machine.cuda or torch.cuda.get_device_capability(machine.device) >= (8, 9)
     found = [
         Task(problem, at)
-        for at, shape in list(enumerate(SHAPES))[::every]
+        for at, shape in list(enumerate(SHAPES))[first::every]
         for problem in of_shape(at, shape)
         if problem.dtype is not FP8 or has_fp8
     ]
-    return here + sorted(found, key=lambda task: bool(not_tuned(task.problem)))
+    return choices(machine)[first::every] + sorted(found, key=lambda task: bool(not_tuned(task.problem)))
 
 
-def run(machine: Machine, part: Part, every: int = 1, repeats: int = REPEATS) -> None:
+def run(machine: Machine, part: Part, every: int = 1, first: int = 0, repeats: int = REPEATS) -> None:
     """Try all until the budget is spent.
 
     Args:
         machine: Where.
         part: Gets the rows.
-        every: One shape in as many.
+        every: One shape and one choice in as many.
+        first: The number of the first one.
         repeats: Of each algorithm.
 
     Raises:
@@ -113,10 +122,10 @@ def run(machine: Machine, part: Part, every: int = 1, repeats: int = REPEATS) ->
     verdict = machine.engine.available(machine.device)
     if not verdict.ok:
         raise NotHere(verdict.reason)
-    found = Found(machine, part, tasks_of(machine, every), repeats)
+    found = Found(machine, part, tasks_of(machine, every, first), repeats)
     part.details |= {"listed": found.listed, "lost": found.lost}
     with tempfile.TemporaryDirectory() as folder:
-        go_on = partial(_process, Path(folder) / "events", every) if machine.cuda else _here
+        go_on = partial(_process, Path(folder) / "events", every, first) if machine.cuda else _here
         begin: tuple[int, int] | None = (0, 0)
         while begin is not None and part.left() > 0:
             if found.processes == MOST_PROCESSES:
@@ -135,10 +144,10 @@ def _here(found: "Found", begin: tuple[int, int]) -> int | str:
     return walk(found.machine, found.tasks, begin, found.repeats, lambda: found.part.left() > 0, found.take)
 
 
-def _process(file: Path, every: int, found: "Found", begin: tuple[int, int]) -> int | str:
+def _process(file: Path, every: int, first: int, found: "Found", begin: tuple[int, int]) -> int | str:
     """In a process of its own; its exit code, or why it was ended."""
     file.write_bytes(b"")
-    options = [file, every, found.repeats, max(found.part.left() - 5.0, 1.0), *begin]
+    options = [file, every, first, found.repeats, max(found.part.left() - 5.0, 1.0), *begin]
     child = subprocess.Popen([*COMMAND, *map(str, options)], start_new_session=True)
     heard, silent = time.monotonic(), False
     try:
@@ -279,8 +288,8 @@ class Found:
             return Row("B2", what, size, len(faults), limit, "reported" if limit is None else "at most", faults)
 
         return [
-            Row("B2", "shapes, with all algorithms", f"of {len(of_shapes)}", len(whole), min(WANTED, len(of_shapes)),
-                "at least"),
+            Row("B2", "shapes, with all algorithms", f"of {len(of_shapes)}", len(whole),
+                min(WANTED // QUARTERS, len(of_shapes)), "at least"),
             row("algorithms that were wrong once or more, and are listed", names, None),
             row("listed algorithms that the autotuner's checks let pass", self.missed),
             row("products that the library refuses", self.refused, size=f"of {len(whole)} shapes"),
@@ -293,12 +302,12 @@ class Found:
         ]  # fmt: skip
 
     def _of_shipped(self) -> list[Row]:
-        here = [(at, task) for at, task in enumerate(self.tasks) if task.only is not None]
+        ship, here = choices(self.machine), [at for at, task in enumerate(self.tasks) if task.only is not None]
         known = {(kind_of(_problem(one["key"])), one["algorithm"]) for one in self.listed}
-        named = [f"{task.only} for {task.problem}" for _, task in here if (kind_of(task.problem), task.only) in known]
-        ran, wrong = sum(at in self.done for at, _ in here), self.wrong_shipped
+        named = [f"{task.only} for {task.problem}" for task in ship if (kind_of(task.problem), task.only) in known]
+        ran, wrong = sum(at in self.done for at in here), self.wrong_shipped
         return [
-            Row("B2", "shipped choices that name a listed algorithm", f"{len(here)} choices", len(named), faults=named),
+            Row("B2", "shipped choices that name a listed algorithm", f"{len(ship)} choices", len(named), faults=named),
             Row("B2", "shipped choices that were run", f"of {len(here)}", ran, len(here), "at least"),
             Row("B2", "shipped choices whose own product was wrong", f"{ran} choices, {self.repeats} runs each",
                 len(wrong), faults=wrong),

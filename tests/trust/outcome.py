@@ -20,7 +20,8 @@ MOST_RAISED = 50
 """Cases that may raise before a part ends: after some errors of CUDA all others do."""
 
 ITEMS = {
-    "numerics": "B1", "numerics-2": "B1", "algorithms": "B2", "determinism": "B3", "sanitizer": "B4", "graphs": "B5",
+    "numerics": "B1", "numerics-2": "B1", "algorithms": "B2", "algorithms-2": "B2", "algorithms-3": "B2",
+    "algorithms-4": "B2", "determinism": "B3", "sanitizer": "B4", "graphs": "B5",
     "leaks": "B7", "convergence": "B8", "soak": "C1",
 }  # fmt: skip
 """What each part is called in the plan."""

@@ -96,12 +96,12 @@ def test_too_many_of_one_product_and_too_many_at_all_are_said(here: Machine, mon
 
 
 def found(here: Machine) -> algorithms.Found:
-    return algorithms.Found(here, Part("algorithms", 60.0), algorithms.tasks_of(here, 1000), 1)
+    return algorithms.Found(here, Part("algorithms", 60.0), algorithms.tasks_of(here, 1000, 0), 1)
 
 
 def test_a_process_tells_of_all_tasks(tmp_path) -> None:
     own = found(Machine(torch.device("cpu")))
-    assert algorithms._process(tmp_path / "events", 1000, own, (0, 0)) == 0
+    assert algorithms._process(tmp_path / "events", 1000, 0, own, (0, 0)) == 0
     assert own.ended(0) is None
     assert own.done == set(range(len(own.tasks))) and not own.part.raised
 
@@ -117,7 +117,7 @@ def test_a_process_that_is_gone_or_silent_costs_the_algorithm_that_it_tried(
     monkeypatch.setattr(algorithms, "COMMAND", (sys.executable, "-c", program))
     monkeypatch.setattr(algorithms, "SILENCE", 1.0)
     own = found(here)
-    assert own.ended(algorithms._process(tmp_path / "events", 1000, own, (0, 0))) == (0, 5)
+    assert own.ended(algorithms._process(tmp_path / "events", 1000, 0, own, (0, 0))) == (0, 5)
     assert [(one["algorithm"], one["error"], one["problem"]) for one in own.lost] == [(7, why, str(TUNED))]
 
 
@@ -125,7 +125,7 @@ def test_a_process_that_never_begins_is_no_result(here: Machine, tmp_path, monke
     monkeypatch.setattr(algorithms, "COMMAND", (sys.executable, "-c", "raise SystemExit(3)"))
     own = found(here)
     with pytest.raises(RuntimeError, match="before it had begun: 3"):
-        own.ended(algorithms._process(tmp_path / "events", 1000, own, (0, 0)))
+        own.ended(algorithms._process(tmp_path / "events", 1000, 0, own, (0, 0)))
 
 
 def test_a_process_that_ends_between_two_products_blames_no_algorithm(here: Machine) -> None:

@@ -57,6 +57,33 @@ def test_the_halves_of_numerics_are_all_shapes_once(monkeypatch) -> None:
     assert sorted(seen) == sorted(numerics.shapes())
 
 
+def test_the_quarters_of_algorithms_are_all_shapes_and_choices_once(monkeypatch) -> None:
+    monkeypatch.setattr(algorithms, "shipped", lambda: [entry(0, rows) for rows in range(16, 176, 16)])
+    here, of = machine(), algorithms.QUARTERS
+    quarters = [algorithms.tasks_of(here, of, first) for first in range(of)]
+    assert sorted(map(str, (task for quarter in quarters for task in quarter))) == sorted(
+        map(str, algorithms.tasks_of(here, 1, 0))
+    )
+    found = [{task.shape for task in quarter} - {None} for quarter in quarters]
+    assert [len(shapes) for shapes in found] == [algorithms.WANTED // of] * of
+    taken = []
+    monkeypatch.setattr(algorithms, "run", lambda here, part, every, first: taken.append((every, first)))
+    for name, budget in budgets(Path()).items():
+        if name.startswith("algorithms"):
+            budget.whole(here, part())
+    assert taken == [(of, first) for first in range(of)]
+
+
+def test_long_sums_in_fp8_are_reported_apart(monkeypatch) -> None:
+    monkeypatch.setattr(numerics, "LONGEST", 32)
+    tried = part()
+    numerics.run(machine(), tried, chosen=[SHAPE])  # K is 64
+    sizes = {row.what: (row.size, row.rule) for row in tried.rows if row.what.startswith("fp8 + 2:4: largest")}
+    # dx sums over 32 and dW over 24 terms, y over 64.
+    assert list(sizes.values()) == [("2 results", "at most"), ("1 results", "reported"), ("3 results", "at most")]
+    assert not any("more than" in row.what for row in tried.rows if row.what.startswith("2:4"))
+
+
 def test_numerics_hold_and_a_result_that_is_off_is_named(monkeypatch) -> None:
     tried = part()
     numerics.run(machine(), tried, chosen=[SHAPE, (5, 20, 36)])

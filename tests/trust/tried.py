@@ -1,6 +1,8 @@
 """B2: algorithms of the library one after the other, each waited for; run in a process that one of them may end.
 
-python -m tests.trust.tried FILE EVERY REPEATS SECONDS TASK PLACE     goes on at that task, and that of its algorithms
+python -m tests.trust.tried FILE EVERY FIRST REPEATS SECONDS TASK PLACE
+
+It goes on at that task, and at that place among its algorithms.
 """
 
 import json
@@ -132,7 +134,7 @@ def passes(machine: Machine, problem: Problem, algorithm: int) -> bool:
     return fault is None
 
 
-def main(file: Path, every: int, repeats: int, seconds: float, task: int, place: int) -> int:
+def main(file: Path, every: int, first: int, repeats: int, seconds: float, task: int, place: int) -> int:
     """Go on at a task in this process; each event is a line of the file at once."""
     from tests.trust.algorithms import tasks_of
 
@@ -144,12 +146,12 @@ def main(file: Path, every: int, repeats: int, seconds: float, task: int, place:
             lines.write(json.dumps(event) + "\n")
             lines.flush()
 
-        found = tasks_of(machine, every)
+        found = tasks_of(machine, every, first)
         return walk(machine, found, (task, place), repeats, lambda: time.monotonic() < end, write)
 
 
 if __name__ == "__main__":
     apart.die_with_parent()
-    given = sys.argv[1:]
-    code = main(Path(given[0]), int(given[1]), int(given[2]), float(given[3]), int(given[4]), int(given[5]))
+    name, every, first, repeats, seconds, *at = sys.argv[1:]
+    code = main(Path(name), int(every), int(first), int(repeats), float(seconds), int(at[0]), int(at[1]))
     os._exit(code)  # what is freed at exit may wait for ever where the context is lost
