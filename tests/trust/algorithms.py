@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -135,6 +136,7 @@ def run(machine: Machine, part: Part, every: int = 1, first: int = 0, repeats: i
             found.last = {}
             code = go_on(found, begin)
             begin = found.ended(code)
+            part.details["slowest"] = found.slowest()
             part.renew(found.rows())
     part.renew(found.rows())
 
@@ -190,6 +192,8 @@ class Found:
         last: What the process said last.
         place: How many algorithms of its task it had tried before the one that it tries, and that one.
         begun: Numbers of the tasks that a process began.
+        seconds: Of each task, with the waiting for its process.
+        heard: When the last event came.
     """
 
     machine: Machine
@@ -209,6 +213,8 @@ class Found:
     last: Event = field(default_factory=dict)
     place: tuple[int, int | None] | None = None
     begun: set[int] = field(default_factory=set)
+    seconds: Counter[int] = field(default_factory=Counter)
+    heard: float = field(default_factory=time.monotonic)
 
     def take(self, event: Event) -> None:
         """One event of the process."""
@@ -216,6 +222,9 @@ class Found:
         if what == "end":
             return
         at, algorithm = event["task"], event.get("algorithm")
+        now = time.monotonic()
+        self.seconds[at] += now - self.heard
+        self.heard = now
         task = self.tasks[at]
         name = f"{algorithm} of {task.problem}"
         if what == "begin":
@@ -270,6 +279,10 @@ class Found:
             self.cut.append(str(task.problem))
         self.done.add(at)
         return (at + 1, 0) if at + 1 < len(self.tasks) else None
+
+    def slowest(self, most: int = 10) -> dict[str, float]:
+        """Seconds of the problems that took the longest, by name."""
+        return {str(self.tasks[at].problem): round(seconds, 2) for at, seconds in self.seconds.most_common(most)}
 
     def rows(self) -> list[Row]:
         """As lines of the table."""

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.origin import origin
+from tests.trust.outcome import ITEMS
 
 RECORD = Path(__file__).with_name("record.json")
 NONE = "No run on a GPU is recorded yet."
@@ -20,6 +21,9 @@ def merged(record: Document | None, runs: Sequence[Document]) -> Document:
         record: What there is; None for nothing.
         runs: As `python -m tests.trust` writes them. Quick ones are refused: their sizes say little.
 
+    Returns:
+        The parts in the order of the suite.
+
     Raises:
         ValueError: A run is no whole run of this suite.
     """
@@ -28,7 +32,8 @@ def merged(record: Document | None, runs: Sequence[Document]) -> Document:
         if run.get("kind") != "trust" or run.get("quick") is not False:
             raise ValueError(f"kind {run.get('kind')!r}, quick {run.get('quick')!r}: no whole run of the trust suite")
         parts |= {part["name"]: {**_ended(part), "provenance": run["provenance"]} for part in run["parts"]}
-    return {"kind": "trust", "parts": list(parts.values())}
+    order = list(ITEMS)
+    return {"kind": "trust", "parts": sorted(parts.values(), key=lambda part: order.index(part["name"]))}
 
 
 def _ended(part: Document) -> Document:

@@ -128,6 +128,16 @@ def test_a_process_that_never_begins_is_no_result(here: Machine, tmp_path, monke
         own.ended(algorithms._process(tmp_path / "events", 1000, 0, own, (0, 0)))
 
 
+def test_what_takes_long_is_named(here: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    own, seconds = found(here), iter((1.0, 5.0, 7.0, 7.5))
+    own.heard = 0.0
+    monkeypatch.setattr(algorithms.time, "monotonic", lambda: next(seconds))
+    for at, what in ((0, "begin"), (0, "done"), (1, "begin"), (1, "done")):
+        own.take({"what": what, "task": at})
+    assert own.slowest() == {str(TUNED): 5.0, str(SHORT): 2.5}
+    assert own.slowest(1) == {str(TUNED): 5.0}
+
+
 def test_a_process_that_ends_between_two_products_blames_no_algorithm(here: Machine) -> None:
     own = found(here)
     for event in ({"what": "begin"}, {"what": "try", "place": 5, "algorithm": 5}, {"what": "done"}):

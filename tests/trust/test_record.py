@@ -58,8 +58,10 @@ def run_of(*parts: str, quick: bool = False) -> report.Document:
 def test_runs_of_single_parts_make_one_record() -> None:
     later = run_of("soak")
     later["parts"][0]["outcome"] = "raised"
-    record = report.merged(report.merged(None, [run_of("numerics", "soak")]), [later])
-    assert [(part["name"], part["outcome"]) for part in record["parts"]] == [("numerics", "done"), ("soak", "raised")]
+    record = report.merged(report.merged(None, [run_of("soak", "numerics-2")]), [run_of("numerics"), later])
+    assert [(part["name"], part["outcome"]) for part in record["parts"]] == [
+        ("numerics", "done"), ("numerics-2", "done"), ("soak", "raised"),
+    ]  # fmt: skip
     shown = report.table(record)
     assert "| B1 | shapes | of 330 | 330 | at least 300 | yes |" in shown
     assert "- soak: raised" in shown and "One NVIDIA H100 80GB HBM3, torch 1" in shown
