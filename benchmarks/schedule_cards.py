@@ -13,7 +13,7 @@ Result = dict[str, Any]
 
 FOLDER = RESULTS / "llama-linux"
 CARD = CARDS / "llama-linux-schedules.md"
-MISSING = "Not measured yet: `bash benchmarks/runs/llama_linux.sh OUT study`."
+MISSING = "Not measured yet: `TOKENS=linux-tokens bash benchmarks/runs/llama_linux.sh OUT study`."
 
 
 @cache
@@ -34,6 +34,6 @@ def block(folder: Path = FOLDER) -> str:
     main, variations = study(folder)
     if not variations:
         return MISSING
-    results = [run for variation in variations for run in variation.results]
-    where = f"Measured on {origin(results)}. The card: [{CARD.stem}](../benchmarks/cards/{CARD.name})."
+    measured = origin(schedule_study.shown_runs(main, variations))
+    where = f"Measured on {measured}. The card: [{CARD.stem}](../benchmarks/cards/{CARD.name})."
     return "\n\n".join([schedule_study.explanation(variations), schedule_study.tables(main, variations), where])

@@ -11,8 +11,9 @@ from benchmarks.store import CARDS, RESULTS, load
 from semisparse_lab.report import time_to_loss_card
 from semisparse_lab.report.cards import machine, origin
 from semisparse_lab.report.rates import load_rates, rates
+from semisparse_lab.report.time_to_loss import at_end, by_budget, final_test
 from semisparse_lab.report.time_to_loss_curves import curves
-from semisparse_lab.report.time_to_loss_tables import diverged, summary
+from semisparse_lab.report.time_to_loss_tables import diverged, share, summary
 from semisparse_lab.report.timed_document import Document, load_timed
 
 NAME = "llama-linux"
@@ -65,12 +66,12 @@ def front(found: Sequence[Document], small: str, fallback: str) -> str:
     first = found[0]["settings"]
     model, dense = first["model"], [run for run in found if not run["order"] and run["finished"]]
     lasted = f" ({statistics.fmean(run['seconds'] for run in dense):,.0f} s)" if dense else ""
-    share = f"{first['sparse_fraction']:.0%}"
+    sparse = f"{first['sparse_fraction']:.0%}"
     intro = (
         f"A Llama-style decoder of width {model['width']:,}, hidden width {model['hidden']:,} and depth "
         f"{model['depth']}, trained on the source of Linux with the same batches and settings in each row. Dense bf16 "
         f"takes {first['steps']:,} steps of {found[0]['tokens_per_step']:,} tokens{lasted}; the others train on as "
-        f"many tokens, and in other runs for as many seconds. The 2:4 rows are sparse for {share} of "
+        f"many tokens, and in other runs for as many seconds. The 2:4 rows are sparse for {sparse} of "
         "their steps, then dense. [How, and each run](docs/accuracy.md#time-to-loss)."
     )
     picture = f"![{ALT}](benchmarks/cards/{NAME}.png)"
@@ -78,8 +79,17 @@ def front(found: Sequence[Document], small: str, fallback: str) -> str:
         f"*Equal tokens* is read at the end, on {first['final_windows']:,} windows of the validation set; *equal "
         f"seconds* and the picture are read on the way, on the first {first['score_windows']:,}."
     )
-    note = " ".join(filter(None, [diverged(found), NOTE, windows, f"Measured on {gpus(found)}."]))
+    note = " ".join(filter(None, [diverged(found), NOTE, windows, on_test(found), f"Measured on {gpus(found)}."]))
     return "\n\n".join(filter(None, [HEADING, intro, picture, summary(found), note, small]))
+
+
+def on_test(found: Sequence[Document]) -> str:
+    """The ends of equal tokens on the test set beside dense bf16, in a sentence; nothing without them."""
+    arms = by_budget(found).get("tokens", [])
+    dense = next((arm for arm in arms if not arm.order and arm.runs), None)
+    pairs = [] if dense is None else [(arm, at_end(arm, dense, final_test)) for arm in arms if arm is not dense]
+    told = [f"{arm.name} {share(compared)}" for arm, compared in pairs if compared.seeds]
+    return f"At equal tokens, on the test set: {', '.join(told)}." if told else ""
 
 
 def gpus(found: Sequence[Document]) -> str:

@@ -40,6 +40,7 @@ study) # a folder for each schedule, because files of one folder share their set
         echo "study-$name-$arm [ \$LEFT -ge $NEEDS ] || { echo \$LEFT s are left, too few; exit 0; };" \
             "$RUN --out $OUT/study-$name --arms $arm --seeds $SEED --steps $STEPS --lr $LR $options"
     done <<END
+repeat      fp8-24
 share-0.5   fp8-24  --sparse-fraction 0.5
 share-0.85  fp8-24  --sparse-fraction 0.85
 hold-0      bf16    --hold 0

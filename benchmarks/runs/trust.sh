@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The trust suite: OUT/STREAM/trust.json of each stream, of which each takes up to nine minutes of one GPU. On four GPUs:
+# The trust suite: OUT/STREAM/trust.json of each stream, of which each takes up to nine minutes of one GPU; the four parts
+# of algorithms have a folder each. On four GPUs:
 #
 #     bash benchmarks/runs/trust.sh OUT; bash benchmarks/runs/trust.sh OUT others soak
 #
@@ -14,7 +15,7 @@ trust() {
 }
 numerics() { trust numerics numerics; }
 rest() { trust rest numerics-2,determinism; }
-# Side by side on one GPU, because the host is their limit.
+# Side by side on one GPU, which none of them fills.
 algorithms() {
     local quarter
     for quarter in algorithms algorithms-2 algorithms-3 algorithms-4; do trust $quarter $quarter & done

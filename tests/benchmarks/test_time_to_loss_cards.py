@@ -38,7 +38,9 @@ def test_any_set_of_runs_fills_card_and_pages_and_fits_them(with_runs: list[dict
         "](../benchmarks/cards/llama-linux.png)" in docs
         and "\n| arm | bar, at equal | figure (p) | seeds | |\n" in docs
     )
-    assert "| fp8 + 2:4 | tokens: at most 0.3% above dense bf16 |" in outputs[store.CARDS / "llama-linux.md"]
+    assert (
+        "| fp8 + 2:4 | tokens: at most 0.3% above dense bf16 (validation) |" in outputs[store.CARDS / "llama-linux.md"]
+    )
     assert "| of the runs |" in docs and time_to_loss_cards.MISSING not in docs
     made_blocks = cards.blocks()
     for name in ("accuracy", "llama-linux", "llama-linux-rates"):
@@ -61,6 +63,14 @@ def test_without_runs_readme_keeps_the_small_models_and_the_page_says_what_is_mi
     assert not list(tmp_path.iterdir())
     time_to_loss_cards.write(RUNS["partial"])
     assert (tmp_path / "llama-linux.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_readme_has_the_ends_on_the_test_set() -> None:
+    text = {part: {"nats_per_token": 2.0, "bits_per_byte": 2.0, "bytes": 1} for part in ("validation", "test")}
+    further = {**text, "test": {**text["test"], "bits_per_byte": 2.02}}
+    found = [made("bf16", 0, **text), made("fp8-24", 0, **further)]
+    assert time_to_loss_cards.on_test(found) == "At equal tokens, on the test set: fp8 + 2:4 +1.00 %."
+    assert time_to_loss_cards.on_test(found[:1]) == time_to_loss_cards.on_test(found[1:]) == ""
 
 
 def test_the_pages_have_the_places() -> None:

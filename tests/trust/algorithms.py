@@ -32,7 +32,7 @@ WANTED = 40
 """Shapes that the plan asks for."""
 
 QUARTERS = 4
-"""Parts that share the shapes and the shipped choices. The host is the limit, so that they can share one GPU, too."""
+"""Parts that share the shapes, each with as many of either 16-bit dtype, and the shipped choices."""
 
 MOST_PROCESSES = 24
 """Each takes about 8 s to start."""
@@ -93,15 +93,13 @@ def tasks_of(machine: Machine, every: int, first: int) -> list[Task]:
 
     Args:
         machine: Where.
-        every: One shape and one choice in as many.
+        every: One pair of shapes and one choice in as many.
         first: The number of the first one.
     """
+    pairs = (at for at in range(len(SHAPES)) if at // 2 % every == first)  # dtypes change from shape to shape
     has_fp8 = not machine.cuda or torch.cuda.get_device_capability(machine.device) >= (8, 9)
     found = [
-        Task(problem, at)
-        for at, shape in list(enumerate(SHAPES))[first::every]
-        for problem in of_shape(at, shape)
-        if problem.dtype is not FP8 or has_fp8
+        Task(problem, at) for at in pairs for problem in of_shape(at, SHAPES[at]) if problem.dtype is not FP8 or has_fp8
     ]
     return choices(machine)[first::every] + sorted(found, key=lambda task: bool(not_tuned(task.problem)))
 
@@ -112,7 +110,7 @@ def run(machine: Machine, part: Part, every: int = 1, first: int = 0, repeats: i
     Args:
         machine: Where.
         part: Gets the rows.
-        every: One shape and one choice in as many.
+        every: One pair of shapes and one choice in as many.
         first: The number of the first one.
         repeats: Of each algorithm.
 

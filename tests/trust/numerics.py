@@ -303,14 +303,15 @@ def _mask(case: Case, weight: Tensor) -> Tensor:
 def _fast_fp8(case: Case, layer: nn.Linear, x: Tensor, dy: Tensor) -> list[Tensor | None]:
     """PyTorch's products of the same codes with use_fast_accum=True: partial sums stay in the tensor cores.
 
-    So do cuSPARSELt's. torchao's recipes take such products in the forward pass: users of fp8 know their error.
+    So do cuSPARSELt's. They are rounded where the layer's are, before and after the bias. torchao's recipes take such
+    products in the forward pass: users of fp8 know their error.
     """
     weight, bias = layer.weight.detach(), layer.bias
     tokens, gradient = reference.quantised(x), reference.quantised(dy)
-    pruned = reference.quantised(weight, _mask(case, weight))
-    y = fast_product(tokens.values, pruned.values) * (tokens.scale * pruned.scale)
+    pruned, sums = reference.quantised(weight, _mask(case, weight)), reference.fp8_sums(dy.dtype)
+    y = fast_product(tokens.values, pruned.values).to(sums).float() * (tokens.scale * pruned.scale)
     y = y if bias is None else y + bias.detach().float()
-    dx = fast_product(gradient.values, pruned.values.mT) * (gradient.scale * pruned.scale)
+    dx = fast_product(gradient.values, pruned.values.mT).to(sums).float() * (gradient.scale * pruned.scale)
     if case.sampled:
         return [y.to(x.dtype), dx.to(x.dtype), None]
     dw = fast_product(gradient.values.mT, tokens.values.mT) * (gradient.scale * tokens.scale)

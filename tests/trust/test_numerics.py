@@ -50,6 +50,21 @@ def test_products_with_fast_accumulation_are_those_of_the_codes(monkeypatch) -> 
     assert {row.what.split(", in units of ")[1] for row in failed(tried)} == {"PyTorch's with fast accumulation"}
 
 
+def test_fast_products_are_rounded_where_those_of_the_layer_are() -> None:
+    """Whole numbers, whose sums are exact: any other bit would come from rounding once more or less."""
+    case = numerics.cases(machine(), ["fp8 + 2:4"])[0]
+    layer = numerics.make_layer(machine(), case, 64, 32, True, "dense")
+    with torch.no_grad():
+        layer.weight.copy_(torch.randint(-300, 301, (32, 64)))
+        layer.bias.copy_(torch.randn(32) * 1000)
+    x, dy = (torch.randint(-300, 301, size).bfloat16() for size in ((48, 64), (48, 32)))
+    right = numerics.step(layer, x, dy)
+    found = numerics._fast_fp8(case, layer, x, dy)
+    assert all(torch.equal(one, other) for one, other in zip(found, right, strict=False))
+    once, *_ = numerics._fp8_exact(case, layer, x, dy)
+    assert not torch.equal(once.bfloat16(), right[0])
+
+
 @pytest.mark.parametrize("name", numerics.FALLING_BACK)
 def test_layers_that_fall_back_are_right_and_say_so(name: str, monkeypatch) -> None:
     monkeypatch.setattr(numerics, "ALWAYS", ())

@@ -66,6 +66,7 @@ def test_the_quarters_of_algorithms_are_all_shapes_and_choices_once(monkeypatch)
     )
     found = [{task.shape for task in quarter} - {None} for quarter in quarters]
     assert [len(shapes) for shapes in found] == [algorithms.WANTED // of] * of
+    assert [sum(shape % 2 for shape in shapes) for shapes in found] == [algorithms.WANTED // of // 2] * of  # fp16
     taken = []
     monkeypatch.setattr(algorithms, "run", lambda here, part, every, first: taken.append((every, first)))
     for name, budget in budgets(Path()).items():

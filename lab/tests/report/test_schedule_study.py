@@ -6,7 +6,7 @@ import pytest
 
 from lab.tests.made_timed import made, write
 from semisparse_lab.errors import DataError
-from semisparse_lab.report.schedule_study import explanation, load_study, tables, write_study
+from semisparse_lab.report.schedule_study import explanation, load_study, shown_runs, tables, write_study
 from semisparse_lab.report.timed_document import load_timed
 
 SETTINGS = {"sparse_fraction": 0.7, "dense_start": 0.0, "steps": 10, "train": {"lr": 1, "hold_fraction": 0.67}}
@@ -77,6 +77,18 @@ def test_the_spread_over_the_main_arms_seeds_stands_below(tmp_path: Path) -> Non
     alone = [one for one in main if one["seed"] == 0]
     assert "has no second seed" in tables(alone, load_study(folder, main))
     assert "Each variation has one seed (0)" in explanation(load_study(folder, main))
+
+
+def test_another_run_of_the_same_settings_says_so_and_all_runs_shown_are_named(tmp_path: Path) -> None:
+    folder = main_runs(tmp_path)
+    write(folder / "study-repeat", run("fp8-24", 2.04))
+    assert rows(folder)["fp8-24", "repeat"]["changed"] == "nothing: another run"
+    main = load_timed(folder)
+    shown = shown_runs(main, load_study(folder, main))
+    assert [(one["arm"], one["seed"], one["budget"]) for one in shown] == [
+        ("fp8-24", 0, "tokens"), ("bf16", 0, "tokens"), ("bf16", 1, "tokens"), ("fp8-24", 0, "tokens"),
+        ("fp8-24", 1, "tokens"),
+    ]  # fmt: skip
 
 
 def test_dense_runs_are_those_of_the_same_course_of_the_learning_rate(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from semisparse_lab.errors import OutputExistsError
 from semisparse_lab.studies import llama_linux_runs
 from semisparse_lab.studies.llama_linux import Arm, arms, chosen_arms, numbers, settings, train_arm
 from semisparse_lab.studies.llama_linux_runs import jobs, listed, measure, run_jobs
+from semisparse_lab.train import float8
 
 SETTINGS = settings("cpu", small=True, steps=10)
 
@@ -56,10 +57,22 @@ def test_torchao_changes_the_process_and_no_other_arm_follows_it(
 ) -> None:
     said, dense, float8 = list[str](), *arms()[:2]
     monkeypatch.setattr(llama_linux_runs, "_run", lambda job, *_: True)
+    monkeypatch.setattr(llama_linux_runs, "float8_missing", str)
     compiled = replace(SETTINGS, compiled=True)
     todo = jobs([dense, float8], [0, 1], "tokens", compiled, tokens, tmp_path)
     assert run_jobs(todo, compiled, tokens, say=said.append) == [todo[0].path, todo[1].path, todo[3].path]
     assert len(said) == 1 and "call again" in said[0]
+
+
+def test_without_torchao_its_arm_is_not_started_and_the_others_are(
+    tokens: TokenSets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = list[str]()
+    monkeypatch.setattr(float8.importlib.util, "find_spec", lambda name: None)
+    todo = jobs(arms()[:3], [0], "tokens", SETTINGS, tokens, tmp_path)
+    assert run_jobs(todo, SETTINGS, tokens, say=said.append) == [todo[0].path, todo[2].path]
+    (line,) = [line for line in said if "not started" in line]
+    assert line.startswith(todo[1].name) and line.endswith(f"torchao is not installed: {float8.INSTALL}")
 
 
 def test_arms_differ_in_precision_and_sparse_products_alone() -> None:

@@ -48,6 +48,7 @@ def llama_linux(
         from semisparse_lab.data.tokens import load_tokens
         from semisparse_lab.studies import llama_linux as study
         from semisparse_lab.studies import llama_linux_runs as runs
+        from semisparse_lab.train.float8 import missing
 
         chosen = study.settings(
             device.value, small=small, steps=steps, lr=lr, hold=hold, layers=layers,
@@ -58,6 +59,9 @@ def llama_linux(
         if time_only is not None:
             ready = elapsed()
             for arm in sorted(found, key=lambda arm: arm.float8):  # torchao changes how a process compiles
+                if arm.float8 and (reason := missing()):
+                    typer.echo(f"{arm.title}: not timed, {reason}")
+                    continue
                 kept.append(runs.measure(arm, time_only, chosen, tokens, out, ready, typer.echo))
             return
         todo = runs.jobs(found, study.numbers(seeds), budget.value, chosen, tokens, out)

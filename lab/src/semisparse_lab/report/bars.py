@@ -29,7 +29,7 @@ def bars(results: Sequence[Document]) -> str:
     for order in sorted({*tokens, *seconds} - set(range(REFERENCES))):
         for place, (what, group) in enumerate(
             (
-                (f"tokens: at most {LOSS:.1%} above dense bf16", tokens),
+                (f"tokens: at most {LOSS:.1%} above dense bf16 (validation)", tokens),
                 (f"seconds: below dense bf16, p < {SURE}", seconds),
                 (f"seconds: below torchao float8, p < {SURE}", seconds),
             )

@@ -68,7 +68,8 @@ def _changed(path: Path, base: Document, settings: Document) -> str:
                 f"{path} has {name}={shown(ours.get(name))}, the main runs {shown(theirs.get(name))}: a variation may "
                 f"differ in {', '.join(VARIED)} alone; train it again or move it away"
             )
-    return ", ".join(f"`{name}` {_text(theirs.get(name))} → {_text(ours.get(name))}" for name in names)
+    changed = ", ".join(f"`{name}` {_text(theirs.get(name))} → {_text(ours.get(name))}" for name in names)
+    return changed or "nothing: another run"
 
 
 def _text(value: Any) -> str:
@@ -183,17 +184,25 @@ def _spread_of(base: ArmRuns, dense: dict[float, ArmRuns]) -> str:
     return f"{said}; {against} to dense." if against else f"{said}."
 
 
+def shown_runs(main: Sequence[Document], study: Sequence[Variation]) -> list[Document]:
+    """The runs that the tables are made of: the variations, and the main runs beside them, dense bf16 among these."""
+    varied = [run for variation in study for run in variation.results]
+    arms = {run["arm"] for run in varied}
+    return [*varied, *(run for run in main if run["budget"] == "tokens" and (run["arm"] in arms or not run["order"]))]
+
+
 def explanation(study: Sequence[Variation]) -> str:
     """How to read the tables."""
     seeds = sorted({run["seed"] for variation in study for run in variation.results})
     single = "Each variation has one seed" if len(seeds) == 1 else "Variations have few seeds"
     return (
         f"{single} ({', '.join(map(str, seeds))}), so that a difference can be chance. Below each table stands how "
-        "much the main arm differs over its seeds, and its difference to dense; the latter is of runs with equal "
-        "weights and batches, as those in the table are. *to main* is against the arm of the main runs, *to dense* "
-        "against dense bf16 with the same course of the learning rate; both are of validation bits per byte at the end "
-        "of runs of equal tokens, negative is better. Seconds are of pure training, without compiling and scoring; "
-        "*dense's / its*, above 1 where the arm is faster, is left out where the two ran on different GPUs."
+        "much the main arm differs over its seeds, and its difference to dense. Runs of one seed begin with equal "
+        "weights and have equal batches, but are not repeated bit for bit: their losses part within the first steps, "
+        "those of equal schedules, too. *to main* is against the arm of the main runs, *to dense* against dense bf16 "
+        "with the same course of the learning rate; both are of validation bits per byte at the end of runs of equal "
+        "tokens, negative is better. Seconds are of pure training, without compiling and scoring; *dense's / its*, "
+        "above 1 where the arm is faster, is left out where the two ran on different GPUs."
     )
 
 
@@ -204,15 +213,14 @@ def card(main: Sequence[Document], study: Sequence[Variation]) -> str:
         main: The main runs.
         study: Its variations, at least one.
     """
-    every = [run for variation in study for run in variation.results]
     return "\n\n".join(
         [
             f"# Schedules: {main[0]['title']}",
             explanation(study),
             tables(main, study),
-            f"Measured on {origin(every)}.",
-            "Remake: `semisparse-lab data linux`, then `benchmarks/runs/llama_linux.sh OUT runs` and `... OUT study`; "
-            "`semisparse-lab card OUT`.\n",
+            f"Measured on {origin(shown_runs(main, study))}.",
+            "Remake: `semisparse-lab data linux`, then `TOKENS=linux-tokens bash benchmarks/runs/llama_linux.sh OUT "
+            "runs` and the same with `OUT study`; `semisparse-lab card OUT`.\n",
         ]
     )
 

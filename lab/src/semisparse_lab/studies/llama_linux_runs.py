@@ -19,6 +19,7 @@ from semisparse_lab.strict_json import read
 from semisparse_lab.studies.llama_linux import NAME, TITLE, Arm, Budget, Ended, Settings, train_arm
 from semisparse_lab.studies.llama_linux import arms as every_arm
 from semisparse_lab.tasks.next_token import NextToken
+from semisparse_lab.train.float8 import missing as float8_missing
 from semisparse_lab.train.results import PeakMemory
 from semisparse_lab.train.timed import TimedRun
 
@@ -190,7 +191,7 @@ def run_jobs(
 
     While a run trains, PATH.partial has what it has so far. A run that is predicted to take longer than is left is not
     started, and one whose time is up stops; its partial file stays. torchao changes how a process compiles, so that
-    after its arm no other one is started.
+    after its arm no other one is started. Where torchao is not installed its arm is not started.
 
     Args:
         todo: The runs, in order.
@@ -208,6 +209,8 @@ def run_jobs(
         elif seconds <= 0 or (job.seconds is not None and job.seconds > seconds):
             takes = "" if job.seconds is None else f", it takes about {job.seconds:.0f} s"
             say(f"{job.name}: not started, {max(0.0, seconds):.0f} s are left{takes}")
+        elif job.arm.float8 and (reason := float8_missing()):
+            say(f"{job.name}: not started, {reason}")
         elif changed and not job.arm.float8:
             say(f"{job.name}: not started, torchao has changed how this process compiles; call again")
         else:

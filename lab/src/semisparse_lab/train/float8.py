@@ -4,6 +4,7 @@ torchao is not among the packages that the lab needs. It is imported only where 
 """
 
 import importlib
+import importlib.util
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -17,6 +18,14 @@ from semisparse.errors import ConfigError
 
 INSTALL = "pip install torchao==0.18.0"
 RECIPE = "tensorwise"
+
+
+def missing() -> str:
+    """Why this process cannot train in torchao's float8: empty where it can. It does not import torchao.
+
+    torchao changes how a process compiles, so that arms without it must not share a process with its import.
+    """
+    return "" if importlib.util.find_spec("torchao") else f"torchao is not installed: {INSTALL}"
 
 
 class MaskedFloat8Linear(SemiSparseLinear):
