@@ -11,9 +11,9 @@ from benchmarks.store import CARDS, RESULTS, load
 from semisparse_lab.report import time_to_loss_card
 from semisparse_lab.report.cards import machine, origin
 from semisparse_lab.report.rates import load_rates, rates
-from semisparse_lab.report.time_to_loss import at_end, by_budget, final_test
+from semisparse_lab.report.time_to_loss import by_budget, final_test
 from semisparse_lab.report.time_to_loss_curves import curves
-from semisparse_lab.report.time_to_loss_tables import diverged, share, summary
+from semisparse_lab.report.time_to_loss_tables import diverged, ends, summary
 from semisparse_lab.report.timed_document import Document, load_timed
 
 NAME = "llama-linux"
@@ -87,8 +87,7 @@ def on_test(found: Sequence[Document]) -> str:
     """The ends of equal tokens on the test set beside dense bf16, in a sentence; nothing without them."""
     arms = by_budget(found).get("tokens", [])
     dense = next((arm for arm in arms if not arm.order and arm.runs), None)
-    pairs = [] if dense is None else [(arm, at_end(arm, dense, final_test)) for arm in arms if arm is not dense]
-    told = [f"{arm.name} {share(compared)}" for arm, compared in pairs if compared.seeds]
+    told = [] if dense is None else ends(arms, dense, final_test)
     return f"At equal tokens, on the test set: {', '.join(told)}." if told else ""
 
 

@@ -177,6 +177,7 @@ class Found:
         part: Whose cases the tasks are.
         tasks: All.
         repeats: Of each algorithm.
+        ship: The choices that ship, of which the tasks have a share.
         done: Numbers of the tasks that are done.
         products: That ran.
         listed: Algorithms that were wrong once or more.
@@ -198,6 +199,7 @@ class Found:
     part: Part
     tasks: list[Task]
     repeats: int
+    ship: list[Task] = field(init=False)
     done: set[int] = field(default_factory=set)
     products: int = 0
     listed: list[dict[str, Any]] = field(default_factory=list)
@@ -213,6 +215,9 @@ class Found:
     begun: set[int] = field(default_factory=set)
     seconds: Counter[int] = field(default_factory=Counter)
     heard: float = field(default_factory=time.monotonic)
+
+    def __post_init__(self) -> None:
+        self.ship = choices(self.machine)
 
     def take(self, event: Event) -> None:
         """One event of the process."""
@@ -313,12 +318,13 @@ class Found:
         ]  # fmt: skip
 
     def _of_shipped(self) -> list[Row]:
-        ship, here = choices(self.machine), [at for at, task in enumerate(self.tasks) if task.only is not None]
+        here = [at for at, task in enumerate(self.tasks) if task.only is not None]
         known = {(kind_of(_problem(one["key"])), one["algorithm"]) for one in self.listed}
-        named = [f"{task.only} for {task.problem}" for task in ship if (kind_of(task.problem), task.only) in known]
+        named = [f"{task.only} for {task.problem}" for task in self.ship if (kind_of(task.problem), task.only) in known]
         ran, wrong = sum(at in self.done for at in here), self.wrong_shipped
         return [
-            Row("B2", "shipped choices that name a listed algorithm", f"{len(ship)} choices", len(named), faults=named),
+            Row("B2", "shipped choices that name a listed algorithm", f"{len(self.ship)} choices", len(named),
+                faults=named),
             Row("B2", "shipped choices that were run", f"of {len(here)}", ran, len(here), "at least"),
             Row("B2", "shipped choices whose own product was wrong", f"{ran} choices, {self.repeats} runs each",
                 len(wrong), faults=wrong),

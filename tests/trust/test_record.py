@@ -158,4 +158,7 @@ def test_the_parts_are_those_of_the_plan(tmp_path: Path) -> None:
         "sanitizer",
         "soak",
     ]
-    assert sum(budget.quick for budget in parts.values()) < 130
+    assert program.usual(quick=False) == list(parts)
+    quick = program.usual(quick=True)
+    assert set(parts) - set(quick) == {"algorithms-2", "algorithms-3", "algorithms-4"}
+    assert sum(parts[name].quick for name in quick) < 90

@@ -114,17 +114,25 @@ def elsewhere(arms: Sequence[ArmRuns], reference: ArmRuns) -> str:
         arms: Of one budget.
         reference: One of them, with runs.
     """
-    told = []
-    for arm in arms:
-        pairs = [at_end(arm, reference, read) for read in (final_test, last_on_the_way)]
-        if arm is not reference and pairs[0].seeds:
-            told.append(f"{arm.name} {share(pairs[0])} and {share(pairs[1])}")
+    told = ends(arms, reference, final_test, last_on_the_way)
     return (
         f"The ends of these runs on the test set, and on the windows of the scores on the way alone, to "
         f"{reference.name}: {'; '.join(told)}."
         if told
         else ""
     )
+
+
+def ends(arms: Sequence[ArmRuns], reference: ArmRuns, *reads: Callable[[Document], float]) -> list[str]:
+    """The ends of each arm's runs beside a reference, "NAME +1.00 % and -2.00 %"; arms without a common seed left out.
+
+    Args:
+        arms: Of one budget.
+        reference: One of them, with runs.
+        reads: The scores, one figure for each.
+    """
+    pairs = [(arm, [at_end(arm, reference, read) for read in reads]) for arm in arms if arm is not reference]
+    return [f"{arm.name} {' and '.join(map(share, compared))}" for arm, compared in pairs if compared[0].seeds]
 
 
 def share(compared: Compared) -> str:
