@@ -12,7 +12,18 @@ from semisparse_lab.report.timed_document import load_timed
 SETTINGS = {"sparse_fraction": 0.7, "dense_start": 0.0, "steps": 10, "train": {"lr": 1, "hold_fraction": 0.67}}
 HOLD_0 = {**SETTINGS, "train": {"lr": 1, "hold_fraction": 0.0}}
 SHARE_1 = {**SETTINGS, "sparse_fraction": 1.0}
-COLUMNS = ["variation", "changed", "steps", "validation", "test", "to main", "to dense", "seconds", "dense's / its"]
+COLUMNS = [
+    "variation",
+    "changed",
+    "seeds",
+    "steps",
+    "validation",
+    "test",
+    "to main",
+    "to dense",
+    "seconds",
+    "dense's / its",
+]
 
 
 def run(arm: str, bits: float, settings: dict = SETTINGS, seed: int = 0, **changes: object) -> dict:
@@ -45,7 +56,7 @@ def test_a_variation_stands_beside_the_main_run_and_the_dense_run_of_its_seed(tm
     write(folder / "study-share-1.0", run("fp8-24", 2.04, SHARE_1))
     assert rows(folder) == {
         ("fp8-24", "main"): dict(
-            zip(COLUMNS, ["main", "", "10", "2.0200", "3.0200", "", "+1.00 %", "10.0", "2.00x"], strict=True)
+            zip(COLUMNS, ["main", "", "0", "10", "2.0200", "3.0200", "", "+1.00 %", "10.0", "2.00x"], strict=True)
         ),
         ("fp8-24", "share-1.0"): dict(
             zip(
@@ -53,6 +64,7 @@ def test_a_variation_stands_beside_the_main_run_and_the_dense_run_of_its_seed(tm
                 [
                     "share-1.0",
                     "`sparse_fraction` 0.7 → 1",
+                    "0",
                     "10",
                     "2.0400",
                     "3.0400",

@@ -129,8 +129,8 @@ def _table(base: ArmRuns | None, pairs: Sequence[tuple[Variation, ArmRuns]], den
     """The variations of one arm."""
     first, seeds = pairs[0][1], {seed for _, arm in pairs for seed in (*arm.runs, *arm.diverged)}
     head = (
-        "| variation | changed | steps | validation | test | to main | to dense | seconds | dense's / its |",
-        "|---|---|--:|--:|--:|--:|--:|--:|--:|",
+        "| variation | changed | seeds | steps | validation | test | to main | to dense | seconds | dense's / its |",
+        "|---|---|---|--:|--:|--:|--:|--:|--:|--:|",
     )
     rows = [_cells(variation.name, variation.changed, arm, base, dense) for variation, arm in pairs]
     if base is not None:
@@ -141,20 +141,21 @@ def _table(base: ArmRuns | None, pairs: Sequence[tuple[Variation, ArmRuns]], den
 
 def _cells(name: str, changed: str, arm: ArmRuns, base: ArmRuns | None, dense: dict[float, ArmRuns]) -> list[str]:
     """The row of one variation."""
-    runs = list(arm.runs.values())
+    runs = arm.runs
     if not runs:
         said = "diverged" if arm.diverged else "not there"
-        return [name, changed, "", said, *[""] * 5]
-    reference = None if arm.order == 0 else dense.get(_course(runs[0]))
+        return [name, changed, arm.seeds, "", said, *[""] * 5]
+    reference = None if arm.order == 0 else dense.get(_course(next(iter(runs.values()))))
     return [
         name,
         changed,
+        arm.seeds,
         steps_of(arm),
         spread(arm.values(final), 4),
         spread(arm.values(final_test), 4),
         _difference(arm, base),
         _difference(arm, reference),
-        spread([run["seconds"] for run in runs], 1),
+        spread([run["seconds"] for run in runs.values()], 1),
         _faster(arm, reference),
     ]
 
@@ -199,10 +200,10 @@ def explanation(study: Sequence[Variation]) -> str:
         f"{single} ({', '.join(map(str, seeds))}), so that a difference can be chance. Below each table stands how "
         "much the main arm differs over its seeds, and its difference to dense. Runs of one seed begin with equal "
         "weights and have equal batches, but are not repeated bit for bit: their losses part within the first steps, "
-        "those of equal schedules, too. *to main* is against the arm of the main runs, *to dense* against dense bf16 "
-        "with the same course of the learning rate; both are of validation bits per byte at the end of runs of equal "
-        "tokens, negative is better. Seconds are of pure training, without compiling and scoring; *dense's / its*, "
-        "above 1 where the arm is faster, is left out where the two ran on different GPUs."
+        "those of equal schedules, too. *to main* is against the main runs of the same seeds, *to dense* against dense "
+        "bf16 of the same seeds with the same course of the learning rate; both are of validation bits per byte at the "
+        "end of runs of equal tokens, negative is better. Seconds are of pure training, without compiling and scoring; "
+        "*dense's / its*, above 1 where the arm is faster, is left out where the two ran on different GPUs."
     )
 
 
