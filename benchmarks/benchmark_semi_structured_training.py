@@ -2,8 +2,8 @@
 packing at each forward and per step alone), both beside torchao's float8 and with a sampled gradient (--compare),
 compiled layers between pointwise operations (--neighbours), products of many tokens, whole and in chunks (--large-m),
 noise of fp8 (--noise), where a step's time goes (--profile), what plans predict (--plan), where 2:4 does not help
-(--no-gain), host time of small layers (--host), packing (--pack), following the masks (--metrics); and the tuning of
-common linear shapes for the table that ships (--tune).
+(--no-gain), host time of small layers (--host), packing (--pack), following the masks (--metrics), what the first
+sparse product of a process changes (--power); and the tuning of common linear shapes for the table that ships (--tune).
 
     python benchmarks/benchmark_semi_structured_training.py [--card sam-vit-l ...] [--save [DIR]]
     python benchmarks/benchmark_semi_structured_training.py --linear [--mkn 13008,1024,4096 ...] [--save [DIR]]
@@ -20,6 +20,7 @@ common linear shapes for the table that ships (--tune).
     python benchmarks/benchmark_semi_structured_training.py --no-gain [--card bert-base ...] [--save [DIR]]
     python benchmarks/benchmark_semi_structured_training.py --pack [--save [DIR]]
     python benchmarks/benchmark_semi_structured_training.py --tune [--mkn 16384,4096,11008 ...] [--save [DIR]]
+    python benchmarks/benchmark_semi_structured_training.py --power [--save [DIR]]
     python benchmarks/benchmark_semi_structured_training.py --metrics [--card llama ...] [--save [DIR]]
 
 Prints tables of at most 120 columns; --save also writes JSON (everything) and CSV (the first table) as soon as each
@@ -70,6 +71,7 @@ def parser() -> argparse.ArgumentParser:
     which.add_argument("--fp8-kernels", action="store_true", help="the passes of fp8 over tensors, against copies")
     which.add_argument("--profile", action="store_true", help="where the milliseconds of a compiled step go")
     which.add_argument("--plan", action="store_true", help="what semisparse.plan predicts, and what is measured")
+    which.add_argument("--power", action="store_true", help="what a process's first sparse product changes")
     which.add_argument("--metrics", action="store_true", help="what MaskMetrics costs beside a step")
     which.add_argument("--tune", action="store_true", help="tuning of common linear shapes, for the table that ships")
     made.add_argument("--mkn", nargs="+", type=_shape, default=[], metavar="M,K,N", help="shapes of single layers")
@@ -114,6 +116,8 @@ def chosen(options: argparse.Namespace) -> Iterable[jobs.Job]:
         return jobs.packing(rounds, toy)
     if options.tune:
         return jobs.tunings(options.mkn, toy)
+    if options.power:
+        return jobs.powers(toy)
     if options.metrics:
         return jobs.following(options.card, rounds, toy)
     if options.linear:

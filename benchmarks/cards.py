@@ -23,6 +23,7 @@ from benchmarks import (
     host_tables,
     large_m,
     picture,
+    power,
     scaling_tables,
     schedule_cards,
     tables,
@@ -232,6 +233,7 @@ def blocks() -> dict[str, str]:
         "noise": _block(load("noise"), fp8_tables.noise, "--noise ", fp8_tables.NOISE),
         "fp8-kernels": _block(load("fp8-kernels"), fp8_tables.kernels, "--fp8-kernels ", fp8_tables.KERNELS),
         "profile": _text(load("profile"), fp8_tables.profiles, "--profile "),
+        "power": _text(load("power"), power.text, "--power "),
         "no-gain-all": _block(small, tables.small_linear, "--no-gain "),
     }
     return made | accuracy_cards.blocks()

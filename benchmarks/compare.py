@@ -1,8 +1,12 @@
 """Dense bf16, torchao float8 and the modes of 2:4 and fp8 beside each other: single linears and whole steps.
 
-All rows run in one process, interleaved and sustained. A single linear is eager, torchao's compiled (eager, its casts
-are kernels of their own), and each call is also replayed from a CUDA graph, which removes the host's time. Models are
-compiled. Pruning, packing, sampling and casting are part of each call.
+All rows run in one process, interleaved and sustained; dense also before anything sparse, which slows the rest of the
+process (fresh.py): rows with sparse products are compared with that, the others with dense beside them, slowed alike.
+Where torchao's row is asked for alone, nothing is slowed.
+
+A single linear is eager, torchao's compiled (eager, its casts are kernels of their own), and each call is also replayed
+from a CUDA graph, which removes the host's time. Models are compiled. Pruning, packing, sampling and casting are part
+of each call.
 """
 
 import sys
@@ -16,6 +20,7 @@ from torch import nn
 from benchmarks import float8, sampling
 from benchmarks.eager_linear import packing_first
 from benchmarks.end_to_end import LONG, packing_after, seconds
+from benchmarks.fresh import fresh_ms
 from benchmarks.launches import launches
 from benchmarks.linear import inputs, step
 from benchmarks.models import CARDS, Card, sparsified
@@ -40,6 +45,11 @@ class Row:
     title: str
     config: SparseConfig | None
     per_step: bool = False
+
+    @property
+    def sparse(self) -> bool:
+        """Whether it has sparse products."""
+        return self.config is not None and (self.config.weight is not None or self.config.grad_output is not None)
 
 
 DENSE = "dense bf16"
@@ -94,10 +104,10 @@ def linear(tokens: int, in_features: int, out_features: int, rows: Sequence[str]
         return packing_first(PackedWeights(layer), call) if row is not None and row.per_step else call
 
     step(nn.Linear(in_features, out_features, device=device(), dtype=torch.bfloat16), x, grad_output)()  # workspaces
-    calls, memory, errors, compile_seconds = _built(rows, make, x)
+    calls, memory, errors, compile_seconds, fresh = _built(rows, make, x)
     for title, call in list(calls.items()):
         _tried(errors, title, f"graph: {title}", lambda title=title, call=call: calls.update(_graph(title, call)))
-    found = _compared(calls, rounds)
+    found = _compared(calls, rounds, fresh)
     sampled = any(row.config is not None and row.config.grad_output for row in map(ROWS.__getitem__, rows))
     return {
         "mkn": [tokens, in_features, out_features],
@@ -140,9 +150,9 @@ def model(name: str, rows: Sequence[str], rounds: int, toy: bool = False) -> dic
 
     x, grad_output = inputs(64, 64, 64)
     step(nn.Linear(64, 64, device=device(), dtype=torch.bfloat16), x, grad_output)()  # workspaces
-    calls, memory, errors, compile_seconds = _built(rows, make)
+    calls, memory, errors, compile_seconds, fresh = _built(rows, make)
     facts = {"card": name, "label": card.label, "title": card.title, "swapped": len(swapped)}
-    return {**facts, **_compared(calls, rounds), **_facts(rows, memory, errors, compile_seconds)}
+    return {**facts, **_compared(calls, rounds, fresh), **_facts(rows, memory, errors, compile_seconds)}
 
 
 def layer_of(row: Row | None, in_features: int, out_features: int) -> nn.Module:
@@ -186,8 +196,9 @@ def advancing(whole: Call, built: nn.Module) -> Call:
 
 def _built(
     rows: Sequence[str], make: Callable[[Row | None], Call], shared: torch.Tensor | None = None
-) -> tuple[dict[str, Call], Memory, Errors, dict[str, float]]:
-    """Each row's call after its first one, its memory, the error of torchao, and the seconds of the first call.
+) -> tuple[dict[str, Call], Memory, Errors, dict[str, float], dict[str, float]]:
+    """Each row's call after its first one, its memory, the error of torchao, the seconds of the first call, and dense's
+    milliseconds in the fresh process; those of a layer, which has an input that is shared, from a CUDA graph, too.
 
     torchao comes last: converting a model changes how torch.compile writes code (a patch of its own). The gradient of
     shared, an input of all rows, counts for each of them.
@@ -211,9 +222,11 @@ def _built(
 
     asked = sorted((ROWS[name] for name in rows), key=lambda row: row.config is None)
     build(DENSE, None)
+    ways = {DENSE: calls[DENSE]} if shared is None else {DENSE: calls[DENSE], **_graph(DENSE, calls[DENSE])}
+    fresh = fresh_ms(ways)
     for row in asked:
         _tried(errors, row.title, row.title, lambda row=row: build(row.title, row))
-    return calls, memory, errors, compile_seconds
+    return calls, memory, errors, compile_seconds, fresh
 
 
 def _tried(errors: Errors, title: str, what: str, run: Callable[[], None]) -> None:
@@ -231,15 +244,18 @@ def _graph(title: str, call: Call) -> dict[str, Call]:
     return {f"graph: {title}": captured(call)}
 
 
-def _compared(calls: dict[str, Call], rounds: int) -> dict[str, Any]:
+def _compared(calls: dict[str, Call], rounds: int, fresh: dict[str, float]) -> dict[str, Any]:
     """Times, and how many times faster than dense, called in the same way, each row is."""
     times = interleaved(calls, rounds=rounds)
+    sparse = {row.title for row in ROWS.values() if row.sparse}
     ratios = {}
     for name, timing in times.items():
-        way = "".join(name.rpartition(": ")[:2]) if name.startswith("graph: ") else ""
-        ratios[name] = ratio(times[f"{way}{DENSE}"], timing)
+        way, title = ("graph: ", name.removeprefix("graph: ")) if name.startswith("graph: ") else ("", name)
+        dense = f"{way}{DENSE}"
+        ratios[name] = ratio(times[dense], timing, fresh.get(dense) if title in sparse else None)
     return {
         "times_ms": {name: timing.as_dict() for name, timing in times.items()},
+        "fresh_ms": fresh,
         "ratio_to_dense": {name: one.median for name, one in ratios.items()},
         "ratio_spread": {name: asdict(one) for name, one in ratios.items()},
     }

@@ -14,8 +14,9 @@ from semisparse import recipes
 Result = dict[str, Any]
 
 COMPARED = (
-    "All rows in one process, interleaved and sustained; *dense / this* above 1 means faster than dense bf16. Packing, "
-    "sampling and casting are part of each call. *2:4*: weights packed at each forward, or once *per step*. "
+    "Rows interleaved and sustained in one process; *dense / this* above 1 means faster than dense bf16. Rows with "
+    "sparse products are compared with dense before any ran in the process, the others with dense beside them. "
+    "Packing, sampling and casting are part of each call. *2:4*: weights packed at each forward, or once *per step*. "
     '*mvue*: dW from a sampled gradient (`grad_output="mvue"`). *repacked*: `repack=True`. *dense fp8*, '
     '*fp8 + 2:4*: `precision="fp8"`; with *mvue*, all three products are sparse in fp8. '
     "*torchao float8*: tensorwise, dynamic scaling, compiled. *peak*: what a row holds between calls, parameters and "
@@ -63,10 +64,12 @@ def _table(
     for result in results:
         times = result["times_ms"]
         for title in titles(result):
-            cells = (_what(result), title, f"{times[title]['median_ms']:.{digits}f}")
+            ms = tables.dense_ms(result, title, digits) if title == DENSE else f"{times[title]['median_ms']:.{digits}f}"
+            cells = (_what(result), title, ms)
             memory = _memory(result, title)
             rows.append((*cells, *_ratio(result, title), *more(result, title), *memory, _gpu(result)))
         notes += remarks(result)
+    notes = [*tables.beside_note(rows), *notes]
     made = Table((*columns, "peak MiB", "of dense's", "GPU"), tuple(rows), tuple(dict.fromkeys(notes)))
     return tables.without_empty(made)
 
@@ -102,17 +105,15 @@ def parts(results: Sequence[Result]) -> Table:
 def short(results: Sequence[Result]) -> Table:
     """How many times faster than dense each row is, a line per model, for the first screen.
 
-    Each figure is from the newest run that has it, beside dense in the same run; the time of dense is the newest run's.
-    Of several GPUs those are shown on which most rows were measured.
+    Each figure is from the newest run that has it, and to dense of the same run; runs that know dense of a fresh
+    process come before all others. The time of dense is the newest run's. Of several GPUs those are shown on which most
+    rows were measured.
     """
-    runs: dict[tuple[str, str], list[Result]] = {}
-    for result in results:
-        runs.setdefault((_what(result), _gpu(result)), []).append(result)
     rows = []
-    for (what, card), found in runs.items():
-        found.sort(key=_time)
+    for (what, card), every in _by_step(results).items():
+        found = _fresh(every)
         ratios = {title: ratio for result in found for title, ratio in result["ratio_to_dense"].items()}
-        dense = f"{found[-1]['times_ms'][DENSE]['median_ms']:.1f}"
+        dense = tables.dense_ms(found[-1], DENSE, 1)
         shown = (ratios.get(ROWS[name].title) for name in SHORT_ROWS)
         rows.append((what, dense, *("" if one is None else f"**{one:.2f}**" for one in shown), card))
     most: dict[str, int] = {}
@@ -120,47 +121,71 @@ def short(results: Sequence[Result]) -> Table:
         most[what] = max(most.get(what, 0), sum(map(bool, cells)))
     rows = [row for row in rows if sum(map(bool, row[1:])) == most[row[0]]]
     columns = ("training step", "dense ms", *(ROWS[name].title for name in SHORT_ROWS), "GPU")
-    return tables.without_empty(Table(columns, tuple(rows)))
+    return tables.without_empty(Table(columns, tuple(rows), tables.beside_note(rows)))
 
 
 def beside_float8(results: Sequence[Result]) -> Table:
     """How many times faster than torchao's float8 fp8 is, a line per model or layer and GPU, smallest gain first.
 
-    Each figure is from the newest run that has both sides. A whole run is sparse for the share of its steps that
-    recipes.fastest takes, then dense in fp8.
+    Both figures are ratios to dense, from the newest run that has both sides; or, where runs know dense of a fresh
+    process, from the newest of these for each side, because torchao's is then measured without sparse products. A whole
+    run is sparse for the share of its steps that recipes.fastest takes, then dense in fp8.
 
     Args:
         results: Of models and of layers; those without float8 or without fp8 + 2:4 are left out.
     """
     peer, sparse, sampled, dense = (ROWS[name].title for name in ("float8", "fp8-2:4", "fp8-mvue", "fp8"))
-    runs: dict[tuple[str, str], list[Result]] = {}
-    for result in sorted(filter(has_both, results), key=_time):
-        runs.setdefault((_what(result), _gpu(result)), []).append(result)
     rows = []
-    for (what, card), found in runs.items():
-        times = {title: f"{found[-1]['times_ms'][title]['median_ms']:.1f}" for title in (DENSE, peer, sparse)}
-        gains = {name: _newest(found, peer, name) for name in (sparse, sampled, dense)}
-        whole = _newest(found, peer, sparse, dense)
+    for (what, card), found in _by_step(results).items():
+        gains = {name: _gain(found, peer, name) for name in (sparse, sampled, dense)}
+        if (least := gains[sparse]) is None:
+            continue
+        whole = _gain(found, peer, sparse, dense)
         cells = ("" if gain is None else f"**{gain:.2f}**" for gain in (*gains.values(), whole))
-        rows.append((gains[sparse] or 0.0, (what, *times.values(), *cells, card)))
-    titles = (sparse, sampled, dense, "whole run")
-    columns = ("step or layer", "dense ms", "float8 ms", f"{sparse} ms", *titles, "GPU")
+        rows.append((least, (what, *cells, card)))
+    columns = ("step or layer", sparse, sampled, dense, "whole run", "GPU")
     return tables.without_empty(Table(columns, tuple(cells for _, cells in sorted(rows))))
 
 
-def has_both(result: Result) -> bool:
-    """Whether a result has float8 and fp8 + 2:4 beside each other."""
-    return {ROWS[name].title for name in ("float8", "fp8-2:4")} <= result["times_ms"].keys()
+def with_both_sides(results: Sequence[Result]) -> list[Result]:
+    """The results that beside_float8 draws a line from."""
+    sides = [ROWS[name].title for name in ("float8", "fp8-2:4")]
+    groups = [found for found in _by_step(results).values() if _gain(found, *sides) is not None]
+    return [one for found in groups for one in _fresh(found) if not one["ratio_to_dense"].keys().isdisjoint(sides)]
 
 
-def _newest(results: Sequence[Result], peer: str, sparse: str, dense: str | None = None) -> float | None:
-    """The peer's time over that of a row, or of a run that ends with the steps of another row; from the last result."""
+def _by_step(results: Sequence[Result]) -> dict[tuple[str, str], list[Result]]:
+    """Results by what was timed and on which GPU, oldest first."""
+    found: dict[tuple[str, str], list[Result]] = {}
+    for result in sorted(results, key=_time):
+        found.setdefault((_what(result), _gpu(result)), []).append(result)
+    return found
+
+
+def _fresh(results: Sequence[Result]) -> Sequence[Result]:
+    """Those that know dense of a fresh process, if there are any, else all."""
+    return [result for result in results if result.get("fresh_ms")] or results
+
+
+def _gain(results: Sequence[Result], peer: str, sparse: str, dense: str | None = None) -> float | None:
+    """How many times faster than the peer a row is, or a run that ends with the steps of another row.
+
+    Args:
+        results: Of one model or layer on one GPU, oldest first.
+        peer: Title of the peer's row.
+        sparse: Of the row.
+        dense: Of the row that a run ends with.
+    """
     share = 1.0 if dense is None else recipes.fastest().sparse_fraction
-    for result in reversed(results):
-        times = {title: each["median_ms"] for title, each in result["times_ms"].items()}
-        if {peer, sparse, dense or sparse} <= times.keys():
-            return float(times[peer] / (share * times[sparse] + (1 - share) * times[dense or sparse]))
-    return None
+    wanted = {peer, sparse, dense or sparse}
+    if any(result.get("fresh_ms") for result in results):
+        newest = {title: one for result in _fresh(results) for title, one in result["ratio_to_dense"].items()}
+    else:
+        both = [result["ratio_to_dense"] for result in results if wanted <= result["ratio_to_dense"].keys()]
+        newest = both[-1] if both else {}
+    if not wanted <= newest.keys():
+        return None
+    return float(1 / (share / newest[sparse] + (1 - share) / newest[dense or sparse]) / newest[peer])
 
 
 def _time(result: Result) -> str:

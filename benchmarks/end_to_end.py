@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from benchmarks.fresh import fresh_ms
 from benchmarks.launches import launches
 from benchmarks.models import CARDS, Card, sparsified
 from benchmarks.timing import device, interleaved, peak_memory, ratio, synchronize
@@ -24,7 +25,7 @@ LONG = 10**9
 
 
 def benchmark(name: str, rounds: int, toy: bool = False) -> dict[str, Any]:
-    """Time a step of the named card in all variants, interleaved.
+    """Time a step of the named card in all variants, interleaved; dense before them, too, in the fresh process.
 
     Args:
         name: A key of CARDS.
@@ -32,7 +33,8 @@ def benchmark(name: str, rounds: int, toy: bool = False) -> dict[str, Any]:
         toy: Run at toy size, on any device; the figures mean nothing.
 
     Returns:
-        Times, both ratios with their spread, memory, who launches, and which layers were swapped and skipped.
+        Times, both ratios with their spread (to the fresh process's dense step where that is known), memory, who
+        launches, and which layers were swapped and skipped.
 
     Raises:
         RuntimeError: On a GPU, if layers that should pack per step do not.
@@ -42,19 +44,23 @@ def benchmark(name: str, rounds: int, toy: bool = False) -> dict[str, Any]:
     models = {"dense": card.build(toy), "sparse": sparse, PER_STEP: sparsified(card, toy)[0]}
     calls: dict[str, Callable[[], object]] = {}
     compile_seconds = {}
+    fresh: dict[str, float] = {}
     for kind, model in models.items():
         step = card.step(card.compile(model), model, toy)
         calls[kind] = packing_after(step, model, card) if kind == PER_STEP else step
         compile_seconds[kind] = seconds(calls[kind])
+        if kind == "dense":
+            fresh = fresh_ms({kind: calls[kind]})
     memory = {kind: peak_memory(call) for kind, call in calls.items()}
     times = interleaved(calls, rounds=rounds)
-    ratios = {kind: ratio(times["dense"], times[kind]) for kind in ("sparse", PER_STEP)}
+    ratios = {kind: ratio(times["dense"], times[kind], fresh.get("dense")) for kind in ("sparse", PER_STEP)}
     return {
         "card": name,
         "label": card.label,
         "title": card.title,
         "note": card.note,
         "times_ms": {kind: timing.as_dict() for kind, timing in times.items()},
+        "fresh_ms": fresh,
         "ratio_to_dense": ratios["sparse"].median,
         "ratio_spread": asdict(ratios["sparse"]),
         "per_step": {"ratio_to_dense": ratios[PER_STEP].median, "ratio_spread": asdict(ratios[PER_STEP])},

@@ -21,6 +21,7 @@ from benchmarks import (
     noise,
     pack,
     planned,
+    power,
     step_profile,
     tables,
     tuned,
@@ -208,6 +209,11 @@ def plans(cards: Sequence[str], rounds: int, toy: bool) -> Iterator[Job]:
             lambda card=card: planned.benchmark(card, rounds, toy),
             lambda found: [planned.table([found])],
         )
+
+
+def powers(toy: bool) -> Iterator[Job]:
+    """What a process's first sparse product changes."""
+    yield Job("power", "power", lambda: power.benchmark(toy), lambda found: [power.table([found])])
 
 
 def tunings(shapes: Sequence[tuple[int, int, int]], toy: bool) -> Iterator[Job]:

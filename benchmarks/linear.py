@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 
 import semisparse
+from benchmarks.fresh import fresh_ms
 from benchmarks.sampling import product as sampled_product
 from benchmarks.timing import Timing, captured, device, interleaved, peak_memory, ratio, synchronize
 from semisparse import SemiSparseActivationLinear, SemiSparseLinear, SparseConfig, ops, tuning
@@ -53,6 +54,7 @@ Contexts = dict[str, Callable[[], AbstractContextManager[object]]]
 def benchmark(tokens: int, in_features: int, out_features: int, rounds: int) -> dict[str, Any]:
     """Time all variants at one shape; returns times in ms, ratios, limits, peak memory and the errors of peers."""
     x, grad_output = inputs(tokens, in_features, out_features)
+    fresh = _fresh(x, grad_output)
     steps, errors = _steps(x, grad_output)
     parts = _parts(x.detach(), steps, grad_output)
     calls = {name: call for name, (_, call) in steps.items()}
@@ -69,7 +71,7 @@ def benchmark(tokens: int, in_features: int, out_features: int, rounds: int) -> 
     return {
         "mkn": [tokens, in_features, out_features],
         "times_ms": {name: timing.as_dict() for name, timing in times.items()},
-        **_ratios(times, [*whole, *before]),
+        **_ratios(times, [*whole, *before], fresh),
         "limit_estimated": _estimated_limits(times),
         "limit_method": "measured",
         "tflops": _tflops(times, tokens * in_features * out_features),
@@ -78,6 +80,12 @@ def benchmark(tokens: int, in_features: int, out_features: int, rounds: int) -> 
         "tuning": tuning.state(),
         "errors": errors,
     }
+
+
+def _fresh(x: torch.Tensor, grad_output: torch.Tensor) -> dict[str, float]:
+    """The dense layer in the fresh process, called in each way."""
+    call = step(_layer(torch.nn.Linear, x, grad_output), x, grad_output)
+    return fresh_ms({"dense": call, "one thread: dense": _on_one_thread(call), "graph: dense": captured(call)})
 
 
 def small(tokens: int, in_features: int, out_features: int, rounds: int) -> dict[str, Any]:
@@ -92,7 +100,7 @@ def small(tokens: int, in_features: int, out_features: int, rounds: int) -> dict
     return {
         "mkn": [tokens, in_features, out_features],
         "times_ms": {name: timing.as_dict() for name, timing in times.items()},
-        **_ratios(times, list(whole)),
+        **_ratios(times, list(whole), {}),
         "tuning": tuning.state(),
     }
 
@@ -210,18 +218,19 @@ def _parts(
     return parts
 
 
-def _ratios(times: dict[str, Timing], names: list[str]) -> dict[str, dict[str, Any]]:
+def _ratios(times: dict[str, Timing], names: list[str], fresh: dict[str, float]) -> dict[str, dict[str, Any]]:
     """How many times faster than dense, called in the same way, each variant is; and its limit where it was timed."""
     found = {}
     for name in names:
         way = "".join(name.rpartition(": ")[:2])
-        found[name] = ratio(times[f"{way}dense"], times[name])
+        found[name] = ratio(times[f"{way}dense"], times[name], fresh.get(f"{way}dense"))
     limits = {
         name.removesuffix(PACKED_BEFORE) + WEIGHT: one.median
         for name, one in found.items()
         if name.endswith(PACKED_BEFORE)
     }
     return {
+        "fresh_ms": fresh,
         "ratio_to_dense": {name: one.median for name, one in found.items()},
         "ratio_spread": {name: asdict(one) for name, one in found.items()},
         "limit": limits,

@@ -20,6 +20,8 @@ LIMIT = (
     "taken off the dense step. Alone, products run at another clock than inside a step, because the GPU is power "
     "limited"
 )
+BESIDE = "†"
+BESIDE_NOTE = f"{BESIDE}: of dense beside 2:4, in one process with it; other rows have dense of a fresh process."
 WAYS = {"": "eager", "one thread: ": "eager, one autograd thread", "graph: ": "CUDA graph"}
 HEADLINES = ("dense", WEIGHT, MVUE, ACTIVATION)
 STEPS = ("dense", "sparse", "per step")
@@ -55,6 +57,18 @@ def limit(result: Result, name: str | None = None) -> str:
     return "" if estimated is None else f"~{estimated:.3f}"
 
 
+def dense_ms(result: Result, name: str, digits: int) -> str:
+    """Milliseconds of dense in a fresh process; marked where they are known beside 2:4 alone (benchmarks/fresh.py)."""
+    fresh = result.get("fresh_ms", {}).get(name)
+    beside = f"{result['times_ms'][name]['median_ms']:.{digits}f} {BESIDE}"
+    return beside if fresh is None else f"{fresh:.{digits}f}"
+
+
+def beside_note(cells: Iterable[Iterable[str]]) -> tuple[str, ...]:
+    """What the mark says, where a cell has it."""
+    return (BESIDE_NOTE,) if any(cell.endswith(BESIDE) for row in cells for cell in row) else ()
+
+
 def linear_summary(results: Sequence[Result]) -> Table:
     """Forward + backward of single linears, a row per shape and operand."""
     rows = []
@@ -62,12 +76,12 @@ def linear_summary(results: Sequence[Result]) -> Table:
         times, ratios = result["times_ms"], result["ratio_to_dense"]
         for name in (one for one in (WEIGHT, MVUE, ACTIVATION) if one in times):
             cells = [size(result["mkn"]), name.removeprefix("semisparse ")]
-            cells += [f"{times[kind]['median_ms']:.3f}" for kind in ("dense", name)]
+            cells += [dense_ms(result, "dense", 3), f"{times[name]['median_ms']:.3f}"]
             cells += [f"**{ratios[name]:.3f}**", limit(result, name)]
             cells += [f"{ratios[f'{way}{name}']:.3f}" for way in ("one thread: ", "graph: ")]
             rows.append((*cells, gpu(result) if "provenance" in result else ""))
     columns = ("M x K x N", "operand", "dense ms", "2:4 ms", "ratio", "limit", "ratio, one thread", "ratio, CUDA graph")
-    return without_empty(Table((*columns, "GPU"), tuple(rows)))
+    return without_empty(Table((*columns, "GPU"), tuple(rows), beside_note(rows)))
 
 
 def linear_variants(result: Result) -> Table:
@@ -117,12 +131,12 @@ def models(results: Sequence[Result]) -> Table:
     """How many times faster than dense whole training steps are, packing at each forward and per step."""
     rows = []
     for result in results:
-        cells = [label(result), f"{result['times_ms']['dense']['median_ms']:.1f}"]
+        cells = [label(result), dense_ms(result, "dense", 1)]
         for found in (result, result.get("per_step")):
             cells += [f"**{found['ratio_to_dense']:.3f}**", spread(found, digits=2)] if found else ["", ""]
         rows.append((*cells, gpu(result) if "provenance" in result else ""))
     columns = ("training step", "dense ms", "each", "p20 to p80", "per step", "p20 to p80", "GPU")
-    return without_empty(Table(columns, tuple(rows)))
+    return without_empty(Table(columns, tuple(rows), beside_note(rows)))
 
 
 def end_to_end(results: Sequence[Result]) -> Table:
@@ -138,7 +152,7 @@ def end_to_end(results: Sequence[Result]) -> Table:
         for result in results
         for kind, error in result.get("errors", {}).items()
     )
-    columns = ("training step", "dense ms", "each ms", "per step ms", "limit", "peak GiB, in this order")
+    columns = ("training step", "dense beside", "each ms", "per step ms", "limit", "peak GiB, in this order")
     return without_empty(Table(columns, tuple(rows), errors))
 
 

@@ -106,7 +106,7 @@ def blocks(found: Sequence[Document], other_rates: Sequence[Document]) -> dict[s
     picture = f"../benchmarks/cards/{NAME}.png"
     compared = [*load("compare-model"), *load("compare-linear")]
     faster = compare_tables.beside_float8(compared)
-    shown = [one for one in compared if compare_tables.has_both(one)]
+    shown = compare_tables.with_both_sides(compared)
     return {
         NAME: time_to_loss_card.text(found, picture, "###") if found else MISSING,
         f"{NAME}-rates": (

@@ -104,9 +104,16 @@ def interleaved(
     return {name: _timing(values, counts[name] * rounds) for name, values in blocks.items()}
 
 
-def ratio(dense: Timing, other: Timing) -> Spread:
-    """How many times faster than dense the other variant is, from blocks of the same rounds."""
-    return summary([one / two for one, two in zip(dense.blocks_ms, other.blocks_ms, strict=True)])
+def ratio(dense: Timing, other: Timing, fresh: float | None = None) -> Spread:
+    """How many times faster than dense the other variant is.
+
+    Args:
+        dense: Beside the variant; its blocks count round by round, unless there is a better figure.
+        other: The variant.
+        fresh: Milliseconds of dense in a fresh process (benchmarks/fresh.py), if they are known.
+    """
+    base = dense.blocks_ms if fresh is None else [fresh] * len(other.blocks_ms)
+    return summary([one / two for one, two in zip(base, other.blocks_ms, strict=True)])
 
 
 def summary(values: Sequence[float]) -> Spread:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from benchmarks import benchmark_semi_structured_training as program
-from benchmarks import cards, compare, compare_tables, float8, jobs, models, sampling, store, table
+from benchmarks import cards, compare, compare_tables, float8, fresh, jobs, models, sampling, store, table, tables
 from semisparse import SemiSparseLinear
 from semisparse.surgery.layers import semi_sparse_layers
 
@@ -85,10 +85,22 @@ def test_every_row_of_a_layer_and_of_a_model_is_timed_beside_dense(torchao: None
 
 
 def test_a_ratio_is_to_dense_called_in_the_same_way(torchao: None) -> None:
-    result = compare.linear(*MKN, ("mvue",), 1)
+    result = compare.linear(*MKN, ("float8", "mvue"), 1)
     for way in ("", "graph: "):
-        dense, sampled = (result["times_ms"][f"{way}{row}"]["median_ms"] for row in (compare.DENSE, "2:4 + mvue"))
-        assert result["ratio_to_dense"][f"{way}2:4 + mvue"] == pytest.approx(dense / sampled)
+        beside, sampled, peer = (
+            result["times_ms"][f"{way}{row}"]["median_ms"] for row in (compare.DENSE, "2:4 + mvue", "torchao float8")
+        )
+        before = result["fresh_ms"][f"{way}{compare.DENSE}"]
+        assert result["ratio_to_dense"][f"{way}2:4 + mvue"] == pytest.approx(before / sampled)
+        assert result["ratio_to_dense"][f"{way}torchao float8"] == pytest.approx(beside / peer)
+
+
+def test_a_process_that_ran_a_sparse_product_knows_no_fresh_dense(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fresh, "ran_sparse", lambda: True)
+    result = compare.linear(*MKN, ("2:4",), 1)
+    beside, sparse = (result["times_ms"][row]["median_ms"] for row in (compare.DENSE, "2:4"))
+    assert result["fresh_ms"] == {} and result["ratio_to_dense"]["2:4"] == pytest.approx(beside / sparse)
+    assert tables.BESIDE_NOTE in compare_tables.linears([result | {"parts": {}}]).notes
 
 
 def test_torchao_converts_exactly_the_layers_that_are_2_to_4(torchao: None, monkeypatch: pytest.MonkeyPatch) -> None:

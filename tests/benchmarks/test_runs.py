@@ -1,6 +1,7 @@
 """The benchmarks run from start to end at toy size on the CPU, and what they print and write fits."""
 
 import json
+import statistics
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -39,6 +40,7 @@ def toy(label: str, **changes: bool) -> models.Card:
         (["--large-m"], {"large-m-64x128"}),
         (["--tune"], {"tuned-layers"}),
         (["--pack"], {"pack-64x64", "pack-together"}),
+        (["--power"], {"power"}),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -95,6 +97,9 @@ def test_a_step_is_timed_in_three_variants_and_both_ratios_stand_in_its_table(mo
     (row,) = tables.models([result]).rows
     assert row[0] == "one" and f"**{result['ratio_to_dense']:.3f}**" in row
     assert f"**{result['per_step']['ratio_to_dense']:.3f}**" in row
+    fresh = result["fresh_ms"]["dense"]
+    assert row[1] == f"{fresh:.1f}" and not tables.models([result]).notes
+    assert result["ratio_to_dense"] == statistics.median(fresh / ms for ms in result["times_ms"]["sparse"]["blocks_ms"])
 
 
 def test_each_variant_of_a_step_is_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,7 +144,9 @@ def test_results_from_before_packing_per_step_fill_the_table_too() -> None:
         "limit": 0.655,
         "limit_method": "measured",
     }
-    assert tables.models([old]).rows == (("BERT-base, 32x128 tokens, compiled", "21.2", "**0.580**"),)
+    found = tables.models([old])
+    assert found.rows == (("BERT-base, 32x128 tokens, compiled", "21.2 †", "**0.580**"),)
+    assert found.notes == (tables.BESIDE_NOTE,)
     assert tables.end_to_end([old]).rows == (
         ("BERT-base, 32x128 tokens, compiled", "21.2", "37.8", "0.655", "1.0 / 2.0"),
     )

@@ -80,12 +80,16 @@ def test_the_pages_have_the_places() -> None:
             assert blocks.with_blocks(text, cards.blocks() | {name: "filled"}).count("\nfilled\n") == 1
 
 
-def measured(size: int, time: str, gpu: str = "NVIDIA H100", **ms: float) -> dict:
+TITLES = {"dense": compare_tables.DENSE, "float8": "torchao float8", "sparse": "fp8 + 2:4", "fp8": "dense fp8"}
+
+
+def measured(size: int, time: str, gpu: str = "NVIDIA H100", fresh: float | None = None, **ms: float) -> dict:
     """A comparison of layers of this size, with these times in milliseconds."""
-    titles = {"dense": compare_tables.DENSE, "float8": "torchao float8", "sparse": "fp8 + 2:4", "fp8": "dense fp8"}
     return {
         "mkn": [size] * 3,
-        "times_ms": {titles[name]: {"median_ms": value} for name, value in ms.items()},
+        "times_ms": {TITLES[name]: {"median_ms": value} for name, value in ms.items()},
+        "fresh_ms": {} if fresh is None else {compare_tables.DENSE: fresh},
+        "ratio_to_dense": {TITLES[name]: (fresh or ms["dense"]) / value for name, value in ms.items()},
         "provenance": {"gpu": gpu, "time": time},
     }
 
@@ -97,13 +101,24 @@ def test_float8_is_divided_by_fp8_of_the_same_run_the_newest_first() -> None:
     without = measured(7, "1", dense=9, float8=9)
     found = compare_tables.beside_float8([new, large, without, old])
     share = recipes.fastest().sparse_fraction
-    assert found.columns == ("step or layer", "dense ms", "float8 ms", "fp8 + 2:4 ms", "fp8 + 2:4", "dense fp8",
-                             "whole run", "GPU")  # fmt: skip
+    assert found.columns == ("step or layer", "fp8 + 2:4", "dense fp8", "whole run", "GPU")
     whole = 6 / (share * 5 + (1 - share) * 6)
     assert found.rows == (
-        ("8 x 8 x 8", "9.0", "8.0", "4.0", "**2.00**", "**1.00**", f"**{whole:.2f}**", "H100"),
-        ("9 x 9 x 9", "9.0", "9.0", "3.0", "**3.00**", "", "", "H100"),
+        ("8 x 8 x 8", "**2.00**", "**1.00**", f"**{whole:.2f}**", "H100"),
+        ("9 x 9 x 9", "**3.00**", "", "", "H100"),
     )
+    assert compare_tables.with_both_sides([new, large, without, old]) == [large, old, new]
+
+
+def test_float8_of_a_process_without_sparse_products_comes_before_that_beside_them() -> None:
+    beside = measured(8, "3", dense=10, float8=6, sparse=5)
+    alone = measured(8, "1", fresh=9, dense=9, float8=6)
+    sparse = measured(8, "2", fresh=9.5, dense=10, sparse=5)
+    found = compare_tables.beside_float8([beside, sparse, alone])
+    assert found.rows == (("8 x 8 x 8", f"**{(9.5 / 5) / (9 / 6):.2f}**", "H100"),)
+    assert compare_tables.with_both_sides([beside, sparse, alone]) == [alone, sparse]
+    (row,) = compare_tables.short([beside, sparse, alone]).rows
+    assert row == ("8 x 8 x 8", "9.5", "**1.50**", "**1.90**", "H100")
 
 
 def test_readme_shows_the_gpus_on_which_most_rows_were_measured() -> None:

@@ -1,0 +1,40 @@
+"""Dense calls in a fresh process: one that has not run a sparse product yet.
+
+On an H100 a process that has run one draws more power until it ends, so that dense products that the power limit bounds
+are slower in it, and in every other process on that GPU (benchmarks/power.py; docs/speed.md). Beside 2:4, dense is
+therefore slower than it is without 2:4, and ratios to it would be too high.
+"""
+
+from collections.abc import Callable, Mapping
+
+import torch
+
+from benchmarks.timing import CPU_BLOCK_SECONDS, device, interleaved
+from semisparse import native
+from semisparse.gemm.engine import engine
+from semisparse.planning.timing import step_times
+
+Call = Callable[[], object]
+
+
+def ran_sparse() -> bool:
+    """Whether this process has run a sparse product."""
+    if device() != "cuda":
+        return False
+    return native.started() > 0 or engine().plan_count(torch.cuda.current_device()) > 0
+
+
+def fresh_ms(calls: Mapping[str, Call]) -> dict[str, float]:
+    """Milliseconds of dense calls, each run until the GPU is warm and steady, and then for some seconds more.
+
+    Args:
+        calls: Name -> what enqueues one call.
+
+    Returns:
+        By name; empty in a process that has run a sparse product.
+    """
+    if ran_sparse():
+        return {}
+    if device() != "cuda":
+        return {name: timing.median_ms for name, timing in interleaved(calls, block_seconds=CPU_BLOCK_SECONDS).items()}
+    return {name: step_times(call).ms for name, call in calls.items()}
