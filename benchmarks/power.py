@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 
 from benchmarks.table import Table
-from benchmarks.timing import device, synchronize
+from benchmarks.timing import device, started, synchronize
 
 Result = dict[str, Any]
 
@@ -30,6 +30,9 @@ MKN, TOY_MKN = (16384, 4096, 11008), (32, 64, 64)
 """Of the dense products: forward, and both of the backward, bf16."""
 
 WARM_SECONDS, IDLE_SECONDS, DENSE_SECONDS = 8.0, 3.0, 8.0
+CALLS = 60
+"""Of the dense products in a block, which lasts longer than a reading of the GPU."""
+
 SAMPLES = 8
 """Readings of the idle GPU, behind each other."""
 
@@ -111,14 +114,13 @@ def _dense(tokens: int, in_features: int, out_features: int) -> Callable[[], obj
 
 def _sustained(dense: Callable[[], object], seconds: float) -> tuple[float, Result]:
     """Milliseconds of a call and readings of the GPU, medians over the second half of the time."""
-    times, readings, end = [], [], time.monotonic() + seconds
+    times: list[float] = []
+    readings: list[Result] = []
+    end = time.monotonic() + seconds
     while len(times) < 2 or time.monotonic() < end:
-        begin = time.perf_counter()
-        for _ in range(15):
-            dense()
-        readings.append(_reading())
-        synchronize()
-        times.append(1000 * (time.perf_counter() - begin) / 15)
+        took = started(dense, CALLS if device() == "cuda" else 1)
+        readings.append(_reading())  # while the GPU is at work
+        times.append(took() / CALLS)
     half = len(times) // 2
     return statistics.median(times[half:]), _middle(readings[half:])
 

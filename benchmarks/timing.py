@@ -175,20 +175,30 @@ def kernels_of(events: Iterable[Any]) -> list[tuple[float, float, str]]:
     ]
 
 
-def _run(call: Callable[[], object], count: int) -> float:
-    """Milliseconds of `count` calls enqueued back to back."""
+def started(call: Callable[[], object], count: int) -> Callable[[], float]:
+    """Enqueue `count` calls back to back; what gives their milliseconds once they are done."""
     if device() != "cuda":
         begin = time.perf_counter()
         for _ in range(count):
             call()
-        return 1000 * (time.perf_counter() - begin)
+        took = 1000 * (time.perf_counter() - begin)
+        return lambda: took
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()
     for _ in range(count):
         call()
     end.record()
-    end.synchronize()
-    return start.elapsed_time(end)
+
+    def wait() -> float:
+        end.synchronize()
+        return start.elapsed_time(end)
+
+    return wait
+
+
+def _run(call: Callable[[], object], count: int) -> float:
+    """Milliseconds of `count` calls enqueued back to back."""
+    return started(call, count)()
 
 
 def _calls_for(call: Callable[[], object], seconds: float) -> int:
