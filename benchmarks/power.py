@@ -59,7 +59,7 @@ NOTE = (
 
 
 def benchmark(toy: bool = False) -> Result:
-    """Run the processes one after the other; this one uses no GPU. At toy size all is in this one, and means nothing."""
+    """Run the processes one after the other; this one uses no GPU. At toy size all is in this one."""
     made = (lambda kernel: measured(kernel, toy)) if toy else _process
     return {
         "mkn": list(TOY_MKN if toy else MKN),
