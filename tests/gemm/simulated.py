@@ -185,7 +185,9 @@ class SimulatedLibrary:
         chosen = self._get("selection", selection)
         assert chosen["matmul"] == matmul
         bias = self._get("matmul", matmul)["bias"]
-        return self._make("plan", {"handle": handle, "selection": selection, "matmul": matmul, "bias": bias})
+        # A plan keeps the algorithm that is set now: so does the real library (test_engine_gpu.py).
+        content = {"handle": handle, "algorithm": chosen["algorithm"], "selection": selection, "matmul": matmul}
+        return self._make("plan", {**content, "bias": bias})
 
     def matmul_plan_destroy(self, plan: int) -> None:
         self._destroy("plan", plan)
@@ -228,7 +230,8 @@ class SimulatedLibrary:
         self.streams.append(ctypes.c_size_t.from_address(streams).value)
         self.workspaces.append(workspace)
         matmul = self._get("matmul", content["matmul"])
-        algorithm = self._get("selection", content["selection"])["algorithm"]
+        self._get("selection", content["selection"])
+        algorithm = content["algorithm"]
         self.products.append(algorithm)
         rows, reduction, *_, kind, _ = self._get("matrix", matmul["matrices"][0])
         packed = tensor_at(a, (packed_size(rows, reduction, DTYPES[kind].itemsize),), torch.uint8)

@@ -4,12 +4,14 @@ import threading
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from semisparse.errors import EngineError, ShapeError, TensorError
 from semisparse.gemm import dense
 from semisparse.gemm import problem as problems
 from semisparse.gemm.autotune.autotuner import Autotuner
 from semisparse.gemm.autotune.candidates import Candidates
+from semisparse.gemm.autotune.selection import NOT_REACHED
 from semisparse.gemm.engine import Engine
 from semisparse.gemm.operands import Operands
 from semisparse.gemm.problem import Problem
@@ -244,3 +246,40 @@ def test_a_cold_capture_is_refused_by_the_tuner(engine):
         captured(lambda: cold.choose(FORWARD, 0, Operands(packed, b, out, bias)))
     torch.cuda.synchronize()
     assert cold.choose(FORWARD, 0, Operands(packed, b, out, bias)).algorithm is not None
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+def test_plans_that_share_run_the_kernels_of_plans_of_their_own(engine, dtype, bias):
+    problem = problems.forward(1000, 512, 1024, dtype, bias=bias)
+    a, b, out, one = whole(problem)
+    packed, ids = engine.compress(a), list(engine.algorithms(problem, 0))
+
+    def ran(algorithm, more):
+        """The kernels of a product, which is right with this bias."""
+        given = None if one is None else one + more
+        with profile(activities=[ProfilerActivity.CUDA]) as found:
+            engine.matmul(problem, algorithm, Operands(packed, b, out, given))
+            torch.cuda.synchronize()
+        assert torch.equal(out, product(problem, a, b, given, torch.float32).to(dtype))
+        return sorted(event.key for event in found.key_averages())
+
+    own = {}
+    for algorithm in ids[:8]:
+        own[algorithm] = ran(algorithm, 0)
+        engine.release(problem, 0)
+    assert len(set(map(tuple, own.values()))) > 1
+    with engine.sharing(problem, 0):
+        for more, algorithms in enumerate((ids[:8], ids[7::-1], ids[:8:3])):
+            for algorithm in algorithms:
+                assert ran(algorithm, more) == own[algorithm]
+    engine.release(problem, 0)
+
+
+def test_fp16_is_tuned_with_all_algorithms():
+    problem = problems.forward(4096, 4096, 4096, FP16)
+    a, b, out, _ = whole(problem)
+    engine = Engine()
+    choice = Autotuner(engine, None, shipped=tuple).choose(problem, 0, Operands(engine.compress(a), b, out), None)
+    engine.close()
+    assert not [why for _, why in choice.rejected if why == NOT_REACHED]

@@ -9,10 +9,11 @@ import threading
 import pytest
 import torch
 
+from semisparse.errors import EngineError
 from semisparse.gemm import problem as problems
 from semisparse.gemm.engine import Engine
 from semisparse.gemm.operands import Operands
-from tests.gemm.simulated import FORWARD, PRODUCTS, make_engine, operands, run
+from tests.gemm.simulated import FORWARD, PRODUCTS, SimulatedLibrary, exact, make_engine, operands, run
 
 BF16 = torch.bfloat16
 
@@ -63,6 +64,57 @@ def test_release_frees_the_plans_of_one_problem_but_the_kept_one():
     assert engine.plan_count(-1) == 2
     engine.release(FORWARD, -1)
     assert engine.plan_count(-1) == 1
+
+
+def test_plans_that_share_have_their_own_algorithm_and_are_freed_with_what_they_share():
+    engine, library, _ = make_engine()
+    run(engine, FORWARD, 3)
+    before = dict(library.live)
+    a, b, out, _ = operands(FORWARD)
+    packed = engine.compress(a)
+    with engine.sharing(FORWARD, -1), engine.sharing(FORWARD, -1):
+        made = library.made
+        assert len(engine.algorithms(FORWARD, -1)) > 2
+        for algorithm in (0, 1, 2, 0, 1, 2):
+            engine.matmul(FORWARD, algorithm, Operands(packed, b, out))
+        assert library.made == made + 3  # plans, and nothing else
+        engine.release(FORWARD, -1, keep=1)
+    assert library.products[-6:] == [0, 1, 2, 0, 1, 2]
+    engine.matmul(FORWARD, 1, Operands(packed, b, out))
+    assert engine.plan_count(-1) == 1 and torch.equal(out, exact(FORWARD, a, b, None))
+    run(engine, FORWARD, 2)
+    kinds = [kind for kind, _ in library.live.values()]
+    assert kinds.count("plan") == kinds.count("selection") == 2  # the new plan has its own
+    engine.release(FORWARD, -1)
+    assert library.live.keys() == {number for number, (kind, _) in before.items() if kind == "handle"}
+
+
+@pytest.mark.parametrize("follows", [True, False])
+def test_plans_that_share_add_the_bias_of_each_call(follows):
+    problem = problems.forward(24, 32, 48, BF16, bias=True)
+    engine, library, _ = make_engine(SimulatedLibrary(follows_bias=follows))
+    a, b, out, bias = operands(problem)
+    packed = engine.compress(a)
+    with engine.sharing(problem, -1):
+        for algorithm, more in ((0, 0), (1, 0), (1, 1), (0, 1), (0, 2), (1, 0), (0, 0)):
+            given = bias + more
+            engine.matmul(problem, algorithm, Operands(packed, b, out, given))
+            assert torch.equal(out, exact(problem, a, b, given))
+    engine.close()
+    assert library.live == {}
+
+
+def test_what_is_shared_is_freed_where_no_plan_was_made_and_refusals_are_typed():
+    engine, library, _ = make_engine()
+    run(engine, FORWARD, 0)
+    before = len(library.live)
+    with engine.sharing(problems.forward(48, 64, 64, BF16), -1):
+        assert len(library.live) == before + 5
+    assert len(library.live) == before
+    library.refuse["selection"] = 10
+    with pytest.raises(EngineError, match="no plan for"), engine.sharing(problems.forward(48, 64, 64, BF16), -1):
+        pass
+    assert len(library.live) == before
 
 
 def test_each_thread_has_its_own_handle_and_takes_it_along_when_it_ends():

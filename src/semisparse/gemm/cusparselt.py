@@ -100,6 +100,30 @@ def probe(load: Callable[[], Any]) -> Availability:
     return Availability(True, f"cuSPARSELt {version_name(version)}", version)
 
 
+class Description:
+    """What the library knows of a problem before an algorithm is chosen: one plan's own, or shared by several.
+
+    Attributes:
+        descriptor: Of the product.
+        selection: Of its algorithm; a plan keeps the one that was set when it was made.
+        bias: As Plan's.
+        users: Plans that need it, and who shares it.
+    """
+
+    __slots__ = ("bias", "descriptor", "owned", "selection", "users")
+
+    def __init__(self, bias: int) -> None:
+        self.bias = ctypes.c_size_t(bias)
+        self.descriptor = self.selection = self.users = 0
+        self.owned = ExitStack()
+
+    def let_go(self) -> None:
+        """One user fewer; the last one frees it."""
+        self.users -= 1
+        if not self.users:
+            self.owned.close()
+
+
 class Plan:
     """One prepared product.
 
@@ -126,11 +150,11 @@ class Plan:
         "workspace",
     )
 
-    def __init__(self, problem: Problem, bias: int, uses: ctypes.c_int64) -> None:
+    def __init__(self, problem: Problem, known: Description, uses: ctypes.c_int64) -> None:
         self.b_shape, self.d_shape = problem.b_shape, problem.d_shape
-        self.bias = ctypes.c_size_t(bias)
+        self.bias, self.descriptor = known.bias, known.descriptor
         self.uses, self.last_use = uses, ctypes.c_int64(0)
-        self.address = self.descriptor = self.packed_bytes = self.workspace = 0
+        self.address = self.packed_bytes = self.workspace = 0
         self.owned = ExitStack()
         self.handed_over = False
 
@@ -154,12 +178,13 @@ class Handle:
         max_plans: Plans that are kept; the least recently used is freed for a new one.
     """
 
-    __slots__ = ("__weakref__", "_lib", "_stream", "_stream_address", "handle", "max_plans", "plans", "uses")
+    __slots__ = ("__weakref__", "_lib", "_shared", "_stream", "_stream_address", "handle", "max_plans", "plans", "uses")
 
     def __init__(self, lib: Any, max_plans: int) -> None:
         self._lib = lib
         self.max_plans = max_plans
         self.plans: dict[tuple[Problem, int], Plan] = {}
+        self._shared: dict[Problem, Description] = {}
         self.uses = ctypes.c_int64(0)
         self._stream = ctypes.c_size_t(0)
         self._stream_address = ctypes.addressof(self._stream)
@@ -191,16 +216,32 @@ class Handle:
 
     def set_bias(self, plan: Plan, bias: int) -> None:
         """Point an existing plan at another bias vector; engine.py finds out whether its product follows."""
-        plan.bias.value = bias
         with self._explained("no bias"):
-            self._lib.matmul_desc_set_attribute(
-                self.handle, plan.descriptor, _BIAS_POINTER, ctypes.addressof(plan.bias), _POINTER_BYTES
-            )
+            self._set_bias(plan.descriptor, plan.bias, bias)
 
     def algorithms(self, problem: Problem) -> range:
         """Algorithm ids that may be run."""
         with self._explained(f"no algorithms for {problem}"), ExitStack() as owned:
-            return self._offered(problem, self._describe(problem, 0, owned)[1])
+            return self._offered(problem, self._described(problem, 0, owned).selection)
+
+    @contextmanager
+    def sharing(self, problem: Problem) -> Iterator[None]:
+        """Plans of a problem that are made meanwhile share what the library knows of it, their bias too.
+
+        For tuning, which makes a plan per algorithm: cuSPARSELt 0.8.0 takes much longer for each selection of an fp16
+        product into column-major than for a plan or for other products. A plan keeps the algorithm that was set when it
+        was made. With a bias, sharing is only right where plans follow their descriptor's.
+        """
+        if problem in self._shared:
+            yield
+            return
+        with self._explained(f"no plan for {problem}"):
+            shared = self._shared[problem] = self._describe(problem, 0)
+        try:
+            yield
+        finally:
+            del self._shared[problem]
+            self._freed(shared.let_go)
 
     @contextmanager
     def matrix(self, rows: int, columns: int, dtype: torch.dtype) -> Iterator[tuple[int, int, int]]:
@@ -224,12 +265,13 @@ class Handle:
             self._free(self.plans.pop(key))
 
     def _build(self, problem: Problem, algorithm: int, bias: int) -> Plan:
-        lib, plan = self._lib, Plan(problem, bias, self.uses)
+        lib = self._lib
         with ExitStack() as owned:
-            plan.descriptor, selection = self._describe(problem, ctypes.addressof(plan.bias) if bias else 0, owned)
+            known = self._described(problem, bias, owned)
+            plan = Plan(problem, known, self.uses)
             # Checked here, where every algorithm passes before its first use: the library accepts ids that end in an
             # illegal instruction, and a choice may come from a file, a table or another rank.
-            offered = self._offered(problem, selection)
+            offered = self._offered(problem, known.selection)
             if algorithm not in offered:
                 raise EngineError(
                     f"algorithm={algorithm!r} is not offered for {problem}; the ids are 0 to {len(offered) - 1}: "
@@ -237,8 +279,8 @@ class Handle:
                 )
             chosen = ctypes.c_int32(algorithm)
             attribute = (_CONFIG_ID, ctypes.addressof(chosen), ctypes.sizeof(chosen))
-            lib.matmul_alg_set_attribute(self.handle, selection, *attribute)
-            plan.address = int(lib.matmul_plan_init(self.handle, plan.descriptor, selection))
+            lib.matmul_alg_set_attribute(self.handle, known.selection, *attribute)
+            plan.address = int(lib.matmul_plan_init(self.handle, known.descriptor, known.selection))
             owned.callback(lib.matmul_plan_destroy, plan.address)
             plan.workspace = int(lib.matmul_get_workspace(self.handle, plan.address))
             plan.packed_bytes = int(lib.sp_mma_compressed_size(self.handle, plan.address)[0])
@@ -252,25 +294,45 @@ class Handle:
         most = _FEWER.get((problem.dtype, problem.b_order, problem.d_order), ALGORITHMS)
         return range(min(limit.value, most))
 
-    def _describe(self, problem: Problem, bias: int, owned: ExitStack) -> tuple[int, int]:
-        """Matmul descriptor and algorithm selection. bias: host address of the bias pointer, 0 for none.
+    def _described(self, problem: Problem, bias: int, owned: ExitStack) -> Description:
+        """The shared description with the bias at that address, or a new one; owned lets go of it."""
+        known = self._shared.get(problem)
+        if known is None:
+            known = self._describe(problem, bias)
+            owned.callback(known.let_go)
+            return known
+        known.users += 1
+        owned.callback(known.let_go)
+        if bias:
+            self._set_bias(known.descriptor, known.bias, bias)
+        return known
+
+    def _describe(self, problem: Problem, bias: int) -> Description:
+        """A new description with one user. bias: address of the bias vector, 0 for none.
 
         Split-K stays unset, which cuSPARSELt 0.8.0 gives as -1 on an H100: the algorithm decides. Split sums could
         depend on the order of arrival; the trust suite compares bits, and reads the names of the kernels that ran.
         """
         if refusal := problem.refusal():
             raise EngineError(f"the sparse engine cannot take {problem}: {refusal}; use the masked-dense product")
-        lib, handle = self._lib, self.handle
-        a = self._structured(problem.rows, problem.reduction, problem.dtype, owned)
-        b = self._dense(problem.reduction, problem.columns, problem.dtype, problem.b_order, owned)
-        d = self._dense(problem.rows, problem.columns, problem.out_dtype, problem.d_order, owned)
-        matmul = lib.matmul_descriptor_init(handle, _NO_TRANSPOSE, _NO_TRANSPOSE, a, b, d, d, _COMPUTE_32F)
-        owned.callback(lib.matmul_descriptor_destroy, matmul)
-        if bias:
-            lib.matmul_desc_set_attribute(handle, matmul, _BIAS_POINTER, bias, _POINTER_BYTES)
-        selection = lib.matmul_alg_selection_init(handle, matmul, _DEFAULT)
-        owned.callback(lib.matmul_alg_selection_destroy, selection)
-        return matmul, selection
+        lib, handle, made = self._lib, self.handle, Description(bias)
+        with ExitStack() as owned:
+            a = self._structured(problem.rows, problem.reduction, problem.dtype, owned)
+            b = self._dense(problem.reduction, problem.columns, problem.dtype, problem.b_order, owned)
+            d = self._dense(problem.rows, problem.columns, problem.out_dtype, problem.d_order, owned)
+            made.descriptor = lib.matmul_descriptor_init(handle, _NO_TRANSPOSE, _NO_TRANSPOSE, a, b, d, d, _COMPUTE_32F)
+            owned.callback(lib.matmul_descriptor_destroy, made.descriptor)
+            if bias:
+                self._set_bias(made.descriptor, made.bias, bias)
+            made.selection = lib.matmul_alg_selection_init(handle, made.descriptor, _DEFAULT)
+            owned.callback(lib.matmul_alg_selection_destroy, made.selection)
+            made.owned, made.users = owned.pop_all(), 1
+        return made
+
+    def _set_bias(self, descriptor: int, word: ctypes.c_size_t, bias: int) -> None:
+        word.value = bias
+        address = ctypes.addressof(word)
+        self._lib.matmul_desc_set_attribute(self.handle, descriptor, _BIAS_POINTER, address, _POINTER_BYTES)
 
     def _structured(self, rows: int, columns: int, dtype: torch.dtype, owned: ExitStack) -> int:
         layout = (rows, columns, columns, ALIGNMENT, _DATA_TYPES[dtype], _ORDERS["row"])
@@ -286,8 +348,11 @@ class Handle:
         return made
 
     def _free(self, plan: Plan) -> None:
+        self._freed(plan.owned.close)
+
+    def _freed(self, free: Callable[[], object]) -> None:
         try:
-            plan.owned.close()
+            free()
         except self._lib.cuSPARSELtError as error:
             # The current product is not affected, so it does not fail.
             warnings.warn(

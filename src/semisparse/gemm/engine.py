@@ -14,7 +14,7 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cache
 from typing import Any
 
@@ -197,6 +197,23 @@ class Engine:
         """Algorithm ids that the library offers for a problem on a device. Host work only. Raises EngineError."""
         with self._on(index):
             return self._handle(index).algorithms(problem)
+
+    @contextmanager
+    def sharing(self, problem: Problem, index: int) -> Iterator[None]:
+        """Make many plans of a problem fast in the calling thread, such as one per algorithm (Handle.sharing).
+
+        Args:
+            problem: Of the plans.
+            index: Of the device.
+
+        Raises:
+            EngineError: The engine cannot be used here, or the library refuses.
+        """
+        with ExitStack() as shared:
+            with self._on(index):
+                if not problem.bias or self._bias_follows(index):
+                    shared.enter_context(self._handle(index).sharing(problem))
+            yield
 
     def packed_bytes(self, rows: int, columns: int, dtype: torch.dtype, index: int) -> int:
         """Bytes of a packed rows x columns matrix, metadata and its padding included. Raises EngineError."""

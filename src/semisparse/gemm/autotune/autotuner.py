@@ -1,8 +1,8 @@
 """The autotuner: which algorithm of the sparse engine computes a problem, or masked dense where that is faster.
 
-The first call with a problem times every algorithm and checks the fastest (candidates.py, selection.py), for about half
-a second. Problems whose token counts fall into one bucket share the result; N and K are exact. It is kept in the
-process, for all threads and layers, and on disk (store.py). A stored choice is never timed again. `state` and
+The first call with a problem times every algorithm and checks the fastest (candidates.py, selection.py): half a second
+behind the preparation. Problems whose token counts fall into one bucket share the result; N and K are exact. It is kept
+in the process, for all threads and layers, and on disk (store.py). A stored choice is never timed again. `state` and
 `load_state` carry choices from one rank to the others, so that all ranks sum in the same order.
 
 A problem that was measured nowhere else, and is in the table that ships for this GPU and library version with the same
@@ -14,8 +14,7 @@ half to twice as many, is used for now, else algorithm 0, unchecked. While a CUD
 stored or such a shipped choice raises EngineError. Where the engine cannot be used at all, the choice is masked dense,
 with the reason in its note.
 
-A product that is shorter than one tile of the library's kernels is never tuned (tiles.py): algorithm 0 runs, and what
-is stored or shipped for it is ignored.
+Products shorter than one tile of the library's kernels are never tuned (tiles.py): algorithm 0, whatever is stored.
 
 A problem of more tokens than a chunk is also timed in chunks of them (in_chunks.py), with the algorithm of a problem of
 chunk tokens, which is tuned for that if it has no choice yet.
@@ -28,7 +27,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import cache, partial
 from typing import Any
@@ -362,22 +361,23 @@ class Autotuner:
         logger.info("tuning %s on device %d", problem, index)
         self._engine.runtime.wait(index)  # work that the caller has queued must not count
         elapsed = Stopwatch(self._clock)
-        try:
-            algorithms = likely_first(self._engine.algorithms(problem, index), problem.dtype)
-            whole_dense = None if dense is None else partial(dense, problem, operands)
-            candidates = self._make_candidates(self._engine, problem, operands, whole_dense)
-        except EngineError as error:
-            logger.warning("%s cannot be tuned: %s", problem, error)
-            return Choice(None, None, None, None, "tuned", note=one_line(error))
-        keep = None
-        try:
-            selection = Selection(candidates, self._clock, max(self._seconds - elapsed(), self._seconds / 4))
-            choice = selection.run(algorithms, dense is not None)
-            if chunk_algorithm is not None:
-                choice = faster_way(choice, candidates, chunk_algorithm, self._chunk, self._clock)
-            keep = None if choice.chunk is not None else choice.sparse_algorithm
-        finally:
-            candidates.close(keep)
+        with ExitStack() as shared:
+            try:
+                shared.enter_context(self._engine.sharing(problem, index))
+                algorithms = likely_first(self._engine.algorithms(problem, index), problem.dtype)
+                whole_dense = dense and partial(dense, problem, operands)
+                candidates = self._make_candidates(self._engine, problem, operands, whole_dense)
+            except EngineError as error:
+                logger.warning("%s cannot be tuned: %s", problem, error)
+                return Choice(None, None, None, None, "tuned", note=one_line(error))
+            keep = None
+            try:
+                choice = Selection(candidates, self._clock, self._seconds).run(algorithms, dense is not None)
+                if chunk_algorithm is not None:
+                    choice = faster_way(choice, candidates, chunk_algorithm, self._chunk, self._clock)
+                keep = None if choice.chunk is not None else choice.sparse_algorithm
+            finally:
+                candidates.close(keep)
         logger.info("tuned %s in %.2f s: %s", problem, elapsed(), choice)
         return choice
 
