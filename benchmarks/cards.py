@@ -7,6 +7,7 @@ A page holds marked places, <!-- generated: NAME --> ... <!-- end -->, which are
 
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -245,7 +246,8 @@ def _speed_block() -> str:
         return _missing("--compare ")
     table = compare_tables.short(compared)
     shown = {row[-1] for row in table.rows}
-    return f"{table.markdown()}\n\n{short_origin([result for result in compared if gpu(result) in shown])}"
+    measured = short_origin([result for result in compared if gpu(result) in shown])
+    return f"{replace(table, notes=()).markdown()}\n\n{_sentences(measured, *table.notes)}"
 
 
 def _no_gain_block(results: list[Result]) -> str:

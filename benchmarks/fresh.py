@@ -1,8 +1,7 @@
 """Dense calls in a fresh process: one that has not run a sparse product yet.
 
-On an H100 a process that has run one draws more power until it ends, so that dense products that the power limit bounds
-are slower in it, and in every other process on that GPU (benchmarks/power.py; docs/speed.md). Beside 2:4, dense is
-therefore slower than it is without 2:4, and ratios to it would be too high.
+From its first sparse product until it ends, the power limit leaves dense products of a process a lower clock
+(benchmarks/power.py; docs/speed.md). Beside 2:4, dense is therefore slower than without, and ratios to it are too high.
 """
 
 from collections.abc import Callable, Mapping

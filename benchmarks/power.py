@@ -1,4 +1,4 @@
-"""What a process's first sparse product changes: the power that the GPU draws, and how fast dense products are then.
+"""What a process's first sparse product changes: how fast dense products are then at the power limit, and idle power.
 
 Each row is a process of its own. It runs dense products until the GPU is warm, waits, and multiplies dense for some
 seconds; then it runs one kernel of another kind, waits, and multiplies dense again. Idle, the GPU runs at its full

@@ -60,7 +60,7 @@ def limit(result: Result, name: str | None = None) -> str:
 def dense_ms(result: Result, name: str, digits: int) -> str:
     """Milliseconds of dense in a fresh process; marked where they are known beside 2:4 alone (benchmarks/fresh.py)."""
     fresh = result.get("fresh_ms", {}).get(name)
-    beside = f"{result['times_ms'][name]['median_ms']:.{digits}f} {BESIDE}"
+    beside = f"{result['times_ms'][name]['median_ms']:.{digits}f}{BESIDE}"
     return beside if fresh is None else f"{fresh:.{digits}f}"
 
 

@@ -145,7 +145,7 @@ def test_results_from_before_packing_per_step_fill_the_table_too() -> None:
         "limit_method": "measured",
     }
     found = tables.models([old])
-    assert found.rows == (("BERT-base, 32x128 tokens, compiled", "21.2 †", "**0.580**"),)
+    assert found.rows == (("BERT-base, 32x128 tokens, compiled", "21.2†", "**0.580**"),)
     assert found.notes == (tables.BESIDE_NOTE,)
     assert tables.end_to_end([old]).rows == (
         ("BERT-base, 32x128 tokens, compiled", "21.2", "37.8", "0.655", "1.0 / 2.0"),

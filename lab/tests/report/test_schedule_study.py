@@ -15,7 +15,7 @@ SHARE_1 = {**SETTINGS, "sparse_fraction": 1.0}
 COLUMNS = [
     "variation",
     "changed",
-    "seeds",
+    "seed",
     "steps",
     "validation",
     "test",

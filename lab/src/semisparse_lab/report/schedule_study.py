@@ -129,22 +129,28 @@ def _table(base: ArmRuns | None, pairs: Sequence[tuple[Variation, ArmRuns]], den
     """The variations of one arm."""
     first, seeds = pairs[0][1], {seed for _, arm in pairs for seed in (*arm.runs, *arm.diverged)}
     head = (
-        "| variation | changed | seeds | steps | validation | test | to main | to dense | seconds | dense's / its |",
-        "|---|---|---|--:|--:|--:|--:|--:|--:|--:|",
+        "| variation | changed | seed | steps | validation | test | to main | to dense | seconds | dense's / its |",
+        "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|",
     )
-    rows = [_cells(variation.name, variation.changed, arm, base, dense) for variation, arm in pairs]
+    rows = [cells for variation, arm in pairs for cells in _rows(variation.name, variation.changed, arm, base, dense)]
     if base is not None:
         same = replace(base, runs={seed: run for seed, run in base.runs.items() if seed in seeds}, diverged=())
-        rows.insert(0, _cells("main", "", same, None, dense))
+        rows[:0] = _rows("main", "", same, None, dense)
     return f"{(base or first).title} (arm `{first.slug}`):\n\n{markdown(head, rows)}"
 
 
+def _rows(name: str, changed: str, arm: ArmRuns, base: ArmRuns | None, dense: dict[float, ArmRuns]) -> list[list[str]]:
+    """A row for each seed of one variation."""
+    alone = [replace(arm, runs={seed: run}, diverged=()) for seed, run in arm.runs.items()]
+    alone += [replace(arm, runs={}, diverged=(seed,)) for seed in arm.diverged]
+    return [_cells(name, changed, one, base, dense) for one in alone]
+
+
 def _cells(name: str, changed: str, arm: ArmRuns, base: ArmRuns | None, dense: dict[float, ArmRuns]) -> list[str]:
-    """The row of one variation."""
+    """The row of one run of a variation."""
     runs = arm.runs
     if not runs:
-        said = "diverged" if arm.diverged else "not there"
-        return [name, changed, arm.seeds, "", said, *[""] * 5]
+        return [name, changed, ", ".join(map(str, arm.diverged)), "", "diverged", *[""] * 5]
     reference = None if arm.order == 0 else dense.get(_course(next(iter(runs.values()))))
     return [
         name,
@@ -195,13 +201,13 @@ def shown_runs(main: Sequence[Document], study: Sequence[Variation]) -> list[Doc
 def explanation(study: Sequence[Variation]) -> str:
     """How to read the tables."""
     seeds = sorted({run["seed"] for variation in study for run in variation.results})
-    single = "Each variation has one seed" if len(seeds) == 1 else "Variations have few seeds"
+    single = "Each variation has one seed" if len(seeds) == 1 else "Variations have a row for each of few seeds"
     return (
         f"{single} ({', '.join(map(str, seeds))}), so that a difference can be chance. Below each table stands how "
         "much the main arm differs over its seeds, and its difference to dense. Runs of one seed begin with equal "
         "weights and have equal batches, but are not repeated bit for bit: their losses part within the first steps, "
-        "those of equal schedules, too. *to main* is against the main runs of the same seeds, *to dense* against dense "
-        "bf16 of the same seeds with the same course of the learning rate; both are of validation bits per byte at the "
+        "those of equal schedules, too. *to main* is against the main run of the same seed, *to dense* against dense "
+        "bf16 of the same seed with the same course of the learning rate; both are of validation bits per byte at the "
         "end of runs of equal tokens, negative is better. Seconds are of pure training, without compiling and scoring; "
         "*dense's / its*, above 1 where the arm is faster, is left out where the two ran on different GPUs."
     )
