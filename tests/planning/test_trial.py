@@ -1,6 +1,7 @@
 """Trying choices in the whole step: a simulated clock tells what a step takes with the layers that are swapped."""
 
 import gc
+import re
 from collections.abc import Callable, Sequence
 
 import pytest
@@ -124,7 +125,9 @@ def test_what_the_trial_measured_decides(ms: float, chosen: str, predicted: floa
     found, plan = choices(attempt)
     assert asked and all(asked) and set(found) == {chosen}
     assert plan.predicted_ms == pytest.approx(predicted) and plan.by_layers_ms is not None
-    assert "Tried in the whole step: 100.00 ms dense" in str(plan) and f"{ms:.2f} ms with 2 layers" in str(plan)
+    text = " ".join(str(plan).split())
+    assert re.search(r"Tried in the whole step: 100\.00 ms dense \(\d+\.00 ms when the plan began\), ", text)
+    assert f"{ms:.2f} ms with 2 layers" in text
     if chosen == "dense":
         assert "but the whole step was not faster" in str(plan)
 
@@ -153,7 +156,7 @@ def test_what_the_host_model_deems_a_little_slower_is_tried_too(host: float, ask
     assert len(variants) == asked and set(found) == {"2:4" if asked else "dense"}
 
 
-@pytest.mark.parametrize(("ms", "chosen"), [(6400.0, "dense"), (640.0, "2:4")])
+@pytest.mark.parametrize(("ms", "chosen"), [(1800.0, "dense"), (6400.0, "dense"), (640.0, "2:4")])
 def test_without_a_trial_a_plan_must_gain_more_of_the_step_than_predictions_are_exact_to(
     ms: float, chosen: str
 ) -> None:
@@ -161,7 +164,7 @@ def test_without_a_trial_a_plan_must_gain_more_of_the_step_than_predictions_are_
     found, plan = choices(None, Times(ms))
     assert set(found) == {chosen} and plan.predicted_ms == (ms if chosen == "dense" else ms - 64)
     if chosen == "dense":
-        assert "the whole step would gain 1.0%, which is within 2%" in " ".join(str(plan).split())
+        assert f"the whole step would gain {64 / ms:.1%}, which is within 4%" in " ".join(str(plan).split())
 
 
 def test_a_model_that_is_sparse_in_part_is_not_tried_and_stays_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -267,7 +270,7 @@ def test_a_choice_that_does_not_fit_into_memory_is_not_planned() -> None:
     found, plan = choices(lambda variants: (100.0, [NO_MEMORY] * len(variants)))
     text = " ".join(str(plan).split())
     assert set(found) == {"dense"} and plan.predicted_ms == 100.0
-    assert "100.00 ms dense, out of memory with 2 layers swapped" in text
+    assert "when the plan began), out of memory with 2 layers swapped" in text
     assert "2:4 takes 0.50 of dense's time on the GPU, but the whole step ran out of memory" in text
 
     def attempt(variants: Sequence[Configs]) -> tuple[float, list[Tried]]:
@@ -283,7 +286,7 @@ def test_a_failed_trial_leaves_dense_what_gains_too_little_as_without_a_trial() 
 
     found, plan = choices(attempt, Times(6400.0, None, 60.0))
     assert set(found) == {"dense"} and plan.predicted_ms == 6400.0
-    assert "within 2%" in " ".join(str(plan).split()) and "step is of another model" in " ".join(str(plan).split())
+    assert "within 4%" in " ".join(str(plan).split()) and "step is of another model" in " ".join(str(plan).split())
 
 
 def test_without_a_trial_a_plan_that_gains_nothing_of_a_step_that_the_host_bounds_stays_dense() -> None:

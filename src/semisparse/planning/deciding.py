@@ -18,8 +18,9 @@ from semisparse.planning.trial import Trial
 
 _TRIED = 3
 """Choices that are tried in the whole step: each takes about five seconds."""
-STEP_MARGIN = 0.02
-"""Share of the step that a plan must be predicted to save if it is not tried in it: predictions are about so exact."""
+STEP_MARGIN = 0.04
+"""Share of the step that a plan must be predicted to save if it is not tried in it. Predictions are half as exact; the
+rest is what dense products lose at the power limit once a process runs sparse ones (docs/speed.md)."""
 _NO_MEMORY = "but the whole step ran out of memory"
 _NEAR = 1.1
 """Those are tried whose predicted step is at most this much of the dense one's: host times are known about so well."""
@@ -55,7 +56,7 @@ def decided(layers: Sequence[Measured], measurer: Measurer, step: Times | None, 
     if not near:
         return untried
     try:
-        choice, base, expected, told = _fastest(near, layers, measurer, trial)
+        choice, base, expected, told = _fastest(near, layers, measurer, trial, step.ms)
     except (SemiSparseError, torch.OutOfMemoryError) as error:
         found = _worth_it(untried)
         if isinstance(error, torch.OutOfMemoryError):
@@ -90,9 +91,12 @@ def _near(choices: Sequence[Choice], layers: Sequence[Measured], step: Times) ->
 
 
 def _fastest(
-    better: Sequence[Choice], layers: Sequence[Measured], measurer: Measurer, trial: Trial
+    better: Sequence[Choice], layers: Sequence[Measured], measurer: Measurer, trial: Trial, before: float
 ) -> tuple[Choice, float, float, str]:
-    """Try choices: the fastest, the milliseconds of the dense step and of its own, and what was found."""
+    """Try choices: the fastest, the milliseconds of the dense step and of its own, and what was found.
+
+    The dense step took `before` milliseconds when the plan began, in most processes without anything sparse yet.
+    """
     measurer.progress(f"trying {_count(len(better), 'choice')} in the whole step")
     variants = [
         {
@@ -107,7 +111,7 @@ def _fastest(
         f"{f'{one.ms:.2f} ms' if one.ratio else 'out of memory'} with {_count(len(configs), 'layer')} swapped"
         for one, configs in zip(found, variants, strict=True)
     )
-    told = f"Tried in the whole step: {base:.2f} ms dense, {listed}."
+    told = f"Tried in the whole step: {base:.2f} ms dense ({before:.2f} ms when the plan began), {listed}."
     best = min((index for index, one in enumerate(found) if one.pays), key=lambda index: found[index].ms, default=None)
     if best is None:
         ran = any(one.ratio for one in found)
