@@ -14,7 +14,7 @@ TRUST ?= trust-out
 NATIVE ?= --optional
 TORCH ?= 2.11.0
 
-.PHONY: help demo test test-all test-nightly test-defects check native wheel test-torch test-gpu trust bench docs
+.PHONY: help demo test test-all test-nightly test-defects check native wheel test-torch test-gpu trust bench docs hashes
 # Which planted defects test-defects tries (others for another key), and how many.
 KEY ?= $(shell git rev-parse HEAD 2>/dev/null || date +%G-W%V)
 DEFECTS ?= 3
@@ -26,6 +26,7 @@ help:
 	@echo "make test-nightly  test-all, then all faults and all planted defects"
 	@echo "make check     format, lint, types and import levels"
 	@echo "make native    build the native library (C++ compiler needed); make test and make check do that too"
+	@echo "make hashes    write hashes/ anew, after a change of constraints*.txt"
 	@echo "make wheel     build the sdist into dist, and the wheel with the native library from it"
 	@echo "make test-torch TORCH=2.11.0   run README, types and the tests of the ops from the wheel with another torch, in an environment of its own"
 	@echo "make test-gpu  run the GPU tests with $(PYTHON) and write tests/gpu_record.json"
@@ -35,14 +36,17 @@ help:
 
 # pip's own output shows progress: a bar on a terminal, lines in a pipe.
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+# Every package but torch, which comes in builds with hashes and packages of their own, and this checkout, which has none.
+HASHED := --require-hashes --no-deps
 
-$(READY): pyproject.toml lab/pyproject.toml constraints.txt constraints-triton.txt constraints-torchtitan.txt
+$(READY): pyproject.toml lab/pyproject.toml $(wildcard constraints*.txt hashes/*.txt)
 	@echo "setup: makes $(VENV) with $(PYTHON), then pip downloads and installs PyTorch and about 100 other packages there."
 	@echo "setup: 2 GB on disk; two or three minutes on a fast connection, longer on a slow one; no sudo, nothing outside $(VENV)"
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install -c constraints.txt -e '.[dev]' -e './lab[text]'
-	$(BIN)/python -c 'import triton' 2>/dev/null || $(PIP) install -r constraints-triton.txt
-	$(PIP) install --no-deps -r constraints-torchtitan.txt
+	$(PIP) install $(HASHED) -r hashes/constraints.txt
+	$(PIP) install --no-build-isolation -c constraints.txt -e '.[dev]' -e './lab[text]'
+	$(BIN)/python -c 'import triton' 2>/dev/null || $(PIP) install $(HASHED) -r hashes/constraints-triton.txt
+	$(PIP) install $(HASHED) -r hashes/constraints-torchtitan.txt
 	@touch $(READY)
 	@echo "setup: done; it is not repeated until the lists of packages change"
 
@@ -79,6 +83,14 @@ check: native
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/arch/test_layers.py tests/arch/test_lab_imports.py
 
+# After a change of constraints*.txt; hashin asks PyPI for the hashes of all files of each version.
+hashes: $(READY)
+	$(PIP) install hashin==1.0.5
+	for pins in constraints*.txt; do \
+	    : > hashes/$$pins; \
+	    $(BIN)/hashin -r hashes/$$pins $$(sed 's/#.*//' $$pins | grep == | grep -v '^torch==') || exit 1; \
+	done
+
 # The wheel is built from the sdist, as pip does where no wheel fits.
 wheel: $(READY)
 	rm -rf dist
@@ -87,7 +99,7 @@ wheel: $(READY)
 
 # Sphinx is installed when the site is built, not for the tests.
 $(VENV)/.docs: $(READY)
-	$(PIP) install -c constraints.txt -e '.[docs]'
+	$(PIP) install --no-build-isolation -c constraints.txt -e '.[docs]'
 	@touch $@
 
 docs: $(VENV)/.docs

@@ -1,4 +1,4 @@
-"""Development and CI install exact versions: each package that pip would bring along has a pin."""
+"""Development and CI install exact versions with hashes: each package that pip would bring along has a pin."""
 
 import re
 from collections.abc import Iterator
@@ -52,6 +52,28 @@ def test_every_package_that_is_installed_along_has_an_exact_version() -> None:
         pytest.skip("the package is not installed, so that what it asks for is not known here")
     assert {"torch", "numpy", "pytest", "sphinx"} <= names
     assert {name for name in names - pins().keys() - OURS if not WITH_TORCH.fullmatch(name)} == set()
+
+
+def pinned(text: str) -> list[tuple[str, str]]:
+    """(name, version) of each pin, in their order."""
+    found = re.findall(r"^([\w.-]+)==([\w.]+)", text, flags=re.MULTILINE)
+    return [(canonicalize_name(name), version) for name, version in found]
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in ROOT.glob("constraints*.txt")))
+def test_each_pin_but_torchs_has_the_hashes_of_its_version(name: str) -> None:
+    hashed = (ROOT / "hashes" / name).read_text()
+    wanted = [pin for pin in pinned((ROOT / name).read_text()) if pin[0] != "torch"]
+    assert wanted and sorted(pinned(hashed)) == sorted(wanted), "run `make hashes`"
+    entries = re.split(r"^(?=[\w.-]+==)", hashed, flags=re.MULTILINE)[1:]
+    assert all(re.search(r"--hash=sha256:[0-9a-f]{64}$", entry, flags=re.MULTILINE) for entry in entries)
+
+
+def test_packages_are_installed_with_their_hashes() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    for name in sorted(path.name for path in ROOT.glob("hashes/*.txt")):
+        assert f"install $(HASHED) -r hashes/{name}\n" in makefile
+    assert "HASHED := --require-hashes --no-deps\n" in makefile
 
 
 def test_a_pin_is_one_version() -> None:
