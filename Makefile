@@ -83,12 +83,15 @@ check: native
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/arch/test_layers.py tests/arch/test_lab_imports.py
 
-# After a change of constraints*.txt; hashin asks PyPI for the hashes of all files of each version.
-hashes: $(READY)
-	$(PIP) install hashin==1.0.5
+# After a change of constraints*.txt; hashin asks PyPI for the hashes of all files of each version. It has an environment of its
+# own, because that of the tests is made with these hashes.
+hashes:
+	$(PYTHON) -m venv .venv-hashin
+	.venv-hashin/bin/python -m pip --disable-pip-version-check install hashin==1.0.5
 	for pins in constraints*.txt; do \
-	    : > hashes/$$pins; \
-	    $(BIN)/hashin -r hashes/$$pins $$(sed 's/#.*//' $$pins | grep == | grep -v '^torch==') || exit 1; \
+	    : > .venv-hashin/$$pins; \
+	    .venv-hashin/bin/hashin -r .venv-hashin/$$pins $$(sed 's/#.*//' $$pins | grep == | grep -v '^torch==') || exit 1; \
+	    mv .venv-hashin/$$pins hashes/$$pins; \
 	done
 
 # The wheel is built from the sdist, as pip does where no wheel fits.
@@ -97,7 +100,6 @@ wheel: $(READY)
 	$(BIN)/python -m hatchling build -t sdist
 	SEMISPARSE_BUILD_NATIVE=1 $(PIP) wheel --verbose --no-build-isolation --no-deps --wheel-dir dist dist/*.tar.gz
 
-# Sphinx is installed when the site is built, not for the tests.
 $(VENV)/.docs: $(READY)
 	$(PIP) install --no-build-isolation -c constraints.txt -e '.[docs]'
 	@touch $@

@@ -15,8 +15,9 @@ Result = dict[str, Any]
 
 COMPARED = (
     "Rows interleaved and sustained in one process; *dense / this* above 1 means faster than dense bf16. Rows with "
-    "sparse products are compared with dense before any ran in the process, the others with dense beside them. "
-    "Packing, sampling and casting are part of each call. *2:4*: weights packed at each forward, or once *per step*. "
+    "sparse products are compared with dense before any ran in the process, unless it is marked, the others with dense "
+    "beside them. Packing, sampling and casting are part of each call. *2:4*: weights packed at each forward, or once "
+    "*per step*. "
     '*mvue*: dW from a sampled gradient (`grad_output="mvue"`). *repacked*: `repack=True`. *dense fp8*, '
     '*fp8 + 2:4*: `precision="fp8"`; with *mvue*, all three products are sparse in fp8. '
     "*torchao float8*: tensorwise, dynamic scaling, compiled. *peak*: what a row holds between calls, parameters and "
@@ -112,7 +113,8 @@ def short(results: Sequence[Result]) -> Table:
     rows = []
     for (what, card), every in _by_step(results).items():
         found = _fresh(every)
-        ratios = {title: ratio for result in found for title, ratio in result["ratio_to_dense"].items()}
+        ordered = [*(one for one in every if one not in found), *found]
+        ratios = {title: ratio for result in ordered for title, ratio in result["ratio_to_dense"].items()}
         dense = tables.dense_ms(found[-1], DENSE, 1)
         shown = (ratios.get(ROWS[name].title) for name in SHORT_ROWS)
         rows.append((what, dense, *("" if one is None else f"**{one:.2f}**" for one in shown), card))
@@ -151,7 +153,7 @@ def with_both_sides(results: Sequence[Result]) -> list[Result]:
     """The results that beside_float8 draws a line from."""
     sides = [ROWS[name].title for name in ("float8", "fp8-2:4")]
     groups = [found for found in _by_step(results).values() if _gain(found, *sides) is not None]
-    return [one for found in groups for one in _fresh(found) if not one["ratio_to_dense"].keys().isdisjoint(sides)]
+    return [one for found in groups for one in found if not one["ratio_to_dense"].keys().isdisjoint(sides)]
 
 
 def _by_step(results: Sequence[Result]) -> dict[tuple[str, str], list[Result]]:
@@ -178,12 +180,13 @@ def _gain(results: Sequence[Result], peer: str, sparse: str, dense: str | None =
     """
     share = 1.0 if dense is None else recipes.fastest().sparse_fraction
     wanted = {peer, sparse, dense or sparse}
+    newest: dict[str, float] = {}
     if any(result.get("fresh_ms") for result in results):
         newest = {title: one for result in _fresh(results) for title, one in result["ratio_to_dense"].items()}
-    else:
+    if not wanted <= newest.keys():  # one run, then, in which all of them stand beside each other
         both = [result["ratio_to_dense"] for result in results if wanted <= result["ratio_to_dense"].keys()]
         newest = both[-1] if both else {}
-    if not wanted <= newest.keys():
+    if not newest:
         return None
     return float(1 / (share / newest[sparse] + (1 - share) / newest[dense or sparse]) / newest[peer])
 

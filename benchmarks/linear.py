@@ -72,7 +72,7 @@ def benchmark(tokens: int, in_features: int, out_features: int, rounds: int) -> 
         "mkn": [tokens, in_features, out_features],
         "times_ms": {name: timing.as_dict() for name, timing in times.items()},
         **_ratios(times, [*whole, *before], fresh),
-        "limit_estimated": _estimated_limits(times),
+        "limit_estimated": _estimated_limits(times, fresh),
         "limit_method": "measured",
         "tflops": _tflops(times, tokens * in_features * out_features),
         "peak_memory_bytes": memory,
@@ -223,7 +223,8 @@ def _ratios(times: dict[str, Timing], names: list[str], fresh: dict[str, float])
     found = {}
     for name in names:
         way = "".join(name.rpartition(": ")[:2])
-        found[name] = ratio(times[f"{way}dense"], times[name], fresh.get(f"{way}dense"))
+        dense = f"{way}dense"
+        found[name] = ratio(times[dense], times[name], None if name == dense else fresh.get(dense))
     limits = {
         name.removesuffix(PACKED_BEFORE) + WEIGHT: one.median
         for name, one in found.items()
@@ -237,8 +238,11 @@ def _ratios(times: dict[str, Timing], names: list[str], fresh: dict[str, float])
     }
 
 
-def _estimated_limits(times: dict[str, Timing]) -> dict[str, float]:
-    """Ratio dense / sparse of the whole call if packing were free, estimated from the products timed alone."""
+def _estimated_limits(times: dict[str, Timing], fresh: dict[str, float]) -> dict[str, float]:
+    """Ratio dense / sparse of the whole call if packing were free, estimated from the products timed alone.
+
+    What is saved is taken off the dense call beside them; the ratio is to dense of the fresh process, if that is known.
+    """
     part = {name.removeprefix("part: "): timing.median_ms for name, timing in times.items()}
     dense = part["dense"]
     saved_weight = part["dense forward"] + part["dense grad_input"] - part["sparse forward"] - part["sparse grad_input"]
@@ -248,7 +252,8 @@ def _estimated_limits(times: dict[str, Timing]) -> dict[str, float]:
         - part["sparse tokens forward"]
         - part["sparse tokens grad_weight"]
     )
-    return {WEIGHT: dense / (dense - saved_weight), ACTIVATION: dense / (dense - saved_tokens)}
+    base = fresh.get("dense", dense)
+    return {WEIGHT: base / (dense - saved_weight), ACTIVATION: base / (dense - saved_tokens)}
 
 
 def _tflops(times: dict[str, Timing], multiplications: int) -> dict[str, float]:

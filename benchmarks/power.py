@@ -202,8 +202,8 @@ def told(result: Result) -> str:
     parts = []
     for kernel in (SPARSE, INSTRUCTION, FP8, NOTHING):
         watts, slower = changes(result, kernel)
-        parts.append(f"after {kernel} {watts:+.0f} W idle and {slower:+.1%} time of dense products")
-    return f"{'; '.join(parts)[:1].upper()}{'; '.join(parts)[1:]}."
+        parts.append(f"after {kernel} {100 * slower:+.1f} % ({round(watts) + 0:+d} W)")
+    return f"Time of dense products, and power of the idle GPU: {', '.join(parts)}."
 
 
 def text(results: list[Result]) -> str:

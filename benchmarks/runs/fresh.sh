@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Whole steps and layers whose dense is timed in a fresh process, one process each, and what the first sparse product of a
-# process changes. Needs torchao for the rows of its float8, which run without anything sparse.
+# Whole steps and layers whose dense is timed in a fresh process, one process each, and what the first sparse product of
+# a process changes. Needs torchao for the rows of its float8, which run without anything sparse.
 #
 #     bash benchmarks/runs/fresh.sh OUT [NAME...]    all, or those of these names; ten minutes on four GPUs
 source "$(dirname "$0")/common.sh"
@@ -15,7 +15,8 @@ SPARSE="2:4 mvue fp8 fp8-2:4 fp8-mvue"
     for card in llama-4096 llama timm-vit-l; do
         echo "float8-$card $BENCHMARK --compare --rows float8 --card $card --save $OUT/float8"
     done
-    for card in llama timm-vit-l sam-vit-l llama-eager timm-vit-l-32-eager timm-vit-l-32-mlp-eager bert-base llama-1-eager; do
+    for card in llama timm-vit-l sam-vit-l llama-eager timm-vit-l-32-eager timm-vit-l-32-mlp-eager bert-base \
+        llama-1-eager; do
         echo "$card $BENCHMARK --card $card --save $OUT"
     done
     for mkn in 16384,4096,11008 16384,2048,8192 13008,1024,4096 13008,4096,1024; do

@@ -44,7 +44,7 @@ def tune(
     """Choose the algorithms of all products of a model's semi-sparse layers now, instead of at the first steps.
 
     One forward finds the distinct problems of a step: forward, input gradient and weight gradient, in 16 bits and fp8,
-    of layers in a dense phase, too. Problems without a choice are measured on random operands, for about half a second
+    of layers in a dense phase, too. Problems without a choice are measured on random operands, for half a second
     each. Choices are kept where those of first calls are. Parameters, buffers, gradients, hooks and random number
     generators stay as they are, which needs memory for one copy of the model.
 

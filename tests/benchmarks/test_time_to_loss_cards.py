@@ -116,7 +116,9 @@ def test_float8_of_a_process_without_sparse_products_comes_before_that_beside_th
     sparse = measured(8, "2", fresh=9.5, dense=10, sparse=5)
     found = compare_tables.beside_float8([beside, sparse, alone])
     assert found.rows == (("8 x 8 x 8", f"**{(9.5 / 5) / (9 / 6):.2f}**", "H100"),)
-    assert compare_tables.with_both_sides([beside, sparse, alone]) == [alone, sparse]
+    assert compare_tables.with_both_sides([beside, sparse, alone]) == [alone, sparse, beside]
+    (only,) = compare_tables.beside_float8([beside, sparse]).rows
+    assert only == ("8 x 8 x 8", "**1.20**", "H100")  # there is no such run of float8: both of one process
     (row,) = compare_tables.short([beside, sparse, alone]).rows
     assert row == ("8 x 8 x 8", "9.5", "**1.50**", "**1.90**", "H100")
 

@@ -155,6 +155,8 @@ class SimulatedLibrary:
     def matmul_desc_set_attribute(self, handle: int, matmul: int, attribute: int, data: int, size: int) -> None:
         self._get("handle", handle)
         assert (attribute, size) == (8, 8)
+        if "bias" in self.refuse:
+            raise cuSPARSELtError(self.refuse["bias"])
         self._get("matmul", matmul)["bias"] = ctypes.c_size_t.from_address(data).value
 
     def matmul_descriptor_destroy(self, matmul: int) -> None:

@@ -72,13 +72,15 @@ def test_plans_that_share_have_their_own_algorithm_and_are_freed_with_what_they_
     before = dict(library.live)
     a, b, out, _ = operands(FORWARD)
     packed = engine.compress(a)
-    with engine.sharing(FORWARD, -1), engine.sharing(FORWARD, -1):
-        made = library.made
-        assert len(engine.algorithms(FORWARD, -1)) > 2
-        for algorithm in (0, 1, 2, 0, 1, 2):
-            engine.matmul(FORWARD, algorithm, Operands(packed, b, out))
-        assert library.made == made + 3  # plans, and nothing else
-        engine.release(FORWARD, -1, keep=1)
+    ends = [engine.share(FORWARD, -1) for _ in range(2)]
+    ends.pop()()
+    made = library.made
+    assert len(engine.algorithms(FORWARD, -1)) > 2
+    for algorithm in (0, 1, 2, 0, 1, 2):
+        engine.matmul(FORWARD, algorithm, Operands(packed, b, out))
+    assert library.made == made + 3  # plans, and nothing else
+    ends.pop()()
+    engine.release(FORWARD, -1, keep=1)
     assert library.products[-6:] == [0, 1, 2, 0, 1, 2]
     engine.matmul(FORWARD, 1, Operands(packed, b, out))
     assert engine.plan_count(-1) == 1 and torch.equal(out, exact(FORWARD, a, b, None))
@@ -95,26 +97,46 @@ def test_plans_that_share_add_the_bias_of_each_call(follows):
     engine, library, _ = make_engine(SimulatedLibrary(follows_bias=follows))
     a, b, out, bias = operands(problem)
     packed = engine.compress(a)
-    with engine.sharing(problem, -1):
-        for algorithm, more in ((0, 0), (1, 0), (1, 1), (0, 1), (0, 2), (1, 0), (0, 0)):
-            given = bias + more
-            engine.matmul(problem, algorithm, Operands(packed, b, out, given))
-            assert torch.equal(out, exact(problem, a, b, given))
+    end = engine.share(problem, -1)
+    for algorithm, more in ((0, 0), (1, 0), (1, 1), (0, 1), (0, 2), (1, 0), (0, 0)):
+        given = bias + more
+        engine.matmul(problem, algorithm, Operands(packed, b, out, given))
+        assert torch.equal(out, exact(problem, a, b, given))
+    end()
     engine.close()
     assert library.live == {}
 
 
 def test_what_is_shared_is_freed_where_no_plan_was_made_and_refusals_are_typed():
-    engine, library, _ = make_engine()
+    engine, library, runtime = make_engine()
     run(engine, FORWARD, 0)
     before = len(library.live)
-    with engine.sharing(problems.forward(48, 64, 64, BF16), -1):
-        assert len(library.live) == before + 5
-    assert len(library.live) == before
+    problem = problems.forward(48, 64, 64, BF16)
+    end = engine.share(problem, -1)
+    assert len(library.live) == before + 5
+    runtime.exchange_device(3)
+    runtime.exchanges.clear()
+    end()
+    assert len(library.live) == before and runtime.exchanges == [-1, 3]  # freed on its own device
     library.refuse["selection"] = 10
-    with pytest.raises(EngineError, match="no plan for"), engine.sharing(problems.forward(48, 64, 64, BF16), -1):
-        pass
+    with pytest.raises(EngineError, match="no plan for"):
+        engine.share(problem, -1)
     assert len(library.live) == before
+
+
+def test_a_bias_that_the_library_refuses_is_set_at_the_next_call():
+    problem = problems.forward(24, 32, 48, BF16, bias=True)
+    engine, library, _ = make_engine()
+    a, b, out, bias = operands(problem)
+    packed, other = engine.compress(a), bias + 1
+    engine.matmul(problem, 0, Operands(packed, b, out, bias))
+    engine.matmul(problem, 0, Operands(packed, b, out, other))
+    library.refuse["bias"] = 10
+    with pytest.raises(EngineError, match="no bias"):
+        engine.matmul(problem, 0, Operands(packed, b, out, bias))
+    del library.refuse["bias"]
+    engine.matmul(problem, 0, Operands(packed, b, out, bias))
+    assert torch.equal(out, exact(problem, a, b, bias))
 
 
 def test_each_thread_has_its_own_handle_and_takes_it_along_when_it_ends():

@@ -266,6 +266,18 @@ def test_a_variant_that_runs_out_of_memory_is_left_out_and_the_others_are_timed(
     assert found[1].ms == pytest.approx(8.0) and found[1].pays and not net.swapped()
 
 
+@pytest.mark.parametrize(("ms", "chosen"), [(96.5, "dense"), (95.0, "2:4")])
+def test_a_choice_must_also_beat_what_the_dense_step_took_when_the_plan_began(ms: float, chosen: str) -> None:
+    """Beside sparse steps the power limit slows dense ones: 100 ms there, 97 before."""
+
+    def attempt(variants: Sequence[Configs]) -> tuple[float, list[Tried]]:
+        return 100.0, [Tried(ms, (ms / 100,) * 16)] * len(variants)
+
+    found, plan = choices(attempt, Times(97.0, None, 1.0))
+    assert set(found) == {chosen}
+    assert ("not faster than when the plan began" in " ".join(str(plan).split())) == (chosen == "dense")
+
+
 def test_a_choice_that_does_not_fit_into_memory_is_not_planned() -> None:
     found, plan = choices(lambda variants: (100.0, [NO_MEMORY] * len(variants)))
     text = " ".join(str(plan).split())

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from semisparse.gemm.cusparselt import Handle, Plan
+from semisparse.gemm.cusparselt import Description, Handle, Plan
 from semisparse.gemm.problem import Problem
 from tests.trust.cases import Case, cases, fill, make_layer, normal, step
 from tests.trust.machine import Machine, differing
@@ -186,12 +186,13 @@ def _deterministic() -> Any:
 def split_sums() -> Iterator[dict[str, list[int]]]:
     """What the library says of each plan that is made in the block: the factor of split-K, and its mode."""
     found: dict[str, list[int]] = {}
-    describe, build = Handle._describe, Handle._build
+    describe, build = Handle._described, Handle._build
     selections = threading.local()
 
-    def described(self: Handle, *given: Any) -> tuple[int, int]:
-        descriptor, selections.last = describe(self, *given)
-        return descriptor, selections.last
+    def described(self: Handle, *given: Any) -> Description:
+        known = describe(self, *given)
+        selections.last = known.selection
+        return known
 
     def built(self: Handle, problem: Problem, algorithm: int, bias: int) -> Plan:
         plan, values = build(self, problem, algorithm, bias), []
@@ -204,7 +205,7 @@ def split_sums() -> Iterator[dict[str, list[int]]]:
         found[f"{problem}, algorithm {algorithm}"] = values
         return plan
 
-    with mock.patch.object(Handle, "_describe", described), mock.patch.object(Handle, "_build", built):
+    with mock.patch.object(Handle, "_described", described), mock.patch.object(Handle, "_build", built):
         yield found
 
 

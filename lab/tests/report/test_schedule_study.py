@@ -128,6 +128,26 @@ def test_what_cannot_be_compared_is_left_out(tmp_path: Path) -> None:
     assert {found["float8", "other-seed"][name] for name in ("to main", "to dense", "dense's / its")} == {""}
 
 
+def test_each_seed_has_a_row_beside_the_main_and_the_dense_run_of_that_seed(tmp_path: Path) -> None:
+    folder = main_runs(tmp_path)
+    write(folder / "study-share-1.0", run("fp8-24", 2.04, SHARE_1), run("fp8-24", 2.184, SHARE_1, seed=1))
+    main = load_timed(folder)
+    study = load_study(folder, main)
+    lines = [line for line in tables(main, study).splitlines() if line.startswith(("| main", "| share"))]
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    assert [(row[0], row[2], row[4], *row[6:8]) for row in cells] == [
+        ("main", "0", "2.0200", "", "+1.00 %"),
+        ("main", "1", "2.1630", "", "+3.00 %"),
+        ("share-1.0", "0", "2.0400", "+0.99 %", "+2.00 %"),
+        ("share-1.0", "1", "2.1840", "+0.97 %", "+4.00 %"),
+    ]
+    assert "few have more than one (0, 1)" in explanation(study)
+    write(folder / "study-far", run("fp8-24", 2.04, SHARE_1, seed=5))
+    (folder / "study-share-1.0" / "toy.fp8-24.tokens.seed0.json").unlink()
+    (folder / "study-share-1.0" / "toy.fp8-24.tokens.seed1.json").unlink()
+    assert rows(folder)["fp8-24", "main"]["validation"] == "not there"
+
+
 def test_other_settings_than_those_of_a_variation_are_refused(tmp_path: Path) -> None:
     folder = main_runs(tmp_path)
     longer = {**SHARE_1, "steps": 20, "train": {"lr": 1, "hold_fraction": 0.67}}

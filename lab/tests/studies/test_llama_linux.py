@@ -150,7 +150,7 @@ def test_the_card_of_schedules_is_made_where_a_study_lies_beside_the_runs(folder
     assert [(phase["kind"], phase["end"]) for phase in run["phases"]] == [("sparse", 10)] and run["test"] is not None
     assert semisparse_lab("card", tmp_path).code == 0
     text = (tmp_path / "llama-linux-schedules.md").read_text()
-    assert f"| share-1.0 | `sparse_fraction` 0.7 → 1 | 10 | {run['validation']['bits_per_byte']:.4f} |" in text
+    assert f"| share-1.0 | `sparse_fraction` 0.7 → 1 | 0 | 10 | {run['validation']['bits_per_byte']:.4f} |" in text
 
 
 @pytest.mark.parametrize("changes", [{"dense_start": 0.2}, {"refresh_every": 2}, {"sparse_fraction": 1.0}], ids=str)

@@ -107,14 +107,16 @@ class Description:
         descriptor: Of the product.
         selection: Of its algorithm; a plan keeps the one that was set when it was made.
         bias: As Plan's.
-        users: Plans that need it, and who shares it.
+        users: Plans that need it, and one more while new plans may.
+        sharers: Calls of share() that have not ended.
     """
 
-    __slots__ = ("bias", "descriptor", "owned", "selection", "users")
+    __slots__ = ("bias", "descriptor", "owned", "selection", "sharers", "users")
 
     def __init__(self, bias: int) -> None:
         self.bias = ctypes.c_size_t(bias)
         self.descriptor = self.selection = self.users = 0
+        self.sharers = 1
         self.owned = ExitStack()
 
     def let_go(self) -> None:
@@ -224,24 +226,26 @@ class Handle:
         with self._explained(f"no algorithms for {problem}"), ExitStack() as owned:
             return self._offered(problem, self._described(problem, 0, owned).selection)
 
-    @contextmanager
-    def sharing(self, problem: Problem) -> Iterator[None]:
-        """Plans of a problem that are made meanwhile share what the library knows of it, their bias too.
+    def share(self, problem: Problem) -> None:
+        """From here on, plans of a problem share what the library knows of it, their bias too; until unshare().
 
         For tuning, which makes a plan per algorithm: cuSPARSELt 0.8.0 takes much longer for each selection of an fp16
         product into column-major than for a plan or for other products. A plan keeps the algorithm that was set when it
         was made. With a bias, sharing is only right where plans follow their descriptor's.
         """
         if problem in self._shared:
-            yield
+            self._shared[problem].sharers += 1
             return
         with self._explained(f"no plan for {problem}"):
-            shared = self._shared[problem] = self._describe(problem, 0)
-        try:
-            yield
-        finally:
+            self._shared[problem] = self._describe(problem, 0)
+
+    def unshare(self, problem: Problem) -> None:
+        """End one share(); with the last one, new plans are on their own again."""
+        known = self._shared[problem]
+        known.sharers -= 1
+        if not known.sharers:
             del self._shared[problem]
-            self._freed(shared.let_go)
+            self._freed(known.let_go)
 
     @contextmanager
     def matrix(self, rows: int, columns: int, dtype: torch.dtype) -> Iterator[tuple[int, int, int]]:
@@ -330,9 +334,13 @@ class Handle:
         return made
 
     def _set_bias(self, descriptor: int, word: ctypes.c_size_t, bias: int) -> None:
-        word.value = bias
+        before, word.value = word.value, bias
         address = ctypes.addressof(word)
-        self._lib.matmul_desc_set_attribute(self.handle, descriptor, _BIAS_POINTER, address, _POINTER_BYTES)
+        try:
+            self._lib.matmul_desc_set_attribute(self.handle, descriptor, _BIAS_POINTER, address, _POINTER_BYTES)
+        except self._lib.cuSPARSELtError:
+            word.value = before
+            raise
 
     def _structured(self, rows: int, columns: int, dtype: torch.dtype, owned: ExitStack) -> int:
         layout = (rows, columns, columns, ALIGNMENT, _DATA_TYPES[dtype], _ORDERS["row"])

@@ -14,7 +14,7 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -54,6 +54,8 @@ class Engine:
         renewed_in_children(self, "_lock", threading.Lock)
         self._verdicts: dict[int, Availability] = {}
         self._follows: dict[int, bool] = {}
+        self.multiplied = False
+        """Whether a product was started by Python since the process began, one of tuning, too."""
         self.python_products = 0
         """As products, without those that the native library started."""
 
@@ -119,6 +121,7 @@ class Engine:
         plan = handle.plans.get(key)
         if plan is None:
             plan = handle.make_plan(problem, algorithm, address)
+            self.multiplied = True
         plan.use()
         a_at, b_at, d_at, dtype = packed.data_ptr(), b.data_ptr(), out.data_ptr(), problem.dtype
         if not (
@@ -198,22 +201,34 @@ class Engine:
         with self._on(index):
             return self._handle(index).algorithms(problem)
 
-    @contextmanager
-    def sharing(self, problem: Problem, index: int) -> Iterator[None]:
-        """Make many plans of a problem fast in the calling thread, such as one per algorithm (Handle.sharing).
+    def share(self, problem: Problem, index: int) -> Callable[[], None]:
+        """Make many plans of a problem fast in the calling thread, such as one per algorithm (Handle.share).
 
         Args:
             problem: Of the plans.
             index: Of the device.
 
+        Returns:
+            What ends it, called in the same thread; not to be called where the CUDA context is lost.
+
         Raises:
             EngineError: The engine cannot be used here, or the library refuses.
         """
-        with ExitStack() as shared:
+        with self._on(index):
+            try:
+                shared = not problem.bias or self._bias_follows(index)
+            except torch.OutOfMemoryError:
+                shared = False
+            if not shared:
+                return lambda: None
+            handle = self._handle(index)
+            handle.share(problem)
+
+        def end() -> None:
             with self._on(index):
-                if not problem.bias or self._bias_follows(index):
-                    shared.enter_context(self._handle(index).sharing(problem))
-            yield
+                handle.unshare(problem)
+
+        return end
 
     def packed_bytes(self, rows: int, columns: int, dtype: torch.dtype, index: int) -> int:
         """Bytes of a packed rows x columns matrix, metadata and its padding included. Raises EngineError."""

@@ -14,13 +14,14 @@ from semisparse.planning.choosing import MARGIN, Choice, Measured, predicted, ra
 from semisparse.planning.contents import PlanRow
 from semisparse.planning.measuring import Measurer
 from semisparse.planning.timing import Times
+from semisparse.planning.trial import MARGIN as TRIAL_MARGIN
 from semisparse.planning.trial import Trial
 
 _TRIED = 3
 """Choices that are tried in the whole step: each takes about five seconds."""
 STEP_MARGIN = 0.04
-"""Share of the step that a plan must be predicted to save if it is not tried in it. Predictions are half as exact; the
-rest is what dense products lose at the power limit once a process runs sparse ones (docs/speed.md)."""
+"""Share of the step that a plan must be predicted to save if it is not tried in it. Half of it is how far predictions
+err, the rest what dense products lose at the power limit once a process runs sparse ones (docs/speed.md)."""
 _NO_MEMORY = "but the whole step ran out of memory"
 _NEAR = 1.1
 """Those are tried whose predicted step is at most this much of the dense one's: host times are known about so well."""
@@ -112,11 +113,14 @@ def _fastest(
         for one, configs in zip(found, variants, strict=True)
     )
     told = f"Tried in the whole step: {base:.2f} ms dense ({before:.2f} ms when the plan began), {listed}."
-    best = min((index for index, one in enumerate(found) if one.pays), key=lambda index: found[index].ms, default=None)
-    if best is None:
+    faster = [index for index, one in enumerate(found) if one.pays]
+    # Dense steps beside sparse ones are slower at the power limit than those without (docs/speed.md).
+    pay = [index for index in faster if found[index].ms < (1 - TRIAL_MARGIN) * before]
+    if not pay:
         ran = any(one.ratio for one in found)
-        instead = "but the whole step was not faster" if ran else _NO_MEMORY
-        return _all_dense(better[0], instead), base, base, told
+        instead = "but the whole step was not faster" + (" than when the plan began" if faster else "")
+        return _all_dense(better[0], instead if ran else _NO_MEMORY), base, base, told
+    best = min(pay, key=lambda index: found[index].ms)
     return better[best], base, found[best].ms, told
 
 

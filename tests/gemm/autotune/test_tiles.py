@@ -1,5 +1,6 @@
 """Products that are shorter than a kernel's tile are not tuned, and a crash while tuning is a typed error."""
 
+import gc
 import json
 import logging
 
@@ -93,8 +94,11 @@ def test_an_algorithm_that_ends_the_context_is_named_and_nothing_goes_on(make_tu
     library.faults[4] = crash
     tuner, _, _ = make_tuner(library)
     caplog.set_level(logging.INFO, "semisparse")
+    library.log.clear()
     with pytest.raises(ContextLostError) as caught:
         call(tuner, LONG)
+    gc.collect()
+    assert not {"plan", "selection", "matmul"} & {kind for kind, _ in library.log}  # the library is not called any more
     said = str(caught.value)
     assert said.startswith(f"algorithm 4 of cuSPARSELt ended in an error of the GPU while it was tried for {LONG} (")
     assert "an illegal instruction was encountered" in said and "SEMISPARSE_TUNE=0" in said

@@ -134,8 +134,12 @@ def _table(base: ArmRuns | None, pairs: Sequence[tuple[Variation, ArmRuns]], den
     )
     rows = [cells for variation, arm in pairs for cells in _rows(variation.name, variation.changed, arm, base, dense)]
     if base is not None:
-        same = replace(base, runs={seed: run for seed, run in base.runs.items() if seed in seeds}, diverged=())
-        rows[:0] = _rows("main", "", same, None, dense)
+        same = replace(
+            base,
+            runs={seed: run for seed, run in base.runs.items() if seed in seeds},
+            diverged=tuple(seed for seed in base.diverged if seed in seeds),
+        )
+        rows[:0] = _rows("main", "", same, None, dense) or [["main", "", "", "", "not there", *[""] * 5]]
     return f"{(base or first).title} (arm `{first.slug}`):\n\n{markdown(head, rows)}"
 
 
@@ -201,7 +205,7 @@ def shown_runs(main: Sequence[Document], study: Sequence[Variation]) -> list[Doc
 def explanation(study: Sequence[Variation]) -> str:
     """How to read the tables."""
     seeds = sorted({run["seed"] for variation in study for run in variation.results})
-    single = "Each variation has one seed" if len(seeds) == 1 else "Variations have a row for each of few seeds"
+    single = "Each variation has one seed" if len(seeds) == 1 else "Each seed has a row, and few have more than one"
     return (
         f"{single} ({', '.join(map(str, seeds))}), so that a difference can be chance. Below each table stands how "
         "much the main arm differs over its seeds, and its difference to dense. Runs of one seed begin with equal "

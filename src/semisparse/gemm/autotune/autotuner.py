@@ -1,7 +1,7 @@
 """The autotuner: which algorithm of the sparse engine computes a problem, or masked dense where that is faster.
 
 The first call with a problem times every algorithm and checks the fastest (candidates.py, selection.py): half a second
-behind the preparation. Problems whose token counts fall into one bucket share the result; N and K are exact. It is kept
+after the preparation. Problems whose token counts fall into one bucket share the result; N and K are exact. It is kept
 in the process, for all threads and layers, and on disk (store.py). A stored choice is never timed again. `state` and
 `load_state` carry choices from one rank to the others, so that all ranks sum in the same order.
 
@@ -27,7 +27,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache, partial
 from typing import Any
@@ -85,7 +85,7 @@ class Autotuner:
         make_candidates: Makes what is timed; tests inject made-up times.
         clock: Seconds; tests inject a clock.
         shipped: The choices that ship with the package.
-        seconds: Wall time that tuning one problem may take.
+        seconds: Wall time that tuning one problem may take after its preparation.
         chunk: Tokens per piece of products that are tried in chunks.
     """
 
@@ -118,7 +118,7 @@ class Autotuner:
     def choose(self, problem: Problem, index: int, operands: Operands, dense: Dense | None = None) -> Choice:
         """The choice for a problem on a device; where there is none yet, it is tuned on these operands.
 
-        Tuning takes about half a second, for a problem that is also tried in chunks up to 1.5 s, and at most 256 MiB on
+        Tuning takes about half a second after its preparation, in chunks too up to 1.5 s, and at most 256 MiB on
         the device. It waits for the current stream only, and leaves PyTorch's random numbers alone. Concurrent callers
         wait for one tuning run. On return operands.out may hold scratch data: run the product afterwards.
 
@@ -361,23 +361,21 @@ class Autotuner:
         logger.info("tuning %s on device %d", problem, index)
         self._engine.runtime.wait(index)  # work that the caller has queued must not count
         elapsed = Stopwatch(self._clock)
-        with ExitStack() as shared:
-            try:
-                shared.enter_context(self._engine.sharing(problem, index))
-                algorithms = likely_first(self._engine.algorithms(problem, index), problem.dtype)
-                whole_dense = dense and partial(dense, problem, operands)
-                candidates = self._make_candidates(self._engine, problem, operands, whole_dense)
-            except EngineError as error:
-                logger.warning("%s cannot be tuned: %s", problem, error)
-                return Choice(None, None, None, None, "tuned", note=one_line(error))
-            keep = None
-            try:
-                choice = Selection(candidates, self._clock, self._seconds).run(algorithms, dense is not None)
-                if chunk_algorithm is not None:
-                    choice = faster_way(choice, candidates, chunk_algorithm, self._chunk, self._clock)
-                keep = None if choice.chunk is not None else choice.sparse_algorithm
-            finally:
-                candidates.close(keep)
+        try:
+            whole_dense = dense and partial(dense, problem, operands)
+            candidates = self._make_candidates(self._engine, problem, operands, whole_dense)
+        except EngineError as error:
+            logger.warning("%s cannot be tuned: %s", problem, error)
+            return Choice(None, None, None, None, "tuned", note=one_line(error))
+        keep = None
+        try:
+            algorithms = likely_first(self._engine.algorithms(problem, index), problem.dtype)
+            choice = Selection(candidates, self._clock, self._seconds).run(algorithms, dense is not None)
+            if chunk_algorithm is not None:
+                choice = faster_way(choice, candidates, chunk_algorithm, self._chunk, self._clock)
+            keep = None if choice.chunk is not None else choice.sparse_algorithm
+        finally:
+            candidates.close(keep)
         logger.info("tuned %s in %.2f s: %s", problem, elapsed(), choice)
         return choice
 

@@ -10,7 +10,7 @@ from a generator of its own. Waits for the current stream only; the memory goes 
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -70,10 +70,13 @@ class Candidates:
         self._lost = False
         self._sample_parts: set[Problem] = set()
         self._sample = _roomy_sample(engine, problem, operands.out, memory)
-        with ExitStack() as shared:
+        self._ends: list[Callable[[], None]] = []
+        try:
             for one in (problem, self._sample.problem):
-                shared.enter_context(engine.sharing(one, self._index))
-            self._shared = shared.pop_all()
+                self._ends.append(engine.share(one, self._index))
+        except EngineError:
+            self.close(None)
+            raise
 
     def fault(self, algorithm: int, chunk: int | None = None) -> str | None:
         """What is wrong with an algorithm's results, or None. Raises what the library or the allocator raises.
@@ -149,7 +152,9 @@ class Candidates:
         """Free the plans of the algorithms that were not chosen; where the context is lost, they are lost with it."""
         if self._lost:
             return
-        self._shared.close()
+        for end in self._ends:
+            end()
+        self._ends.clear()
         self._engine.release(self._problem, self._index, keep)
         if self._sample.problem != self._problem:
             self._engine.release(self._sample.problem, self._index)
