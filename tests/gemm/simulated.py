@@ -164,7 +164,8 @@ class SimulatedLibrary:
 
     def matmul_alg_selection_init(self, handle: int, matmul: int, algorithm: int) -> int:
         self._get("handle", handle)
-        return self._make("selection", {"matmul": matmul, "algorithm": algorithm})
+        has_bias = bool(self._get("matmul", matmul)["bias"])
+        return self._make("selection", {"matmul": matmul, "algorithm": algorithm, "has_bias": has_bias})
 
     def matmul_alg_set_attribute(self, handle: int, selection: int, attribute: int, data: int, size: int) -> None:
         self._get("handle", handle)
@@ -187,6 +188,7 @@ class SimulatedLibrary:
         chosen = self._get("selection", selection)
         assert chosen["matmul"] == matmul
         bias = self._get("matmul", matmul)["bias"]
+        assert chosen["has_bias"] == bool(bias), "the selection was made for the other kind of product"
         # A plan keeps the algorithm that is set now: so does the real library (test_engine_gpu.py).
         content = {"handle": handle, "algorithm": chosen["algorithm"], "selection": selection, "matmul": matmul}
         return self._make("plan", {**content, "bias": bias})

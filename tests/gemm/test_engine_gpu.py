@@ -269,7 +269,7 @@ def test_plans_that_share_run_the_kernels_of_plans_of_their_own(engine, dtype, b
         own[algorithm] = ran(algorithm, 0)
         engine.release(problem, 0)
     assert len(set(map(tuple, own.values()))) > 1
-    end = engine.share(problem, 0)
+    end = engine.share(problem, 0, one)
     for more, algorithms in enumerate((ids[:8], ids[7::-1], ids[:8:3])):
         for algorithm in algorithms:
             assert ran(algorithm, more) == own[algorithm]

@@ -97,7 +97,7 @@ def test_plans_that_share_add_the_bias_of_each_call(follows):
     engine, library, _ = make_engine(SimulatedLibrary(follows_bias=follows))
     a, b, out, bias = operands(problem)
     packed = engine.compress(a)
-    end = engine.share(problem, -1)
+    end = engine.share(problem, -1, bias)
     for algorithm, more in ((0, 0), (1, 0), (1, 1), (0, 1), (0, 2), (1, 0), (0, 0)):
         given = bias + more
         engine.matmul(problem, algorithm, Operands(packed, b, out, given))

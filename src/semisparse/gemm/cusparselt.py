@@ -226,8 +226,10 @@ class Handle:
         with self._explained(f"no algorithms for {problem}"), ExitStack() as owned:
             return self._offered(problem, self._described(problem, 0, owned).selection)
 
-    def share(self, problem: Problem) -> None:
+    def share(self, problem: Problem, bias: int) -> None:
         """From here on, plans of a problem share what the library knows of it, their bias too; until unshare().
+
+        bias: address of a bias vector, 0 for none: selections are made as those of plans are, with the bias set.
 
         For tuning, which makes a plan per algorithm: cuSPARSELt 0.8.0 takes much longer for each selection of an fp16
         product into column-major than for a plan or for other products. A plan keeps the algorithm that was set when it
@@ -237,7 +239,7 @@ class Handle:
             self._shared[problem].sharers += 1
             return
         with self._explained(f"no plan for {problem}"):
-            self._shared[problem] = self._describe(problem, 0)
+            self._shared[problem] = self._describe(problem, bias)
 
     def unshare(self, problem: Problem) -> None:
         """End one share(); with the last one, new plans are on their own again."""

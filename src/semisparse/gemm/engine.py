@@ -201,12 +201,13 @@ class Engine:
         with self._on(index):
             return self._handle(index).algorithms(problem)
 
-    def share(self, problem: Problem, index: int) -> Callable[[], None]:
+    def share(self, problem: Problem, index: int, bias: Tensor | None = None) -> Callable[[], None]:
         """Make many plans of a problem fast in the calling thread, such as one per algorithm (Handle.share).
 
         Args:
             problem: Of the plans.
             index: Of the device.
+            bias: Of one of the products, which may each have another; None where the problem has none.
 
         Returns:
             What ends it, called in the same thread; not to be called where the CUDA context is lost.
@@ -222,7 +223,7 @@ class Engine:
             if not shared:
                 return lambda: None
             handle = self._handle(index)
-            handle.share(problem)
+            handle.share(problem, 0 if bias is None else bias.data_ptr())
 
         def end() -> None:
             with self._on(index):

@@ -72,9 +72,9 @@ class Candidates:
         self._sample = _roomy_sample(engine, problem, operands.out, memory)
         self._ends: list[Callable[[], None]] = []
         try:
-            for one in (problem, self._sample.problem):
-                self._ends.append(engine.share(one, self._index))
-        except EngineError:
+            for one, bias in ((problem, operands.bias), (self._sample.problem, self._sample.biases[0])):
+                self._ends.append(engine.share(one, self._index, bias))
+        except BaseException:
             self.close(None)
             raise
 
