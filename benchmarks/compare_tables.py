@@ -112,9 +112,8 @@ def short(results: Sequence[Result]) -> Table:
     """
     rows = []
     for (what, card), every in _by_step(results).items():
-        found = _fresh(every)
-        ordered = [*(one for one in every if one not in found), *found]
-        ratios = {title: ratio for result in ordered for title, ratio in result["ratio_to_dense"].items()}
+        found = sorted(every, key=lambda result: bool(result.get("fresh_ms")))
+        ratios = {title: ratio for result in found for title, ratio in result["ratio_to_dense"].items()}
         dense = tables.dense_ms(found[-1], DENSE, 1)
         shown = (ratios.get(ROWS[name].title) for name in SHORT_ROWS)
         rows.append((what, dense, *("" if one is None else f"**{one:.2f}**" for one in shown), card))
@@ -164,11 +163,6 @@ def _by_step(results: Sequence[Result]) -> dict[tuple[str, str], list[Result]]:
     return found
 
 
-def _fresh(results: Sequence[Result]) -> Sequence[Result]:
-    """Those that know dense of a fresh process, if there are any, else all."""
-    return [result for result in results if result.get("fresh_ms")] or results
-
-
 def _gain(results: Sequence[Result], peer: str, sparse: str, dense: str | None = None) -> float | None:
     """How many times faster than the peer a row is, or a run that ends with the steps of another row.
 
@@ -180,14 +174,13 @@ def _gain(results: Sequence[Result], peer: str, sparse: str, dense: str | None =
     """
     share = 1.0 if dense is None else recipes.fastest().sparse_fraction
     wanted = {peer, sparse, dense or sparse}
-    newest: dict[str, float] = {}
-    if any(result.get("fresh_ms") for result in results):
-        newest = {title: one for result in _fresh(results) for title, one in result["ratio_to_dense"].items()}
-    if not wanted <= newest.keys():  # one run, then, in which all of them stand beside each other
-        both = [result["ratio_to_dense"] for result in results if wanted <= result["ratio_to_dense"].keys()]
-        newest = both[-1] if both else {}
-    if not newest:
+    fresh = [result["ratio_to_dense"] for result in results if result.get("fresh_ms")]
+    together = {title: one for ratios in fresh for title, one in ratios.items()}
+    runs = [*(result["ratio_to_dense"] for result in results), together]
+    found = [ratios for ratios in runs if wanted <= ratios.keys()]
+    if not found:
         return None
+    newest = found[-1]
     return float(1 / (share / newest[sparse] + (1 - share) / newest[dense or sparse]) / newest[peer])
 
 

@@ -6,7 +6,7 @@ From its first sparse product until it ends, the power limit leaves dense produc
 
 from collections.abc import Callable, Mapping
 
-from benchmarks.timing import CPU_BLOCK_SECONDS, device, interleaved
+from benchmarks.timing import device, interleaved
 from semisparse import native
 from semisparse.gemm.engine import engine
 from semisparse.planning.timing import step_times
@@ -32,5 +32,5 @@ def fresh_ms(calls: Mapping[str, Call]) -> dict[str, float]:
         print("dense is only timed beside 2:4: this process has run a sparse product before (benchmarks/runs/fresh.sh)")
         return {}
     if device() != "cuda":
-        return {name: timing.median_ms for name, timing in interleaved(calls, block_seconds=CPU_BLOCK_SECONDS).items()}
+        return {name: timing.median_ms for name, timing in interleaved(calls).items()}
     return {name: step_times(call).ms for name, call in calls.items()}

@@ -14,14 +14,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
+from benchmarks.store import ROOT
 from benchmarks.table import Table
+from benchmarks.tables import size
 from benchmarks.timing import device, started, synchronize
 
 Result = dict[str, Any]
@@ -69,8 +70,7 @@ def benchmark(toy: bool = False) -> Result:
 
 def _process(kernel: str) -> Result:
     command = [sys.executable, "-m", "benchmarks.power", kernel]
-    root = Path(__file__).resolve().parent.parent
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command[1:])} ended with {done.returncode}: {done.stderr.strip()[-500:]}")
     print(f"{kernel}: {done.stdout.strip()}", file=sys.stderr, flush=True)
@@ -116,11 +116,11 @@ def _sustained(dense: Callable[[], object], seconds: float) -> tuple[float, Resu
     """Milliseconds of a call and readings of the GPU, medians over the second half of the time."""
     times: list[float] = []
     readings: list[Result] = []
-    end = time.monotonic() + seconds
+    count, end = CALLS if device() == "cuda" else 1, time.monotonic() + seconds
     while len(times) < 2 or time.monotonic() < end:
-        took = started(dense, CALLS if device() == "cuda" else 1)
+        took = started(dense, count)
         readings.append(_reading())  # while the GPU is at work
-        times.append(took() / CALLS)
+        times.append(took() / count)
     half = len(times) // 2
     return statistics.median(times[half:]), _middle(readings[half:])
 
@@ -193,8 +193,12 @@ def changes(result: Result, kernel: str) -> tuple[float, float]:
     """
     found = [one for one in result["processes"] if one["kernel"] == kernel]
     watts = [one["after"]["idle"]["watts"] - one["before"]["idle"]["watts"] for one in found]
-    slower = [one["after"]["dense_ms"] / one["before"]["dense_ms"] - 1 for one in found]
-    return statistics.fmean(watts), statistics.fmean(slower)
+    return statistics.fmean(watts), statistics.fmean(map(_slower, found))
+
+
+def _slower(process: Result) -> float:
+    """The share by which dense products took longer after the process's kernel."""
+    return float(process["after"]["dense_ms"] / process["before"]["dense_ms"] - 1)
 
 
 def told(result: Result) -> str:
@@ -219,10 +223,9 @@ def table(results: list[Result]) -> Table:
             stages = one["before"], one["after"]
             idle = [f"{stage['idle']['watts']:.0f} ({stage['idle']['celsius']:.0f})" for stage in stages]
             dense = [f"{stage['dense_ms']:.3f} ({stage['dense']['mhz']:.0f})" for stage in stages]
-            slower = one["after"]["dense_ms"] / one["before"]["dense_ms"] - 1
-            rows.append((one["kernel"], *idle, *dense, f"{slower:+.1%}"))
+            rows.append((one["kernel"], *idle, *dense, f"{_slower(one):+.1%}"))
     columns = ("kernel", "idle W (C), before", "after", "dense ms (MHz), before", "after", "slower")
-    sizes = {" x ".join(map(str, result["mkn"])) for result in results}
+    sizes = {size(result["mkn"]) for result in results}
     return Table(columns, tuple(rows), (NOTE.format(size=" and ".join(sorted(sizes))),))
 
 

@@ -108,15 +108,13 @@ class Description:
         selection: Of its algorithm; a plan keeps the one that was set when it was made.
         bias: As Plan's.
         users: Plans that need it, and one more while new plans may.
-        sharers: Calls of share() that have not ended.
     """
 
-    __slots__ = ("bias", "descriptor", "owned", "selection", "sharers", "users")
+    __slots__ = ("bias", "descriptor", "owned", "selection", "users")
 
     def __init__(self, bias: int) -> None:
         self.bias = ctypes.c_size_t(bias)
         self.descriptor = self.selection = self.users = 0
-        self.sharers = 1
         self.owned = ExitStack()
 
     def let_go(self) -> None:
@@ -226,28 +224,25 @@ class Handle:
         with self._explained(f"no algorithms for {problem}"), ExitStack() as owned:
             return self._offered(problem, self._described(problem, 0, owned).selection)
 
-    def share(self, problem: Problem, bias: int) -> None:
+    def share(self, problem: Problem, bias: int) -> bool:
         """From here on, plans of a problem share what the library knows of it, their bias too; until unshare().
 
-        bias: address of a bias vector, 0 for none: selections are made as those of plans are, with the bias set.
+        False where they already do. bias: address of a bias vector, 0 for none: selections are made as those of plans
+        are, with the bias set.
 
         For tuning, which makes a plan per algorithm: cuSPARSELt 0.8.0 takes much longer for each selection of an fp16
         product into column-major than for a plan or for other products. A plan keeps the algorithm that was set when it
         was made. With a bias, sharing is only right where plans follow their descriptor's.
         """
         if problem in self._shared:
-            self._shared[problem].sharers += 1
-            return
+            return False
         with self._explained(f"no plan for {problem}"):
             self._shared[problem] = self._describe(problem, bias)
+        return True
 
     def unshare(self, problem: Problem) -> None:
-        """End one share(); with the last one, new plans are on their own again."""
-        known = self._shared[problem]
-        known.sharers -= 1
-        if not known.sharers:
-            del self._shared[problem]
-            self._freed(known.let_go)
+        """New plans are on their own again."""
+        self._freed(self._shared.pop(problem).let_go)
 
     @contextmanager
     def matrix(self, rows: int, columns: int, dtype: torch.dtype) -> Iterator[tuple[int, int, int]]:
@@ -305,11 +300,10 @@ class Handle:
         known = self._shared.get(problem)
         if known is None:
             known = self._describe(problem, bias)
-            owned.callback(known.let_go)
-            return known
-        known.users += 1
+        else:
+            known.users += 1
         owned.callback(known.let_go)
-        if bias:
+        if bias and bias != known.bias.value:
             self._set_bias(known.descriptor, known.bias, bias)
         return known
 

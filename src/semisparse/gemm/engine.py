@@ -216,14 +216,13 @@ class Engine:
             EngineError: The engine cannot be used here, or the library refuses.
         """
         with self._on(index):
-            try:
-                shared = not problem.bias or self._bias_follows(index)
-            except torch.OutOfMemoryError:
-                shared = False
-            if not shared:
-                return lambda: None
             handle = self._handle(index)
-            handle.share(problem, 0 if bias is None else bias.data_ptr())
+            try:
+                right = not problem.bias or self._bias_follows(index)
+            except torch.OutOfMemoryError:
+                right = False
+            if not right or not handle.share(problem, 0 if bias is None else bias.data_ptr()):
+                return lambda: None
 
         def end() -> None:
             with self._on(index):

@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from semisparse.errors import EngineError
 from semisparse.gemm import problem as problems
 from semisparse.gemm.autotune import selection
 from semisparse.gemm.autotune.algorithm import Choice
@@ -317,3 +318,14 @@ def test_a_library_that_is_slow_to_look_at_a_problem_is_asked_once_for_all_algor
     assert sum(kind == "plan" for kind, _ in library.live.values()) == 1
     tuner._engine.close()
     assert library.live == {}
+
+
+def test_a_product_without_algorithms_is_not_tuned_and_nothing_stays(make_tuner, caplog):
+    tuner, library, _ = make_tuner(stored=False)
+
+    def refuse(problem, index):
+        raise EngineError("no algorithms")
+
+    tuner._engine.algorithms = refuse
+    assert call(tuner).note == "EngineError: no algorithms" and "cannot be tuned" in caplog.text
+    assert {kind for kind, _ in library.live.values()} == {"handle"}

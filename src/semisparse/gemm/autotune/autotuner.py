@@ -15,7 +15,6 @@ stored or such a shipped choice raises EngineError. Where the engine cannot be u
 with the reason in its note.
 
 Products shorter than one tile of the library's kernels are never tuned (tiles.py): algorithm 0, whatever is stored.
-
 A problem of more tokens than a chunk is also timed in chunks of them (in_chunks.py), with the algorithm of a problem of
 chunk tokens, which is tuned for that if it has no choice yet.
 
@@ -361,15 +360,18 @@ class Autotuner:
         logger.info("tuning %s on device %d", problem, index)
         self._engine.runtime.wait(index)  # work that the caller has queued must not count
         elapsed = Stopwatch(self._clock)
+        candidates: Candidates | None = None
         try:
             whole_dense = dense and partial(dense, problem, operands)
             candidates = self._make_candidates(self._engine, problem, operands, whole_dense)
+            algorithms = likely_first(self._engine.algorithms(problem, index), problem.dtype)
         except EngineError as error:
+            if candidates is not None:
+                candidates.close(None)
             logger.warning("%s cannot be tuned: %s", problem, error)
             return Choice(None, None, None, None, "tuned", note=one_line(error))
         keep = None
         try:
-            algorithms = likely_first(self._engine.algorithms(problem, index), problem.dtype)
             choice = Selection(candidates, self._clock, self._seconds).run(algorithms, dense is not None)
             if chunk_algorithm is not None:
                 choice = faster_way(choice, candidates, chunk_algorithm, self._chunk, self._clock)

@@ -73,7 +73,7 @@ class Candidates:
         self._ends: list[Callable[[], None]] = []
         try:
             for one, bias in ((problem, operands.bias), (self._sample.problem, self._sample.biases[0])):
-                self._ends.append(engine.share(one, self._index, bias))
+                self._ends.append(engine.share(one, self._index, bias))  # often one problem
         except BaseException:
             self.close(None)
             raise
