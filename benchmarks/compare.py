@@ -49,7 +49,7 @@ class Row:
     @property
     def sparse(self) -> bool:
         """Whether it has sparse products."""
-        return self.config is not None and (self.config.weight is not None or self.config.grad_output is not None)
+        return self.config is not None and self.config.prunes
 
 
 DENSE = "dense bf16"

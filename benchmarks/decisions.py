@@ -10,12 +10,14 @@ from typing import Any
 from benchmarks.origin import gpu, short_origin
 from benchmarks.planned import DENSE, EVERY, PLAN, table
 from benchmarks.table import Table
+from benchmarks.tables import TIMED_BESIDE, beside_note, dense_ms
 
 Result = dict[str, Any]
 
 NOTE = (
     "Whole training steps with optimizer, all variants of a model interleaved in one process; figures are dense time / "
-    "this time. *planned*: `plan.apply(model)`; where that swaps no layer, the dense model once more, which shows how "
+    "this time: with sparse products to dense before any ran in the process, unless it is marked. *planned*: "
+    "`plan.apply(model)`; where that swaps no layer, the dense model once more, to dense beside it, which shows how "
     "exact the row is. *all NAME*: every selected layer swapped, whatever the plan says."
 )
 HOST = (
@@ -39,7 +41,7 @@ def decided(results: Sequence[Result]) -> Table:
     rows = tuple(
         (*_figures(result), swapped(result), *([gpu(result)] if several else [])) for result in _in_order(results)
     )
-    return Table((*_COLUMNS, "swapped", *(["GPU"] if several else [])), rows)
+    return Table((*_COLUMNS, "swapped", *(["GPU"] if several else [])), rows, beside_note(rows))
 
 
 def left_dense(results: Sequence[Result]) -> str:
@@ -55,6 +57,8 @@ def left_dense(results: Sequence[Result]) -> str:
         sentences.append(f"{told} {everything}: {losses}.")
     if gaining:
         sentences.append(f"Plans gained most on {gains}.")
+    if any(not result.get("fresh_ms") for result in results):
+        sentences.append(f"For ratios of these plans, {TIMED_BESIDE}")
     return " ".join([*sentences, short_origin(results)]) if results else ""
 
 
@@ -74,7 +78,8 @@ def exactness(results: Sequence[Result]) -> Table:
 def avoided(results: Sequence[Result]) -> Table:
     """The models on which swapping every layer loses, at least in one way."""
     losing = [result for result in _in_order(results) if any(ratio < 1 for ratio in _everything(result))]
-    return Table((*_COLUMNS, "GPU"), tuple((*_figures(result), gpu(result)) for result in losing))
+    rows = tuple((*_figures(result), gpu(result)) for result in losing)
+    return Table((*_COLUMNS, "GPU"), rows, beside_note(rows))
 
 
 def reasons(results: Sequence[Result]) -> str:
@@ -108,7 +113,7 @@ def _figures(result: Result) -> tuple[str, ...]:
     ratios = result["ratio_to_dense"]
     planned = f"dense ({ratios[PLAN]:.2f})" if _swaps_nothing(result) else f"**{ratios[PLAN]:.2f}**"
     everything = (f"**{ratios[name]:.2f}**" if name in ratios else "" for name in (f"all {one}" for one in EVERY))
-    return (result["label"], f"{result['times_ms'][DENSE]['median_ms']:.1f}", planned, *everything)
+    return (result["label"], dense_ms(result, DENSE, 1), planned, *everything)
 
 
 def _swaps_nothing(result: Result) -> bool:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.fresh import fresh_ms
 from benchmarks.launches import launches
 from benchmarks.linear import inputs, step
 from benchmarks.timing import device, interleaved, ratio
@@ -22,17 +23,21 @@ def benchmark(tokens: int, in_features: int, out_features: int, rounds: int) -> 
     x, grad_output = inputs(tokens, in_features, out_features)
     kinds = {"dense": torch.nn.Linear, EACH: SemiSparseLinear, PER_STEP: SemiSparseLinear}
     calls: dict[str, Callable[[], object]] = {}
+    fresh: dict[str, float] = {}
     for name, kind in kinds.items():
         layer = kind(in_features, out_features, device=device(), dtype=torch.bfloat16)
         calls[name] = step(layer, x, grad_output)
         if name == PER_STEP:
             calls[name] = packing_first(PackedWeights(layer), calls[name])
         calls[name]()
+        if name == "dense":
+            fresh = fresh_ms({name: calls[name]})
     times = interleaved(calls, rounds=rounds)
-    ratios = {name: ratio(times["dense"], times[name]) for name in (EACH, PER_STEP)}
+    ratios = {name: ratio(times["dense"], times[name], fresh.get("dense")) for name in (EACH, PER_STEP)}
     return {
         "mkn": [tokens, in_features, out_features],
         "times_ms": {name: timing.as_dict() for name, timing in times.items()},
+        "fresh_ms": fresh,
         "ratio_to_dense": {name: one.median for name, one in ratios.items()},
         "ratio_spread": {name: asdict(one) for name, one in ratios.items()},
         "launches": launches(),

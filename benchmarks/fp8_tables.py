@@ -19,6 +19,7 @@ from benchmarks.step_profile import (
     by_kind,
 )
 from benchmarks.table import Table
+from benchmarks.tables import BESIDE, beside_note
 
 Result = dict[str, Any]
 BETWEEN = (
@@ -44,12 +45,15 @@ def neighbours(results: Sequence[Result]) -> Table:
     lines = []
     for result in results:
         times, spread = result["times_ms"], result["ratio_spread"]
-        alone = times[ALONE]["median_ms"]
+        alone, fresh = times[ALONE]["median_ms"], result.get("fresh_ms")
         for name in [DENSE, *(name for name in times if name not in (DENSE, ALONE))]:
             one = spread[name]
             ratio = ("", "") if name == DENSE else (f"{one['median']:.3f}", f"{one['p20']:.3f} to {one['p80']:.3f}")
-            lines.append((_shape(result), name, f"{times[name]['median_ms'] - alone:.3f}", *ratio))
-    return Table(("M x K x N", "row", "ms", "dense / this", "p20 to p80"), tuple(lines))
+            ms = f"{times[name]['median_ms'] - alone:.3f}"
+            if name == DENSE:
+                ms = f"{fresh[DENSE] - fresh[ALONE]:.3f}" if fresh else f"{ms}{BESIDE}"
+            lines.append((_shape(result), name, ms, *ratio))
+    return Table(("M x K x N", "row", "ms", "dense / this", "p20 to p80"), tuple(lines), beside_note(lines))
 
 
 def noise(results: Sequence[Result]) -> Table:

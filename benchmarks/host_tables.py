@@ -8,6 +8,7 @@ from benchmarks.host_parts import DENSE as DENSE_LAYER
 from benchmarks.host_parts import EXPLAINED, PACK, WHOLE
 from benchmarks.origin import gpu
 from benchmarks.table import Table
+from benchmarks.tables import beside_note, dense_ms
 
 Result = dict[str, Any]
 
@@ -44,12 +45,12 @@ def eager_linear(results: Sequence[Result]) -> Table:
     rows = []
     for result in results:
         times, ratios, spreads = result["times_ms"], result["ratio_to_dense"], result["ratio_spread"]
-        cells = [" x ".join(map(str, result["mkn"])), f"{times['dense']['median_ms']:.3f}"]
+        cells = [" x ".join(map(str, result["mkn"])), dense_ms(result, "dense", 3)]
         for kind in (EACH, PER_STEP):
             cells += [f"{times[kind]['median_ms']:.3f}", f"**{ratios[kind]:.3f}**", _range(spreads[kind], 3)]
         rows.append((*cells, gpu(result) if "provenance" in result else ""))
     columns = ("M x K x N", "dense ms", "each ms", "dense / each", "p20 to p80")
-    return Table((*columns, "step ms", "dense / step", "p20 to p80", "GPU"), tuple(rows))
+    return Table((*columns, "step ms", "dense / step", "p20 to p80", "GPU"), tuple(rows), beside_note(rows))
 
 
 def pack_together(results: Sequence[Result]) -> Table:

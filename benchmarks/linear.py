@@ -91,6 +91,7 @@ def _fresh(x: torch.Tensor, grad_output: torch.Tensor) -> dict[str, float]:
 def small(tokens: int, in_features: int, out_features: int, rounds: int) -> dict[str, Any]:
     """Dense and 2:4 alone at one shape, eager and from a CUDA graph: where a layer is too small to gain."""
     x, grad_output = inputs(tokens, in_features, out_features)
+    fresh = _fresh(x, grad_output)
     layers = {"dense": torch.nn.Linear, WEIGHT: SemiSparseLinear}
     calls = {name: step(_layer(kind, x, grad_output), x, grad_output) for name, kind in layers.items()}
     for call in calls.values():
@@ -100,7 +101,7 @@ def small(tokens: int, in_features: int, out_features: int, rounds: int) -> dict
     return {
         "mkn": [tokens, in_features, out_features],
         "times_ms": {name: timing.as_dict() for name, timing in times.items()},
-        **_ratios(times, list(whole), {}),
+        **_ratios(times, list(whole), fresh),
         "tuning": tuning.state(),
     }
 

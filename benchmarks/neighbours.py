@@ -14,6 +14,7 @@ from torch import nn
 
 from benchmarks import float8
 from benchmarks.compare import DENSE, ROWS, Row, forget_compiled, layer_of
+from benchmarks.fresh import fresh_ms
 from benchmarks.launches import launches
 from benchmarks.linear import inputs
 from benchmarks.timing import Timing, interleaved, summary
@@ -44,15 +45,20 @@ def benchmark(tokens: int, in_features: int, out_features: int, rows: Sequence[s
     calls = {ALONE: _alone(x, grad_output)}
     # torchao comes last: converting a model changes how torch.compile writes code.
     asked = sorted((ROWS[name] for name in rows), key=lambda row: row.config is None)
+    fresh: dict[str, float] = {}
     for row in (None, *asked):
-        calls[DENSE if row is None else row.title] = _step(_layer(row, in_features, out_features), x, grad_output)
-    for call in calls.values():
-        call()
+        title = DENSE if row is None else row.title
+        calls[title] = _step(_layer(row, in_features, out_features), x, grad_output)
+        calls[title]()
+        if row is None:
+            fresh = fresh_ms(calls)
     times = interleaved(calls, rounds=rounds)
-    ratios = {name: _ratio(times, name) for name in calls if name != ALONE}
+    sparse = {row.title for row in asked if row.sparse}
+    ratios = {name: _ratio(times, name, fresh if name in sparse else {}) for name in calls if name != ALONE}
     return {
         "mkn": [tokens, in_features, out_features],
         "times_ms": {name: timing.as_dict() for name, timing in times.items()},
+        "fresh_ms": fresh,
         "ratio_to_dense": {name: spread["median"] for name, spread in ratios.items()},
         "ratio_spread": ratios,
         "torchao": float8.checked_version() if "float8" in rows else None,
@@ -89,6 +95,10 @@ def _alone(x: torch.Tensor, grad_output: torch.Tensor) -> Call:
     return step
 
 
-def _ratio(times: dict[str, Timing], name: str) -> dict[str, float]:
+def _ratio(times: dict[str, Timing], name: str, fresh: dict[str, float]) -> dict[str, float]:
+    """Of dense to this row, both without the neighbours; to dense and its neighbours in a fresh process, if known."""
     blocks = zip(*(times[one].blocks_ms for one in (DENSE, name, ALONE)), strict=True)
-    return asdict(summary([(dense - alone) / (this - alone) for dense, this, alone in blocks]))
+    known = fresh[DENSE] - fresh[ALONE] if fresh else None
+    return asdict(
+        summary([((dense - alone) if known is None else known) / (this - alone) for dense, this, alone in blocks])
+    )

@@ -1,8 +1,9 @@
 """What a plan predicts against what is measured: dense, the planned model, and the same with every layer swapped.
 
 The plan is made first, on the dense model and its step. Then all variants run in one process, interleaved and
-sustained. The error of a plan is its predicted step over the measured one, minus 1. Layers that the plan would not
-swap, and what swapping them costs, show in the variants with every layer swapped.
+sustained; those with sparse products are compared with dense before any ran (fresh.py). The error of a plan is its
+predicted step over the measured one, minus 1. Layers that the plan would not swap, and what swapping them costs, show
+in the variants with every layer swapped.
 """
 
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from torch import nn
 import semisparse
 from benchmarks.compare import advancing, forget_compiled
 from benchmarks.end_to_end import seconds
+from benchmarks.fresh import fresh_ms, ran_sparse
 from benchmarks.launches import launches
 from benchmarks.models import Card, Step
 from benchmarks.planned_models import PLANNED
@@ -27,6 +29,7 @@ from semisparse.planning.candidates import as_candidates
 from semisparse.planning.files import document
 from semisparse.planning.measuring import Measurer, distinct
 from semisparse.planning.timing import Times
+from semisparse.surgery.layers import semi_sparse_layers
 
 DENSE, PLAN = "dense", "planned"
 EVERY = ("2:4", "fp8 + 2:4")
@@ -60,19 +63,20 @@ def benchmark(name: str, rounds: int, toy: bool = False) -> Result:
     inputs, keywords = _inputs(card, dense, toy)
     calls: dict[str, Step] = {DENSE: card.step(card.compile(dense), dense, toy)}
     compile_seconds: dict[str, float] = {}  # the plan compiles the dense step, after its look at the model with hooks
+    is_first = not ran_sparse()
+    fresh = {} if card.compiled else fresh_ms({DENSE: calls[DENSE]})
     begin = perf_counter()
     plan = _plan(card, dense, inputs, keywords, calls[DENSE], toy)
     plan_seconds = perf_counter() - begin
     print(plan, flush=True)
-    swaps: dict[str, Callable[[nn.Module], object]] = {PLAN: plan.apply}
-    for candidate in (one for one in EVERY if one in plan.candidates):
-        config = plan.candidates[candidate]
-        swaps[f"all {candidate}"] = lambda model, config=config: semisparse.sparsify(
-            model, config, select=card.select, exclude=card.exclude
-        )
-    for variant, swap in swaps.items():
+    if card.compiled and is_first and plan.step:  # a step that is not tried in: as long as when the plan began
+        fresh = {DENSE: plan.step.ms}
+    sparse: set[str] = set()
+    for variant, swap in _swaps(card, plan).items():
         model = card.build(toy)
         swap(model)
+        if any(layer.sparse_config.prunes for layer in semi_sparse_layers(model).values()):
+            sparse.add(variant)
         step = card.step(card.compile(model), model, toy)
         calls[variant] = advancing(step, model) if samples(model) else step
         compile_seconds[variant] = seconds(calls[variant])
@@ -83,6 +87,10 @@ def benchmark(name: str, rounds: int, toy: bool = False) -> Result:
     else:
         times = interleaved(calls, rounds=_EAGER_MORE * rounds, block_seconds=_EAGER_BLOCK_SECONDS)
     assert plan.predicted_ms is not None and plan.step is not None
+    ratios = {
+        variant: ratio(times[DENSE], timing, fresh.get(DENSE) if variant in sparse else None)
+        for variant, timing in times.items()
+    }
     return {
         "card": name,
         "title": card.title,
@@ -97,8 +105,9 @@ def benchmark(name: str, rounds: int, toy: bool = False) -> Result:
         # The card's clock drifts between the plan and the blocks that are compared: the same in units of dense steps.
         "error_of_ratio": (plan.predicted_ms / plan.step.ms) / (times[PLAN].median_ms / times[DENSE].median_ms) - 1,
         "times_ms": {variant: timing.as_dict() for variant, timing in times.items()},
-        "ratio_to_dense": {variant: ratio(times[DENSE], timing).median for variant, timing in times.items()},
-        "ratio_spread": {variant: asdict(ratio(times[DENSE], timing)) for variant, timing in times.items()},
+        "fresh_ms": fresh,
+        "ratio_to_dense": {variant: one.median for variant, one in ratios.items()},
+        "ratio_spread": {variant: asdict(one) for variant, one in ratios.items()},
         "peak_memory_bytes": memory,
         "host_loop_ms": [host, host_loop_ms()],
         "plan_seconds": plan_seconds,
@@ -106,6 +115,17 @@ def benchmark(name: str, rounds: int, toy: bool = False) -> Result:
         "launches": launches(),
         "tuning": tuning.state(),
     }
+
+
+def _swaps(card: Card, plan: Plan) -> dict[str, Callable[[nn.Module], object]]:
+    """What makes each variant of a dense model."""
+    swaps: dict[str, Callable[[nn.Module], object]] = {PLAN: plan.apply}
+    for candidate in (one for one in EVERY if one in plan.candidates):
+        config = plan.candidates[candidate]
+        swaps[f"all {candidate}"] = lambda model, config=config: semisparse.sparsify(
+            model, config, select=card.select, exclude=card.exclude
+        )
+    return swaps
 
 
 def compile_parts(name: str, toy: bool = False, share: slice = slice(None)) -> None:

@@ -1,11 +1,13 @@
 """What a process's first sparse product changes: how fast dense products are then at the power limit, and idle power.
 
 Each row is a process of its own. It runs dense products until the GPU is warm, waits, and multiplies dense for some
-seconds; then it runs one kernel of another kind, waits, and multiplies dense again. Idle, the GPU runs at its full
-clock here, because a context is open: what it draws then is what its parts draw that are switched on. Rows without a
-kernel stand between the others, so that what only time changes is seen, too.
+seconds; then it runs one kernel of another kind, waits, and multiplies dense again. In two rows another process runs
+that kernel: it is still there, idle, while dense is multiplied again, or has ended by then. Idle, the GPU runs at its
+full clock here, because a context is open: what it draws then is what its parts draw that are switched on. Rows without
+a kernel stand between the others, so that what only time changes is seen, too.
 
     python -m benchmarks.power KERNEL    one process; prints its two measurements as JSON
+    python -m benchmarks.power           the other process: a 2:4 product, then nothing until standard input ends
 """
 
 import json
@@ -39,7 +41,8 @@ SAMPLES = 8
 
 NOTHING = "nothing"
 FP8, INSTRUCTION, SPARSE = "a dense fp8 product", "one sparse MMA instruction", "a 2:4 product"
-ORDER = (NOTHING, INSTRUCTION, NOTHING, SPARSE, NOTHING, FP8)
+BESIDE, ENDED = "a 2:4 product in a process that is still there", "a 2:4 product in a process that has ended"
+ORDER = (NOTHING, INSTRUCTION, BESIDE, NOTHING, SPARSE, ENDED, NOTHING, FP8)
 
 # mma.sp with zeros: valid metadata keeps values 0 and 1 of each four.
 _MMA_SP = """{
@@ -168,6 +171,30 @@ def _sparse_product() -> None:
         raise RuntimeError(f"no sparse product ran: {found}")
 
 
+def _in_another_process(stays: bool) -> None:
+    """Run a 2:4 product in a process of its own, which stays until this one ends, or has ended when this returns."""
+    other = subprocess.Popen(
+        [sys.executable, "-m", "benchmarks.power"], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert other.stdout is not None
+    ran = other.stdout.readline()
+    if ran and stays:
+        _BESIDE.append(other)  # its standard input ends with this process
+        return
+    other.communicate()
+    if not ran or other.returncode:
+        raise RuntimeError(
+            f"the other process ended with {other.returncode} {'after' if ran else 'before'} its product"
+        )
+
+
+def _other_process() -> None:
+    _sparse_product()
+    synchronize()
+    print("ran", flush=True)
+    sys.stdin.read()
+
+
 def _fp8_product() -> None:
     codes, one = torch.randn(256, 256, device="cuda").to(torch.float8_e4m3fn), torch.ones((), device="cuda")
     torch._scaled_mm(codes, codes.t(), one, one, out_dtype=torch.bfloat16)
@@ -182,8 +209,12 @@ KERNELS: dict[str, Callable[[], None]] = {
     FP8: _on_gpu(_fp8_product),
     INSTRUCTION: _on_gpu(_instruction),
     SPARSE: _sparse_product,
+    BESIDE: _on_gpu(lambda: _in_another_process(stays=True)),
+    ENDED: _on_gpu(lambda: _in_another_process(stays=False)),
 }
 """What a process runs between its two measurements."""
+
+_BESIDE: list["subprocess.Popen[str]"] = []
 
 
 def changes(result: Result, kernel: str) -> tuple[float, float]:
@@ -203,8 +234,8 @@ def _slower(process: Result) -> float:
 
 def told(result: Result) -> str:
     """The changes as a sentence."""
-    parts = []
-    for kernel in (SPARSE, INSTRUCTION, FP8, NOTHING):
+    parts, ran = [], {one["kernel"] for one in result["processes"]}
+    for kernel in (one for one in (SPARSE, INSTRUCTION, BESIDE, ENDED, FP8, NOTHING) if one in ran):
         watts, slower = changes(result, kernel)
         parts.append(f"after {kernel} {100 * slower:+.1f} % ({round(watts) + 0:+d} W)")
     return f"Time of dense products, and power of the idle GPU: {', '.join(parts)}."
@@ -230,4 +261,7 @@ def table(results: list[Result]) -> Table:
 
 
 if __name__ == "__main__":
-    print(json.dumps(measured(sys.argv[1], toy=False)))
+    if len(sys.argv) > 1:
+        print(json.dumps(measured(sys.argv[1], toy=False)))
+    else:
+        _other_process()

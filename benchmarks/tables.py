@@ -21,9 +21,7 @@ LIMIT = (
     "limited"
 )
 BESIDE = "†"
-BESIDE_NOTE = (
-    f"{BESIDE}: dense was timed beside 2:4, which slows it at the power limit, so that ratios to it are too high there."
-)
+TIMED_BESIDE = "dense was timed beside 2:4, which slows it at the power limit: ratios to it are too high there."
 WAYS = {"": "eager", "one thread: ": "eager, one autograd thread", "graph: ": "CUDA graph"}
 HEADLINES = ("dense", WEIGHT, MVUE, ACTIVATION)
 STEPS = ("dense", "sparse", "per step")
@@ -68,7 +66,7 @@ def dense_ms(result: Result, name: str, digits: int) -> str:
 
 def beside_note(cells: Iterable[Iterable[str]]) -> tuple[str, ...]:
     """What the mark says, where a cell has it."""
-    return (BESIDE_NOTE,) if any(cell.endswith(BESIDE) for row in cells for cell in row) else ()
+    return (f"{BESIDE}: {TIMED_BESIDE}",) if any(cell.endswith(BESIDE) for row in cells for cell in row) else ()
 
 
 def linear_summary(results: Sequence[Result]) -> Table:
@@ -181,7 +179,7 @@ def losing(results: Sequence[Result]) -> Table:
         cells = [name, dense_ms(result, base, 2), f"{times[variant]['median_ms']:.2f}", f"**{ratio:.2f}**"]
         rows.append((*cells, spread(result, None if variant == "sparse" else variant), gpu(result)))
     columns = ("forward + backward, steps with optimizer", "dense ms", "2:4 ms", "dense / 2:4", "p20 to p80", "GPU")
-    return without_empty(Table(columns, tuple(rows)))
+    return without_empty(Table(columns, tuple(rows), beside_note(rows)))
 
 
 def small_linear(results: Sequence[Result]) -> Table:
@@ -189,11 +187,11 @@ def small_linear(results: Sequence[Result]) -> Table:
     rows = []
     for result in sorted(results, key=lambda result: result["mkn"][0] * result["mkn"][1] * result["mkn"][2]):
         times, ratios, graph = result["times_ms"], result["ratio_to_dense"], f"graph: {WEIGHT}"
-        cells = [size(result["mkn"]), *(f"{times[name]['median_ms']:.3f}" for name in ("dense", WEIGHT))]
+        cells = [size(result["mkn"]), dense_ms(result, "dense", 3), f"{times[WEIGHT]['median_ms']:.3f}"]
         cells += [f"**{ratios[WEIGHT]:.3f}**", spread(result, WEIGHT)]
         rows.append((*cells, f"**{ratios[graph]:.3f}**", spread(result, graph)))
     columns = ("M x K x N", "dense ms", "2:4 ms", "ratio, eager", "p20 to p80", "ratio, CUDA graph", "p20 to p80")
-    return Table(columns, tuple(rows))
+    return Table(columns, tuple(rows), beside_note(rows))
 
 
 def pack(results: Sequence[Result]) -> Table:

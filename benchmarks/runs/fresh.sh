@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Whole steps and layers whose dense is timed in a fresh process, one process each, and what the first sparse product of
-# a process changes. Needs torchao for the rows of its float8, which run without anything sparse.
+# a process changes. Needs torchao for the rows of its float8, which run without anything sparse, and in --neighbours.
 #
-#     bash benchmarks/runs/fresh.sh OUT [NAME...]    all, or those of these names; ten minutes on four GPUs
+#     bash benchmarks/runs/fresh.sh OUT [NAME...]    all, or those of these names; twenty minutes on four GPUs
 source "$(dirname "$0")/common.sh"
 : "${SECONDS_LIMIT:=590}"
 shift
@@ -22,7 +22,12 @@ SPARSE="2:4 mvue fp8 fp8-2:4 fp8-mvue"
     for mkn in 16384,4096,11008 16384,2048,8192 13008,1024,4096 13008,4096,1024; do
         echo "linear-$mkn $BENCHMARK --linear --mkn $mkn --save $OUT"
     done
+    for mkn in 13008,1024,4096 13008,4096,1024; do echo "eager-$mkn $BENCHMARK --eager --mkn $mkn --save $OUT"; done
+    for mkn in 4096,768,768 4096,768,3072 4096,3072,768 6304,1024,4096 6304,4096,1024 16384,1024,1024 2048,2048,8192; do
+        echo "small-$mkn $BENCHMARK --no-gain --mkn $mkn --save $OUT"
+    done
     for mkn in 16384,4096,11008 16384,2048,8192; do
+        echo "neighbours-$mkn $BENCHMARK --neighbours --mkn $mkn --save $OUT"
         echo "compare-linear-$mkn $BENCHMARK --compare --rows $SPARSE --mkn $mkn --save $OUT"
         echo "float8-linear-$mkn $BENCHMARK --compare --rows float8 --mkn $mkn --save $OUT/float8"
     done

@@ -100,7 +100,7 @@ def test_a_process_that_ran_a_sparse_product_knows_no_fresh_dense(monkeypatch: p
     result = compare.linear(*MKN, ("2:4",), 1)
     beside, sparse = (result["times_ms"][row]["median_ms"] for row in (compare.DENSE, "2:4"))
     assert result["fresh_ms"] == {} and result["ratio_to_dense"]["2:4"] == pytest.approx(beside / sparse)
-    assert tables.BESIDE_NOTE in compare_tables.linears([result | {"parts": {}}]).notes
+    assert f"†: {tables.TIMED_BESIDE}" in compare_tables.linears([result | {"parts": {}}]).notes
 
 
 def test_torchao_converts_exactly_the_layers_that_are_2_to_4(torchao: None, monkeypatch: pytest.MonkeyPatch) -> None:

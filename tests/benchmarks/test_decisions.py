@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import cards, decisions, store, table
+from benchmarks import cards, decisions, store, table, tables
 
 SAVED = {"dense": {}, "2:4": {}}
 
@@ -19,6 +19,7 @@ def result(label: str, planned: float, everything: float, choices: list[str]) ->
             "dense": {"median_ms": 10.0},
             "planned": {"median_ms": 10.0 / planned, "p20_ms": 7.0, "p80_ms": 11.0},
         },
+        "fresh_ms": {"dense": 10.0},
         "predicted_ms": 9.5,
         "error": 9.5 * planned / 10 - 1,
         "host_loop_ms": [[2.0, 3.0], [2.5]],
@@ -50,6 +51,15 @@ def test_models_that_stay_dense_are_named_with_what_swapping_everything_would_be
     assert "small, compiled (0.80). Plans gained most on large (1.40). Measured on one NVIDIA H100" in text
     assert decisions.left_dense(RESULTS[1:]).startswith("Plans gained most on large (1.40).")
     assert decisions.left_dense([]) == ""
+
+
+def test_dense_that_was_timed_beside_sparse_steps_is_marked() -> None:
+    old = [{name: one for name, one in result.items() if name != "fresh_ms"} for result in RESULTS]
+    for made in (decisions.decided, decisions.avoided):
+        assert {row[1] for row in made(old).rows} == {"10.0†"} and not made(RESULTS).notes
+        assert made(old).notes == (f"†: {tables.TIMED_BESIDE}",)
+    assert tables.TIMED_BESIDE in decisions.left_dense(old)
+    assert tables.TIMED_BESIDE not in decisions.left_dense(RESULTS)
 
 
 def test_setups_of_one_model_are_named_together_by_what_they_differ_in() -> None:

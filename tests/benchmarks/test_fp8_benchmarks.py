@@ -34,12 +34,17 @@ def test_the_neighbours_are_taken_off_every_row(torchao: None, monkeypatch: pyte
         return {name: neighbours.Timing(took[name], took[name], took[name], 1, (took[name],)) for name in calls}
 
     monkeypatch.setattr(neighbours, "interleaved", timed)
+    monkeypatch.setattr(neighbours, "fresh_ms", lambda calls: {})
     found = neighbours.benchmark(*MKN, ["float8", "fp8-2:4"], 1)
     assert found["ratio_to_dense"] == {"dense bf16": 1.0, "fp8 + 2:4": 2.0, "torchao float8": 4.0}
+    assert fp8_tables.neighbours([found]).rows[0][2] == "8.000†"
+    monkeypatch.setattr(neighbours, "fresh_ms", lambda calls: dict(zip(calls, (1.5, 7.5), strict=True)))
+    found = neighbours.benchmark(*MKN, ["float8", "fp8-2:4"], 1)
+    assert found["ratio_to_dense"] == {"dense bf16": 1.0, "fp8 + 2:4": 1.5, "torchao float8": 4.0}
     rows = fp8_tables.neighbours([found]).rows
     assert [row[1:4] for row in rows] == [
-        ("dense bf16", "8.000", ""),
-        ("fp8 + 2:4", "4.000", "2.000"),
+        ("dense bf16", "6.000", ""),
+        ("fp8 + 2:4", "4.000", "1.500"),
         ("torchao float8", "2.000", "4.000"),
     ]
 

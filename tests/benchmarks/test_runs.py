@@ -2,7 +2,7 @@
 
 import json
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from benchmarks import benchmark_semi_structured_training as program
-from benchmarks import end_to_end, host, host_parts, jobs, launches, linear, models, store, table, tables
+from benchmarks import eager_linear, end_to_end, host, host_parts, jobs, launches, linear, models, store, table, tables
 from semisparse import PackedWeights, native
 from semisparse.gemm.cusparselt import Availability
 
@@ -80,12 +80,24 @@ def test_toy_results_cannot_be_taken_for_measurements(capsys: pytest.CaptureFixt
     assert "measures nothing" in capsys.readouterr().err
 
 
-def test_a_ratio_is_taken_round_by_round_and_has_its_spread() -> None:
-    result = next(jobs.no_gain([], [(32, 64, 64)], 3, True)).measure()
-    dense, sparse = (result["times_ms"][name]["blocks_ms"] for name in ("dense", WEIGHT))
-    quotients = sorted(one / two for one, two in zip(dense, sparse, strict=True))
-    assert result["ratio_to_dense"][WEIGHT] == quotients[1]
-    assert quotients[0] <= result["ratio_spread"][WEIGHT]["p20"] <= quotients[1]
+@pytest.mark.parametrize("known", [True, False], ids=["to dense in the fresh process", "round by round"])
+@pytest.mark.parametrize(("job", "sparse"), [(jobs.no_gain, WEIGHT), (jobs.eager_layers, eager_linear.EACH)])
+def test_a_ratio_has_its_spread_and_what_it_is_to(
+    known: bool, job: Callable[..., Iterator[jobs.Job]], sparse: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not known:
+        for module in (linear, eager_linear):
+            monkeypatch.setattr(module, "fresh_ms", lambda calls: {})
+    shape = [(32, 64, 64)]
+    made = next(job([], shape, 3, True) if job is jobs.no_gain else job(shape, 3, True))
+    result = made.measure()
+    dense, this = (result["times_ms"][name]["blocks_ms"] for name in ("dense", sparse))
+    base = [result["fresh_ms"]["dense"]] * 3 if known else dense
+    quotients = sorted(one / two for one, two in zip(base, this, strict=True))
+    assert result["ratio_to_dense"][sparse] == quotients[1]
+    assert quotients[0] <= result["ratio_spread"][sparse]["p20"] <= quotients[1]
+    (table,) = made.show(result)
+    assert (table.rows[0][1].endswith("†"), bool(table.notes)) == (not known, not known)
 
 
 def test_a_step_is_timed_in_three_variants_and_both_ratios_stand_in_its_table(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,7 +158,7 @@ def test_results_from_before_packing_per_step_fill_the_table_too() -> None:
     }
     found = tables.models([old])
     assert found.rows == (("BERT-base, 32x128 tokens, compiled", "21.2†", "**0.580**"),)
-    assert found.notes == (tables.BESIDE_NOTE,)
+    assert found.notes == (f"†: {tables.TIMED_BESIDE}",)
     assert tables.end_to_end([old]).rows == (
         ("BERT-base, 32x128 tokens, compiled", "21.2", "37.8", "0.655", "1.0 / 2.0"),
     )
