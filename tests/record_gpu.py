@@ -1,21 +1,26 @@
 """Run the GPU tests and write tests/gpu_record.json: what was run, on what, and the hash of every file it speaks for.
 
     python tests/record_gpu.py [DIR [WORKERS]]        (make test-gpu)
+    python tests/record_gpu.py DIR --again RECORD
 
 WORKERS processes (pytest-xdist) share the GPUs, each of them sees one; tests that measure time, and those that need
-several GPUs, run alone afterwards.
+several GPUs, run alone afterwards. --again runs what failed in RECORD after its tests were mended: only while every
+file that RECORD speaks for is as it was. The new record says which tests ran again.
 
 CI has no GPU; it compares the hashes with the files (tests/arch/test_gpu_record.py), so a change without a new record
 fails there unless tests/gpu_pending.md names the file and why.
 """
 
+import argparse
 import hashlib
 import json
 import os
 import sys
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -59,16 +64,14 @@ class Outcomes:
             self.skipped.append(f"{report.nodeid}: {reason}")
 
 
-def main() -> int:
+def ran(*runs: Sequence[str]) -> tuple[int, dict[str, Any]]:
+    """Run tests, a call of pytest each: its worst exit code, and the record of what they found."""
     from benchmarks.store import provenance
 
-    os.environ["SEMISPARSE_TEST_GPUS"] = str(torch.cuda.device_count())
     outcomes, start = Outcomes(), time.monotonic()
     common = ["-m", "gpu", "-q", "--durations=15", "-p", "no:cacheprovider", "-p", "no:benchmark"]
-    workers = ["-n", sys.argv[2], "--dist", "worksteal"] if len(sys.argv) > 2 else []
-    together = [str(ROOT / "tests"), str(ROOT / "lab" / "tests"), *(f"--deselect={path}" for path in ALONE), *workers]
-    code = max(int(pytest.main([*common, *paths], plugins=[outcomes])) for paths in (together, ALONE))
-    record = {
+    code = max(int(pytest.main([*common, *run], plugins=[outcomes])) for run in runs)
+    return code, {
         "provenance": provenance(),
         "seconds": round(time.monotonic() - start, 1),
         "passed": outcomes.counts["passed"],
@@ -76,8 +79,45 @@ def main() -> int:
         "skipped": outcomes.skipped,
         "files": recorded_files(),
     }
-    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "tests"
-    (folder / "gpu_record.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+def again(before: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+    """Run what failed once more: the exit code, and the record of both runs together.
+
+    Args:
+        before: A record.
+
+    Raises:
+        SystemExit: It speaks for other files, or nothing failed in it.
+    """
+    if before["files"] != (files := recorded_files()):
+        changed = sorted(path for path, _ in before["files"].items() ^ files.items())
+        raise SystemExit(f"run all tests: the record is of other files: {', '.join(dict.fromkeys(changed))}")
+    if not before["failed"]:
+        raise SystemExit("nothing failed in this record")
+    code, found = ran(before["failed"])
+    if unknown := len(before["failed"]) - found["passed"] - len(found["failed"]):
+        raise SystemExit(f"{unknown} of the tests that failed were skipped, or are gone: run all tests")
+    more = {"provenance": found["provenance"], "seconds": found["seconds"], "tests": before["failed"]}
+    together = before | {"passed": before["passed"] + found["passed"], "failed": found["failed"]}
+    return code, together | {"again": [*before.get("again", []), more]}
+
+
+def main() -> int:
+    """Run and write the record; the exit code is pytest's."""
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("folder", nargs="?", type=Path, default=ROOT / "tests", metavar="DIR")
+    options.add_argument("workers", nargs="?", metavar="WORKERS")
+    options.add_argument("--again", type=Path, metavar="RECORD")
+    given = options.parse_args()
+    os.environ["SEMISPARSE_TEST_GPUS"] = str(torch.cuda.device_count())
+    if given.again:
+        code, record = again(json.loads(given.again.read_text()))
+    else:
+        workers = ["-n", given.workers, "--dist", "worksteal"] if given.workers else []
+        together = [str(ROOT / folder) for folder in ("tests", "lab/tests")]
+        code, record = ran([*together, *(f"--deselect={path}" for path in ALONE), *workers], ALONE)
+    (given.folder / "gpu_record.json").write_text(json.dumps(record, indent=1) + "\n")
     return code
 
 

@@ -2,7 +2,11 @@
 
 import json
 import re
+from typing import Any
 
+import pytest
+
+from tests import record_gpu
 from tests.record_gpu import ROOT, recorded_files
 
 RECORD = ROOT / "tests" / "gpu_record.json"
@@ -37,3 +41,37 @@ def test_a_record_without_failures():
     if RECORD.exists():
         record = json.loads(RECORD.read_text())
         assert record["passed"] > 0 and record["failed"] == []
+
+
+@pytest.fixture
+def record(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    monkeypatch.setattr(record_gpu, "recorded_files", lambda: {"a.py": "1", "b.py": "2"})
+    return {"passed": 7, "failed": ["tests/x.py::one", "tests/x.py::two"], "files": record_gpu.recorded_files()}
+
+
+def test_what_failed_runs_again_and_the_record_says_so(record: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {"provenance": {"commit": "abc"}, "seconds": 2.5, "passed": 1, "failed": ["tests/x.py::two"]}
+    monkeypatch.setattr(record_gpu, "ran", lambda tests: (1, found))
+    code, together = record_gpu.again(record)
+    assert code == 1
+    assert together["passed"] == 8 and together["failed"] == ["tests/x.py::two"]
+    assert together["again"] == [{"provenance": {"commit": "abc"}, "seconds": 2.5, "tests": record["failed"]}]
+    monkeypatch.setattr(record_gpu, "ran", lambda tests: (0, found | {"failed": []}))
+    assert [one["tests"] for one in record_gpu.again(together)[1]["again"]] == [record["failed"], ["tests/x.py::two"]]
+
+
+def test_nothing_runs_again_beside_other_files_or_without_a_failure(
+    record: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(record_gpu, "ran", lambda tests: pytest.fail("ran"))
+    with pytest.raises(SystemExit, match=r"other files: b\.py$"):
+        record_gpu.again(record | {"files": {"a.py": "1", "b.py": "3"}})
+    with pytest.raises(SystemExit, match="nothing failed"):
+        record_gpu.again(record | {"failed": []})
+
+
+def test_a_test_that_is_skipped_instead_has_not_passed(record: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {"provenance": {}, "seconds": 2.5, "passed": 1, "failed": []}
+    monkeypatch.setattr(record_gpu, "ran", lambda tests: (0, found))
+    with pytest.raises(SystemExit, match="1 of the tests that failed were skipped"):
+        record_gpu.again(record)
