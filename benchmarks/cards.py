@@ -202,6 +202,12 @@ def gaining_steps() -> list[Result]:
     return [result for result in load("end-to-end") if result["card"] not in NO_GAIN]
 
 
+def _fresh_steps() -> list[Result]:
+    """The newest comparison of each model that knows dense before anything sparse, and beside it."""
+    sparse = {row.title for row in compare.ROWS.values() if row.sparse}
+    return [one for one in load("compare-model") if one.get("fresh_ms") and not sparse.isdisjoint(one["times_ms"])]
+
+
 def no_gain_steps() -> list[Result]:
     """Whole steps that are here to show where there is none."""
     return [result for result in load("end-to-end") if result["card"] in NO_GAIN]
@@ -234,7 +240,7 @@ def blocks() -> dict[str, str]:
         "noise": _block(load("noise"), fp8_tables.noise, "--noise ", fp8_tables.NOISE),
         "fp8-kernels": _block(load("fp8-kernels"), fp8_tables.kernels, "--fp8-kernels ", fp8_tables.KERNELS),
         "profile": _text(load("profile"), fp8_tables.profiles, "--profile "),
-        "power": _text(load("power"), power.text, "--power "),
+        "power": _text(load("power"), lambda found: power.text(found, _fresh_steps()), "--power "),
         "no-gain-all": _block(small, tables.small_linear, "--no-gain "),
     }
     return made | accuracy_cards.blocks()
@@ -274,7 +280,7 @@ def _models_block() -> str:
 
 
 def _card_commands(steps: list[Result]) -> str:
-    return f"`{COMMAND} --card {' '.join(result['card'] for result in steps)} --save`"
+    return f"`{COMMAND} --card {' '.join(dict.fromkeys(result['card'] for result in steps))} --save`"
 
 
 def _host_block() -> str:
@@ -312,8 +318,8 @@ def _page(title: str, *paragraphs: str) -> str:
 
 def outputs() -> dict[Path, str]:
     """Path -> content of everything that is generated from results as text."""
-    made = {CARDS / f"linear-{'x'.join(map(str, result['mkn']))}.md": linear_card(result) for result in load("linear")}
-    made |= {CARDS / f"{result['card']}.md": end_to_end_card(result) for result in gaining_steps()}
+    made = {_place(result): linear_card(result) for result in load("linear")}
+    made |= {_place(result): end_to_end_card(result) for result in gaining_steps()}
     if load("small-linear") or no_gain_steps():
         made[CARDS / "no-gain.md"] = no_gain_card()
     made[CARDS / "models.md"] = models_card()
@@ -325,6 +331,11 @@ def outputs() -> dict[Path, str]:
     made |= {CARDS / "pack.md": pack_card(), CARDS / "metrics.md": metrics_card()}
     made |= {**accuracy_cards.cards(), **scaling_tables.cards(), **schedule_cards.cards()}
     return made | filled(PAGES, blocks())
+
+
+def _place(result: Result) -> Path:
+    """Of the card of one result file."""
+    return CARDS / f"{Path(result['file']).stem}.md"
 
 
 def main() -> int:

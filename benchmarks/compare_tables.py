@@ -14,15 +14,13 @@ from semisparse import recipes
 Result = dict[str, Any]
 
 COMPARED = (
-    "Rows interleaved and sustained in one process; *dense / this* above 1 means faster than dense bf16. Rows with "
-    "sparse products are compared with dense before any ran in the process, unless it is marked, the others with dense "
-    "beside them. Packing, sampling and casting are part of each call. *2:4*: weights packed at each forward, or once "
-    "*per step*. "
-    '*mvue*: dW from a sampled gradient (`grad_output="mvue"`). *repacked*: `repack=True`. *dense fp8*, '
-    '*fp8 + 2:4*: `precision="fp8"`; with *mvue*, all three products are sparse in fp8. '
+    "Rows interleaved and sustained, each from its newest run; *dense / this* above 1 means faster than dense bf16 of "
+    "the same process: for rows with sparse products than dense before any ran there, unless the ratio is marked, for "
+    "the others than dense beside them. Packing, sampling and casting are part of each call. *2:4*: weights packed at "
+    'each forward, or once *per step*. *mvue*: dW from a sampled gradient (`grad_output="mvue"`). *repacked*: '
+    '`repack=True`. *dense fp8*, *fp8 + 2:4*: `precision="fp8"`; with *mvue*, all three products are sparse in fp8. '
     "*torchao float8*: tensorwise, dynamic scaling, compiled. *peak*: what a row holds between calls, parameters and "
-    "optimizer state included, and what a call "
-    "allocates beyond that."
+    "optimizer state included, and what a call allocates beyond that."
 )
 SAMPLED = (
     "The parts of the sampled gradient alone. *share*: of the rate of a copy that reads and writes as many bytes, with "
@@ -30,6 +28,8 @@ SAMPLED = (
     "sparse product together."
 )
 GRAPH = "graph: "
+_TITLES = (DENSE, *(row.title for row in ROWS.values()))
+_SPARSE = {row.title for row in ROWS.values() if row.sparse}
 SHORT_ROWS = ("float8", "2:4", "mvue", "fp8-2:4", "fp8-mvue")
 
 
@@ -62,14 +62,15 @@ def _table(
     more: Callable[[Result, str], tuple[str, ...]],
 ) -> Table:
     rows, notes = [], []
-    for result in results:
-        times = result["times_ms"]
-        for title in titles(result):
+    for (what, card), found in _by_step(results).items():
+        newest = {title: result for result in _fresh_last(found) for title in titles(result)}
+        for title in (one for one in _TITLES if one in newest):
+            result = newest[title]
+            times = result["times_ms"]
             ms = tables.dense_ms(result, title, digits) if title == DENSE else f"{times[title]['median_ms']:.{digits}f}"
-            cells = (_what(result), title, ms)
             memory = _memory(result, title)
-            rows.append((*cells, *_ratio(result, title), *more(result, title), *memory, _gpu(result)))
-        notes += remarks(result)
+            rows.append((what, title, ms, *_ratio(result, title), *more(result, title), *memory, card))
+        notes += remarks(found)
     notes = [*tables.beside_note(rows), *notes]
     made = Table((*columns, "peak MiB", "of dense's", "GPU"), tuple(rows), tuple(dict.fromkeys(notes)))
     return tables.without_empty(made)
@@ -77,17 +78,18 @@ def _table(
 
 def titles(result: Result) -> list[str]:
     """The rows of a result in the order of the registry, dense first."""
-    known = [DENSE, *(row.title for row in ROWS.values())]
-    return [title for title in known if title in result["times_ms"]]
+    return [title for title in _TITLES if title in result["times_ms"]]
 
 
-def remarks(result: Result) -> list[str]:
-    """What a result lacks, and why."""
-    names = [ROWS[name].title for name in result["left_out"]]
-    how = f" (--rows names it; it needs `{INSTALL}`)" if "float8" in result["left_out"] else ""
-    left_out = [f"{_what(result)}: left out: {', '.join(names)}{how}"] if names else []
-    errors = [f"{_what(result)}: {what} does not run: {' '.join(e.split())}" for what, e in result["errors"].items()]
-    return [*left_out, *errors]
+def remarks(results: Sequence[Result]) -> list[str]:
+    """What results of one model or layer lack, all together, and why."""
+    lacking = [name for name in results[0]["left_out"] if all(name in result["left_out"] for result in results)]
+    names = [ROWS[name].title for name in lacking]
+    how = f" (--rows names it; it needs `{INSTALL}`)" if "float8" in lacking else ""
+    what = _what(results[0])
+    left_out = [f"{what}: left out: {', '.join(names)}{how}"] if names else []
+    errors = {row: error for result in results for row, error in result["errors"].items()}
+    return [*left_out, *(f"{what}: {row} does not run: {' '.join(error.split())}" for row, error in errors.items())]
 
 
 def parts(results: Sequence[Result]) -> Table:
@@ -112,7 +114,7 @@ def short(results: Sequence[Result]) -> Table:
     """
     rows = []
     for (what, card), every in _by_step(results).items():
-        found = sorted(every, key=lambda result: bool(result.get("fresh_ms")))
+        found = _fresh_last(every)
         ratios = {title: ratio for result in found for title, ratio in result["ratio_to_dense"].items()}
         dense = tables.dense_ms(found[-1], DENSE, 1)
         shown = (ratios.get(ROWS[name].title) for name in SHORT_ROWS)
@@ -163,6 +165,11 @@ def _by_step(results: Sequence[Result]) -> dict[tuple[str, str], list[Result]]:
     return found
 
 
+def _fresh_last(results: Sequence[Result]) -> list[Result]:
+    """In the same order, those that know dense of a fresh process behind all others."""
+    return sorted(results, key=lambda result: bool(result.get("fresh_ms")))
+
+
 def _gain(results: Sequence[Result], peer: str, sparse: str, dense: str | None = None) -> float | None:
     """How many times faster than the peer a row is, or a run that ends with the steps of another row.
 
@@ -197,10 +204,14 @@ def _gpu(result: Result) -> str:
 
 
 def _ratio(result: Result, title: str) -> tuple[str, str]:
-    """The ratio to dense and its spread; nothing for dense, and for a call that did not run."""
+    """The ratio to dense and its spread; nothing for dense, and for a call that did not run.
+
+    A ratio of sparse products to dense beside them is marked.
+    """
     if title.removeprefix(GRAPH) == DENSE or title not in result["ratio_to_dense"]:
         return "", ""
-    return f"**{result['ratio_to_dense'][title]:.3f}**", tables.spread(result, title)
+    beside = tables.BESIDE if title.removeprefix(GRAPH) in _SPARSE and not result.get("fresh_ms") else ""
+    return f"**{result['ratio_to_dense'][title]:.3f}**{beside}", tables.spread(result, title)
 
 
 def _memory(result: Result, title: str) -> tuple[str, str]:

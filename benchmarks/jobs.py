@@ -223,7 +223,7 @@ def tunings(shapes: Sequence[tuple[int, int, int]], toy: bool) -> Iterator[Job]:
 
 
 def no_gain(cards: Sequence[str], shapes: Sequence[tuple[int, int, int]], rounds: int, toy: bool) -> Iterator[Job]:
-    """Where 2:4 does not help: small layers, then whole steps that the host bounds. Named ones alone, if there are."""
+    """Where 2:4 does not help: small layers, then whole steps without a gain. Named ones alone, if there are."""
     named = bool(cards or shapes)
     for mkn in shapes or (() if named else linear.TOY_SHAPES if toy else linear.SMALL_SHAPES):
         yield Job(

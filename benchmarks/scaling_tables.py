@@ -9,6 +9,7 @@ from benchmarks import scaling_model
 from benchmarks.origin import gpu, origin
 from benchmarks.store import CARDS, ROOT, load
 from benchmarks.table import Table
+from benchmarks.tables import TIMED_BESIDE
 from semisparse_lab.report import style
 
 Result = dict[str, Any]
@@ -105,7 +106,8 @@ def short() -> str:
         gains.append(f"{layout}: {worth}")
     model = f"Llama-style {last['model']['width']}/{last['model']['hidden']}, {last['model']['depth']} layers"
     return (
-        f"On {last['ranks']} {gpu(last)} of one host ({model}; time of dense bf16 / time of each): {'; '.join(gains)}."
+        f"On {last['ranks']} {gpu(last)} of one host ({model}; time of dense bf16 / time of each): {'; '.join(gains)}. "
+        f"There, {TIMED_BESIDE}"
     )
 
 

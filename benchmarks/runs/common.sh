@@ -1,4 +1,4 @@
-# Sourced by the runs beside it, each of which is one machine's work for less than ten minutes:
+# Sourced by the runs beside it, each of which is one machine's work, most of them for less than ten minutes:
 #
 #     bash benchmarks/runs/NAME.sh OUT
 #

@@ -155,7 +155,7 @@ def test_torchao_that_fails_is_a_note_and_a_failing_row_of_this_package_is_not(
     monkeypatch.setattr(Float8Linear, "forward", fail, raising=False)
     result = compare.linear(*MKN, ("float8", "2:4"), 1)
     assert result["errors"] == {TITLE: "ValueError: no such product"} and TITLE not in result["times_ms"]
-    assert compare_tables.remarks(result)[-1].endswith("torchao float8 does not run: ValueError: no such product")
+    assert compare_tables.remarks([result])[-1].endswith("torchao float8 does not run: ValueError: no such product")
     monkeypatch.setattr(SemiSparseLinear, "forward", fail)
     with pytest.raises(ValueError, match="no such product"):
         compare.linear(*MKN, ("2:4",), 1)
@@ -200,6 +200,37 @@ def test_memory_is_what_is_held_and_what_a_call_adds_relative_to_dense() -> None
     }
     rows = compare_tables.linears([result]).rows
     assert [row[-2:] for row in rows] == [("2", "1.000"), ("3", "1.500")]
+
+
+def result_of(fresh_ms: dict[str, float], left_out: list[str], **ms: float) -> dict[str, Any]:
+    dense = ms["dense bf16"]
+    return {
+        "mkn": [1, 2, 3],
+        "times_ms": {title: {"median_ms": one} for title, one in ms.items()},
+        "fresh_ms": fresh_ms,
+        "ratio_to_dense": {title: fresh_ms.get(title, dense) / one for title, one in ms.items()},
+        "memory_bytes": {title: {"held": 1, "beyond": 1} for title in ms},
+        "left_out": left_out,
+        "errors": {},
+        "provenance": {"time": str(len(ms)), "gpu": "NVIDIA H100 80GB HBM3"},
+    }
+
+
+def test_each_row_is_of_its_newest_run_and_a_sparse_one_to_dense_beside_it_is_marked() -> None:
+    dense = {"dense bf16": 1.9}
+    old = result_of({}, ["float8"], **{"dense bf16": 2.0, "2:4": 1.5, "dense fp8": 1.6, "mvue, repacked": 1.0})
+    fresh = result_of(dense, ["float8"], **{"dense bf16": 2.0, "2:4": 1.0})
+    peer = result_of(dense, ["2:4"], **{"dense bf16": 1.9, "torchao float8": 1.2, "other": 3.0})
+    found = compare_tables.linears([fresh, peer, old])
+    assert [row[1:4] for row in found.rows] == [
+        ("dense bf16", "1.900", ""),
+        ("torchao float8", "1.200", "**1.583**"),
+        ("2:4", "1.000", "**2.000**"),
+        ("mvue, repacked", "1.000", "**2.000**†"),
+        ("dense fp8", "1.600", "**1.250**"),
+    ]
+    assert found.notes == (f"†: {tables.TIMED_BESIDE}",)
+    assert "1 x 2 x 3: left out: torchao float8" in compare_tables.linears([fresh, old]).notes[-1]
 
 
 def test_the_parts_of_sampling_are_compared_with_a_copy_of_as_many_bytes() -> None:
