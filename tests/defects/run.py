@@ -2,7 +2,7 @@
 
     python tests/defects/run.py                               # all of them; the outcomes go into record.json
     python tests/defects/run.py --only signed list:kernels  # by name, file or list
-    python tests/defects/run.py --turn "$(git rev-parse HEAD)" --size 3 --keep-record   # what CI runs
+    python tests/defects/run.py --turn "$(git rev-parse HEAD)" --keep-record   # what CI runs
 
 The named tests must pass without a defect first; --turn leaves that to the suite that CI has just run. Each run gets a
 process of its own, forked from one that has imported torch, because an import takes longer than the tests. The tests of
