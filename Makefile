@@ -149,11 +149,8 @@ trust:
 
 bench:
 	$(PYTHON) csrc/build.py $(NATIVE)
-	PYTHONPATH=src:lab/src:. $(PYTHON) benchmarks/benchmark_semi_structured_training.py --linear --save $(BENCH_ARGS)
-	PYTHONPATH=src:lab/src:. $(PYTHON) benchmarks/benchmark_semi_structured_training.py --no-gain --save $(BENCH_ARGS)
-	PYTHONPATH=src:lab/src:. $(PYTHON) benchmarks/benchmark_semi_structured_training.py --eager --save $(BENCH_ARGS)
-	PYTHONPATH=src:lab/src:. $(PYTHON) benchmarks/benchmark_semi_structured_training.py --compare --save $(BENCH_ARGS)
+	PYTHON=$(PYTHON) bash benchmarks/runs/fresh.sh bench-out
+	cp bench-out/*.json bench-out/*.csv benchmarks/results
 	PYTHONPATH=src:lab/src:. $(PYTHON) benchmarks/benchmark_semi_structured_training.py --host --save $(BENCH_ARGS)
 	PYTHONPATH=src:lab/src:. $(PYTHON) benchmarks/benchmark_semi_structured_training.py --pack --save $(BENCH_ARGS)
 	PYTHONPATH=src:lab/src:. $(PYTHON) benchmarks/benchmark_semi_structured_training.py --metrics --save $(BENCH_ARGS)
-	PYTHONPATH=src:lab/src:. $(PYTHON) benchmarks/benchmark_semi_structured_training.py --save $(BENCH_ARGS)

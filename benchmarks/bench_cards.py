@@ -30,7 +30,8 @@ SENT = "bench-sent-"
 BENCHMARKED = ("end-to-end", "linear", "compare-model", "compare-linear")
 NOTE = (
     "Ratios are dense time / this time, forward + backward in bf16 with packing: of the largest layer of the check, "
-    "eager, and of its small model, compiled where that works. *numerics*: paths that are right, of those there are."
+    "eager, and of its small model, compiled where that works; dense is timed beside 2:4, which slows it at the power "
+    "limit. *numerics*: paths that are right, of those there are."
 )
 NOT_OURS = (
     "What others published for products alone, without pruning, packing and weight gradient, so that a layer gains "

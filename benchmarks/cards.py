@@ -16,10 +16,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that the f
 from benchmarks import (
     accuracy_cards,
     bench_cards,
-    compare,
     compare_tables,
     decisions,
     fp8_tables,
+    fresh_tables,
     gathering_tables,
     host_tables,
     large_m,
@@ -44,6 +44,9 @@ PAGES = (
     *(ROOT / "docs" / f"{name}.md" for name in ("speed", "accuracy", "recipes", "plan", "cards", "distributed")),
 )
 COMMAND = "python benchmarks/benchmark_semi_structured_training.py"
+PLANS = "bash benchmarks/runs/plans_compiled.sh OUT; bash benchmarks/runs/plans_eager.sh OUT"
+FRESH = "bash benchmarks/runs/fresh.sh OUT"
+"""Each of its names has a process of its own, so that dense is timed before anything sparse."""
 
 RATIOS = (
     "Ratios are dense time / 2:4 time, with optimizer step where there is one; above 1, 2:4 is faster. *each*: the "
@@ -110,7 +113,7 @@ def models_card() -> str:
         f"Remake: {_card_commands(steps)}.",
         "One eager linear layer, forward + backward, bf16 with bias:" if layers else "",
         host_tables.eager_linear(layers).markdown() if layers else "",
-        _sentences(origin(layers), launch_note(layers), f"Remake: `{COMMAND} --eager --save`.") if layers else "",
+        _sentences(origin(layers), launch_note(layers), f"Remake: `{_fresh('eager-*')}`.") if layers else "",
     )
 
 
@@ -149,7 +152,7 @@ def no_gain_card() -> str:
         "One linear layer, forward + backward with its packing, bf16:",
         tables.small_linear(small).markdown() if small else "",
         origin([*steps, *small]),
-        f"Remake: `{COMMAND} --no-gain --save`",
+        f"Remake: `{_fresh(*NO_GAIN, 'small-*')}`",
     )
 
 
@@ -202,10 +205,9 @@ def gaining_steps() -> list[Result]:
     return [result for result in load("end-to-end") if result["card"] not in NO_GAIN]
 
 
-def _fresh_steps() -> list[Result]:
-    """The newest comparison of each model that knows dense before anything sparse, and beside it."""
-    sparse = {row.title for row in compare.ROWS.values() if row.sparse}
-    return [one for one in load("compare-model") if one.get("fresh_ms") and not sparse.isdisjoint(one["times_ms"])]
+def _fresh_results() -> list[Result]:
+    """Steps and layers that know dense before anything sparse."""
+    return [result for kind in fresh_tables.KINDS for result in load(kind) if result.get("fresh_ms")]
 
 
 def no_gain_steps() -> list[Result]:
@@ -220,28 +222,29 @@ def blocks() -> dict[str, str]:
         "speed": _speed_block(),
         "compare": _compare_block(),
         "no-gain": _no_gain_block([*slow, *small, *linear]),
-        "decisions": _text(load("plan"), decisions.text, "--plan "),
-        "left-dense": decisions.left_dense(load("plan")) or _missing("--plan "),
+        "decisions": _text(load("plan"), decisions.text, PLANS),
+        "left-dense": decisions.left_dense(load("plan")) or _missing(PLANS),
         "gpus": bench_cards.block(),
         "scaling": scaling_tables.block(),
         "scaling-short": scaling_tables.short(),
         "gathering": gathering_tables.block(),
         "schedules": schedule_cards.block(),
         "models": _models_block(),
-        "eager-linear": _block(load("eager-linear"), host_tables.eager_linear, "--eager "),
+        "eager-linear": _block(load("eager-linear"), host_tables.eager_linear, _fresh("eager-*")),
         "host-time": _host_block(),
         "limit": tables.limit_note(linear),
-        "linear": _remade(tables.linear_summary(linear).markdown(), linear, "--linear "),
-        "pack": _remade(tables.pack(packs()).markdown(), packs(), "--pack "),
-        "pack-together": _block(load("pack-together"), host_tables.pack_together, "--pack ", TOGETHER),
-        "metrics": _remade(tables.metrics(load("metrics")).markdown(), load("metrics"), "--metrics "),
-        "neighbours": _block(load("neighbours"), fp8_tables.neighbours, "--neighbours ", fp8_tables.BETWEEN),
-        "large-m": _block(load("large-m"), large_m.table, "--large-m ", large_m.NOTE),
-        "noise": _block(load("noise"), fp8_tables.noise, "--noise ", fp8_tables.NOISE),
-        "fp8-kernels": _block(load("fp8-kernels"), fp8_tables.kernels, "--fp8-kernels ", fp8_tables.KERNELS),
-        "profile": _text(load("profile"), fp8_tables.profiles, "--profile "),
-        "power": _text(load("power"), lambda found: power.text(found, _fresh_steps()), "--power "),
-        "no-gain-all": _block(small, tables.small_linear, "--no-gain "),
+        "linear": _remade(tables.linear_summary(linear).markdown(), linear, _fresh("linear-*")),
+        "pack": _remade(tables.pack(packs()).markdown(), packs(), _saved("--pack")),
+        "pack-together": _block(load("pack-together"), host_tables.pack_together, _saved("--pack"), TOGETHER),
+        "metrics": _remade(tables.metrics(load("metrics")).markdown(), load("metrics"), _saved("--metrics")),
+        "neighbours": _block(load("neighbours"), fp8_tables.neighbours, _fresh("neighbours-*"), fp8_tables.BETWEEN),
+        "large-m": _block(load("large-m"), large_m.table, _saved("--large-m"), large_m.NOTE),
+        "noise": _block(load("noise"), fp8_tables.noise, _saved("--noise"), fp8_tables.NOISE),
+        "fp8-kernels": _block(load("fp8-kernels"), fp8_tables.kernels, _saved("--fp8-kernels"), fp8_tables.KERNELS),
+        "profile": _text(load("profile"), fp8_tables.profiles, _saved("--profile")),
+        "power": _text(load("power"), power.text, _saved("--power")),
+        "slowed": _block(_fresh_results(), fresh_tables.table, FRESH, fresh_tables.INTRO),
+        "no-gain-all": _block(small, tables.small_linear, _fresh("small-*")),
     }
     return made | accuracy_cards.blocks()
 
@@ -249,7 +252,7 @@ def blocks() -> dict[str, str]:
 def _speed_block() -> str:
     """Models beside torchao's float8, for README."""
     if not (compared := load("compare-model")):
-        return _missing("--compare ")
+        return _missing(_fresh("compare-*", "float8-*"))
     table = compare_tables.short(compared)
     shown = {row[-1] for row in table.rows}
     measured = short_origin([result for result in compared if gpu(result) in shown])
@@ -257,19 +260,22 @@ def _speed_block() -> str:
 
 
 def _no_gain_block(results: list[Result]) -> str:
-    """What plans avoided on whole models; while there are no plans, steps and layers that lose."""
+    """What plans avoided on whole models, and steps that lose; while there are no plans, layers that lose, too."""
     avoided = decisions.avoided(load("plan"))
-    if avoided.rows:
-        return f"{avoided.markdown()}\n\n{decisions.NOTE} {short_origin(load('plan'))}"
-    return f"{tables.losing(results).markdown()}\n\n{short_origin(results)}"
+    if not avoided.rows:
+        return f"{tables.losing(results).markdown()}\n\n{short_origin(results)}"
+    planned = f"{avoided.markdown()}\n\n{decisions.NOTE} {short_origin(load('plan'))}"
+    steps = [one for one in no_gain_steps() if one["ratio_to_dense"] < 1]
+    losing = f"Whole steps that lose without a plan:\n\n{tables.losing(steps).markdown()}" if steps else ""
+    notes = " ".join(f"{tables.label(one)}: {note}" for one in steps if (note := MODELS[one["card"]].note))
+    return "\n\n".join(filter(None, [planned, losing, notes]))
 
 
 def _compare_block() -> str:
     layers, steps = load("compare-linear"), load("compare-model")
     if not (layers or steps):
-        return _missing(f"--compare --rows {' '.join(compare.ON_PAGE)} ")
-    text = compare_tables.text(layers, steps)
-    return _remade(text, [*layers, *steps], f"--compare --rows {' '.join(compare.ON_PAGE)} ")
+        return _missing(_fresh("compare-*", "float8-*"))
+    return _remade(compare_tables.text(layers, steps), [*layers, *steps], _fresh("compare-*", "float8-*"))
 
 
 def _models_block() -> str:
@@ -280,31 +286,40 @@ def _models_block() -> str:
 
 
 def _card_commands(steps: list[Result]) -> str:
-    return f"`{COMMAND} --card {' '.join(dict.fromkeys(result['card'] for result in steps))} --save`"
+    return f"`{_fresh(*dict.fromkeys(result['card'] for result in steps))}`"
 
 
 def _host_block() -> str:
     stacks, layers = load("host"), load("host-parts")
     shown = [f"{_stack(result)}\n\n{host_tables.host_time(result).markdown()}" for result in stacks]
     shown += [f"{PARTS}\n\n{host_tables.parts(result).markdown()}" for result in layers]
-    return _remade("\n\n".join(shown), [*stacks, *layers], "--host ") if shown else _missing("--host ")
+    return _remade("\n\n".join(shown), [*stacks, *layers], _saved("--host")) if shown else _missing(_saved("--host"))
 
 
-def _block(results: list[Result], table: Callable[[list[Result]], Table], option: str, intro: str = "") -> str:
+def _block(results: list[Result], table: Callable[[list[Result]], Table], command: str, intro: str = "") -> str:
     """A table with what it was measured on; the command alone while there is no result."""
-    return _text(results, lambda found: "\n\n".join(filter(None, (intro, table(found).markdown()))), option)
+    return _text(results, lambda found: "\n\n".join(filter(None, (intro, table(found).markdown()))), command)
 
 
-def _text(results: list[Result], text: Callable[[list[Result]], str], option: str) -> str:
-    return _remade(text(results), results, option) if results else _missing(option)
+def _text(results: list[Result], text: Callable[[list[Result]], str], command: str) -> str:
+    return _remade(text(results), results, command) if results else _missing(command)
 
 
-def _missing(option: str) -> str:
-    return f"Not measured yet: `{COMMAND} {option}--save`."
+def _saved(option: str) -> str:
+    return f"{COMMAND} {option} --save"
 
 
-def _remade(text: str, results: list[Result], option: str) -> str:
-    measured = _sentences(origin(results), launch_note(results), f"Remake: `{COMMAND} {option}--save`.")
+def _fresh(*names: str) -> str:
+    quoted = (f"'{name}'" if "*" in name else name for name in names)
+    return f"{FRESH} {' '.join(quoted)}"
+
+
+def _missing(command: str) -> str:
+    return f"Not measured yet: `{command}`."
+
+
+def _remade(text: str, results: list[Result], command: str) -> str:
+    measured = _sentences(origin(results), launch_note(results), f"Remake: `{command}`.")
     return f"{text}\n\n{measured}"
 
 
@@ -327,7 +342,7 @@ def outputs() -> dict[Path, str]:
         made[CARDS / "host-time.md"] = host_card()
     if load("compare-linear") or load("compare-model"):
         made[CARDS / "compare.md"] = compare_card()
-    made[CARDS / "plans.md"] = _page("Plans as they print", _text(load("plan"), decisions.printed, "--plan "))
+    made[CARDS / "plans.md"] = _page("Plans as they print", _text(load("plan"), decisions.printed, PLANS))
     made |= {CARDS / "pack.md": pack_card(), CARDS / "metrics.md": metrics_card()}
     made |= {**accuracy_cards.cards(), **scaling_tables.cards(), **schedule_cards.cards()}
     return made | filled(PAGES, blocks())

@@ -1,6 +1,6 @@
 """The tables of dense, torchao float8, 2:4 and 2:4 with a sampled gradient beside each other."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from benchmarks import tables
@@ -14,20 +14,26 @@ from semisparse import recipes
 Result = dict[str, Any]
 
 COMPARED = (
-    "Rows interleaved and sustained, each from its newest run; *dense / this* above 1 means faster than dense bf16 of "
-    "the same process: for rows with sparse products than dense before any ran there, unless the ratio is marked, for "
-    "the others than dense beside them. Packing, sampling and casting are part of each call. *2:4*: weights packed at "
-    'each forward, or once *per step*. *mvue*: dW from a sampled gradient (`grad_output="mvue"`). *repacked*: '
-    '`repack=True`. *dense fp8*, *fp8 + 2:4*: `precision="fp8"`; with *mvue*, all three products are sparse in fp8. '
-    "*torchao float8*: tensorwise, dynamic scaling, compiled. *peak*: what a row holds between calls, parameters and "
-    "optimizer state included, and what a call allocates beyond that."
+    "Rows interleaved and sustained, each from its newest run that timed dense before any sparse product, or else from "
+    "its newest; *dense / this* above 1 means faster than that dense bf16, unless the ratio is marked. Packing, "
+    "sampling and casting are part of each call. *2:4*: weights packed at each forward, or once *per step*. *mvue*: dW "
+    'from a sampled gradient (`grad_output="mvue"`). *repacked*: `repack=True`. *dense fp8*, *fp8 + 2:4*: '
+    '`precision="fp8"`; with *mvue*, all three products are sparse in fp8. *torchao float8*: tensorwise, dynamic '
+    "scaling, compiled. *peak*: what a row holds between calls, parameters and optimizer state included, and what a "
+    "call allocates beyond that."
 )
 SAMPLED = (
-    "The parts of the sampled gradient alone. *share*: of the rate of a copy that reads and writes as many bytes, with "
-    "nothing in the L2 cache. *ratio*: dense dW / sparse product; *sampled too*: dense dW / sampling and the "
-    "sparse product together."
+    "The parts of the sampled gradient alone, with dense dW beside them. *share*: of the rate of a copy that reads and "
+    "writes as many bytes, with nothing in the L2 cache. *ratio*: dense dW / sparse product; *sampled too*: dense dW / "
+    "sampling and the sparse product together."
 )
 GRAPH = "graph: "
+SLOWED = "‡"
+SLOWED_NOTE = (
+    f"{SLOWED}: nothing sparse, but it ran beside 2:4, which slows it, and is compared with dense that was slowed, too."
+)
+AFTER = "dense fp8 after 2:4"
+"""A dense step in fp8 in a process that has run 2:4, as at the end of a run, to dense before any sparse product."""
 _TITLES = (DENSE, *(row.title for row in ROWS.values()))
 _SPARSE = {row.title for row in ROWS.values() if row.sparse}
 SHORT_ROWS = ("float8", "2:4", "mvue", "fp8-2:4", "fp8-mvue")
@@ -63,17 +69,35 @@ def _table(
 ) -> Table:
     rows, notes = [], []
     for (what, card), found in _by_step(results).items():
-        newest = {title: result for result in _fresh_last(found) for title in titles(result)}
-        for title in (one for one in _TITLES if one in newest):
-            result = newest[title]
+        for title in _TITLES:
+            if (result := _newest(found, title)) is None:
+                continue
             times = result["times_ms"]
             ms = tables.dense_ms(result, title, digits) if title == DENSE else f"{times[title]['median_ms']:.{digits}f}"
             memory = _memory(result, title)
             rows.append((what, title, ms, *_ratio(result, title), *more(result, title), *memory, card))
         notes += remarks(found)
-    notes = [*tables.beside_note(rows), *notes]
+    notes = [*tables.beside_note(rows), *slowed_note(rows), *notes]
     made = Table((*columns, "peak MiB", "of dense's", "GPU"), tuple(rows), tuple(dict.fromkeys(notes)))
     return tables.without_empty(made)
+
+
+def slowed_note(cells: Iterable[Iterable[str]]) -> tuple[str, ...]:
+    """What the mark says, where a cell has it."""
+    return (SLOWED_NOTE,) if any(cell.endswith(SLOWED) for row in cells for cell in row) else ()
+
+
+def _newest(results: Sequence[Result], title: str) -> Result | None:
+    """The run that a row is taken from: see COMPARED; a row without sparse products best from a run without any."""
+    found = [result for result in results if title in result["times_ms"]]
+    alone = title not in {DENSE, *_SPARSE}
+    rated = [(bool(one.get("fresh_ms")), alone != ran_sparse(one), place) for place, one in enumerate(found)]
+    return found[max(rated)[-1]] if rated else None
+
+
+def ran_sparse(result: Result) -> bool:
+    """Whether a comparison has rows with sparse products."""
+    return not _SPARSE.isdisjoint(result["times_ms"])
 
 
 def titles(result: Result) -> list[str]:
@@ -95,7 +119,8 @@ def remarks(results: Sequence[Result]) -> list[str]:
 def parts(results: Sequence[Result]) -> Table:
     """The sampled gradient's kernel and product alone, of results that have them."""
     rows = []
-    for result in (one for one in results if one["parts"]):
+    newest = {key: found[-1] for key, found in _by_step([one for one in results if one["parts"]]).items()}
+    for result in newest.values():
         ms, faster = result["parts"]["ms"], {name: one["median"] for name, one in result["parts"]["faster"].items()}
         cells = [_what(result), *(f"{ms[name] * 1000:.0f}" for name in (SAMPLE, SAMPLE_BIAS, COPY))]
         cells += [f"**{faster[SAMPLE]:.1%}**", f"{faster[SAMPLE_BIAS]:.1%}"]
@@ -137,16 +162,16 @@ def beside_float8(results: Sequence[Result]) -> Table:
     Args:
         results: Of models and of layers; those without float8 or without fp8 + 2:4 are left out.
     """
-    peer, sparse, sampled, dense = (ROWS[name].title for name in ("float8", "fp8-2:4", "fp8-mvue", "fp8"))
+    peer, sparse, sampled = (ROWS[name].title for name in ("float8", "fp8-2:4", "fp8-mvue"))
     rows = []
     for (what, card), found in _by_step(results).items():
-        gains = {name: _gain(found, peer, name) for name in (sparse, sampled, dense)}
+        gains = {name: _gain(found, peer, name) for name in (sparse, sampled, AFTER)}
         if (least := gains[sparse]) is None:
             continue
-        whole = _gain(found, peer, sparse, dense)
+        whole = _gain(found, peer, sparse, AFTER)
         cells = ("" if gain is None else f"**{gain:.2f}**" for gain in (*gains.values(), whole))
         rows.append((least, (what, *cells, card)))
-    columns = ("step or layer", sparse, sampled, dense, "whole run", "GPU")
+    columns = ("step or layer", sparse, sampled, AFTER, "whole run", "GPU")
     return tables.without_empty(Table(columns, tuple(cells for _, cells in sorted(rows))))
 
 
@@ -181,14 +206,22 @@ def _gain(results: Sequence[Result], peer: str, sparse: str, dense: str | None =
     """
     share = 1.0 if dense is None else recipes.fastest().sparse_fraction
     wanted = {peer, sparse, dense or sparse}
-    fresh = [result["ratio_to_dense"] for result in results if result.get("fresh_ms")]
-    together = {title: one for ratios in fresh for title, one in ratios.items()}
-    runs = [*(result["ratio_to_dense"] for result in results), together]
+    together = {title: one for result in results if result.get("fresh_ms") for title, one in _ratios(result).items()}
+    runs = [*map(_ratios, results), together]
     found = [ratios for ratios in runs if wanted <= ratios.keys()]
     if not found:
         return None
     newest = found[-1]
     return float(1 / (share / newest[sparse] + (1 - share) / newest[dense or sparse]) / newest[peer])
+
+
+def _ratios(result: Result) -> dict[str, float]:
+    """The ratios to dense of a run, AFTER with them."""
+    ratios, title = dict(result["ratio_to_dense"]), ROWS["fp8"].title
+    if title in ratios and ran_sparse(result):
+        fresh = result.get("fresh_ms", {}).get(DENSE)
+        ratios[AFTER] = fresh / result["times_ms"][title]["median_ms"] if fresh else ratios[title]
+    return ratios
 
 
 def _time(result: Result) -> str:
@@ -206,12 +239,16 @@ def _gpu(result: Result) -> str:
 def _ratio(result: Result, title: str) -> tuple[str, str]:
     """The ratio to dense and its spread; nothing for dense, and for a call that did not run.
 
-    A ratio of sparse products to dense beside them is marked.
+    Marked where sparse products are compared with dense beside them, and where others ran beside them.
     """
     if title.removeprefix(GRAPH) == DENSE or title not in result["ratio_to_dense"]:
         return "", ""
-    beside = tables.BESIDE if title.removeprefix(GRAPH) in _SPARSE and not result.get("fresh_ms") else ""
-    return f"**{result['ratio_to_dense'][title]:.3f}**{beside}", tables.spread(result, title)
+    ratio, mark = f"**{result['ratio_to_dense'][title]:.3f}**", ""
+    if title.removeprefix(GRAPH) in _SPARSE:
+        mark = "" if result.get("fresh_ms") else tables.BESIDE
+    elif ran_sparse(result):
+        mark = SLOWED
+    return f"{ratio}{mark}", tables.spread(result, title)
 
 
 def _memory(result: Result, title: str) -> tuple[str, str]:

@@ -58,7 +58,7 @@ def left_dense(results: Sequence[Result]) -> str:
     if gaining:
         sentences.append(f"Plans gained most on {gains}.")
     if any(not result.get("fresh_ms") for result in results):
-        sentences.append(f"For ratios of these plans, {TIMED_BESIDE}")
+        sentences.append(f"In older plans, {TIMED_BESIDE}")
     return " ".join([*sentences, short_origin(results)]) if results else ""
 
 

@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks.compare import DENSE
+from benchmarks.compare import DENSE, ROWS
+from benchmarks.compare_tables import SLOWED, slowed_note
 from benchmarks.fp8_kernels import LARGEST
 from benchmarks.neighbours import ALONE
 from benchmarks.origin import gpu
@@ -24,8 +25,9 @@ from benchmarks.tables import BESIDE, beside_note
 Result = dict[str, Any]
 BETWEEN = (
     "silu -> linear -> silu, forward + backward, compiled; the two silu alone are timed beside it and taken off. "
-    "*dense / this* above 1 means faster than dense bf16."
+    "*dense / this* above 1 means faster than dense bf16 before anything sparse ran, unless the ratio is marked."
 )
+_SPARSE = {row.title for row in ROWS.values() if row.sparse}
 NOISE = (
     "Signal to noise against fp64, in decibels; more is better. Both multiply the same masked weight. *spread*: "
     "gradients whose magnitudes spread as e^(2 n)."
@@ -48,12 +50,18 @@ def neighbours(results: Sequence[Result]) -> Table:
         alone, fresh = times[ALONE]["median_ms"], result.get("fresh_ms")
         for name in [DENSE, *(name for name in times if name not in (DENSE, ALONE))]:
             one = spread[name]
-            ratio = ("", "") if name == DENSE else (f"{one['median']:.3f}", f"{one['p20']:.3f} to {one['p80']:.3f}")
+            mark = "" if name == DENSE or name in _SPARSE else SLOWED
+            value = f"{one['median']:.3f}{mark}"
+            ratio = ("", "") if name == DENSE else (value, f"{one['p20']:.3f} to {one['p80']:.3f}")
             ms = f"{times[name]['median_ms'] - alone:.3f}"
             if name == DENSE:
                 ms = f"{fresh[DENSE] - fresh[ALONE]:.3f}" if fresh else f"{ms}{BESIDE}"
             lines.append((_shape(result), name, ms, *ratio))
-    return Table(("M x K x N", "row", "ms", "dense / this", "p20 to p80"), tuple(lines), beside_note(lines))
+    return Table(
+        ("M x K x N", "row", "ms", "dense / this", "p20 to p80"),
+        tuple(lines),
+        (*beside_note(lines), *slowed_note(lines)),
+    )
 
 
 def noise(results: Sequence[Result]) -> Table:

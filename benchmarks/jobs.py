@@ -122,9 +122,11 @@ def compared(
 ) -> Iterator[Job]:
     """Rows beside each other: single layers, then whole steps. Named ones alone, if there are."""
     named = bool(cards or shapes)
+    # A run without sparse products has files of its own beside that with them.
+    end = "" if any(compare.ROWS[name].sparse for name in rows) else "-float8"
     for mkn in shapes or (() if named else linear.TOY_SHAPES if toy else linear.SHAPES):
         yield Job(
-            f"compare-linear-{'x'.join(map(str, mkn))}",
+            f"compare-linear-{'x'.join(map(str, mkn))}{end}",
             "compare-linear",
             lambda mkn=mkn: compare.linear(*mkn, rows, rounds),
             lambda found: [
@@ -134,7 +136,7 @@ def compared(
         )
     for card in cards or (() if named else compare.MODELS):
         yield Job(
-            f"compare-{card}",
+            f"compare-{card}{end}",
             "compare-model",
             lambda card=card: compare.model(card, rows, rounds, toy),
             lambda found: [compare_tables.models([found])],

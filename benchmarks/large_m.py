@@ -32,7 +32,7 @@ DENSE, SPARSE, DENSE_FP8, SPARSE_FP8 = "dense bf16", "2:4", "dense fp8", "fp8 + 
 IN_CHUNKS = "in chunks"
 NOTE = (
     f"Microseconds of the product y = x W^T per 1000 tokens; *{IN_CHUNKS}*: of {CHUNK} tokens. Less is better, and the "
-    "same in each row means that the speed holds."
+    "same in each row means that the speed holds. Dense is timed beside 2:4."
 )
 
 Call = Callable[[], object]

@@ -15,7 +15,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ import triton.language as tl
 
 from benchmarks.store import ROOT
 from benchmarks.table import Table
-from benchmarks.tables import label, size
+from benchmarks.tables import size
 from benchmarks.timing import device, started, synchronize
 
 Result = dict[str, Any]
@@ -241,22 +241,9 @@ def told(result: Result) -> str:
     return f"Time of dense products, and power of the idle GPU: {', '.join(parts)}."
 
 
-def steps_told(steps: Sequence[Result]) -> str:
-    """How much longer whole dense steps take beside sparse ones than before any ran, as a sentence; "" where unknown.
-
-    Args:
-        steps: Results of whole steps, of which those count that know both, on a GPU named with them.
-    """
-    slower = []
-    for result in (one for one in steps if one.get("fresh_ms")):
-        ((name, fresh),) = result["fresh_ms"].items()
-        slower.append(f"{label(result)} {100 * (result['times_ms'][name]['median_ms'] / fresh - 1):+.1f} %")
-    return f"Whole dense steps beside 2:4, to the same before it: {', '.join(slower)}." if slower else ""
-
-
-def text(results: list[Result], steps: Sequence[Result]) -> str:
+def text(results: list[Result]) -> str:
     """For docs/speed.md."""
-    return "\n\n".join(filter(None, [*map(told, results), steps_told(steps), table(results).markdown()]))
+    return "\n\n".join([*map(told, results), table(results).markdown()])
 
 
 def table(results: list[Result]) -> Table:

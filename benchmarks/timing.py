@@ -3,7 +3,8 @@
 A GPU that runs matrix products lowers its clock to stay under its power limit, so a short burst flatters the variant
 that runs first. Every variant here gets the same number of blocks in turn; a block first warms up, then runs for at
 least BLOCK_SECONDS. The figure of a variant is the median over its blocks of the mean time of one call. A ratio is the
-median over the rounds of the quotient of the two blocks that ran in one round, so a slow drift of the clock cancels.
+median over the rounds of the quotient of the two blocks that ran in one round, so a slow drift of the clock cancels;
+unless it is to dense of a fresh process (fresh.py), one figure for all rounds.
 Python's garbage is collected before the first block; collections of all objects of the process do not fall into blocks.
 
 Without a GPU everything runs on the CPU with the host's clock, so that the programs can be tried at toy size.

@@ -48,9 +48,9 @@ streams() {
 }
 
 # queue SECONDS: lines of standard input, "NAME COMMAND...", are run in their order, one at a time on each GPU, until
-# SECONDS after the script began; a command finds the seconds that are left in $LEFT.
+# SECONDS after the script began; a command finds the seconds that are left in $LEFT. 1 if there was no time for some.
 queue() {
-    local limit=$1 folder
+    local limit=$1 folder left
     folder=$(mktemp -d)
     cat >"$folder/lines"
     echo 0 >"$folder/next"
@@ -65,5 +65,7 @@ queue() {
         done
     }
     streams $(printf '_work %.0s' $(seq $((GPUS > 1 ? GPUS : 1))))
+    left=$(tail -n "+$(($(cat "$folder/next") + 1))" "$folder/lines" | cut -d ' ' -f 1 | tr '\n' ' ')
     rm -r "$folder"
+    [ -z "$left" ] || { echo "no time was left for: $left"; return 1; }
 }

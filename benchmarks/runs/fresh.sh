@@ -2,20 +2,23 @@
 # Whole steps and layers whose dense is timed in a fresh process, one process each, and what the first sparse product of
 # a process changes. Needs torchao for the rows of its float8, which run without anything sparse, and in --neighbours.
 #
-#     bash benchmarks/runs/fresh.sh OUT [NAME...]    all, or those of these names
+#     bash benchmarks/runs/fresh.sh OUT [NAME...]    all, or those of these names, such as llama or 'compare-*'
 #
-# What the GPU bounds runs side by side: fifteen minutes on four GPUs. What the host bounds follows, one at a time, since
-# processes beside it slow it down: twenty minutes. A run longer than SECONDS_LIMIT is ended, and the rest left out.
+# What the GPU bounds runs side by side: fifteen minutes on four GPUs, an hour on one. What the host bounds follows, one
+# at a time, since processes beside it slow it down: twenty minutes. OUT/*.json belong in benchmarks/results.
 source "$(dirname "$0")/common.sh"
-: "${SECONDS_LIMIT:=2400}"
+: "${SECONDS_LIMIT:=6000}"
 shift
-SPARSE="2:4 mvue fp8 fp8-2:4 fp8-mvue"
-NAMES=" $* "
+SPARSE="2:4 mvue mvue-repack fp8 fp8-2:4 fp8-mvue"
+NAMES=("$@")
 
 # asked: of the lines "NAME COMMAND..." of standard input those that were named, or all.
 asked() {
+    local name command pattern
     while read -r name command; do
-        [[ "$NAMES" != "  " && "$NAMES" != *" $name "* ]] || echo "$name $command"
+        for pattern in "${NAMES[@]-*}"; do
+            [[ $name != $pattern ]] || { echo "$name $command"; break; }
+        done
     done
 }
 
@@ -25,14 +28,14 @@ asked() {
     done
     echo "power $BENCHMARK --power --save $OUT"
     for card in llama-4096 llama timm-vit-l; do
-        echo "float8-$card $BENCHMARK --compare --rows float8 --card $card --save $OUT/float8"
+        echo "float8-$card $BENCHMARK --compare --rows float8 fp8 --card $card --save $OUT"
     done
     for card in llama timm-vit-l sam-vit-l llama-eager; do echo "$card $BENCHMARK --card $card --save $OUT"; done
     for mkn in 16384,4096,11008 16384,2048,8192; do
         echo "linear-$mkn $BENCHMARK --linear --mkn $mkn --save $OUT"
         echo "neighbours-$mkn $BENCHMARK --neighbours --mkn $mkn --save $OUT"
         echo "compare-linear-$mkn $BENCHMARK --compare --rows $SPARSE --mkn $mkn --save $OUT"
-        echo "float8-linear-$mkn $BENCHMARK --compare --rows float8 --mkn $mkn --save $OUT/float8"
+        echo "float8-linear-$mkn $BENCHMARK --compare --rows float8 fp8 --mkn $mkn --save $OUT"
     done
 } | asked | queue "$SECONDS_LIMIT"
 {

@@ -78,7 +78,7 @@ def test_new_kinds_of_results_fill_their_cards_and_places_and_fit_the_page(new_r
     places = ("eager-linear", "host-time", "pack-together")
     made = [cards.blocks()[name] for name in places] + [cards.host_card(), cards.models_card(), cards.pack_card()]
     for text in made:
-        assert "Remake: `python benchmarks/" in text
+        assert "Remake: `python benchmarks/" in text or "Remake: `bash benchmarks/runs/" in text
         assert max(len(line) for line in text.splitlines() if line.startswith("|")) <= table.WIDTH + 2
 
 
@@ -86,8 +86,9 @@ def test_a_place_without_result_names_the_command(monkeypatch: pytest.MonkeyPatc
     without = ("eager-linear", "host", "host-parts", "pack-together")
     monkeypatch.setattr(cards, "load", lambda kind: [] if kind in without else store.load(kind))
     made = cards.blocks()
-    for place, option in (("eager-linear", "--eager"), ("host-time", "--host"), ("pack-together", "--pack")):
+    for place, option in (("host-time", "--host"), ("pack-together", "--pack")):
         assert made[place] == f"Not measured yet: `{cards.COMMAND} {option} --save`."
+    assert made["eager-linear"] == f"Not measured yet: `{cards.FRESH} 'eager-*'`."
 
 
 def test_a_study_of_schedules_fills_its_card_and_its_place_and_fits_the_page(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from torch import nn
 
 from benchmarks import benchmark_semi_structured_training as program
 from benchmarks import cards, compare, compare_tables, float8, fresh, jobs, models, sampling, store, table, tables
-from semisparse import SemiSparseLinear
+from semisparse import SemiSparseLinear, recipes
 from semisparse.surgery.layers import semi_sparse_layers
 
 MKN = (32, 64, 128)
@@ -202,35 +202,56 @@ def test_memory_is_what_is_held_and_what_a_call_adds_relative_to_dense() -> None
     assert [row[-2:] for row in rows] == [("2", "1.000"), ("3", "1.500")]
 
 
-def result_of(fresh_ms: dict[str, float], left_out: list[str], **ms: float) -> dict[str, Any]:
-    dense = ms["dense bf16"]
+def result_of(time: int, fresh: float | None, left_out: list[str], **ms: float) -> dict[str, Any]:
+    """A result as compare.py writes it: sparse rows to fresh dense where that is known, the others to dense beside."""
+    sparse, dense = {row.title for row in compare.ROWS.values() if row.sparse}, ms["dense bf16"]
+    bases = {title: fresh if fresh and title in sparse else dense for title in ms}
     return {
         "mkn": [1, 2, 3],
         "times_ms": {title: {"median_ms": one} for title, one in ms.items()},
-        "fresh_ms": fresh_ms,
-        "ratio_to_dense": {title: fresh_ms.get(title, dense) / one for title, one in ms.items()},
+        "fresh_ms": {"dense bf16": fresh} if fresh else {},
+        "ratio_to_dense": {title: bases[title] / one for title, one in ms.items()},
         "memory_bytes": {title: {"held": 1, "beyond": 1} for title in ms},
         "left_out": left_out,
         "errors": {},
-        "provenance": {"time": str(len(ms)), "gpu": "NVIDIA H100 80GB HBM3"},
+        "provenance": {"time": str(time), "gpu": "NVIDIA H100 80GB HBM3"},
     }
 
 
-def test_each_row_is_of_its_newest_run_and_a_sparse_one_to_dense_beside_it_is_marked() -> None:
-    dense = {"dense bf16": 1.9}
-    old = result_of({}, ["float8"], **{"dense bf16": 2.0, "2:4": 1.5, "dense fp8": 1.6, "mvue, repacked": 1.0})
-    fresh = result_of(dense, ["float8"], **{"dense bf16": 2.0, "2:4": 1.0})
-    peer = result_of(dense, ["2:4"], **{"dense bf16": 1.9, "torchao float8": 1.2, "other": 3.0})
-    found = compare_tables.linears([fresh, peer, old])
+BESIDE = result_of(4, None, ["float8"], **{"dense bf16": 2.0, "2:4": 1.5, "dense fp8": 1.6, "mvue, repacked": 1.0})
+FRESH = [
+    result_of(time, 1.9, ["float8"], **{"dense bf16": 2.0, "2:4": ms, "dense fp8": 1.25})
+    for time, ms in ((1, 1.2), (3, 1.0), (2, 1.1))
+]
+ALONE = result_of(1, 1.8, ["2:4"], **{"dense bf16": 1.8, "torchao float8": 1.2})
+
+
+def test_each_row_is_of_the_newest_run_that_knows_fresh_dense_and_other_bases_are_marked() -> None:
+    found = compare_tables.linears([*FRESH, ALONE, BESIDE])
     assert [row[1:4] for row in found.rows] == [
         ("dense bf16", "1.900", ""),
-        ("torchao float8", "1.200", "**1.583**"),
-        ("2:4", "1.000", "**2.000**"),
+        ("torchao float8", "1.200", "**1.500**"),
+        ("2:4", "1.000", "**1.900**"),
         ("mvue, repacked", "1.000", "**2.000**†"),
-        ("dense fp8", "1.600", "**1.250**"),
+        ("dense fp8", "1.250", "**1.600**‡"),
     ]
-    assert found.notes == (f"†: {tables.TIMED_BESIDE}",)
-    assert "1 x 2 x 3: left out: torchao float8" in compare_tables.linears([fresh, old]).notes[-1]
+    assert found.notes == (f"†: {tables.TIMED_BESIDE}", compare_tables.SLOWED_NOTE)
+    assert "1 x 2 x 3: left out: torchao float8" in compare_tables.linears([*FRESH, BESIDE]).notes[-1]
+
+
+def test_a_row_without_sparse_products_is_best_taken_from_a_run_without_any() -> None:
+    alone = result_of(0, 1.8, [], **{"dense bf16": 1.8, "dense fp8": 1.0})
+    rows = {row[1]: row[2:4] for row in compare_tables.linears([*FRESH, alone, ALONE]).rows}
+    assert rows["dense fp8"] == ("1.000", "**1.800**") and rows["dense bf16"] == ("1.900", "")
+
+
+def test_the_dense_part_of_a_run_in_fp8_is_that_of_a_process_that_ran_2_to_4() -> None:
+    fresh = result_of(3, 1.9, [], **{"dense bf16": 2.0, "fp8 + 2:4": 1.0, "dense fp8": 1.25})
+    found = compare_tables.beside_float8([fresh, ALONE])
+    assert found.columns == ("step or layer", "fp8 + 2:4", "dense fp8 after 2:4", "whole run", "GPU")
+    share = recipes.fastest().sparse_fraction
+    whole = 1 / (share / 1.9 + (1 - share) / (1.9 / 1.25)) / 1.5
+    assert found.rows[0][1:4] == (f"**{1.9 / 1.5:.2f}**", f"**{1.9 / 1.25 / 1.5:.2f}**", f"**{whole:.2f}**")
 
 
 def test_the_parts_of_sampling_are_compared_with_a_copy_of_as_many_bytes() -> None:
@@ -247,7 +268,7 @@ def test_results_fill_the_card_and_the_pages_and_fit_them(torchao: None, monkeyp
     monkeypatch.setattr(cards, "load", lambda kind: [found[kind]] if kind in found else store.load(kind))
     made = cards.blocks()
     for text in (made["compare"], cards.compare_card()):
-        assert "Remake: `python benchmarks/benchmark_semi_structured_training.py --compare --rows " in text
+        assert "Remake: `bash benchmarks/runs/fresh.sh OUT 'compare-*' 'float8-*'`" in text
         assert all(row.title in text for row in compare.ROWS.values())
     assert "| training step | dense ms |" in made["speed"]
     for text in (made["compare"], made["speed"]):
@@ -258,6 +279,6 @@ def test_results_fill_the_card_and_the_pages_and_fit_them(torchao: None, monkeyp
 def test_without_results_the_pages_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cards, "load", lambda kind: [] if kind.startswith("compare") else store.load(kind))
     made = cards.blocks()
-    assert made["compare"].startswith(f"Not measured yet: `{cards.COMMAND} --compare ")
+    assert made["compare"] == f"Not measured yet: `{cards.FRESH} 'compare-*' 'float8-*'`."
     assert "training step" not in made["speed"]
     assert cards.CARDS / "compare.md" not in cards.outputs()

@@ -89,10 +89,10 @@ def test_only_models_that_lose_stand_where_it_does_not_help(monkeypatch: pytest.
     monkeypatch.setattr(cards, "load", lambda kind: RESULTS if kind == "plan" else store.load(kind))
     made = cards.blocks()
     assert "| small | 10.0 |" in made["no-gain"] and "| large |" not in made["no-gain"]
-    assert "| large | 10.0 |" in made["decisions"] and "--plan --save" in made["decisions"]
+    assert "| large | 10.0 |" in made["decisions"] and cards.PLANS in made["decisions"]
     assert max(len(line) for line in made["decisions"].splitlines() if line.startswith("|")) <= table.WIDTH + 2
 
 
 def test_without_plans_the_page_names_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cards, "load", lambda kind: [] if kind == "plan" else store.load(kind))
-    assert cards.blocks()["decisions"] == f"Not measured yet: `{cards.COMMAND} --plan --save`."
+    assert cards.blocks()["decisions"] == f"Not measured yet: `{cards.PLANS}`."

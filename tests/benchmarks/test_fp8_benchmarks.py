@@ -6,7 +6,18 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import compare, float8, fp8_kernels, fp8_tables, models, neighbours, noise, step_profile
+from benchmarks import (
+    compare,
+    compare_tables,
+    float8,
+    fp8_kernels,
+    fp8_tables,
+    models,
+    neighbours,
+    noise,
+    step_profile,
+    tables,
+)
 
 MKN = (32, 64, 128)
 
@@ -37,15 +48,17 @@ def test_the_neighbours_are_taken_off_every_row(torchao: None, monkeypatch: pyte
     monkeypatch.setattr(neighbours, "fresh_ms", lambda calls: {})
     found = neighbours.benchmark(*MKN, ["float8", "fp8-2:4"], 1)
     assert found["ratio_to_dense"] == {"dense bf16": 1.0, "fp8 + 2:4": 2.0, "torchao float8": 4.0}
-    assert fp8_tables.neighbours([found]).rows[0][2] == "8.000†"
+    old = fp8_tables.neighbours([found])
+    assert old.rows[0][2] == "8.000†" and old.notes[0] == f"†: {tables.TIMED_BESIDE}"
     monkeypatch.setattr(neighbours, "fresh_ms", lambda calls: dict(zip(calls, (1.5, 7.5), strict=True)))
     found = neighbours.benchmark(*MKN, ["float8", "fp8-2:4"], 1)
     assert found["ratio_to_dense"] == {"dense bf16": 1.0, "fp8 + 2:4": 1.5, "torchao float8": 4.0}
     rows = fp8_tables.neighbours([found]).rows
+    assert fp8_tables.neighbours([found]).notes == (compare_tables.SLOWED_NOTE,)
     assert [row[1:4] for row in rows] == [
         ("dense bf16", "6.000", ""),
         ("fp8 + 2:4", "4.000", "1.500"),
-        ("torchao float8", "2.000", "4.000"),
+        ("torchao float8", "2.000", "4.000‡"),  # to dense beside it
     ]
 
 

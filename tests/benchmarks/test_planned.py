@@ -1,6 +1,7 @@
 """Plans against measured steps, at toy size on the CPU."""
 
 import json
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 
@@ -46,6 +47,33 @@ def test_a_plan_is_made_applied_and_judged_beside_dense_and_everything_swapped(
     (row,) = decisions.decided([result]).rows
     assert row[0] == "one" and row[-1] == "2 2:4+mvue"
     assert max(map(len, capsys.readouterr().out.splitlines())) <= table.WIDTH
+
+
+@pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "eager"])
+@pytest.mark.parametrize("gaining", ["2:4 + mvue", "dense fp8", "nothing"])
+@pytest.mark.parametrize("first", [True, False], ids=["in a fresh process", "after 2:4"])
+def test_only_sparse_variants_are_compared_with_dense_of_the_fresh_process(
+    compiled: bool, gaining: str, first: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fresh = {"dense": 0.5}
+    monkeypatch.setattr(planned, "ran_sparse", lambda: not first)
+    monkeypatch.setattr(planned, "fresh_ms", lambda calls: fresh if first else {})
+    monkeypatch.setattr(planned, "_toy_times", lambda problem, calls, mode: {
+        name: Times(1.0 if name == "dense" else 0.5) for name in calls if name in ("dense", gaining)
+    })  # fmt: skip
+    card = models.Card("one", "details", build, training, None, compiled=compiled)
+    monkeypatch.setitem(planned_models.PLANNED, "one", card)
+    found = planned.benchmark("one", 3, True)
+    dense = found["times_ms"]["dense"]
+    if compiled and first:
+        fresh = {"dense": found["plan"]["step"]["ms"]}  # what the plan timed before it ran anything else
+    assert found["fresh_ms"] == (fresh if first else {})
+    sparse = {"all 2:4", "all fp8 + 2:4", *(["planned"] if gaining == "2:4 + mvue" else [])}
+    for variant, timing in found["times_ms"].items():
+        known = first and variant in sparse
+        base = [fresh["dense"]] * len(dense["blocks_ms"]) if known else dense["blocks_ms"]
+        wanted = statistics.median(one / two for one, two in zip(base, timing["blocks_ms"], strict=True))
+        assert found["ratio_to_dense"][variant] == pytest.approx(wanted), variant
 
 
 def test_the_inputs_are_those_of_the_step_and_nothing_is_trained() -> None:

@@ -25,15 +25,6 @@ def test_changes_are_means_over_the_processes_of_a_kernel_and_kernels_that_did_n
     assert [row[-1] for row in power.table([result]).rows] == ["+5.0%", "+10.0%", "+2.5%"]
 
 
-def test_dense_steps_beside_sparse_ones_are_compared_with_those_before() -> None:
-    def step(card: str, fresh: dict[str, float]) -> dict:
-        return {"card": card, "label": card, "fresh_ms": fresh, "times_ms": {"dense bf16": {"median_ms": 105.0}}}
-
-    steps = [step("one", {"dense bf16": 100.0}), step("two", {}), step("three", {"dense bf16": 84.0})]
-    assert power.steps_told(steps) == "Whole dense steps beside 2:4, to the same before it: one +5.0 %, three +25.0 %."
-    assert power.steps_told([]) == ""
-
-
 def test_every_kernel_has_a_row() -> None:
     assert set(power.ORDER) == set(power.KERNELS)
 

@@ -44,9 +44,10 @@ def test_lines_of_a_queue_run_once_each_in_their_order_and_know_what_time_is_lef
     assert name == "b" and 0 < int(left) <= 50
 
 
-def test_a_queue_whose_time_is_up_starts_nothing_more(tmp_path: Path) -> None:
-    lines = bash('for one in a b; do echo "$one sleep 5"; done | queue 2', tmp_path)
-    assert len(lines) == 1 and "a: exit 124" in lines[0]
+def test_a_queue_whose_time_is_up_starts_nothing_more_and_names_what_is_left(tmp_path: Path) -> None:
+    script = 'for one in a b c; do echo "$one sleep 5"; done | queue 2 || echo "ended with $?"'
+    ran, left, code = bash(script, tmp_path)
+    assert "a: exit 124" in ran and left.split(": ")[1].split() == ["b", "c"] and code == "ended with 1"
     assert not (tmp_path / "b.log").exists()
 
 

@@ -101,7 +101,7 @@ def test_float8_is_divided_by_fp8_of_the_same_run_the_newest_first() -> None:
     without = measured(7, "1", dense=9, float8=9)
     found = compare_tables.beside_float8([new, large, without, old])
     share = recipes.fastest().sparse_fraction
-    assert found.columns == ("step or layer", "fp8 + 2:4", "dense fp8", "whole run", "GPU")
+    assert found.columns == ("step or layer", "fp8 + 2:4", "dense fp8 after 2:4", "whole run", "GPU")
     whole = 6 / (share * 5 + (1 - share) * 6)
     assert found.rows == (
         ("8 x 8 x 8", "**2.00**", "**1.00**", f"**{whole:.2f}**", "H100"),
