@@ -149,8 +149,8 @@ trust:
 
 bench:
 	$(PYTHON) csrc/build.py $(NATIVE)
-	PYTHON=$(PYTHON) bash benchmarks/runs/fresh.sh bench-out
-	cp bench-out/*.json bench-out/*.csv benchmarks/results
 	PYTHONPATH=src:lab/src:. $(PYTHON) benchmarks/benchmark_semi_structured_training.py --host --save $(BENCH_ARGS)
 	PYTHONPATH=src:lab/src:. $(PYTHON) benchmarks/benchmark_semi_structured_training.py --pack --save $(BENCH_ARGS)
 	PYTHONPATH=src:lab/src:. $(PYTHON) benchmarks/benchmark_semi_structured_training.py --metrics --save $(BENCH_ARGS)
+	rm -rf bench-out
+	PYTHON=$(PYTHON) bash benchmarks/runs/fresh.sh bench-out; code=$$?; cp bench-out/*.json bench-out/*.csv benchmarks/results; exit $$code

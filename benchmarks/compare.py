@@ -70,7 +70,6 @@ DEFAULT_ROWS = ("2:4", "mvue")
 EXPECTED_ROWS = ("float8", *DEFAULT_ROWS)
 """Rows that a result should have; what it lacks is named below its table."""
 
-"""Rows of the results on the page."""
 
 MODELS = ("llama", "llama-4096")
 

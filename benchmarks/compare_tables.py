@@ -133,23 +133,21 @@ def parts(results: Sequence[Result]) -> Table:
 def short(results: Sequence[Result]) -> Table:
     """How many times faster than dense each row is, a line per model, for the first screen.
 
-    Each figure is from the newest run that has it, and to dense of the same run; runs that know dense of a fresh
-    process come before all others. The time of dense is the newest run's. Of several GPUs those are shown on which most
-    rows were measured.
+    Runs are chosen and ratios marked as in the long tables. Of several GPUs those are shown on which most rows were
+    measured.
     """
     rows = []
-    for (what, card), every in _by_step(results).items():
-        found = _fresh_last(every)
-        ratios = {title: ratio for result in found for title, ratio in result["ratio_to_dense"].items()}
-        dense = tables.dense_ms(found[-1], DENSE, 1)
-        shown = (ratios.get(ROWS[name].title) for name in SHORT_ROWS)
-        rows.append((what, dense, *("" if one is None else f"**{one:.2f}**" for one in shown), card))
+    for (what, card), found in _by_step(results).items():
+        dense = tables.dense_ms(_newest(found, DENSE) or {}, DENSE, 1)
+        chosen = ((ROWS[name].title, _newest(found, ROWS[name].title)) for name in SHORT_ROWS)
+        ratios = ("" if result is None else _ratio(result, title, 2)[0] for title, result in chosen)
+        rows.append((what, dense, *ratios, card))
     most: dict[str, int] = {}
     for what, *cells in rows:
         most[what] = max(most.get(what, 0), sum(map(bool, cells)))
     rows = [row for row in rows if sum(map(bool, row[1:])) == most[row[0]]]
     columns = ("training step", "dense ms", *(ROWS[name].title for name in SHORT_ROWS), "GPU")
-    return tables.without_empty(Table(columns, tuple(rows), tables.beside_note(rows)))
+    return tables.without_empty(Table(columns, tuple(rows), (*tables.beside_note(rows), *slowed_note(rows))))
 
 
 def beside_float8(results: Sequence[Result]) -> Table:
@@ -190,11 +188,6 @@ def _by_step(results: Sequence[Result]) -> dict[tuple[str, str], list[Result]]:
     return found
 
 
-def _fresh_last(results: Sequence[Result]) -> list[Result]:
-    """In the same order, those that know dense of a fresh process behind all others."""
-    return sorted(results, key=lambda result: bool(result.get("fresh_ms")))
-
-
 def _gain(results: Sequence[Result], peer: str, sparse: str, dense: str | None = None) -> float | None:
     """How many times faster than the peer a row is, or a run that ends with the steps of another row.
 
@@ -206,8 +199,11 @@ def _gain(results: Sequence[Result], peer: str, sparse: str, dense: str | None =
     """
     share = 1.0 if dense is None else recipes.fastest().sparse_fraction
     wanted = {peer, sparse, dense or sparse}
-    together = {title: one for result in results if result.get("fresh_ms") for title, one in _ratios(result).items()}
-    runs = [*map(_ratios, results), together]
+    fresh = [result for result in results if result.get("fresh_ms")]
+    chosen = ((title, _newest(fresh, title)) for title in _TITLES)
+    together = {title: _ratios(result)[title] for title, result in chosen if result}
+    after = [ratios[AFTER] for ratios in map(_ratios, fresh) if AFTER in ratios]
+    runs = [*map(_ratios, results), together | ({AFTER: after[-1]} if after else {})]
     found = [ratios for ratios in runs if wanted <= ratios.keys()]
     if not found:
         return None
@@ -236,19 +232,18 @@ def _gpu(result: Result) -> str:
     return gpu(result) if "provenance" in result else ""
 
 
-def _ratio(result: Result, title: str) -> tuple[str, str]:
-    """The ratio to dense and its spread; nothing for dense, and for a call that did not run.
+def mark(result: Result, title: str) -> str:
+    """BESIDE where sparse products are compared with dense beside them, SLOWED where others ran beside them."""
+    if title.removeprefix(GRAPH) in _SPARSE:
+        return "" if result.get("fresh_ms") else tables.BESIDE
+    return SLOWED if ran_sparse(result) else ""
 
-    Marked where sparse products are compared with dense beside them, and where others ran beside them.
-    """
+
+def _ratio(result: Result, title: str, digits: int = 3) -> tuple[str, str]:
+    """The ratio to dense, marked, and its spread; nothing for dense, and for a call that did not run."""
     if title.removeprefix(GRAPH) == DENSE or title not in result["ratio_to_dense"]:
         return "", ""
-    ratio, mark = f"**{result['ratio_to_dense'][title]:.3f}**", ""
-    if title.removeprefix(GRAPH) in _SPARSE:
-        mark = "" if result.get("fresh_ms") else tables.BESIDE
-    elif ran_sparse(result):
-        mark = SLOWED
-    return f"{ratio}{mark}", tables.spread(result, title)
+    return f"**{result['ratio_to_dense'][title]:.{digits}f}**{mark(result, title)}", tables.spread(result, title)
 
 
 def _memory(result: Result, title: str) -> tuple[str, str]:

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks.compare import DENSE, ROWS
-from benchmarks.compare_tables import SLOWED, slowed_note
+from benchmarks.compare import DENSE
+from benchmarks.compare_tables import mark, slowed_note
 from benchmarks.fp8_kernels import LARGEST
 from benchmarks.neighbours import ALONE
 from benchmarks.origin import gpu
@@ -27,7 +27,6 @@ BETWEEN = (
     "silu -> linear -> silu, forward + backward, compiled; the two silu alone are timed beside it and taken off. "
     "*dense / this* above 1 means faster than dense bf16 before anything sparse ran, unless the ratio is marked."
 )
-_SPARSE = {row.title for row in ROWS.values() if row.sparse}
 NOISE = (
     "Signal to noise against fp64, in decibels; more is better. Both multiply the same masked weight. *spread*: "
     "gradients whose magnitudes spread as e^(2 n)."
@@ -50,8 +49,7 @@ def neighbours(results: Sequence[Result]) -> Table:
         alone, fresh = times[ALONE]["median_ms"], result.get("fresh_ms")
         for name in [DENSE, *(name for name in times if name not in (DENSE, ALONE))]:
             one = spread[name]
-            mark = "" if name == DENSE or name in _SPARSE else SLOWED
-            value = f"{one['median']:.3f}{mark}"
+            value = f"{one['median']:.3f}{mark(result, name)}"
             ratio = ("", "") if name == DENSE else (value, f"{one['p20']:.3f} to {one['p80']:.3f}")
             ms = f"{times[name]['median_ms'] - alone:.3f}"
             if name == DENSE:

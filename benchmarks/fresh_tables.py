@@ -33,5 +33,5 @@ def table(results: Sequence[Result]) -> Table:
         sparse = result["kind"] in ("end-to-end", "linear") or ran_sparse(result)
         more = (f"{beside:.{digits}f}", f"{100 * (beside / fresh - 1):+.1f} %") if sparse else ("", "")
         rows.append((what, f"{fresh:.{digits}f}", *more, gpu(result)))
-    columns = ("dense bf16 or fp16", "before, ms", "beside 2:4, ms", "longer", "GPU")
+    columns = ("dense step or layer", "before, ms", "beside 2:4, ms", "longer", "GPU")
     return Table(columns, tuple(sorted(rows)))

@@ -171,7 +171,7 @@ CARDS = {
         _sam,
         _sam_step,
         "mlp",
-        note="The seed document reports 1.063 for this model on an A100. On an H200 only a quarter of the step is "
+        note="On an H200 only a quarter of the step is "
         "matrix products (84 of 311 ms when it was first profiled); attention with relative positions takes most of "
         "the rest. On an H100 the step does not gain. Dense and sparse are compiled block by block, which takes less "
         "time than the whole encoder at once.",

@@ -28,8 +28,8 @@ NOTE = (
     "*of one GPU*: step of the same model and precision on one GPU without communication / this step. *exposed*: time "
     "in which a GPU runs kernels of collectives and nothing else, by the profiler, on the first GPU. *GB*: peak, with "
     "weights and states. *losses*: largest relative difference to DDP over the first steps; 0 is equal bit for bit. "
-    "bf16 runs first, before any sparse product, unless the depth was searched, with 2:4, in the same process: then "
-    "its first variant is as slow at the start as at the end."
+    "bf16 runs first, before any sparse product. Where the depth was searched in the same process, 2:4 had run before "
+    "it, and its first variant is as slow at the start as at the end."
 )
 
 

@@ -50,12 +50,15 @@ class Outcomes:
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
+        self.passed: set[str] = set()
         self.failed: list[str] = []
         self.skipped: list[str] = []
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when == "call" or report.outcome != "passed":
             self.counts[report.outcome] += 1
+        if report.when == "call" and report.passed:
+            self.passed.add(report.nodeid)
         if report.failed:
             self.failed.append(report.nodeid)
         if report.skipped:
@@ -64,14 +67,14 @@ class Outcomes:
             self.skipped.append(f"{report.nodeid}: {reason}")
 
 
-def ran(*runs: Sequence[str]) -> tuple[int, dict[str, Any]]:
-    """Run tests, a call of pytest each: its worst exit code, and the record of what they found."""
+def ran(*runs: Sequence[str]) -> tuple[int, dict[str, Any], set[str]]:
+    """Run tests, a call of pytest each: its worst exit code, the record of what they found, and which passed."""
     from benchmarks.store import provenance
 
     outcomes, start = Outcomes(), time.monotonic()
     common = ["-m", "gpu", "-q", "--durations=15", "-p", "no:cacheprovider", "-p", "no:benchmark"]
     code = max(int(pytest.main([*common, *run], plugins=[outcomes])) for run in runs)
-    return code, {
+    record = {
         "provenance": provenance(),
         "seconds": round(time.monotonic() - start, 1),
         "passed": outcomes.counts["passed"],
@@ -79,6 +82,7 @@ def ran(*runs: Sequence[str]) -> tuple[int, dict[str, Any]]:
         "skipped": outcomes.skipped,
         "files": recorded_files(),
     }
+    return code, record, outcomes.passed - set(outcomes.failed)
 
 
 def again(before: dict[str, Any]) -> tuple[int, dict[str, Any]]:
@@ -96,11 +100,11 @@ def again(before: dict[str, Any]) -> tuple[int, dict[str, Any]]:
     if not before["failed"]:
         raise SystemExit("nothing failed in this record")
     tests = list(dict.fromkeys(before["failed"]))  # one that fails in its call and in its teardown is there twice
-    code, found = ran(tests)
-    if (unknown := len(tests) - found["passed"] - len(set(found["failed"]))) > 0:
-        raise SystemExit(f"{unknown} of the tests that failed were skipped, or are gone: run all tests")
+    code, found, passed = ran(tests)
+    if unknown := [one for one in tests if one not in passed and one not in found["failed"]]:
+        raise SystemExit(f"run all tests: of those that failed these were skipped, or are gone: {', '.join(unknown)}")
     more = {"provenance": found["provenance"], "seconds": found["seconds"], "tests": tests}
-    together = before | {"passed": before["passed"] + found["passed"], "failed": found["failed"]}
+    together = before | {"passed": before["passed"] + len(passed), "failed": found["failed"]}
     return code, together | {"again": [*before.get("again", []), more]}
 
 
@@ -117,7 +121,7 @@ def main() -> int:
     else:
         workers = ["-n", given.workers, "--dist", "worksteal"] if given.workers else []
         together = [str(ROOT / folder) for folder in ("tests", "lab/tests")]
-        code, record = ran([*together, *(f"--deselect={path}" for path in ALONE), *workers], ALONE)
+        code, record, _ = ran([*together, *(f"--deselect={path}" for path in ALONE), *workers], ALONE)
     (given.folder / "gpu_record.json").write_text(json.dumps(record, indent=1) + "\n")
     return code
 

@@ -14,7 +14,7 @@ export PYTHONPATH="src:lab/src:.${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 BENCHMARK="$PYTHON benchmarks/benchmark_semi_structured_training.py"
 : "${GPUS:=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')}"
 
-# step SECONDS NAME COMMAND...: its output goes to OUT/NAME.log; one line says how it ended.
+# step SECONDS NAME COMMAND...: its output goes to OUT/NAME.log; one line says how it ended, its exit code, too.
 step() {
     local limit=$1 name=$2 begin=$SECONDS code
     shift 2
@@ -22,6 +22,7 @@ step() {
     code=$?
     echo "$(printf %4d $SECONDS) s  $name: exit $code after $((SECONDS - begin)) s"
     [ $code = 0 ] || tail -n 5 "$OUT/$name.log"
+    return $code
 }
 
 # streams FUNCTION...: as many at the same time as there are GPUs, each with one of them and its share of the cores; what
@@ -48,9 +49,9 @@ streams() {
 }
 
 # queue SECONDS: lines of standard input, "NAME COMMAND...", are run in their order, one at a time on each GPU, until
-# SECONDS after the script began; a command finds the seconds that are left in $LEFT. 1 if there was no time for some.
+# SECONDS after the script began; a command finds the seconds that are left in $LEFT. 1 if one failed, or there was no time for some.
 queue() {
-    local limit=$1 folder left
+    local limit=$1 folder left failed
     folder=$(mktemp -d)
     cat >"$folder/lines"
     echo 0 >"$folder/next"
@@ -61,11 +62,13 @@ queue() {
             line=$(sed -n "${number}p" "$folder/lines")
             [ -n "$line" ] || return 0
             export LEFT=$((limit - SECONDS))
-            step "$LEFT" "${line%% *}" bash -c "${line#* }"
+            step "$LEFT" "${line%% *}" bash -c "${line#* }" || echo "${line%% *}" >>"$folder/failed"
         done
     }
     streams $(printf '_work %.0s' $(seq $((GPUS > 1 ? GPUS : 1))))
     left=$(tail -n "+$(($(cat "$folder/next") + 1))" "$folder/lines" | cut -d ' ' -f 1 | tr '\n' ' ')
+    failed=$(cat "$folder/failed" 2>/dev/null)
     rm -r "$folder"
-    [ -z "$left" ] || { echo "no time was left for: $left"; return 1; }
+    [ -z "$left" ] || echo "no time was left for: $left"
+    [ -z "$left$failed" ]
 }

@@ -55,12 +55,12 @@ def record(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 def test_what_failed_runs_again_and_the_record_says_so(record: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     found = {"provenance": {"commit": "abc"}, "seconds": 2.5, "passed": 1, "failed": ["tests/x.py::two"]}
-    monkeypatch.setattr(record_gpu, "ran", lambda tests: (1, found))
+    monkeypatch.setattr(record_gpu, "ran", lambda tests: (1, found, {"tests/x.py::one"}))
     code, together = record_gpu.again(record)
     assert code == 1
     assert together["passed"] == 8 and together["failed"] == ["tests/x.py::two"]
     assert together["again"] == [{"provenance": {"commit": "abc"}, "seconds": 2.5, "tests": record["failed"][:2]}]
-    monkeypatch.setattr(record_gpu, "ran", lambda tests: (0, found | {"failed": []}))
+    monkeypatch.setattr(record_gpu, "ran", lambda tests: (0, found | {"failed": []}, {"tests/x.py::two"}))
     assert [one["tests"] for one in record_gpu.again(together)[1]["again"]] == [
         record["failed"][:2],
         ["tests/x.py::two"],
@@ -79,6 +79,6 @@ def test_nothing_runs_again_beside_other_files_or_without_a_failure(
 
 def test_a_test_that_is_skipped_instead_has_not_passed(record: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     found = {"provenance": {}, "seconds": 2.5, "passed": 1, "failed": []}
-    monkeypatch.setattr(record_gpu, "ran", lambda tests: (0, found))
-    with pytest.raises(SystemExit, match="1 of the tests that failed were skipped"):
+    monkeypatch.setattr(record_gpu, "ran", lambda tests: (0, found, {"tests/x.py::one"}))
+    with pytest.raises(SystemExit, match=r"skipped, or are gone: tests/x\.py::two$"):
         record_gpu.again(record)

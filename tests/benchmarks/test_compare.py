@@ -245,6 +245,21 @@ def test_a_row_without_sparse_products_is_best_taken_from_a_run_without_any() ->
     assert rows["dense fp8"] == ("1.000", "**1.800**") and rows["dense bf16"] == ("1.900", "")
 
 
+def test_the_short_table_takes_the_runs_and_the_marks_of_the_long_one() -> None:
+    later = result_of(9, 1.7, [], **{"dense bf16": 2.0, "2:4": 1.0, "torchao float8": 1.0})
+    (row,) = compare_tables.short([*FRESH, ALONE, later]).rows
+    assert row == ("1 x 2 x 3", "1.7", "**1.50**", "**1.70**", "H100")  # float8 of the run without sparse products
+    old = result_of(1, None, [], **{"dense bf16": 2.0, "2:4 + mvue": 1.0, "torchao float8": 1.0})
+    found = compare_tables.short([*FRESH, old])
+    assert found.rows == (("1 x 2 x 3", "1.9", "**2.00**‡", "**1.90**", "**2.00**†", "H100"),)
+    assert found.notes == (f"†: {tables.TIMED_BESIDE}", compare_tables.SLOWED_NOTE)
+    (gain,) = compare_tables.beside_float8(
+        [later | {"ratio_to_dense": later["ratio_to_dense"] | {"fp8 + 2:4": 3.0},
+                  "times_ms": later["times_ms"] | {"fp8 + 2:4": {"median_ms": 1.7 / 3}}}, ALONE]
+    ).rows  # fmt: skip
+    assert gain[1] == "**2.00**"
+
+
 def test_the_dense_part_of_a_run_in_fp8_is_that_of_a_process_that_ran_2_to_4() -> None:
     fresh = result_of(3, 1.9, [], **{"dense bf16": 2.0, "fp8 + 2:4": 1.0, "dense fp8": 1.25})
     found = compare_tables.beside_float8([fresh, ALONE])

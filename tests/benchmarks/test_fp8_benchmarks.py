@@ -50,6 +50,9 @@ def test_the_neighbours_are_taken_off_every_row(torchao: None, monkeypatch: pyte
     assert found["ratio_to_dense"] == {"dense bf16": 1.0, "fp8 + 2:4": 2.0, "torchao float8": 4.0}
     old = fp8_tables.neighbours([found])
     assert old.rows[0][2] == "8.000†" and old.notes[0] == f"†: {tables.TIMED_BESIDE}"
+    assert [row[3] for row in old.rows] == ["", "2.000†", "4.000‡"]
+    alone = fp8_tables.neighbours([neighbours.benchmark(*MKN, ["float8"], 1)])
+    assert [row[3] for row in alone.rows] == ["", "4.000"]
     monkeypatch.setattr(neighbours, "fresh_ms", lambda calls: dict(zip(calls, (1.5, 7.5), strict=True)))
     found = neighbours.benchmark(*MKN, ["float8", "fp8-2:4"], 1)
     assert found["ratio_to_dense"] == {"dense bf16": 1.0, "fp8 + 2:4": 1.5, "torchao float8": 4.0}

@@ -51,6 +51,34 @@ def test_a_queue_whose_time_is_up_starts_nothing_more_and_names_what_is_left(tmp
     assert not (tmp_path / "b.log").exists()
 
 
+def test_a_queue_in_which_a_command_fails_goes_on_and_says_so_in_its_exit_code(tmp_path: Path) -> None:
+    lines = bash('printf "a exit 3\\nb true\\n" | queue 50 || echo "ended with $?"', tmp_path)
+    assert [line.split()[2:5] for line in lines[:2]] == [["a:", "exit", "3"], ["b:", "exit", "0"]]
+    assert lines[2:] == ["ended with 1"]
+
+
+def fresh(out: Path, *names: str) -> subprocess.CompletedProcess[str]:
+    """What benchmarks/runs/fresh.sh does with a Python that only prints its arguments."""
+    return subprocess.run(
+        ["bash", str(RUNS / "fresh.sh"), str(out), *names],
+        capture_output=True, text=True, timeout=60, env=os.environ | {"PYTHON": "echo", "GPUS": "0"},
+    )  # fmt: skip
+
+
+def test_named_benchmarks_run_in_processes_of_their_own_and_a_wrong_name_is_an_error(tmp_path: Path) -> None:
+    done = fresh(tmp_path, "llama", "float8-llama*", "small-4096,768,*")
+    ran = ["float8-llama-4096", "float8-llama", "llama", "small-4096,768,768", "small-4096,768,3072"]
+    assert [line.split()[2].rstrip(":") for line in done.stdout.splitlines()] == ran and done.returncode == 0
+    assert f"--rows float8 fp8 --card llama-4096 --save {tmp_path}" in (tmp_path / "float8-llama-4096.log").read_text()
+    wrong = fresh(tmp_path, "llama", "lama")
+    assert (wrong.returncode, wrong.stdout, wrong.stderr) == (2, "", "nothing is named lama\n")
+
+
+def test_without_names_every_benchmark_runs_once(tmp_path: Path) -> None:
+    names = [line.split()[2] for line in fresh(tmp_path).stdout.splitlines()]
+    assert len(names) == len(set(names)) > 30
+
+
 @pytest.mark.parametrize("gpus", [2, 4])
 def test_gpus_share_a_queue_and_the_cores(gpus: int, tmp_path: Path) -> None:
     names = "abcdefgh"[: 2 * gpus]
