@@ -109,21 +109,28 @@ docs: $(VENV)/.docs
 	@echo "docs: open site/index.html"
 
 # The wheel is built with the torch of $(VENV) and must serve this one. pip takes torch from PyPI, with the CUDA libraries that
-# it loads: 5 GB on disk. The other pins are those of $(VENV), but for setuptools, of which each torch wants other versions.
+# it loads: 5 GB on disk. The other pins and their hashes are those of $(VENV), but for setuptools, of which each torch wants
+# other versions.
 OTHER := .venv-torch-$(TORCH)
-$(OTHER)/.ready: constraints.txt
+BESIDE_TORCH := numpy nvmath-python cuda-bindings cuda-core cuda-pathfinder hatchling pathspec pluggy trove-classifiers packaging \
+    pytest iniconfig pygments pytest-xdist execnet hypothesis sortedcontainers filelock typing-extensions sympy mpmath networkx \
+    jinja2 markupsafe fsspec tomlkit
+$(OTHER)/.ready: constraints.txt hashes/constraints.txt
 	@echo "setup: makes $(OTHER) with torch $(TORCH) and its CUDA libraries; 5 GB on disk, about a minute on a fast connection"
 	$(PYTHON) -m venv $(OTHER)
 	grep -v -e '^torch==' -e '^setuptools==' constraints.txt > $(OTHER)/constraints.txt
+	awk -v names=" $(BESIDE_TORCH) " '/^[^ ]/ { split($$1, name, "=="); chosen = index(names, " " tolower(name[1]) " ") } chosen' \
+	    hashes/constraints.txt > $(OTHER)/hashes.txt
+	$(OTHER)/bin/python -m pip --disable-pip-version-check install $(HASHED) -r $(OTHER)/hashes.txt
 	PIP_CONSTRAINT=$(OTHER)/constraints.txt $(OTHER)/bin/python -m pip --disable-pip-version-check install \
-	    torch==$(TORCH) numpy nvmath-python hatchling pytest pytest-xdist hypothesis
+	    torch==$(TORCH) $(BESIDE_TORCH)
 	@touch $@
 
 # pyright and the node that it runs on: 250 MB on disk, so in an environment of their own, which the tests do not need.
 PYRIGHT := .venv-pyright
-$(PYRIGHT)/.ready:
+$(PYRIGHT)/.ready: hashes/constraints-pyright.txt
 	$(PYTHON) -m venv $(PYRIGHT)
-	$(PYRIGHT)/bin/python -m pip --disable-pip-version-check install 'pyright[nodejs]==1.1.414'
+	$(PYRIGHT)/bin/python -m pip --disable-pip-version-check install $(HASHED) -r hashes/constraints-pyright.txt
 	@touch $@
 
 test-torch: wheel $(OTHER)/.ready $(PYRIGHT)/.ready

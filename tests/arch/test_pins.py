@@ -78,3 +78,14 @@ def test_packages_are_installed_with_their_hashes() -> None:
 
 def test_a_pin_is_one_version() -> None:
     assert all(re.fullmatch(r"\d[\w.]*", version) for version in pins().values())
+
+
+def test_what_stands_beside_another_torch_has_hashes_but_for_what_torch_brings_at_versions_of_its_own() -> None:
+    makefile = (ROOT / "Makefile").read_text().replace("\\\n", " ")
+    (listed,) = re.findall(r"^BESIDE_TORCH := (.+)$", makefile, flags=re.MULTILINE)
+    names = {canonicalize_name(name) for name in listed.split()}
+    assert names <= {name for name, _ in pinned((ROOT / "hashes" / "constraints.txt").read_text())}
+    seen: set[tuple[str, frozenset[str]]] = set()
+    along = {one for name in (*names, "torch") for one in needed(name, frozenset(), seen)}
+    left = {name for name in along - names if not WITH_TORCH.fullmatch(name)}
+    assert left == {"torch", "setuptools"}  # each torch wants another setuptools
