@@ -251,7 +251,7 @@ def worker(rank: int, folder: str) -> None:
     """Run all scenarios, one after the other, and write the name of the error that each ended in."""
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD, timeout=timedelta(seconds=30)
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD, timeout=timedelta(seconds=20)
     )
     ended = {}
     for scenario in SCENARIOS:

@@ -12,7 +12,7 @@ from tests.distributed.test_ddp_fsdp import loopback
 
 @pytest.fixture(scope="module")
 def ended(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
-    """Scenario -> the error it ended in, on each rank. A rank that waits for ever fails after its 30 s."""
+    """Scenario -> the error it ended in, on each rank. A rank that waits for ever fails after its 20 s."""
     folder = tmp_path_factory.mktemp("ranks")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GLOO_SOCKET_IFNAME", loopback())
