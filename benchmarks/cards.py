@@ -207,7 +207,7 @@ def gaining_steps() -> list[Result]:
 
 def _fresh_results() -> list[Result]:
     """Steps and layers that know dense before anything sparse."""
-    return [result for kind in fresh_tables.KINDS for result in load(kind) if result.get("fresh_ms")]
+    return [result for kind in fresh_tables.KINDS for result in load(kind) if tables.is_fresh(result)]
 
 
 def no_gain_steps() -> list[Result]:

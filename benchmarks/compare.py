@@ -66,10 +66,12 @@ ROWS = {
 }
 """Every row by the name that --rows takes. Dense is always there."""
 
+SPARSE = frozenset(row.title for row in ROWS.values() if row.sparse)
+"""Titles of the rows with sparse products."""
+
 DEFAULT_ROWS = ("2:4", "mvue")
 EXPECTED_ROWS = ("float8", *DEFAULT_ROWS)
 """Rows that a result should have; what it lacks is named below its table."""
-
 
 MODELS = ("llama", "llama-4096")
 
@@ -245,12 +247,11 @@ def _graph(title: str, call: Call) -> dict[str, Call]:
 def _compared(calls: dict[str, Call], rounds: int, fresh: dict[str, float]) -> dict[str, Any]:
     """Times, and how many times faster than dense, called in the same way, each row is."""
     times = interleaved(calls, rounds=rounds)
-    sparse = {row.title for row in ROWS.values() if row.sparse}
     ratios = {}
     for name, timing in times.items():
         way, title = ("graph: ", name.removeprefix("graph: ")) if name.startswith("graph: ") else ("", name)
         dense = f"{way}{DENSE}"
-        ratios[name] = ratio(times[dense], timing, fresh.get(dense) if title in sparse else None)
+        ratios[name] = ratio(times[dense], timing, fresh.get(dense) if title in SPARSE else None)
     return {
         "times_ms": {name: timing.as_dict() for name, timing in times.items()},
         "fresh_ms": fresh,

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from benchmarks import tables
-from benchmarks.compare import DENSE, ROWS
+from benchmarks.compare import DENSE, ROWS, SPARSE
 from benchmarks.float8 import INSTALL
 from benchmarks.origin import gpu
 from benchmarks.sampling import COPY, DENSE_PRODUCT, SAMPLE, SAMPLE_BIAS, SPARSE_PRODUCT, WHOLE
@@ -35,7 +35,6 @@ SLOWED_NOTE = (
 AFTER = "dense fp8 after 2:4"
 """A dense step in fp8 in a process that has run 2:4, as at the end of a run, to dense before any sparse product."""
 _TITLES = (DENSE, *(row.title for row in ROWS.values()))
-_SPARSE = {row.title for row in ROWS.values() if row.sparse}
 SHORT_ROWS = ("float8", "2:4", "mvue", "fp8-2:4", "fp8-mvue")
 
 
@@ -90,19 +89,14 @@ def slowed_note(cells: Iterable[Iterable[str]]) -> tuple[str, ...]:
 def _newest(results: Sequence[Result], title: str) -> Result | None:
     """The run that a row is taken from: see COMPARED; a row without sparse products best from a run without any."""
     found = [result for result in results if title in result["times_ms"]]
-    alone = title not in {DENSE, *_SPARSE}
-    rated = [(bool(one.get("fresh_ms")), alone != ran_sparse(one), place) for place, one in enumerate(found)]
+    alone = title not in {DENSE, *SPARSE}
+    rated = [(tables.is_fresh(one), alone != ran_sparse(one), place) for place, one in enumerate(found)]
     return found[max(rated)[-1]] if rated else None
 
 
 def ran_sparse(result: Result) -> bool:
     """Whether a comparison has rows with sparse products."""
-    return not _SPARSE.isdisjoint(result["times_ms"])
-
-
-def titles(result: Result) -> list[str]:
-    """The rows of a result in the order of the registry, dense first."""
-    return [title for title in _TITLES if title in result["times_ms"]]
+    return not SPARSE.isdisjoint(result["times_ms"])
 
 
 def remarks(results: Sequence[Result]) -> list[str]:
@@ -199,7 +193,7 @@ def _gain(results: Sequence[Result], peer: str, sparse: str, dense: str | None =
     """
     share = 1.0 if dense is None else recipes.fastest().sparse_fraction
     wanted = {peer, sparse, dense or sparse}
-    fresh = [result for result in results if result.get("fresh_ms")]
+    fresh = list(filter(tables.is_fresh, results))
     chosen = ((title, _newest(fresh, title)) for title in _TITLES)
     together = {title: _ratios(result)[title] for title, result in chosen if result}
     after = [ratios[AFTER] for ratios in map(_ratios, fresh) if AFTER in ratios]
@@ -234,8 +228,8 @@ def _gpu(result: Result) -> str:
 
 def mark(result: Result, title: str) -> str:
     """BESIDE where sparse products are compared with dense beside them, SLOWED where others ran beside them."""
-    if title.removeprefix(GRAPH) in _SPARSE:
-        return "" if result.get("fresh_ms") else tables.BESIDE
+    if title.removeprefix(GRAPH) in SPARSE:
+        return "" if tables.is_fresh(result) else tables.BESIDE
     return SLOWED if ran_sparse(result) else ""
 
 

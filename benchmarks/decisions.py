@@ -10,7 +10,7 @@ from typing import Any
 from benchmarks.origin import gpu, short_origin
 from benchmarks.planned import DENSE, EVERY, PLAN, table
 from benchmarks.table import Table
-from benchmarks.tables import TIMED_BESIDE, beside_note, dense_ms
+from benchmarks.tables import TIMED_BESIDE, beside_note, dense_ms, is_fresh
 
 Result = dict[str, Any]
 
@@ -57,8 +57,8 @@ def left_dense(results: Sequence[Result]) -> str:
         sentences.append(f"{told} {everything}: {losses}.")
     if gaining:
         sentences.append(f"Plans gained most on {gains}.")
-    if not all(map(_fresh, results)):
-        sentences.append(f"{'In older plans' if any(map(_fresh, results)) else 'For these ratios'}, {TIMED_BESIDE}")
+    if not all(map(is_fresh, results)):
+        sentences.append(f"{'In older plans' if any(map(is_fresh, results)) else 'For these ratios'}, {TIMED_BESIDE}")
     return " ".join([*sentences, short_origin(results)]) if results else ""
 
 
@@ -118,10 +118,6 @@ def _figures(result: Result) -> tuple[str, ...]:
 
 def _swaps_nothing(result: Result) -> bool:
     return all(row["choice"] == DENSE for row in result["plan"]["rows"])
-
-
-def _fresh(result: Result) -> bool:
-    return bool(result.get("fresh_ms"))
 
 
 def _losses(dense: Sequence[Result]) -> list[str]:

@@ -6,7 +6,7 @@ from typing import Any
 from benchmarks.compare_tables import ran_sparse
 from benchmarks.origin import gpu
 from benchmarks.table import Table
-from benchmarks.tables import label, size
+from benchmarks.tables import is_fresh, label, size
 
 Result = dict[str, Any]
 
@@ -26,7 +26,7 @@ def table(results: Sequence[Result]) -> Table:
         results: Of KINDS; those that do not know it are left out.
     """
     rows = []
-    for result in (one for one in results if one.get("fresh_ms")):
+    for result in filter(is_fresh, results):
         name, fresh = next(iter(result["fresh_ms"].items()))
         digits, what = (3, size(result["mkn"])) if "mkn" in result else (1, label(result))
         beside = result["times_ms"][name]["median_ms"]

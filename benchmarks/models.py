@@ -171,10 +171,9 @@ CARDS = {
         _sam,
         _sam_step,
         "mlp",
-        note="On an H200 only a quarter of the step is "
-        "matrix products (84 of 311 ms when it was first profiled); attention with relative positions takes most of "
-        "the rest. On an H100 the step does not gain. Dense and sparse are compiled block by block, which takes less "
-        "time than the whole encoder at once.",
+        note="On an H200 only a quarter of the step is matrix products (84 of 311 ms when it was first profiled); "
+        "attention with relative positions takes most of the rest. On an H100 the step does not gain. Dense and sparse "
+        "are compiled block by block, which takes less time than the whole encoder at once.",
         blocks=("vision_encoder.layers",),
         optimizes=False,
         gains=False,

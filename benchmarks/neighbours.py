@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from benchmarks import float8
-from benchmarks.compare import DENSE, ROWS, Row, forget_compiled, layer_of
+from benchmarks.compare import DENSE, ROWS, SPARSE, Row, forget_compiled, layer_of
 from benchmarks.fresh import fresh_ms
 from benchmarks.launches import launches
 from benchmarks.linear import inputs
@@ -53,8 +53,7 @@ def benchmark(tokens: int, in_features: int, out_features: int, rows: Sequence[s
         if row is None:
             fresh = fresh_ms(calls)
     times = interleaved(calls, rounds=rounds)
-    sparse = {row.title for row in asked if row.sparse}
-    ratios = {name: _ratio(times, name, fresh if name in sparse else {}) for name in calls if name != ALONE}
+    ratios = {name: _ratio(times, name, fresh if name in SPARSE else {}) for name in calls if name != ALONE}
     return {
         "mkn": [tokens, in_features, out_features],
         "times_ms": {name: timing.as_dict() for name, timing in times.items()},

@@ -26,7 +26,7 @@ def bars() -> list[dict[str, Any]]:
     losing = tables.losing_rows([*load("small-linear"), *load("linear")])
     rows = [*steps, *((name, ratio, result) for name, ratio, _, result in losing)]
     rows.sort(key=lambda row: -row[1])
-    marks = ["" if result.get("fresh_ms") else tables.BESIDE for *_, result in rows]
+    marks = ["" if tables.is_fresh(result) else tables.BESIDE for *_, result in rows]
     return [
         {"label": f"{name}{mark}", "ratio": round(ratio, 2), "file": result["file"]}
         for mark, (name, ratio, result) in zip(marks, rows, strict=True)

@@ -44,6 +44,8 @@ FP8, INSTRUCTION, SPARSE = "a dense fp8 product", "one sparse MMA instruction", 
 BESIDE, ENDED = "a 2:4 product in a process that is still there", "a 2:4 product in a process that has ended"
 ORDER = (NOTHING, INSTRUCTION, BESIDE, NOTHING, SPARSE, ENDED, NOTHING, FP8)
 
+_COMMAND = (sys.executable, "-m", "benchmarks.power")
+
 # mma.sp with zeros: valid metadata keeps values 0 and 1 of each four.
 _MMA_SP = """{
 .reg .f32 sum<4>;
@@ -72,7 +74,7 @@ def benchmark(toy: bool = False) -> Result:
 
 
 def _process(kernel: str) -> Result:
-    command = [sys.executable, "-m", "benchmarks.power", kernel]
+    command = [*_COMMAND, kernel]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command[1:])} ended with {done.returncode}: {done.stderr.strip()[-500:]}")
@@ -173,9 +175,7 @@ def _sparse_product() -> None:
 
 def _in_another_process(stays: bool) -> None:
     """Run a 2:4 product in a process of its own, which stays until this one ends, or has ended when this returns."""
-    other = subprocess.Popen(
-        [sys.executable, "-m", "benchmarks.power"], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
+    other = subprocess.Popen(_COMMAND, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert other.stdout is not None
     ran = other.stdout.readline()
     if ran and stays:

@@ -57,6 +57,11 @@ def limit(result: Result, name: str | None = None) -> str:
     return "" if estimated is None else f"~{estimated:.3f}"
 
 
+def is_fresh(result: Result) -> bool:
+    """Whether a result knows dense of before anything sparse ran in its process (benchmarks/fresh.py)."""
+    return bool(result.get("fresh_ms"))
+
+
 def dense_ms(result: Result, name: str, digits: int) -> str:
     """Milliseconds of dense in a fresh process; marked where they are known beside 2:4 alone (benchmarks/fresh.py)."""
     fresh = result.get("fresh_ms", {}).get(name)

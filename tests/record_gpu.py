@@ -95,8 +95,8 @@ def again(before: dict[str, Any]) -> tuple[int, dict[str, Any]]:
         SystemExit: It speaks for other files, or nothing failed in it.
     """
     if before["files"] != (files := recorded_files()):
-        changed = sorted(path for path, _ in before["files"].items() ^ files.items())
-        raise SystemExit(f"run all tests: the record is of other files: {', '.join(dict.fromkeys(changed))}")
+        changed = sorted({path for path, _ in before["files"].items() ^ files.items()})
+        raise SystemExit(f"run all tests: the record is of other files: {', '.join(changed)}")
     if not before["failed"]:
         raise SystemExit("nothing failed in this record")
     tests = list(dict.fromkeys(before["failed"]))  # one that fails in its call and in its teardown is there twice

@@ -14,7 +14,7 @@ export PYTHONPATH="src:lab/src:.${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 BENCHMARK="$PYTHON benchmarks/benchmark_semi_structured_training.py"
 : "${GPUS:=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')}"
 
-# step SECONDS NAME COMMAND...: its output goes to OUT/NAME.log; one line says how it ended, its exit code, too.
+# step SECONDS NAME COMMAND...: its output goes to OUT/NAME.log; one line says how it ended. Returns its exit code.
 step() {
     local limit=$1 name=$2 begin=$SECONDS code
     shift 2
@@ -49,7 +49,8 @@ streams() {
 }
 
 # queue SECONDS: lines of standard input, "NAME COMMAND...", are run in their order, one at a time on each GPU, until
-# SECONDS after the script began; a command finds the seconds that are left in $LEFT. 1 if one failed, or there was no time for some.
+# SECONDS after the script began; a command finds the seconds that are left in $LEFT. Returns 1 if one failed, or if there
+# was no time for some.
 queue() {
     local limit=$1 folder left failed
     folder=$(mktemp -d)

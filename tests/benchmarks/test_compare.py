@@ -76,7 +76,7 @@ def test_every_row_of_a_layer_and_of_a_model_is_timed_beside_dense(torchao: None
     titles = [compare.DENSE, *(row.title for row in compare.ROWS.values())]
     found = measured()
     for result in found.values():
-        assert compare_tables.titles(result) == titles
+        assert set(titles) <= result["times_ms"].keys()
         assert result["ratio_to_dense"].keys() == result["times_ms"].keys()
         assert not result["errors"] and not result["left_out"] and result["torchao"] == "0.18.0"
     layer, model = found["compare-linear"], found["compare-model"]

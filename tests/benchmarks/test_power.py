@@ -45,6 +45,6 @@ def test_the_other_process_runs_a_sparse_product_and_stays_or_has_ended(monkeypa
 
 
 def test_another_process_that_fails_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(power.sys, "executable", "false")
+    monkeypatch.setattr(power, "_COMMAND", ("false",))
     with pytest.raises(RuntimeError, match="ended with 1 before its product"):
         power._in_another_process(stays=True)
